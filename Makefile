@@ -1,0 +1,36 @@
+# `make demo` and `make test` work on a fresh clone: the first call makes .venv, later ones reuse it.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: demo test lint bench check-cuda venv clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.ready
+	$(RUN) -m planner demo
+
+test: lint
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.ready
+	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN) "$$script"; done
+
+# The interpreter as it is, with the packages it has: machines with a GPU often have no network.
+check-cuda:
+	$(PYTHON) -m planner check-cuda
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt torch
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[notebooks,hf,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
