@@ -3,14 +3,23 @@
 from solvers.problem import Op, Problem, ProblemError, Value
 from solvers.schedule import Schedule
 from solvers.simulate import InvalidScheduleError, Timeline, simulate
+from solvers.solution import InfeasibleError, Solution, Status, solution_of
+from solvers.solve import SOLVERS, minimum_peak, solve
 
 __all__ = [
+    "SOLVERS",
+    "InfeasibleError",
     "InvalidScheduleError",
     "Op",
     "Problem",
     "ProblemError",
     "Schedule",
+    "Solution",
+    "Status",
     "Timeline",
     "Value",
+    "minimum_peak",
     "simulate",
+    "solution_of",
+    "solve",
 ]

@@ -1,0 +1,179 @@
+"""The front door: one call, every method, one kind of answer.
+
+``auto`` keeps everything if that fits (nothing can be faster), refuses a budget below the proved
+floor, hands small graphs to the exact program and large ones to the staged program and the chain
+dynamic program, and returns the best plan that any of them found, judged by the simulator, with
+the best bound that any of them proved.
+
+A time limit is a limit: a method that is cut returns the best plan it has, its bound, and the
+status ``feasible`` (or ``unsettled``, if nothing that fits was found).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import replace
+from numbers import Integral, Real
+
+from solvers.problem import Problem
+from solvers.schedule import Schedule
+from solvers.solution import InfeasibleError, Solution, fits_better, solution_of
+
+__all__ = ["EXACT_OPS", "SOLVERS", "minimum_peak", "solve"]
+
+log = logging.getLogger(__name__)
+
+SOLVERS = ("auto", "exact", "staged", "chain", "keep_all", "recompute_all", "greedy", "every_block", "sqrt")
+
+# Up to this many ops, ``auto`` spends its time on the exact program.
+EXACT_OPS = 40
+
+
+def solve(
+    problem: Problem,
+    budget_bytes: int | float,
+    *,
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    seed: int = 0,
+) -> Solution:
+    """The fastest schedule of ``problem`` found whose peak is within ``budget_bytes``.
+
+    ``budget_bytes`` includes ``problem.resident_bytes``; a fraction of a byte is dropped.
+    ``solver`` is one of ``SOLVERS``.  The baselines (``keep_all`` to ``sqrt``) answer with their one
+    schedule whether it fits or not; only ``greedy`` looks at the budget.
+
+    Raises ``InfeasibleError`` if it is proved that no schedule fits, ``TypeError`` or ``ValueError``
+    for a budget, time limit or solver name that makes no sense, and ``ProblemError`` if the solver
+    named cannot treat this problem (the block baselines need ``problem.turn``).
+    """
+    budget = checked_budget(budget_bytes)
+    limit_s = checked_time_limit(time_limit_s)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}, want one of {', '.join(SOLVERS)}")
+    started = time.perf_counter()
+    refuse_below_floor(problem, budget)
+    if solver == "auto":
+        solution = _auto(problem, budget, started + limit_s, seed)
+    else:
+        solution = _run(problem, budget, solver, limit_s, seed)
+    solution = replace(solution, solve_seconds=time.perf_counter() - started)
+    log.debug("%s: %r", problem.name, solution)
+    return solution
+
+
+def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
+    """The schedule of lowest peak that is found; exact (for its class) on small graphs.
+
+    Its ``budget_bytes`` is its own ``peak_bytes``: the least budget that is known to be feasible.
+    Its seconds are not minimised; ``solve`` at that budget does so.
+    """
+    from solvers import bounds, chain, checkmate, staged
+    from solvers.baselines import BASELINES
+
+    limit_s = checked_time_limit(time_limit_s)
+    started = time.perf_counter()
+    floor = max(bounds.peak_floor(problem).bytes, problem.resident_bytes)
+
+    def left_s() -> float:
+        return max(0.1, started + limit_s - time.perf_counter())
+
+    def judged(schedule: Schedule, name: str) -> Solution:
+        return solution_of(problem, schedule, floor, solver=name)
+
+    best = judged(Schedule.keep_all(problem), "keep_all")
+    if best.peak_bytes > floor:
+        for name, baseline in BASELINES.items():
+            if problem.turn is not None or not baseline.needs_turn:
+                best = min(best, judged(baseline.run(problem, floor), name), key=_peak_then_seconds)
+    if best.peak_bytes > floor and len(problem) <= EXACT_OPS:
+        least, _ = checkmate.minimum_peak(problem, time_limit_s=left_s(), seed=seed, hint=best.schedule)
+        best = min(best, judged(least, "exact"), key=_peak_then_seconds)
+    elif best.peak_bytes > floor:
+        for module in (staged, chain):
+            found = module.minimum_peak(problem, time_limit_s=left_s() / 2, seed=seed)
+            best = min(best, judged(found.schedule, found.solver), key=_peak_then_seconds)
+    return solution_of(
+        problem,
+        best.schedule,
+        best.peak_bytes,
+        solver=best.solver,
+        solve_seconds=time.perf_counter() - started,
+    )
+
+
+def _auto(problem: Problem, budget: int, deadline: float, seed: int) -> Solution:
+    """Everything kept if it fits; the exact program on small graphs; else the best of the others."""
+    from solvers import baselines, bounds
+
+    best = baselines.solve(problem, budget, "keep_all")
+    if best.status == "optimal":
+        return best
+
+    def left_s() -> float:
+        return max(0.1, deadline - time.perf_counter())
+
+    bound = problem.total_seconds
+    names = ["exact"] if len(problem) <= EXACT_OPS else ["staged", "chain"]
+    for i, name in enumerate(["greedy", *names]):
+        found = _run(problem, budget, name, left_s() / max(1, len(names) - i + 1), seed)
+        bound = max(bound, found.bound_seconds)
+        if fits_better(found, best):
+            best = found
+        if best.status == "optimal":
+            return best
+    if "exact" not in names and best.fits:
+        bound = max(bound, bounds.time_bound(problem, budget, time_limit_s=left_s()))
+    return solution_of(problem, best.schedule, budget, solver=best.solver, bound_seconds=bound)
+
+
+def _run(problem: Problem, budget: int, solver: str, limit_s: float, seed: int) -> Solution:
+    """One method by its name; modules load when they are first asked for."""
+    from solvers import baselines
+
+    if solver in baselines.BASELINES:
+        return baselines.solve(problem, budget, solver)
+    if solver == "exact":
+        from solvers import checkmate
+
+        return checkmate.solve(problem, budget, time_limit_s=limit_s, seed=seed)
+    if solver == "staged":
+        from solvers import staged
+
+        return staged.solve(problem, budget, time_limit_s=limit_s, seed=seed)
+    from solvers import chain
+
+    return chain.solve(problem, budget, time_limit_s=limit_s, seed=seed)
+
+
+def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:
+    """``InfeasibleError`` if the proved floor of ``problem`` exceeds ``budget_bytes``."""
+    from solvers import bounds
+
+    floor = bounds.peak_floor(problem)
+    if floor.bytes > budget_bytes:
+        raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
+
+
+def checked_budget(budget_bytes: object) -> int:
+    """``budget_bytes`` as an int; ``TypeError`` or ``ValueError`` if it makes no sense."""
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (Integral, Real)):
+        raise TypeError(f"budget_bytes is {budget_bytes!r}, want a number of bytes")
+    if not math.isfinite(budget_bytes) or budget_bytes <= 0:
+        raise ValueError(f"budget_bytes is {budget_bytes!r}, want a finite number above 0")
+    return int(budget_bytes)
+
+
+def checked_time_limit(time_limit_s: object) -> float:
+    """``time_limit_s`` as a float; ``TypeError`` or ``ValueError`` if it makes no sense."""
+    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, (Integral, Real)):
+        raise TypeError(f"time_limit_s is {time_limit_s!r}, want a number of seconds")
+    if math.isnan(time_limit_s) or time_limit_s <= 0:
+        raise ValueError(f"time_limit_s is {time_limit_s!r}, want a number above 0")
+    return float(time_limit_s)
+
+
+def _peak_then_seconds(solution: Solution) -> tuple[int, float]:
+    return solution.peak_bytes, solution.seconds
