@@ -1,0 +1,483 @@
+"""What a training step really takes: peak bytes, FLOPs and every bit it leaves behind.
+
+Nothing here knows of plans.  On the CPU a peak is counted by :class:`~planner.meter.StorageMeter`,
+on CUDA by the caching allocator; FLOPs are counted while the step runs; two steps are compared bit
+for bit.  A plan's promises are judged by these, and by nothing it computed itself.
+
+All of them run the same step.  The loss is ``loss_fn(outputs)``, or the model's own
+(:func:`loss_of`); without one every differentiable output gets a gradient of ones.  Gradients must be
+None at the start; afterwards gradients, buffers and random state are as they were.
+
+Known limits: Python's and numpy's random states are not put back; FLOPs of elementwise work are not
+counted.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf, isnan
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ._compat import pytree
+from .errors import PlannerError
+from .meter import StorageMeter
+
+__all__ = [
+    "FLOP_FORMULAS",
+    "Agreement",
+    "Comparison",
+    "CudaPeak",
+    "StepRecord",
+    "StorageMeter",
+    "compare",
+    "cuda_step_peak",
+    "loss_of",
+    "run_step",
+    "step_flops",
+    "step_peak",
+    "tensors_in",
+]
+
+Inputs = tuple[Any, ...] | Mapping[str, Any] | None
+LossFn = Callable[[Any], Tensor]
+
+aten = torch.ops.aten
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+# ---------------------------------------------------------------------------------------- one step
+
+
+def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
+    """The scalar a step differentiates, or ``None`` when it differentiates the outputs themselves.
+
+    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself
+    if it is a 0-dimensional tensor.  Raises TypeError if ``loss_fn`` gives no one-element tensor.
+    """
+    if loss_fn is not None:
+        loss = loss_fn(outputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
+        return loss
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.ndim == 0 else None
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _call(target: Callable[..., Any], inputs: Inputs) -> Any:
+    if inputs is None:
+        return target()
+    if isinstance(inputs, Mapping):
+        return target(**inputs)
+    if isinstance(inputs, tuple):
+        return target(*inputs)
+    raise TypeError(f"inputs must be a tuple or a dict of arguments, got {type(inputs).__name__}")
+
+
+class _Forward(NamedTuple):
+    """A finished forward pass: what it returned, and the tensors the backward starts from."""
+
+    outputs: Any
+    loss: Tensor | None
+    roots: list[Tensor]
+
+
+def _forward(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> _Forward:
+    outputs = _call(model, inputs)
+    loss = loss_of(outputs, loss_fn)
+    roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
+    if not roots or not all(root.requires_grad for root in roots):
+        raise PlannerError(
+            "nothing to differentiate: the loss, or every output of the model, is free of gradients; "
+            "check requires_grad of the parameters and that gradients are enabled"
+        )
+    return _Forward(outputs, loss, roots)
+
+
+def _tangents_for(passed: _Forward, tangents: Iterable[Tensor] | None) -> list[Tensor] | None:
+    """Output gradients: as given, else ones; ``None`` lets the engine make the one of a loss."""
+    if tangents is None:
+        return [torch.ones_like(root) for root in passed.roots] if passed.loss is None else None
+    given = list(tangents)
+    if [t.shape for t in given] != [root.shape for root in passed.roots]:
+        raise ValueError(
+            f"tangents have shapes {[tuple(t.shape) for t in given]}, what the backward starts from "
+            f"{[tuple(root.shape) for root in passed.roots]}"
+        )
+    return given
+
+
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+
+
+def _held(model: nn.Module | None, inputs: Inputs) -> list[Tensor]:
+    """What a step holds from beginning to end: parameters, buffers, inputs."""
+    own = [] if model is None else [*model.parameters(), *model.buffers()]
+    return [*own, *tensors_in(inputs)]
+
+
+@contextmanager
+def _undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Run a step as if it had not been: gradients (required to be None), buffers, random state."""
+    leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
+    for name, leaf in leaves:
+        if leaf.is_leaf and leaf.grad is not None:
+            raise PlannerError(
+                f"the gradient of {name!r} is not None: a step is measured from empty gradients; "
+                "call model.zero_grad(set_to_none=True) first"
+            )
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(_held(model, inputs))):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                setattr(module, name, buffer.copy_(saved))
+        for _, leaf in leaves:
+            if leaf.is_leaf:
+                leaf.grad = None
+
+
+def _device_of(model: nn.Module | None, inputs: Inputs, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return next((t.device for t in _held(model, inputs)), torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------------------- peaks
+
+
+def step_peak(
+    fn_or_module: nn.Module | Callable[..., Any],
+    inputs: Inputs = None,
+    *,
+    loss_fn: LossFn | None = None,
+    tangents: Iterable[Tensor] | None = None,
+    device: torch.device | str | None = None,
+    include_resident: bool = True,
+) -> int:
+    """Peak bytes of one training step, forward and backward, on one device.
+
+    A module: parameters, buffers and inputs count as resident; the loss is found by :func:`loss_of`;
+    without one, every differentiable output is given a gradient of ones (or ``tangents``), made
+    beforehand and resident too.  Outputs are held to the end of the backward.  Gradients must be
+    None (PlannerError otherwise) and are None afterwards; buffers and random state are put back.
+    A plain callable is run as it is, with ``inputs`` resident: it does its own backward.
+
+    ``device``            default: where the parameters or inputs are.  On CUDA the answer is the
+                          allocator's (:func:`cuda_step_peak`), on the CPU the meter's.
+    ``include_resident``  ``False``: bytes above what was resident.
+    """
+    module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
+    where = _device_of(module, inputs, device)
+    if where.type == "cuda":
+        peak = cuda_step_peak(fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where)
+        return peak.allocated_bytes - (0 if include_resident else peak.resident_bytes)
+    meter = StorageMeter(where)
+    meter.register(*_held(module, inputs))
+    resident_bytes = meter.live_bytes
+    if module is None:
+        with meter:
+            _call(fn_or_module, inputs)
+        return meter.peak_bytes - (0 if include_resident else resident_bytes)
+    with _undone(module, inputs):
+        with meter:
+            passed = _forward(module, inputs, loss_fn)
+        given = _tangents_for(passed, tangents)
+        before_bytes = meter.live_bytes
+        meter.register(*given or ())
+        resident_bytes += meter.live_bytes - before_bytes
+        with meter:
+            torch.autograd.backward(passed.roots, given)
+    return meter.peak_bytes - (0 if include_resident else resident_bytes)
+
+
+@dataclass(frozen=True)
+class CudaPeak:
+    """What the CUDA caching allocator saw during a step, for the whole process on one device.
+
+    ``allocated_bytes``  most bytes in live blocks (each rounded up to 512).
+    ``reserved_bytes``   most bytes taken from the driver, fragmentation included.
+    ``resident_bytes``   allocated when the step began: parameters, buffers, inputs, tangents, and
+                         anything else the process keeps there.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    resident_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"allocated {self.allocated_bytes / 1e9:.3f} GB, reserved {self.reserved_bytes / 1e9:.3f} GB, "
+            f"resident {self.resident_bytes / 1e9:.3f} GB"
+        )
+
+
+def cuda_step_peak(
+    fn_or_module: nn.Module | Callable[..., Any],
+    inputs: Inputs = None,
+    *,
+    loss_fn: LossFn | None = None,
+    tangents: Iterable[Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> CudaPeak:
+    """Allocated and reserved peak bytes of one step on a CUDA device, by the caching allocator.
+
+    A first, unmeasured step makes the libraries' lasting workspaces and, for a module whose loss is
+    outside, shows the shapes of the tangents.  Otherwise as :func:`step_peak`.
+    """
+    module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
+    where = _device_of(module, inputs, device)
+    if where.type != "cuda":
+        raise ValueError(f"cuda_step_peak measures CUDA devices, got {where}: use step_peak")
+    if module is None:
+        _call(fn_or_module, inputs)
+        with _cuda_window(where) as peak:
+            _call(fn_or_module, inputs)
+        return peak()
+    with _undone(module, inputs):
+        passed = _forward(module, inputs, loss_fn)
+        given = _tangents_for(passed, tangents)
+        torch.autograd.backward(passed.roots, given)
+        del passed
+    with _undone(module, inputs), _cuda_window(where) as peak:
+        passed = _forward(module, inputs, loss_fn)
+        torch.autograd.backward(passed.roots, given)
+        return peak()
+
+
+@contextmanager
+def _cuda_window(device: torch.device) -> Iterator[Callable[[], CudaPeak]]:
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    resident_bytes = torch.cuda.memory_allocated(device)
+
+    def peak() -> CudaPeak:
+        torch.cuda.synchronize(device)
+        return CudaPeak(
+            torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), resident_bytes
+        )
+
+    yield peak
+
+
+# -------------------------------------------------------------------------------------------- FLOPs
+
+
+def _attention_flops(query: Any, key: Any, value: Any, products: tuple[int, int]) -> int:
+    """``products``: matrix products over the key's depth, and over the value's."""
+    batch, heads, rows, depth = query
+    return 2 * batch * heads * rows * key[-2] * (products[0] * depth + products[1] * value[-1])
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return _attention_flops(query, key, value, (1, 1))  # QK', PV
+
+
+def _cpu_attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return _attention_flops(query, key, value, (3, 2))  # QK' again, dS K, dS'Q; dO V', P'dO
+
+
+# torch's counter knows CUDA's attention kernels, not the CPU's, which it would count as nothing.
+FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
+    }
+)
+
+
+def step_flops(
+    fn_or_module: nn.Module | Callable[..., Any],
+    inputs: Inputs = None,
+    *,
+    loss_fn: LossFn | None = None,
+    tangents: Iterable[Tensor] | None = None,
+) -> int:
+    """FLOPs of one step, forward, backward and any recomputation, counted while it runs.
+
+    Matrix products, convolutions and attention, by torch's FlopCounterMode; elementwise work counts
+    as nothing.  The step is that of :func:`step_peak`.
+    """
+    with FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS)) as counter:
+        if isinstance(fn_or_module, nn.Module):
+            with _undone(fn_or_module, inputs):
+                passed = _forward(fn_or_module, inputs, loss_fn)
+                torch.autograd.backward(passed.roots, _tangents_for(passed, tangents))
+        else:
+            _call(fn_or_module, inputs)
+    return counter.get_total_flops()
+
+
+# --------------------------------------------------------------------------------------------- bits
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """Everything one step left behind, copied.
+
+    ``outputs``    tensors of the model's output in order, named by position.
+    ``gradients``  by parameter name (tied parameters once) and ``input <position>``.
+    ``buffers``    by name, after the step.
+    ``rng``        generator states after the step, by device.
+    ``loss``       what was differentiated; ``None`` if it was the outputs.
+    ``output_type``  the class of the model's output.
+    """
+
+    outputs: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
+    loss: Tensor | None
+    output_type: str
+
+    def __str__(self) -> str:
+        loss = "outputs differentiated" if self.loss is None else f"loss {self.loss.item():.6g}"
+        return (
+            f"{self.output_type}: {loss}, {len(self.outputs)} outputs, "
+            f"{len(self.gradients)} gradients, {len(self.buffers)} buffers"
+        )
+
+
+def run_step(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    loss_fn: LossFn | None = None,
+    tangents: Iterable[Tensor] | None = None,
+    seed: int = 0,
+) -> StepRecord:
+    """One forward and backward from ``seed``; a copy of all it did, and then it is undone.
+
+    Afterwards gradients are None and buffers and random state are what they were, so that two calls
+    start equal.  Raises PlannerError if a gradient is not None at the start.
+    """
+    with _undone(model, inputs):
+        torch.manual_seed(seed)
+        passed = _forward(model, inputs, loss_fn)
+        torch.autograd.backward(passed.roots, _tangents_for(passed, tangents))
+        sources = [
+            *model.named_parameters(),
+            *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)) if t.is_leaf),
+        ]
+        rng = {"cpu": torch.get_rng_state()}
+        rng |= {str(d): torch.cuda.get_rng_state(d) for d in _cuda_devices(_held(model, inputs))}
+        return StepRecord(
+            outputs={str(i): t.detach().clone() for i, t in enumerate(tensors_in(passed.outputs))},
+            gradients={name: t.grad.detach().clone() for name, t in sources if t.grad is not None},
+            buffers={name: t.detach().clone() for name, t in model.named_buffers()},
+            rng=rng,
+            loss=None if passed.loss is None else passed.loss.detach().clone(),
+            output_type=type(passed.outputs).__name__,
+        )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two sets of named tensors agree.
+
+    ``differing``     names whose bits, shape or dtype differ, or that only one side has.
+    ``max_relative``  the largest, over names, of max|a - b| / max|a|; infinite where shapes differ.
+    ``max_absolute``  the largest |a - b|.
+    """
+
+    count: int
+    differing: tuple[str, ...]
+    max_relative: float
+    max_absolute: float
+
+    @property
+    def equal(self) -> bool:
+        """Bit for bit."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        if self.equal:
+            return f"{self.count} bit-equal"
+        return f"{len(self.differing)} of {self.count} differ, by up to {self.max_relative:.2e} (relative)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two records of a step, side by side; ``equal`` means every bit."""
+
+    outputs: Agreement
+    gradients: Agreement
+    buffers: Agreement
+    rng: Agreement
+    same_output_type: bool
+
+    @property
+    def equal(self) -> bool:
+        parts = (self.outputs, self.gradients, self.buffers, self.rng)
+        return self.same_output_type and all(part.equal for part in parts)
+
+    def __str__(self) -> str:
+        kinds = "" if self.same_output_type else "; the output's type differs"
+        return (
+            f"outputs {self.outputs}; gradients {self.gradients}; buffers {self.buffers}; "
+            f"random state {self.rng}{kinds}"
+        )
+
+
+def compare(a: StepRecord, b: StepRecord) -> Comparison:
+    """Compare bit for bit, ``a`` being the reference of relative differences."""
+    return Comparison(
+        outputs=_agree(a.outputs, b.outputs),
+        gradients=_agree(a.gradients, b.gradients),
+        buffers=_agree(a.buffers, b.buffers),
+        rng=_agree(a.rng, b.rng),
+        same_output_type=a.output_type == b.output_type,
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agreement:
+    names = [*a, *(name for name in b if name not in a)]
+    differing: list[str] = []
+    relative = absolute = 0.0
+    for name in names:
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
+            differing.append(name)
+            relative = absolute = inf
+        elif not torch.equal(_bits(x), _bits(y)):
+            differing.append(name)
+            apart, size = _distance(x, y)
+            absolute = max(absolute, apart)
+            if apart > 0:  # the bits of 0.0 and -0.0 differ, their values do not
+                relative = max(relative, apart / size if size > 0 else inf)
+    return Agreement(len(names), tuple(differing), relative, absolute)
+
+
+def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """max|a - b| and max|a|; a distance that is not a number is infinite."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to("cpu", wide), b.to("cpu", wide)
+    apart, size = float((a - b).abs().max()), float(a.abs().max())
+    return (inf, 0.0) if isnan(apart) or isnan(size) else (apart, size)

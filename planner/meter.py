@@ -1,0 +1,133 @@
+"""A meter of live storages that knows nothing of plans: what a plan's predicted peak is judged by.
+
+How it counts.  Each untyped storage seen as an input or output of an op is counted once, at its
+full size, until it is freed, whoever holds it: Python, the autograd graph, a closure, a ``.grad``.
+(A weak reference watches the storage object, which torch keeps for as long as the storage lives.)
+Views cost nothing.  The peak is taken right after each op returns, while its inputs are still alive.
+A storage first met as an *input* was there before the meter looked: it is counted from the start.
+
+It is exact at the granularity of ops.  Known limits: scratch inside a kernel is invisible; storages
+of sparse tensors raise torch's own error; tensor subclasses that wrap others are counted as their
+outer tensor; under inference mode a composite op is one op.
+
+The idea is that of ``torch.distributed._tools.MemTracker``, which needs hooks on modules and
+optimizers to sort bytes by kind; a judge needs only their sum, and so no hooks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._compat import TorchDispatchMode
+
+__all__ = ["StorageMeter"]
+
+
+def _op_tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors among an op's arguments or results: ops only nest lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _op_tensors(item)
+
+
+class _StorageRef(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference that remembers the size its storage was last seen with."""
+
+    __slots__ = ("key", "nbytes")
+    key: int
+    nbytes: int
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the bytes of live storages while ops run inside ``with StorageMeter() as meter:``.
+
+    ``device``    count only this device; ``None`` counts all.  A device without an index stands
+                  for all devices of its type.
+    ``timeline``  keep ``meter.timeline``, one ``(op name, live bytes after it)`` per op.
+
+    The context may be left and entered again; what was tracked stays tracked.  Works on fake
+    tensors (enter the fake mode first).
+    """
+
+    def __init__(self, device: torch.device | str | None = None, *, timeline: bool = False) -> None:
+        super().__init__()
+        self.device = None if device is None else torch.device(device)
+        self.live_bytes = 0
+        self._tracked: dict[int, _StorageRef] = {}
+        # Bytes that turned out to have been there from the start are added to every moment at once:
+        # moments are stored relative to this base.
+        self._base_bytes = 0
+        self._peak_over_base = 0
+        self._moments: list[tuple[str, int]] | None = [] if timeline else None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive after any op since the start or the last :meth:`reset_peak`."""
+        return self._peak_over_base + self._base_bytes
+
+    @property
+    def timeline(self) -> tuple[tuple[str, int], ...]:
+        """``(op name, live bytes)`` after each op; needs ``timeline=True``."""
+        if self._moments is None:
+            raise ValueError("no timeline was kept: make the meter with StorageMeter(timeline=True)")
+        return tuple((name, over + self._base_bytes) for name, over in self._moments)
+
+    def reset_peak(self) -> None:
+        """Forget the past: the peak becomes what is alive now."""
+        self._peak_over_base = self.live_bytes - self._base_bytes
+
+    def register(self, *tensors: Tensor) -> None:
+        """Count these tensors' storages as alive from the start of the measurement."""
+        for tensor in tensors:
+            self._see(tensor, there_before=True)
+
+    def _see(self, tensor: Tensor, *, there_before: bool) -> None:
+        device = tensor.device
+        if self.device is not None and (
+            device.type != self.device.type or self.device.index not in (None, device.index)
+        ):
+            return
+        storage = tensor.untyped_storage()
+        nbytes = int(storage.nbytes())
+        ref = self._tracked.get(id(storage))
+        if ref is None:
+            ref = _StorageRef(storage, self._forget)
+            ref.key, ref.nbytes = id(storage), nbytes
+            self._tracked[ref.key] = ref
+            self.live_bytes += nbytes
+            if there_before:
+                self._base_bytes += nbytes
+        elif ref.nbytes != nbytes:  # resize_ keeps the storage and changes its size
+            self.live_bytes += nbytes - ref.nbytes
+            ref.nbytes = nbytes
+
+    def _forget(self, ref: _StorageRef) -> None:
+        del self._tracked[ref.key]
+        self.live_bytes -= ref.nbytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        seen = [*_op_tensors(args), *_op_tensors(tuple(kwargs.values()))]
+        # torch.tensor(...) makes its storage out of sight and shows it first to lift_fresh.
+        fresh = func is torch.ops.aten.lift_fresh.default
+        for tensor in seen:
+            self._see(tensor, there_before=not fresh)
+        result = func(*args, **kwargs)
+        for tensor in _op_tensors(result):
+            self._see(tensor, there_before=False)
+        for tensor in seen:
+            self._see(tensor, there_before=False)  # the op may have resized or replaced its storage
+        over = self.live_bytes - self._base_bytes
+        self._peak_over_base = max(self._peak_over_base, over)
+        if self._moments is not None:
+            self._moments.append((str(func), over))
+        return result
