@@ -1,0 +1,149 @@
+"""Linear and mixed-integer programs, built in bulk and handed to HiGHS through OR-tools' MathOpt.
+
+MathOpt's modelling layer makes one Python object per variable and per term; the programs here have
+10^4 to 10^5 nonzeros and are rebuilt after every round of rows, so the columns and rows are kept in
+flat lists and become MathOpt's protocol message in one go (0.2 s for 30,000 x 60,000 with 180,000
+nonzeros, a fifth of the time HiGHS then takes).
+
+Sources: Huangfu and Hall, "Parallelizing the dual revised simplex method" (2018), for HiGHS.
+Weakness: every solve is a cold start; MathOpt does not pass HiGHS a basis or an incumbent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+from ortools.math_opt import model_pb2
+from ortools.math_opt.python import mathopt
+
+__all__ = ["LinearAnswer", "LinearProgram"]
+
+_PROVED = (mathopt.TerminationReason.OPTIMAL,)
+_HAS_POINT = (mathopt.TerminationReason.OPTIMAL, mathopt.TerminationReason.FEASIBLE)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAnswer:
+    """``x``: the best point found or ``None``; ``bound``: no point is below it; ``optimal``: proved."""
+
+    x: np.ndarray | None
+    objective: float
+    bound: float
+    optimal: bool
+    infeasible: bool
+
+    def __repr__(self) -> str:
+        if self.infeasible:
+            return "LinearAnswer(infeasible)"
+        return f"LinearAnswer(objective {self.objective:.9g}, bound {self.bound:.9g}, optimal={self.optimal})"
+
+
+class LinearProgram:
+    """Minimise a linear objective over columns within bounds, subject to ``lower <= row <= upper``."""
+
+    def __init__(self) -> None:
+        self.cost: list[float] = []
+        self.lower: list[float] = []
+        self.upper: list[float] = []
+        self.integer: list[bool] = []
+        self._row_lower: list[float] = []
+        self._row_upper: list[float] = []
+        self._row: list[int] = []
+        self._column: list[int] = []
+        self._coefficient: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"LinearProgram({len(self.cost)} columns, {self.rows} rows, {len(self._row)} nonzeros)"
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self._row_lower)
+
+    def column(self, cost: float = 0.0, *, lower: float = 0.0, upper: float = 1.0, integer: bool = False) -> int:
+        """Add a variable; returns its index."""
+        self.cost.append(cost)
+        self.lower.append(lower)
+        self.upper.append(upper)
+        self.integer.append(integer)
+        return len(self.cost) - 1
+
+    def row(
+        self,
+        columns: Sequence[int],
+        coefficients: Iterable[float],
+        *,
+        lower: float = -math.inf,
+        upper: float = math.inf,
+    ) -> int:
+        """Add a constraint; ``columns`` must not repeat.  Returns its index."""
+        r = len(self._row_lower)
+        self._row.extend([r] * len(columns))
+        self._column.extend(columns)
+        self._coefficient.extend(coefficients)
+        self._row_lower.append(lower)
+        self._row_upper.append(upper)
+        return r
+
+    def solve(
+        self,
+        *,
+        time_limit_s: float,
+        relax: bool = False,
+        absolute_gap: float | None = None,
+        node_limit: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> LinearAnswer:
+        """Hand the program to HiGHS.
+
+        ``relax`` drops integrality; ``absolute_gap`` stops a search that close to its bound;
+        ``method`` is HiGHS's ``solver`` option for linear programs ("simplex", "ipm").
+        """
+        if not self.cost:
+            return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
+        model = mathopt.Model.from_model_proto(self._proto(relax))
+        parameters = mathopt.SolveParameters(
+            time_limit=timedelta(seconds=max(time_limit_s, 0.01)),
+            random_seed=seed,
+            absolute_gap_tolerance=absolute_gap,
+            node_limit=node_limit,
+        )
+        if method is not None:
+            parameters.highs.string_options["solver"] = method
+        result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+        reason = result.termination.reason
+        if reason == mathopt.TerminationReason.INFEASIBLE:
+            return LinearAnswer(None, math.inf, math.inf, False, True)
+        x = None
+        objective = math.inf
+        if reason in _HAS_POINT and result.solutions and result.solutions[0].primal_solution is not None:
+            x = np.asarray(result.variable_values(list(model.variables())))
+            objective = result.objective_value()
+        bound = result.termination.objective_bounds.dual_bound
+        return LinearAnswer(x, objective, bound, reason in _PROVED, False)
+
+    def _proto(self, relax: bool) -> model_pb2.ModelProto:
+        proto = model_pb2.ModelProto()
+        n, m = len(self.cost), self.rows
+        proto.variables.ids.extend(range(n))
+        proto.variables.lower_bounds.extend(self.lower)
+        proto.variables.upper_bounds.extend(self.upper)
+        proto.variables.integers.extend([False] * n if relax else self.integer)
+        priced = np.flatnonzero(self.cost)
+        proto.objective.linear_coefficients.ids.extend(priced.tolist())
+        proto.objective.linear_coefficients.values.extend(np.asarray(self.cost)[priced].tolist())
+        proto.linear_constraints.ids.extend(range(m))
+        proto.linear_constraints.lower_bounds.extend(self._row_lower)
+        proto.linear_constraints.upper_bounds.extend(self._row_upper)
+        # MathOpt wants the matrix sorted by row, then column.
+        rows, columns = np.asarray(self._row, dtype=np.int64), np.asarray(self._column, dtype=np.int64)
+        order = np.lexsort((columns, rows))
+        proto.linear_constraint_matrix.row_ids.extend(rows[order].tolist())
+        proto.linear_constraint_matrix.column_ids.extend(columns[order].tolist())
+        proto.linear_constraint_matrix.coefficients.extend(np.asarray(self._coefficient, dtype=float)[order].tolist())
+        return proto

@@ -1,0 +1,80 @@
+"""From a choice of what is kept at each stage's start to a sequence of steps, and its polish.
+
+Two orders are emitted and the simulator picks: just in time, where every recomputation runs right
+before the first step that needs it and what nobody needs never runs; and the template's, which is
+what the program's memory rows describe.
+"""
+
+from __future__ import annotations
+
+from solvers.problem import Problem
+from solvers.staged_program import Choice
+from solvers.staged_stages import Stages
+
+__all__ = ["in_template_order", "just_in_time", "trim"]
+
+
+def just_in_time(stages: Stages, choice: Choice) -> list[int]:
+    """Steps of the whole schedule (op positions); what ``choice`` carries but nobody makes is left out."""
+    facts = stages.facts
+    problem, turn = facts.problem, facts.turn
+    steps = list(range(turn))
+    resident = {v for v in facts.decided}
+    ends = (*stages.first[1:], len(problem))
+    for g, (start, end) in enumerate(zip(stages.first, ends, strict=True)):
+        resident &= choice.kept[g]
+        for t in range(start, end):
+            _run_needed(stages, t, resident, steps)
+            steps.append(t)
+    return steps
+
+
+def in_template_order(stages: Stages, choice: Choice) -> list[int]:
+    """Steps with each stage's recomputations at their template slots, carried ones included."""
+    facts = stages.facts
+    turn = facts.turn
+    steps = list(range(turn))
+    resident = {v for v in facts.decided}
+    for g, row in enumerate(stages.template):
+        resident &= choice.kept[g]
+        for i in row:
+            if i >= turn or i in choice.again[g]:
+                _run_needed(stages, i, resident, steps)
+                steps.append(i)
+                if i < turn:
+                    resident.update(facts.problem.ops[i].outputs)
+    return steps
+
+
+def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) -> None:
+    """Append the recomputations op ``t`` needs; ``resident`` grows by what they make."""
+    problem, decided = stages.facts.problem, stages.facts.is_decided
+    stack = [(t, iter(problem.counted_inputs[t]))]
+    while stack:
+        i, pending = stack[-1]
+        for v in pending:
+            if decided[v] and v not in resident:
+                p = problem.values[v].producer
+                stack.append((p, iter(problem.counted_inputs[p])))
+                break
+        else:
+            stack.pop()
+            if i != t:
+                steps.append(i)
+                resident.update(problem.ops[i].outputs)
+
+
+def trim(problem: Problem, steps: list[int]) -> list[int]:
+    """Leave out recomputations none of whose outputs is read before it is made again."""
+    ran: set[int] = set()
+    first = [not (i in ran or ran.add(i)) for i in steps]  # type: ignore[func-returns-value]
+    wanted: set[int] = set()
+    kept: list[int] = []
+    for i, required in zip(reversed(steps), reversed(first), strict=True):
+        outputs = problem.ops[i].outputs
+        if required or any(v in wanted for v in outputs):
+            kept.append(i)
+            wanted.difference_update(outputs)
+            wanted.update(problem.counted_inputs[i])
+    kept.reverse()
+    return kept
