@@ -1,0 +1,469 @@
+"""From a live model and one batch to the joint graph of its training step.
+
+The step is traced as the training loop would run it: parameters and buffers by name, forward,
+backward to every trainable leaf, under fake tensors, so no activation memory exists at any time.
+The tracer is AOTAutograd's (Ansel et al., "PyTorch 2", ASPLOS 2024) with no decompositions: layer
+norms, attention, dropout and batch norm stay whole, and every kernel is the one eager would call.
+
+Loss.  Three cases, decided here and carried on as which outputs are *differentiated*:
+
+* the model returns its loss (a scalar output, or a field called ``loss``): that is what is
+  differentiated; the gradient of any other output is undefined, as in ``out.loss.backward()``;
+* ``loss_fn`` is given: it is traced by itself from the model's outputs, and the outputs it reads
+  are differentiated;
+* neither: every output that requires grad is, and output gradients are given from outside.
+
+Known limits: one graph, so control flow that reads tensor values cannot be captured; sizes are
+fixed at those given; hooks that act on the side are not part of a graph and are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+
+from planner import _compat
+from planner._compat import FakeTensor, FakeTensorMode, descriptors, pytree
+from planner.errors import PlannerError, TraceError
+
+__all__ = ["Inputs", "JointGraph", "Leaf", "OutputTemplate", "Traced", "capture"]
+
+log = logging.getLogger(__name__)
+
+LossFn = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of ``model.forward`` as flat leaves, with the way back."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: object) -> Inputs:
+        """A tuple is positional, a mapping is by keyword, a tensor is the one positional argument.
+
+        ``None`` takes ``model.dummy_inputs`` or ``model.example_input_array``.
+        """
+        if inputs is None:
+            for attribute in ("dummy_inputs", "example_input_array"):
+                inputs = getattr(model, attribute, None)
+                if inputs is not None:
+                    log.debug("inputs taken from %s.%s", type(model).__name__, attribute)
+                    break
+            else:
+                raise TypeError(
+                    f"plan() needs inputs for {type(model).__name__}: pass inputs=(x, ...) or "
+                    "inputs={'name': x, ...}, one batch of the size to plan for"
+                )
+        if isinstance(inputs, torch.Tensor):
+            return cls((inputs,), {})
+        if isinstance(inputs, Mapping):
+            return cls((), {str(k): v for k, v in inputs.items()})
+        if isinstance(inputs, (tuple, list)):
+            return cls(tuple(inputs), {})
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}; pass a tuple of positional arguments or a dict of "
+            "keyword arguments for model.forward"
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """``TypeError`` unless ``model.forward`` takes these arguments."""
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(*self.args, **self.kwargs)
+        except TypeError as e:
+            raise TypeError(
+                f"inputs do not fit {type(model).__name__}.forward: {e}. It takes "
+                f"({', '.join(signature.parameters)})"
+            ) from None
+
+    def flatten(self) -> tuple[list[Any], Any]:
+        """Leaves and the pytree spec of ``(args, kwargs)``."""
+        return pytree.tree_flatten((self.args, self.kwargs))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensor leaves, in order."""
+        return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of the model's output: whether autograd tracks it, whether the step differentiates it."""
+
+    name: str
+    requires_grad: bool
+    differentiated: bool
+
+
+@dataclass(frozen=True)
+class OutputTemplate:
+    """The model's output type with its tensors taken out.
+
+    ``constants[k]`` is the k-th leaf where it is not a tensor, ``None`` where ``is_tensor[k]``.
+    """
+
+    spec: Any
+    is_tensor: tuple[bool, ...]
+    constants: tuple[Any, ...]
+    leaves: tuple[Leaf, ...]
+
+    def rebuild(self, tensors: list[torch.Tensor]) -> Any:
+        """The output object around ``tensors``."""
+        it = iter(tensors)
+        flat = [next(it) if t else c for t, c in zip(self.is_tensor, self.constants, strict=True)]
+        return pytree.tree_unflatten(flat, self.spec)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A joint graph whose placeholders and outputs have been told apart.
+
+    ``parameters``, ``buffers``   placeholder by name; a tied parameter stands under its first name.
+    ``inputs``                    placeholder by position among the tensor leaves of the inputs.
+    ``tangents``                  placeholder by index among the graph's outputs.
+    ``outputs``                   node by index of the output.
+    ``mutations``                 name of a buffer -> node that holds its new value.
+    ``gradients``                 name of a parameter -> node of its gradient.
+    ``input_gradients``           position of an input -> node of its gradient.
+    """
+
+    module: fx.GraphModule
+    parameters: dict[str, fx.Node]
+    buffers: dict[str, fx.Node]
+    inputs: dict[int, fx.Node]
+    tangents: dict[int, fx.Node]
+    outputs: dict[int, fx.Node]
+    mutations: dict[str, fx.Node]
+    gradients: dict[str, fx.Node]
+    input_gradients: dict[int, fx.Node]
+
+    def __repr__(self) -> str:
+        return (
+            f"Traced({len(self.module.graph.nodes)} nodes, {len(self.parameters)} parameters, "
+            f"{len(self.buffers)} buffers, {len(self.gradients)} gradients, {len(self.mutations)} mutations)"
+        )
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """The captured training step.
+
+    ``step``       the model's forward and backward.
+    ``loss``       forward and backward of ``loss_fn`` on the outputs, or ``None``.
+    ``template``   how to rebuild the model's output.
+    ``in_spec``    pytree spec of ``(args, kwargs)``.
+    ``sees_loss``  the first differentiated output is a scalar loss of the model itself.
+    """
+
+    step: Traced
+    loss: Traced | None
+    template: OutputTemplate
+    in_spec: Any
+    inputs: Inputs
+    sees_loss: bool
+    module_types: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"JointGraph(step={self.step!r}, loss={self.loss!r}, outputs={len(self.template.leaves)})"
+
+
+def capture(model: nn.Module, inputs: object = None, loss_fn: LossFn | None = None) -> JointGraph:
+    """Trace one training step of ``model`` at ``inputs``.
+
+    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
+    state.  Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do
+    not fit ``model.forward``, ``PlannerError`` where there is nothing to train.
+    """
+    given = Inputs.of(model, inputs)
+    _refuse(model)
+    given.check(model)
+    flat, in_spec = given.flatten()
+    mode = _fake_mode_of(model, flat)
+    fake = [_fake(mode, x) if isinstance(x, torch.Tensor) else x for x in flat]
+
+    found: list[None] = []
+    with _compat.checkpoint_calls(lambda: found.append(None)), _explained(model, found):
+        loss, used = None, None
+        if loss_fn is not None:
+            loss, used = _trace_loss(model, mode, fake, in_spec, loss_fn)
+        step = _Step(model, fake, in_spec, used)
+        with _module_paths(model):
+            module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
+    if found:
+        raise TraceError(_CHECKPOINTED.format(type(model).__name__, "its forward calls torch.utils.checkpoint"))
+    template = step.template
+    assert template is not None
+    traced = _sort_out(module, step.names)
+    if not traced.gradients and not traced.input_gradients:
+        raise PlannerError(
+            f"no gradient reaches any parameter of {type(model).__name__} from its outputs "
+            f"({', '.join(x.name for x in template.leaves) or 'none'}); pass loss_fn, or labels if the model "
+            "computes its own loss"
+        )
+    sees_loss = loss_fn is None and any(
+        x.differentiated and traced.outputs[i].meta["val"].numel() == 1 for i, x in enumerate(template.leaves)
+    )
+    types = {name: type(m).__name__ for name, m in model.named_modules()}
+    return JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
+
+
+class _Step(nn.Module):
+    """The model as a function of flat tensors, each parameter once.
+
+    Tied parameters would otherwise be two leaves whose gradients somebody has to add again; here
+    autograd adds them inside the graph, in the order eager does.
+    """
+
+    def __init__(self, model: nn.Module, fake: list[Any], spec: Any, used: frozenset[int] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.fake, self.spec, self.used = fake, spec, used
+        self.names: dict[str, str] = {}
+        self.template: OutputTemplate | None = None
+        for name, parameter in model.named_parameters():
+            self.register_parameter(self._mangle(name), parameter)
+        for name, buffer in model.named_buffers():
+            self.register_buffer(self._mangle(name), buffer)
+        self.training = model.training  # not train(): that would reset the flags below
+
+    def _mangle(self, name: str) -> str:
+        mangled = name.replace(".", "|")
+        self.names[mangled] = name
+        return mangled
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter([(n, p) for n, p in self._parameters.items() if p is not None])
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter([(n, b) for n, b in self._buffers.items() if b is not None])
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
+        it = iter(tensors)
+        flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
+        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        output = torch.func.functional_call(self.model, state, args, kwargs)
+        self.template, leaves = _template_of(type(self.model).__name__, output, self.used)
+        kept = zip(leaves, self.template.leaves, strict=True)
+        return tuple(t if leaf.differentiated else t.detach() for t, leaf in kept)
+
+
+def _template_of(
+    model_name: str, output: Any, used: frozenset[int] | None
+) -> tuple[OutputTemplate, list[torch.Tensor]]:
+    paths, spec = pytree.tree_flatten_with_path(output)
+    names = ["output" + pytree.keystr(path) for path, _ in paths]
+    flat = [leaf for _, leaf in paths]
+    for name, leaf in zip(names, flat, strict=True):
+        if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
+            raise TraceError(
+                f"{model_name} returns a {type(leaf).__name__} at {name}, which a graph cannot carry; "
+                "return tensors in tuples, lists, dicts or dataclasses registered with pytree "
+                "(for Hugging Face models pass use_cache=False)"
+            )
+    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
+    tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+    labels = [name for name, t in zip(names, is_tensor, strict=True) if t]
+    tracked = [t.requires_grad for t in tensors]
+    if used is not None:
+        chosen = [i in used for i in range(len(tensors))]
+    else:
+        scalar = [g and t.numel() == 1 for g, t in zip(tracked, tensors, strict=True)]
+        named = [s and label.rstrip("']").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
+        is_loss = named if any(named) else scalar if sum(scalar) == 1 else [False] * len(tensors)
+        chosen = is_loss if any(is_loss) else tracked
+    leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))
+    constants = tuple(None if t else leaf for t, leaf in zip(is_tensor, flat, strict=True))
+    return OutputTemplate(spec, tuple(is_tensor), constants, leaves), tensors
+
+
+def _trace_loss(
+    model: nn.Module, mode: FakeTensorMode, fake: list[Any], spec: Any, loss_fn: LossFn
+) -> tuple[Traced, frozenset[int]]:
+    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads."""
+    state = {n: _fake(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    args, kwargs = pytree.tree_unflatten(fake, spec)
+    with mode:
+        output = torch.func.functional_call(model, state, args, kwargs)
+    template, tensors = _template_of(type(model).__name__, output, None)
+    inner = _Loss(template, loss_fn)
+    leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+    traced = _sort_out(_compat.export_joint(inner, leaves, {}), {})
+    used = frozenset(traced.input_gradients)
+    if not used:
+        raise PlannerError("loss_fn's result does not depend on any output of the model that requires grad")
+    return traced, used
+
+
+class _Loss(nn.Module):
+    def __init__(self, template: OutputTemplate, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.template, self.loss_fn = template, loss_fn
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        loss = self.loss_fn(self.template.rebuild(list(tensors)))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise PlannerError(f"loss_fn must return a scalar tensor, it returned {got}")
+        return (loss,)
+
+
+def _sort_out(module: fx.GraphModule, names: dict[str, str]) -> Traced:
+    """Read the descriptors the tracer left on placeholders and outputs."""
+    d = descriptors
+    out = Traced(module, {}, {}, {}, {}, {}, {}, {}, {})
+    for node in module.graph.find_nodes(op="placeholder"):
+        desc = node.meta["desc"]
+        if isinstance(desc, d.ParamAOTInput):
+            out.parameters[names[desc.target]] = node
+        elif isinstance(desc, d.BufferAOTInput):
+            out.buffers[names[desc.target]] = node
+        elif isinstance(desc, d.PlainAOTInput):
+            out.inputs[desc.idx] = node
+        elif isinstance(desc, d.TangentAOTInput) and isinstance(desc.output, d.PlainAOTOutput):
+            out.tangents[desc.output.idx] = node
+        else:
+            raise TraceError(f"the capture made an input this version does not know: {desc}")
+    (output,) = module.graph.find_nodes(op="output")
+    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+        if node is None:
+            continue
+        if isinstance(desc, d.PlainAOTOutput):
+            out.outputs[desc.idx] = node
+        elif isinstance(desc, d.InputMutationAOTOutput) and isinstance(desc.mutated_input, d.BufferAOTInput):
+            out.mutations[names[desc.mutated_input.target]] = node
+        elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.ParamAOTInput):
+            out.gradients[names[desc.grad_of.target]] = node
+        elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.PlainAOTInput):
+            out.input_gradients[desc.grad_of.idx] = node
+        else:
+            raise TraceError(
+                f"the step changes or returns something a plan cannot carry ({desc}); "
+                "inputs and parameters must not be modified in place by the forward"
+            )
+    return out
+
+
+_CHECKPOINTED = (
+    "{} already checkpoints itself: {}. Switch it off first (Hugging Face: model.gradient_checkpointing_disable()); "
+    "the plan decides what to recompute"
+)
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raise for models whose graph would not be their training step."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise PlannerError(
+            f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
+            f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            raise TraceError(_CHECKPOINTED.format(type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"))
+    hooked = hooks_on_submodules(model)
+    if hooked:
+        raise PlannerError(
+            f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
+            f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
+            "Remove them, or register them on the model itself"
+        )
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if any(device.type == "meta" for device in devices):
+        raise TraceError(
+            f"{type(model).__name__} lives on the meta device, which drops the backward; build it under "
+            "torch's FakeTensorMode or on a real device"
+        )
+    if len(devices) > 1:
+        raise TraceError(f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device")
+
+
+def hooks_on_submodules(model: nn.Module) -> list[str]:
+    """Names of submodules that carry forward or backward hooks; the model itself may carry them."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [name for name, m in model.named_modules() if name and any(m.__dict__.get(kind) for kind in kinds)]
+
+
+def _fake_mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:
+    for tensor in (*model.parameters(), *model.buffers(), *flat):
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Leave the path of the running module in each node's ``meta["custom"]["module"]``."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    open_contexts: list[contextlib.AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in paths:
+            context = fx_traceback.annotate({"module": paths[id(module)]})
+            context.__enter__()
+            open_contexts.append(context)
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in paths and open_contexts:
+            open_contexts.pop().__exit__(None, None, None)
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
+    """Turn whatever the tracer raises into a ``TraceError`` that names the model's own source line."""
+    try:
+        yield
+    except PlannerError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, KeyError, AttributeError, IndexError) as e:
+        name = type(model).__name__
+        if checkpointed:
+            why = "its forward calls torch.utils.checkpoint"
+            raise TraceError(_CHECKPOINTED.format(name, why)) from e
+        place = _place_in_source(e)
+        if _compat.is_data_dependent(e):
+            raise TraceError(
+                f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the step is "
+                "being traced (an if, a loop bound, .item(), a mask used as an index). Compute it outside "
+                "forward and pass it in, or write it with torch.where"
+            ) from e
+        raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
+
+
+def _place_in_source(error: BaseException) -> str:
+    """The innermost frame that is neither torch's nor ours, as ``file:line (code)``."""
+    ours = __name__.split(".")[0]
+    inner = "its forward"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "").split(".")[0]
+        if package not in ("torch", ours, "contextlib"):
+            code = frame.f_code
+            source = (linecache.getline(code.co_filename, line)).strip()
+            inner = f"{code.co_filename}:{line} ({source})" if source else f"{code.co_filename}:{line}"
+    return inner

@@ -1,0 +1,52 @@
+"""What can go wrong, as types.  Every message names the thing, the numbers and the next step."""
+
+from __future__ import annotations
+
+__all__ = [
+    "InfeasibleBudgetError",
+    "InvalidPlanFileError",
+    "PlannerError",
+    "StalePlanError",
+    "TraceError",
+]
+
+
+class PlannerError(RuntimeError):
+    """Base of every error this package raises on purpose, argument errors aside."""
+
+
+class TraceError(PlannerError):
+    """The training step could not be captured as one graph; names the place in the model's source."""
+
+
+class StalePlanError(PlannerError):
+    """The model or the inputs differ from those the plan was made for."""
+
+
+class InvalidPlanFileError(PlannerError):
+    """The file is not a plan this version can read."""
+
+
+class InfeasibleBudgetError(PlannerError):
+    """No plan fits the budget.
+
+    ``budget_bytes``   what was asked for.
+    ``minimum_bytes``  the least peak for which a plan was found.
+    ``floor_bytes``    the proved least peak of any plan; a budget between the two is undecided.
+    ``breakdown``      bytes by kind at the minimum plan's peak.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int,
+        minimum_bytes: int,
+        floor_bytes: int,
+        breakdown: dict[str, int],
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+        self.floor_bytes = floor_bytes
+        self.breakdown = breakdown
