@@ -1,7 +1,7 @@
 """A schedule: which op runs at each step.  Frees follow from it and are never stored.
 
 A value is computed anew each time its op runs.  Each copy dies after the last step that reads it
-before the next copy is made; a final value's last copy never dies.  That rule is optimal for
+before the next copy is made; a final value never dies once computed.  That rule is optimal for
 memory, so a schedule needs nothing but the sequence of ops.
 """
 

@@ -2,7 +2,9 @@
 
 Memory while an op runs is: ``resident_bytes`` + every value alive before the step + the op's
 outputs + its workspace.  When an op runs again, the copy it replaces has died after its own last
-use, so two copies of one value are never alive together.
+use, so two copies of one value are never alive together.  A final value is the exception: it stays
+once computed, so an op that runs again for the sake of another output makes a second copy of it,
+which is resident for that step only.
 
 Every solver's answer passes through here before anyone sees it, and the planner's predicted peak
 is this function's.  Work is linear in the steps and their inputs.
@@ -65,7 +67,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     """The timeline of ``schedule``; ``InvalidScheduleError`` if it breaks a rule.
 
     Rules: every op runs at least once; an op that is not recomputable runs exactly once; an op's
-    inputs have been computed before it; final values are alive at the end by construction.
+    inputs have been computed before it; final values never die once computed.
     """
     return simulate_steps(problem, schedule.steps(problem))
 
@@ -73,12 +75,14 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
 def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
     """``simulate`` for op positions instead of names."""
     ops, values, reads = problem.ops, problem.values, problem.counted_inputs
-    times = np.bincount(np.asarray(steps, dtype=np.int64), minlength=len(ops)) if steps else np.zeros(len(ops), int)
-    for i, n in enumerate(times):
+    times = np.bincount(np.asarray(steps, dtype=np.int64), minlength=len(ops))
+    for i, n in enumerate(times.tolist()):
         if n == 0:
             raise InvalidScheduleError(f"{problem.name}: op {ops[i].name!r} never runs")
         if n > 1 and not ops[i].recomputable:
-            raise InvalidScheduleError(f"{problem.name}: op {ops[i].name!r} runs {n} times but may run only once")
+            raise InvalidScheduleError(
+                f"{problem.name}: op {ops[i].name!r} runs {n} times but may run only once"
+            )
 
     # last_touch[v]: the latest step that made or read v's current copy.
     last_touch = [-1] * len(values)
@@ -87,11 +91,12 @@ def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
         for v in reads[i]:
             if last_touch[v] < 0:
                 raise InvalidScheduleError(
-                    f"{problem.name}: step {t} runs {ops[i].name!r} before its input {values[v].name!r} is made"
+                    f"{problem.name}: step {t} runs {ops[i].name!r} before its input "
+                    f"{values[v].name!r} is made"
                 )
             last_touch[v] = t
         for v in ops[i].outputs:
-            if last_touch[v] >= 0:
+            if last_touch[v] >= 0 and not values[v].final:
                 frees[last_touch[v]].append(v)
             last_touch[v] = t
     for v, t in enumerate(last_touch):
@@ -106,9 +111,13 @@ def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
     ran = bytearray(len(ops))
     for t, i in enumerate(steps):
         op = ops[i]
+        second_copies = 0
         for v in op.outputs:
-            now += size[v]
-        live[t] = now + op.workspace_bytes
+            if ran[i] and values[v].final:
+                second_copies += size[v]
+            else:
+                now += size[v]
+        live[t] = now + second_copies + op.workspace_bytes
         for v in frees[t]:
             now -= size[v]
         kept[t] = now
@@ -119,5 +128,11 @@ def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
             ran[i] = 1
             seconds += op.seconds
     return Timeline(
-        np.asarray(steps, dtype=np.int64), live, kept, tuple(map(tuple, frees)), seconds, again, problem.resident_bytes
+        np.asarray(steps, dtype=np.int64),
+        live,
+        kept,
+        tuple(map(tuple, frees)),
+        seconds,
+        again,
+        problem.resident_bytes,
     )

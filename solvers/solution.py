@@ -40,8 +40,8 @@ class InfeasibleError(ValueError):
 
     def __init__(self, budget_bytes: int, floor_bytes: int, op_name: str) -> None:
         super().__init__(
-            f"no schedule fits {budget_bytes} bytes: running op {op_name!r} needs at least {floor_bytes} bytes "
-            f"({floor_bytes - budget_bytes} more), whatever is recomputed"
+            f"no schedule fits {budget_bytes} bytes: whatever is recomputed, running op {op_name!r} needs "
+            f"at least {floor_bytes} bytes ({floor_bytes - budget_bytes} more)"
         )
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
@@ -79,7 +79,9 @@ class Solution:
         if self.status not in get_args(Status):
             raise ValueError(f"status is {self.status!r}, want one of {', '.join(get_args(Status))}")
         if (self.peak_bytes > self.budget_bytes) != (self.status == "unsettled"):
-            raise ValueError(f"status {self.status!r} with a peak of {self.peak_bytes} of {self.budget_bytes} bytes")
+            raise ValueError(
+                f"status {self.status!r} with a peak of {self.peak_bytes} of {self.budget_bytes} bytes"
+            )
 
     @property
     def gap_seconds(self) -> float:
@@ -93,9 +95,9 @@ class Solution:
 
     def __repr__(self) -> str:
         return (
-            f"Solution({self.status} by {self.solver}: {self.seconds:.6g} s of which {self.recompute_seconds:.6g} s "
-            f"recomputation, bound {self.bound_seconds:.6g} s, peak {self.peak_bytes} of {self.budget_bytes} bytes, "
-            f"found in {self.solve_seconds:.2f} s)"
+            f"Solution({self.status} by {self.solver}: {self.seconds:.6g} s of which "
+            f"{self.recompute_seconds:.6g} s recomputation, bound {self.bound_seconds:.6g} s, "
+            f"peak {self.peak_bytes} of {self.budget_bytes} bytes, found in {self.solve_seconds:.2f} s)"
         )
 
 
@@ -122,7 +124,8 @@ def solution_of(
     if fits and bound > timeline.seconds:
         if bound > timeline.seconds * (1 + BOUND_RTOL):
             raise RuntimeError(
-                f"{problem.name}: {solver} proved a bound of {bound!r} s, but its schedule takes {timeline.seconds!r} s"
+                f"{problem.name}: {solver} claims a bound of {bound!r} s, "
+                f"but its schedule takes {timeline.seconds!r} s"
             )
         bound = timeline.seconds
     status: Status = "unsettled"

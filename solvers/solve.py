@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 
 from solvers.problem import Problem
 from solvers.schedule import Schedule
@@ -159,16 +159,16 @@ def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:
 
 def checked_budget(budget_bytes: object) -> int:
     """``budget_bytes`` as an int; ``TypeError`` or ``ValueError`` if it makes no sense."""
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (Integral, Real)):
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real):
         raise TypeError(f"budget_bytes is {budget_bytes!r}, want a number of bytes")
     if not math.isfinite(budget_bytes) or budget_bytes <= 0:
         raise ValueError(f"budget_bytes is {budget_bytes!r}, want a finite number above 0")
-    return int(budget_bytes)
+    return int(math.floor(budget_bytes))
 
 
 def checked_time_limit(time_limit_s: object) -> float:
     """``time_limit_s`` as a float; ``TypeError`` or ``ValueError`` if it makes no sense."""
-    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, (Integral, Real)):
+    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, Real):
         raise TypeError(f"time_limit_s is {time_limit_s!r}, want a number of seconds")
     if math.isnan(time_limit_s) or time_limit_s <= 0:
         raise ValueError(f"time_limit_s is {time_limit_s!r}, want a number above 0")
