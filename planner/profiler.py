@@ -1,0 +1,205 @@
+"""What an op takes when it runs: seconds and scratch bytes, measured on the device at hand.
+
+One signature (target, shapes, strides, types, other arguments) is measured once per process: on
+operands made from its fake inputs, warm, the median of many calls.  Only one op's operands exist at a
+time, and random states are left as they were.
+
+Right about what a roofline misjudges by several times: attention on a CPU, small convolutions,
+reductions.  Known weaknesses: repeating one op finds its operands warmer in cache than a step would;
+indices are uniform, kinder to scatters than skewed ones; scratch is seen only by an allocator that
+counts (CUDA's), and is 0 elsewhere; CUDA's peak statistics are reset.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from planner._compat import pytree, size_hint
+from planner.roofline import DEVICES, Device, packet_of, value_of
+
+__all__ = ["Measured", "device_for", "measure", "signature_of", "undisturbed"]
+
+aten = torch.ops.aten
+
+_REPEATS_S = 0.02  # spent repeating one op
+_MAX_REPEATS = 20
+_MAX_BATCH = 100  # calls between two CUDA events
+_TILE = 2**16  # random numbers drawn for an operand; a larger one repeats them, at the speed of a copy
+
+
+class Measured(NamedTuple):
+    """One execution: seconds, and bytes of scratch beyond inputs and outputs (0 if nothing shows them)."""
+
+    seconds: float
+    workspace_bytes: int
+
+
+# --- Timing -----------------------------------------------------------------------------------
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> Measured:
+    if device.type == "cuda":
+        return _timed_on_cuda(call, device)
+    call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 2 or (len(times) < _MAX_REPEATS and time.perf_counter() - began < _REPEATS_S):
+        start = time.perf_counter()
+        out = call()
+        times.append(time.perf_counter() - start)
+        del out  # one set of outputs at a time
+    return Measured(statistics.median(times), 0)
+
+
+def _timed_on_cuda(call: Callable[[], Any], device: torch.device) -> Measured:
+    """Batches of calls between two events, so that the queue is full, as it is in a step."""
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    out = call()
+    torch.cuda.synchronize(device)
+    workspace_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    del out
+
+    def per_call_s(calls: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return max(start.elapsed_time(end) / 1e3 / calls, 1e-7)  # 1e-7: below the events' resolution
+
+    one_s = per_call_s(1)
+    calls = max(1, min(_MAX_BATCH, int(_REPEATS_S / _MAX_REPEATS / one_s)))
+    batches = max(2, min(_MAX_REPEATS, int(_REPEATS_S / (calls * one_s))))
+    return Measured(statistics.median(per_call_s(calls) for _ in range(batches)), workspace_bytes)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, and afterwards the global random states of before."""
+    cuda = device.type == "cuda"
+    index = (torch.cuda.current_device() if device.index is None else device.index) if cuda else -1
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[index] if cuda else []))
+        stack.enter_context(torch.cuda.device(index))
+        yield
+
+
+# --- Operands ---------------------------------------------------------------------------------
+
+
+def _index_bound(node: fx.Node) -> int:
+    """Integers below this are valid in every integer operand; 1, so zeros, if nothing is known."""
+    packet, args = packet_of(node), node.args
+    if packet is aten.embedding_dense_backward:
+        return size_hint(args[2])  # type: ignore[arg-type]
+    if packet is aten.embedding:
+        return size_hint(value_of(args[0]).shape[0])  # type: ignore[arg-type]
+    if packet in (aten.nll_loss_forward, aten.nll_loss_backward):
+        log_probabilities = args[0] if packet is aten.nll_loss_forward else args[1]
+        return size_hint(value_of(log_probabilities).shape[-1])  # type: ignore[arg-type]
+    return 1
+
+
+def _materialize(fake: torch.Tensor, bound: int, generator: torch.Generator) -> torch.Tensor:
+    """A real tensor of the same sizes, strides, type and device.
+
+    Normal numbers, random bits, or integers uniform below ``bound``: zeros would run faster than data.
+    """
+    sizes, strides = [*map(size_hint, fake.shape)], [*map(size_hint, fake.stride())]
+    extent = 0 if 0 in sizes else 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    drawn = min(extent, _TILE)
+    if fake.dtype.is_floating_point or fake.dtype.is_complex:
+        tile = torch.randn(drawn, generator=generator, device=fake.device)
+    else:
+        below = 2 if fake.dtype == torch.bool else bound
+        tile = torch.randint(below, (drawn,), generator=generator, device=fake.device)
+    tile = tile.to(fake.dtype)
+    if extent > drawn:
+        tile = tile.repeat(-(-extent // drawn))
+    return tile.as_strided(sizes, strides)
+
+
+def measure(node: fx.Node, device: torch.device) -> Measured:
+    """One execution of ``node`` on operands of its own, inside :func:`undisturbed`.
+
+    Raises what the op raises on such operands.
+    """
+    bound = _index_bound(node)
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def real(leaf: Any) -> Any:
+        if isinstance(leaf, torch.SymInt):
+            return size_hint(leaf)
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.device not in generators:
+            generators[leaf.device] = torch.Generator(leaf.device).manual_seed(0)
+        return _materialize(leaf, bound, generators[leaf.device])
+
+    operands = {source: pytree.tree_map(real, value_of(source)) for source in node.all_input_nodes}
+    args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
+    target: Any = node.target
+    return _timed(lambda: target(*args, **kwargs), device)
+
+
+def signature_of(node: fx.Node, device: torch.device) -> str:
+    """Equal for nodes that cost the same on ``device`` under torch's present settings."""
+
+    def describe(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            sizes, strides = [*map(size_hint, leaf.shape)], [*map(size_hint, leaf.stride())]
+            return f"{leaf.dtype}{sizes}{strides}@{leaf.device}"
+        return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+    arguments = map_arg((node.args, node.kwargs), lambda source: pytree.tree_map(describe, value_of(source)))
+    target: Any = node.target
+    name = f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__qualname__") else str(target)
+    setting = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    return f"{name}{arguments} on {device} {setting}"
+
+
+# --- Rates ------------------------------------------------------------------------------------
+
+
+def device_for(device: torch.device, *, may_measure: bool = True) -> Device:
+    """The rates of ``device``: a GPU's from ``DEVICES`` if it is there, else measured once per process.
+
+    With ``may_measure=False`` what is not in the table is taken for its "cpu", or its "A100".
+    """
+    if device.type == "cuda":
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        for name, known in DEVICES.items():
+            if set(name.split()) <= set(words) and "Laptop" not in words:
+                return known
+    if may_measure:
+        return _measured_rates(device, torch.get_num_threads())
+    return DEVICES["cpu" if device.type == "cpu" else "A100"]
+
+
+@functools.cache
+def _measured_rates(device: torch.device, threads: int) -> Device:
+    """The rates seen in a matrix product, a copy and a tiny sum; ``threads`` is there for the cache."""
+    side, elements = (8192, 2**27) if device.type == "cuda" else (1024, 2**23)
+    with undisturbed(device):
+        square = torch.ones(side, side, device=device)
+        flops_per_s = 2 * side**3 / _timed(lambda: square @ square, device).seconds
+        long = torch.ones(elements, device=device)
+        bandwidth = 8 * elements / _timed(long.clone, device).seconds  # 4 bytes read, 4 written
+        one = torch.ones(1, device=device)
+        launch_s = _timed(lambda: one + one, device).seconds
+    name = f"{device.type}, {threads} threads" if device.type == "cpu" else str(device)
+    return Device(name, flops_per_s / 2, flops_per_s, flops_per_s, flops_per_s, bandwidth, launch_s)
