@@ -5,8 +5,9 @@ on CUDA by the caching allocator; FLOPs are counted while the step runs; two ste
 for bit.  A plan's promises are judged by these, and by nothing it computed itself.
 
 All of them run the same step.  The loss is ``loss_fn(outputs)``, or the model's own
-(:func:`loss_of`); without one every differentiable output gets a gradient of ones.  Gradients must be
-None at the start; afterwards gradients, buffers and random state are as they were.
+(:func:`loss_of`, as capture has it); without one every differentiable output gets a gradient of
+ones.  Gradients must be None at the start; afterwards they are None again, and buffers and random
+state are as they were.
 
 Known limits: Python's and numpy's random states are not put back; FLOPs of elementwise work are not
 counted.
@@ -46,7 +47,7 @@ __all__ = [
     "tensors_in",
 ]
 
-Inputs = tuple[Any, ...] | Mapping[str, Any] | None
+Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
 LossFn = Callable[[Any], Tensor]
 
 aten = torch.ops.aten
@@ -63,8 +64,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
     """The scalar a step differentiates, or ``None`` when it differentiates the outputs themselves.
 
-    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself
-    if it is a 0-dimensional tensor.  Raises TypeError if ``loss_fn`` gives no one-element tensor.
+    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself,
+    or the only one of several, that has one element and requires grad.  Raises TypeError if
+    ``loss_fn`` gives no one-element tensor.
     """
     if loss_fn is not None:
         loss = loss_fn(outputs)
@@ -72,10 +74,11 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
         return loss
-    if isinstance(outputs, Tensor):
-        return outputs if outputs.ndim == 0 else None
     found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return found if isinstance(found, Tensor) else None
+    if isinstance(found, Tensor):
+        return found
+    scalars = [t for t in tensors_in(outputs) if t.requires_grad and t.numel() == 1]
+    return scalars[0] if len(scalars) == 1 else None
 
 
 def _call(target: Callable[..., Any], inputs: Inputs) -> Any:
@@ -85,7 +88,11 @@ def _call(target: Callable[..., Any], inputs: Inputs) -> Any:
         return target(**inputs)
     if isinstance(inputs, tuple):
         return target(*inputs)
-    raise TypeError(f"inputs must be a tuple or a dict of arguments, got {type(inputs).__name__}")
+    if isinstance(inputs, Tensor):
+        return target(inputs)
+    raise TypeError(
+        f"inputs must be a tuple or a dict of arguments, or a tensor, got {type(inputs).__name__}"
+    )
 
 
 class _Forward(NamedTuple):
@@ -175,23 +182,28 @@ def step_peak(
     tangents: Iterable[Tensor] | None = None,
     device: torch.device | str | None = None,
     include_resident: bool = True,
+    hold_outputs: bool = True,
 ) -> int:
     """Peak bytes of one training step, forward and backward, on one device.
 
     A module: parameters, buffers and inputs count as resident; the loss is found by :func:`loss_of`;
     without one, every differentiable output is given a gradient of ones (or ``tangents``), made
-    beforehand and resident too.  Outputs are held to the end of the backward.  Gradients must be
+    beforehand and resident too.  Gradients must be
     None (PlannerError otherwise) and are None afterwards; buffers and random state are put back.
     A plain callable is run as it is, with ``inputs`` resident: it does its own backward.
 
     ``device``            default: where the parameters or inputs are.  On CUDA the answer is the
                           allocator's (:func:`cuda_step_peak`), on the CPU the meter's.
     ``include_resident``  ``False``: bytes above what was resident.
+    ``hold_outputs``      ``False``: the outputs are dropped before the backward, as in
+                          ``model(**batch).loss.backward()``; by default they are held to its end.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
     where = _device_of(module, inputs, device)
     if where.type == "cuda":
-        peak = cuda_step_peak(fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where)
+        peak = cuda_step_peak(
+            fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where, hold_outputs=hold_outputs
+        )
         return peak.allocated_bytes - (0 if include_resident else peak.resident_bytes)
     meter = StorageMeter(where)
     meter.register(*_held(module, inputs))
@@ -203,6 +215,8 @@ def step_peak(
     with _undone(module, inputs):
         with meter:
             passed = _forward(module, inputs, loss_fn)
+        if not hold_outputs:
+            passed = passed._replace(outputs=None)
         given = _tangents_for(passed, tangents)
         before_bytes = meter.live_bytes
         meter.register(*given or ())
@@ -240,6 +254,7 @@ def cuda_step_peak(
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,
     device: torch.device | str | None = None,
+    hold_outputs: bool = True,
 ) -> CudaPeak:
     """Allocated and reserved peak bytes of one step on a CUDA device, by the caching allocator.
 
@@ -262,6 +277,8 @@ def cuda_step_peak(
         del passed
     with _undone(module, inputs), _cuda_window(where) as peak:
         passed = _forward(module, inputs, loss_fn)
+        if not hold_outputs:
+            passed = passed._replace(outputs=None)
         torch.autograd.backward(passed.roots, given)
         return peak()
 

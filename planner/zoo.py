@@ -93,8 +93,10 @@ def _seeded(build: Callable[[], nn.Module], device: Where, dtype: torch.dtype, s
 def gpt2(**config: Any) -> nn.Module:
     """GPT2 with a language-model head; keyword arguments are those of ``GPT2Config``."""
     hf = _hf("transformers")
-    defaults = {"use_cache": False, "bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**{**defaults, **config}))
+    defaults = {"use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**{**defaults, **config}))
+    model.loss_type = "ForCausalLM"  # what it falls back to, with a warning, for this class's name
+    return model
 
 
 def internvl(
