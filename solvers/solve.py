@@ -157,13 +157,13 @@ def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:
         raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
 
 
-def checked_budget(budget_bytes: object) -> int:
+def checked_budget(budget_bytes: float) -> int:
     """``budget_bytes`` as an int; ``TypeError`` or ``ValueError`` if it makes no sense."""
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real):
         raise TypeError(f"budget_bytes is {budget_bytes!r}, want a number of bytes")
     if not math.isfinite(budget_bytes) or budget_bytes <= 0:
         raise ValueError(f"budget_bytes is {budget_bytes!r}, want a finite number above 0")
-    return int(math.floor(budget_bytes))
+    return math.floor(budget_bytes)
 
 
 def checked_time_limit(time_limit_s: object) -> float:

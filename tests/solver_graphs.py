@@ -1,0 +1,129 @@
+"""Random small problems, and the answers found by looking at every schedule.
+
+``best_seconds`` and ``least_peak`` are shortest-path searches over (ops begun, values alive): slow, plain,
+and written from the definition of the memory model, not from the simulator.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator
+
+from hypothesis import strategies as st
+
+from solvers import Op, Problem, Value
+
+# Passes that stand for "any sequence whose first executions keep the order".
+ANY = None
+
+
+def random_problem(rng: random.Random, max_ops: int = 6, *, rich: bool = True) -> Problem:
+    """Up to ``max_ops`` ops; ``rich`` adds workspace, second outputs, pins, finals, sources, other costs."""
+    n = rng.randint(1, max_ops)
+    values: list[Value] = []
+    ops: list[Op] = []
+    if rich and rng.random() < 0.3:
+        values.append(Value("source", rng.randint(0, 9)))
+    for i in range(n):
+        k = rng.randint(0, min(3, len(values)))
+        recent = values[-4:] if rng.random() < 0.6 else values
+        inputs = tuple(sorted(values.index(v) for v in rng.sample(recent, min(k, len(recent)))))
+        outputs = []
+        for j in range(2 if rich and rng.random() < 0.25 else 1):
+            outputs.append(len(values))
+            values.append(Value(f"v{i}.{j}", rng.randint(0, 9), i, rich and rng.random() < 0.12))
+        ops.append(
+            Op(
+                f"op{i}",
+                inputs,
+                tuple(outputs),
+                seconds=rng.randint(0, 8) / 4,
+                workspace_bytes=rng.randint(1, 6) if rich and rng.random() < 0.25 else 0,
+                recompute_seconds=rng.randint(0, 8) / 4 if rich and rng.random() < 0.3 else None,
+                recomputable=not (rich and rng.random() < 0.15),
+            )
+        )
+    turn = rng.randint(0, n) if rng.random() < 0.5 else None
+    return Problem(tuple(ops), tuple(values), turn=turn, resident_bytes=rng.choice([0, 0, 5]), name="random")
+
+
+def problems(max_ops: int = 6, *, rich: bool = True) -> st.SearchStrategy[Problem]:
+    """``random_problem`` as a hypothesis strategy."""
+    return st.randoms(use_true_random=False).map(lambda rng: random_problem(rng, max_ops, rich=rich))
+
+
+State = tuple[int, int, int, frozenset[int]]
+
+
+def _moves(problem: Problem, passes: int | None, state: State) -> Iterator[tuple[State, int, float, int]]:
+    """``(next state, bytes needed, seconds, op or -1)``: run an op, or let one value go.
+
+    A state is (ops begun, last op rerun in this pass, pass, counted values alive that are not final).
+    """
+    begun, last, done, alive = state
+    for v in alive:
+        yield (begun, last, done, alive - {v}), 0, 0.0, -1
+    finals = {v for op in problem.ops[:begun] for v in op.outputs if problem.values[v].final}
+    at_hand = alive | finals | {v for v, value in enumerate(problem.values) if value.producer is None}
+    for i in range(min(begun + 1, len(problem))):
+        op = problem.ops[i]
+        first = i == begun
+        if not at_hand.issuperset(op.inputs) or not (first or op.recomputable):
+            continue
+        place = (begun + 1, -1, 0) if first else (begun, i, done)
+        if passes is not None and not first and i <= last:
+            if done + 1 >= passes:
+                continue
+            place = (begun, i, done + 1)
+        if passes is None:
+            place = (place[0], -1, 0)
+        made = set(op.outputs)
+        size = [value.bytes for value in problem.values]
+        need = problem.resident_bytes + op.workspace_bytes + sum(size[v] for v in alive | finals | made)
+        if not first:
+            need += sum(size[v] for v in made & finals)
+        kept = alive | {v for v in made if not problem.values[v].final}
+        yield (*place, frozenset(kept)), need, op.seconds if first else op.again_s, i
+
+
+def _search(problem: Problem, passes: int | None, budget: int | None) -> tuple[float, list[int]] | None:
+    """Least seconds within ``budget``, or least peak if ``budget`` is ``None``, with a sequence."""
+    start: State = (0, -1, 0, frozenset())
+    best: dict[State, float] = {start: 0.0 if budget is not None else problem.resident_bytes}
+    back: dict[State, tuple[State, int]] = {}
+    heap = [(best[start], 0, start)]
+    ties = 0
+    while heap:
+        cost, _, state = heapq.heappop(heap)
+        if cost > best[state]:
+            continue
+        if state[0] == len(problem):
+            steps = []
+            while state in back:
+                state, i = back[state]
+                if i >= 0:
+                    steps.append(i)
+            return cost, steps[::-1]
+        for after, need, seconds, i in _moves(problem, passes, state):
+            if budget is not None and need > budget:
+                continue
+            total = cost + seconds if budget is not None else max(cost, need)
+            if total < best.get(after, float("inf")):
+                best[after] = total
+                back[after] = (state, i)
+                ties += 1
+                heapq.heappush(heap, (total, ties, after))
+    return None
+
+
+def best_seconds(problem: Problem, budget: int, passes: int | None = ANY) -> tuple[float, list[int]] | None:
+    """Least total seconds within ``budget`` and op positions that take them; ``None`` if nothing fits."""
+    return _search(problem, passes, budget)
+
+
+def least_peak(problem: Problem, passes: int | None = ANY) -> tuple[int, list[int]]:
+    """Least peak in bytes of any schedule of the class, and op positions that reach it."""
+    found = _search(problem, passes, None)
+    assert found is not None
+    return int(found[0]), found[1]
