@@ -21,15 +21,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isnan
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._compat import pytree
-from .errors import PlannerError
 from .meter import StorageMeter
+from .step import (
+    Inputs,
+    LossFn,
+    call,
+    cuda_devices,
+    device_of,
+    forward,
+    held,
+    loss_of,
+    tangents_for,
+    tensors_in,
+    undone,
+)
 
 __all__ = [
     "FLOP_FORMULAS",
@@ -47,128 +58,7 @@ __all__ = [
     "tensors_in",
 ]
 
-Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
-LossFn = Callable[[Any], Tensor]
-
 aten = torch.ops.aten
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-# ---------------------------------------------------------------------------------------- one step
-
-
-def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
-    """The scalar a step differentiates, or ``None`` when it differentiates the outputs themselves.
-
-    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself,
-    or the only one of several, that has one element and requires grad.  Raises TypeError if
-    ``loss_fn`` gives no one-element tensor.
-    """
-    if loss_fn is not None:
-        loss = loss_fn(outputs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
-        return loss
-    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if isinstance(found, Tensor):
-        return found
-    scalars = [t for t in tensors_in(outputs) if t.requires_grad and t.numel() == 1]
-    return scalars[0] if len(scalars) == 1 else None
-
-
-def _call(target: Callable[..., Any], inputs: Inputs) -> Any:
-    if inputs is None:
-        return target()
-    if isinstance(inputs, Mapping):
-        return target(**inputs)
-    if isinstance(inputs, tuple):
-        return target(*inputs)
-    if isinstance(inputs, Tensor):
-        return target(inputs)
-    raise TypeError(
-        f"inputs must be a tuple or a dict of arguments, or a tensor, got {type(inputs).__name__}"
-    )
-
-
-class _Forward(NamedTuple):
-    """A finished forward pass: what it returned, and the tensors the backward starts from."""
-
-    outputs: Any
-    loss: Tensor | None
-    roots: list[Tensor]
-
-
-def _forward(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> _Forward:
-    outputs = _call(model, inputs)
-    loss = loss_of(outputs, loss_fn)
-    roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
-    if not roots or not all(root.requires_grad for root in roots):
-        raise PlannerError(
-            "nothing to differentiate: the loss, or every output of the model, is free of gradients; "
-            "check requires_grad of the parameters and that gradients are enabled"
-        )
-    return _Forward(outputs, loss, roots)
-
-
-def _tangents_for(passed: _Forward, tangents: Iterable[Tensor] | None) -> list[Tensor] | None:
-    """Output gradients: as given, else ones; ``None`` lets the engine make the one of a loss."""
-    if tangents is None:
-        return [torch.ones_like(root) for root in passed.roots] if passed.loss is None else None
-    given = list(tangents)
-    if [t.shape for t in given] != [root.shape for root in passed.roots]:
-        raise ValueError(
-            f"tangents have shapes {[tuple(t.shape) for t in given]}, what the backward starts from "
-            f"{[tuple(root.shape) for root in passed.roots]}"
-        )
-    return given
-
-
-def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
-
-
-def _held(model: nn.Module | None, inputs: Inputs) -> list[Tensor]:
-    """What a step holds from beginning to end: parameters, buffers, inputs."""
-    own = [] if model is None else [*model.parameters(), *model.buffers()]
-    return [*own, *tensors_in(inputs)]
-
-
-@contextmanager
-def _undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Run a step as if it had not been: gradients (required to be None), buffers, random state."""
-    leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
-    for name, leaf in leaves:
-        if leaf.is_leaf and leaf.grad is not None:
-            raise PlannerError(
-                f"the gradient of {name!r} is not None: a step is measured from empty gradients; "
-                "call model.zero_grad(set_to_none=True) first"
-            )
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices(_held(model, inputs))):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                setattr(module, name, buffer.copy_(saved))
-        for _, leaf in leaves:
-            if leaf.is_leaf:
-                leaf.grad = None
-
-
-def _device_of(model: nn.Module | None, inputs: Inputs, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return next((t.device for t in _held(model, inputs)), torch.device("cpu"))
 
 
 # -------------------------------------------------------------------------------------------- peaks
@@ -199,25 +89,25 @@ def step_peak(
                           ``model(**batch).loss.backward()``; by default they are held to its end.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
-    where = _device_of(module, inputs, device)
+    where = device_of(module, inputs, device)
     if where.type == "cuda":
         peak = cuda_step_peak(
             fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where, hold_outputs=hold_outputs
         )
         return peak.allocated_bytes - (0 if include_resident else peak.resident_bytes)
     meter = StorageMeter(where)
-    meter.register(*_held(module, inputs))
+    meter.register(*held(module, inputs))
     resident_bytes = meter.live_bytes
     if module is None:
         with meter:
-            _call(fn_or_module, inputs)
+            call(fn_or_module, inputs)
         return meter.peak_bytes - (0 if include_resident else resident_bytes)
-    with _undone(module, inputs):
+    with undone(module, inputs):
         with meter:
-            passed = _forward(module, inputs, loss_fn)
+            passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
-        given = _tangents_for(passed, tangents)
+        given = tangents_for(passed, tangents)
         before_bytes = meter.live_bytes
         meter.register(*given or ())
         resident_bytes += meter.live_bytes - before_bytes
@@ -262,21 +152,21 @@ def cuda_step_peak(
     outside, shows the shapes of the tangents.  Otherwise as :func:`step_peak`.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
-    where = _device_of(module, inputs, device)
+    where = device_of(module, inputs, device)
     if where.type != "cuda":
         raise ValueError(f"cuda_step_peak measures CUDA devices, got {where}: use step_peak")
     if module is None:
-        _call(fn_or_module, inputs)
+        call(fn_or_module, inputs)
         with _cuda_window(where) as peak:
-            _call(fn_or_module, inputs)
+            call(fn_or_module, inputs)
         return peak()
-    with _undone(module, inputs):
-        passed = _forward(module, inputs, loss_fn)
-        given = _tangents_for(passed, tangents)
+    with undone(module, inputs):
+        passed = forward(module, inputs, loss_fn)
+        given = tangents_for(passed, tangents)
         torch.autograd.backward(passed.roots, given)
         del passed
-    with _undone(module, inputs), _cuda_window(where) as peak:
-        passed = _forward(module, inputs, loss_fn)
+    with undone(module, inputs), _cuda_window(where) as peak:
+        passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
         torch.autograd.backward(passed.roots, given)
@@ -340,11 +230,11 @@ def step_flops(
     """
     with FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS)) as counter:
         if isinstance(fn_or_module, nn.Module):
-            with _undone(fn_or_module, inputs):
-                passed = _forward(fn_or_module, inputs, loss_fn)
-                torch.autograd.backward(passed.roots, _tangents_for(passed, tangents))
+            with undone(fn_or_module, inputs):
+                passed = forward(fn_or_module, inputs, loss_fn)
+                torch.autograd.backward(passed.roots, tangents_for(passed, tangents))
         else:
-            _call(fn_or_module, inputs)
+            call(fn_or_module, inputs)
     return counter.get_total_flops()
 
 
@@ -391,16 +281,16 @@ def run_step(
     Afterwards gradients are None and buffers and random state are what they were, so that two calls
     start equal.  Raises PlannerError if a gradient is not None at the start.
     """
-    with _undone(model, inputs):
+    with undone(model, inputs):
         torch.manual_seed(seed)
-        passed = _forward(model, inputs, loss_fn)
-        torch.autograd.backward(passed.roots, _tangents_for(passed, tangents))
+        passed = forward(model, inputs, loss_fn)
+        torch.autograd.backward(passed.roots, tangents_for(passed, tangents))
         sources = [
             *model.named_parameters(),
             *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)) if t.is_leaf),
         ]
         rng = {"cpu": torch.get_rng_state()}
-        rng |= {str(d): torch.cuda.get_rng_state(d) for d in _cuda_devices(_held(model, inputs))}
+        rng |= {str(d): torch.cuda.get_rng_state(d) for d in cuda_devices(held(model, inputs))}
         return StepRecord(
             outputs={str(i): t.detach().clone() for i, t in enumerate(tensors_in(passed.outputs))},
             gradients={name: t.grad.detach().clone() for name, t in sources if t.grad is not None},

@@ -1,7 +1,8 @@
 """Small but real models the tests train: every family the planner promises, dropout on where it has it.
 
-``CASES`` holds the families; ``PEERS`` the four sizes at which other tools were measured (no dropout,
-``PEERS_EAGER_MB``: eager peak above parameters and inputs, outputs dropped before the backward).  All are built from configurations with random weights.
+``CASES`` holds the families.  ``PEERS`` are the four sizes at which other tools were measured, without
+dropout, and ``PEERS_EAGER_MB`` their eager peaks above parameters and inputs (outputs dropped before
+the backward).  All are built from configurations with random weights.
 """
 
 from __future__ import annotations
