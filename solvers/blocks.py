@@ -1,0 +1,379 @@
+"""A training graph cut into a chain of blocks, each with a few ways to be run.
+
+The forward pass is cut at positions where few bytes cross, the backward pass where it stops
+reading what lies behind the cut, so that block ``i`` has one range of forward ops and one range of
+backward ops.  ``crossing[i]`` is what blocks ``i`` and later need of earlier ones: the forward
+values that cross the cut, long skips included, and whatever the backward of these blocks reads from
+further up.  Holding ``crossing[i]`` is all it takes to run blocks ``i..`` again.
+
+Nothing is assumed of the graph.  What a chain cannot express is held: the values of pinned ops and
+final values, from their op on; a value that the backward of an *earlier* block reads, from the
+backward of its own block to that read.  A graph that is no chain is thus treated correctly, at a
+price in memory; the simulator has the last word on both.
+
+An *option* of a block is a set of inner values to save in its forward; the rest is recomputed just
+in time in its backward, each op at most once.  The sets are the breakpoints of the trade between
+bytes kept and seconds recomputed: for each price of a byte a minimum cut gives the best set
+("saved-set closure"; saving a value, or recomputing its op and needing its inputs).
+
+Papers: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous
+chains", TOMS 2024; options per block after Zhao et al., "Rockmate", ICML 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from solvers.problem import Problem, ProblemError
+from solvers.saved_sets import BlockGraph, saved_sets
+
+__all__ = ["Chain", "Option", "cut_into_blocks"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a block; bytes are beyond what is held when the block starts.
+
+    ``kept_bytes``    held from the block's forward to its backward: the saved set and what crosses
+                      into the next block.
+    ``first_peak_bytes``, ``again_peak_bytes``  peak of its forward, in the first pass with everything
+                      the simulator sees, and in a later pass without gradients and held values.
+    ``again_steps``, ``again_s``        the forward of a later pass: ops and seconds.
+    ``backward_peak_bytes``             peak of its backward, gradients and workspace included.
+    ``backward_steps``, ``backward_s``  its backward with recomputations, and the seconds of these.
+    """
+
+    kept_bytes: int
+    first_peak_bytes: int
+    again_peak_bytes: int
+    again_steps: tuple[int, ...]
+    again_s: float
+    backward_peak_bytes: int
+    backward_steps: tuple[int, ...]
+    backward_s: float
+
+
+class Chain:
+    """``problem`` cut at forward positions ``starts`` (0 first, ``turn`` last).
+
+    ``backward_ends[i]`` is where the backward of block ``i`` ends and that of block ``i - 1``
+    begins; entry 0 is the end of the problem and the last entry is the turn.
+    """
+
+    def __init__(self, problem: Problem, starts: Sequence[int], backward_ends: Sequence[int]) -> None:
+        self.problem = problem
+        self.starts = tuple(starts)
+        self.backward_ends = tuple(backward_ends)
+        n, blocks = len(problem), len(self.starts) - 1
+        turn = self.starts[-1]
+        block_of = np.empty(n, dtype=np.int64)
+        for i in range(blocks):
+            block_of[self.starts[i] : self.starts[i + 1]] = i
+            block_of[self.backward_ends[i + 1] : self.backward_ends[i]] = i
+        self.block_of = block_of.tolist()
+        self.held = _held_values(problem, turn)
+        self.crossing: list[set[int]] = [set() for _ in range(blocks + 1)]
+        self.late: list[set[int]] = [set() for _ in range(blocks)]
+        for v, readers in enumerate(problem.consumers):
+            producer = problem.values[v].producer
+            if producer is None or producer >= turn or v in self.held:
+                continue
+            home = self.block_of[producer]
+            for i in range(home + 1, max((self.block_of[r] for r in readers), default=home) + 1):
+                self.crossing[i].add(v)
+            if any(r >= turn and self.block_of[r] < home for r in readers):
+                self.late[home].add(v)
+        self._fixed_bytes()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __repr__(self) -> str:
+        width = max((self.bytes_of(c) for c in self.crossing), default=0)
+        return f"Chain({self.problem.name!r}: {len(self)} blocks, at most {width} bytes cross a cut)"
+
+    def bytes_of(self, values: Iterable[int]) -> int:
+        """Sum of the values' bytes."""
+        return sum(self.problem.values[v].bytes for v in values)
+
+    def forward(self, i: int) -> range:
+        """Forward ops of block ``i``."""
+        return range(self.starts[i], self.starts[i + 1])
+
+    def backward(self, i: int) -> range:
+        """Backward ops of block ``i``."""
+        return range(self.backward_ends[i + 1], self.backward_ends[i])
+
+    def _fixed_bytes(self) -> None:
+        """``fixed_live``, ``fixed_kept``: bytes no decision changes, during and after each op, shape (n,)."""
+        problem, n, turn = self.problem, len(self.problem), self.starts[-1]
+        live, kept = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
+        for v, value in enumerate(problem.values):
+            if value.producer is None:
+                continue
+            readers = problem.consumers[v]
+            begin, last = value.producer, readers[-1] if readers else value.producer
+            if value.producer < turn:
+                home = self.block_of[value.producer]
+                if v in self.held:
+                    # A forward op that reads it may run again until its block's backward is over.
+                    again = [self.block_of[r] for r in readers if r < turn and problem.ops[r].recomputable]
+                    last = max(last, self.backward_ends[min(again)] - 1) if again else last
+                elif v in self.late[home]:
+                    begin = self.backward_ends[home]
+                else:
+                    continue
+            end = n if value.final else last
+            live[begin] += value.bytes
+            live[min(n, end + 1)] -= value.bytes
+            kept[begin] += value.bytes
+            kept[end] -= value.bytes
+        scratch = np.array([op.workspace_bytes if t >= turn else 0 for t, op in enumerate(problem.ops)])
+        self.fixed_live = np.cumsum(live)[:n] + scratch
+        self.fixed_kept = np.cumsum(kept)[:n]
+
+    def fixed_before_backward(self, i: int) -> int:
+        """Bytes no decision changes, alive just before the backward of block ``i``."""
+        return int(self.fixed_kept[self.backward_ends[i + 1] - 1])
+
+    @cached_property
+    def common_bytes(self) -> np.ndarray:
+        """``[a, i]`` with ``a <= i``: bytes in both ``crossing[a]`` and ``crossing[i]``, shape (L+1, L+1)."""
+        size = len(self) + 1
+        common = np.zeros((size + 1, size + 1), dtype=np.int64)
+        for v in set().union(*self.crossing):
+            cuts = [i for i, c in enumerate(self.crossing) if v in c]
+            lo, hi, m = cuts[0], cuts[-1] + 1, self.problem.values[v].bytes
+            common[lo, lo] += m
+            common[hi, lo] -= m
+            common[lo, hi] -= m
+            common[hi, hi] += m
+        return common.cumsum(0).cumsum(1)[:size, :size]
+
+    def closure(self, targets: Iterable[int], at_hand: Collection[int]) -> list[int]:
+        """Ops that make ``targets`` from what is at hand (held values always are), in order."""
+        values, reads = self.problem.values, self.problem.counted_inputs
+        todo: set[int] = set()
+        stack = [v for v in targets if v not in at_hand and v not in self.held]
+        while stack:
+            i = values[stack.pop()].producer
+            if i is not None and i not in todo:
+                todo.add(i)
+                stack.extend(u for u in reads[i] if u not in at_hand and u not in self.held)
+        return sorted(todo)
+
+    def again_seconds(self, steps: Iterable[int]) -> float:
+        """Seconds of running ``steps`` once more."""
+        return sum(self.problem.ops[i].again_s for i in steps)
+
+    def inner_peak(
+        self,
+        steps: Sequence[int],
+        fixed: Sequence[int],
+        *,
+        start: Collection[int] = (),
+        keep: Collection[int] = (),
+        outside: Collection[int] = (),
+    ) -> int:
+        """Peak of ``steps`` when ``fixed[t]`` bytes are alive anyway during step ``t``.
+
+        ``start`` is alive at the beginning if it is used at all, ``keep`` at the end; ``outside``,
+        held values and backward values are counted elsewhere.  Forward ops add their workspace.
+        """
+        problem, turn = self.problem, self.starts[-1]
+        last = {v: len(steps) for v in keep}
+        for t in range(len(steps) - 1, -1, -1):
+            for v in (*problem.counted_inputs[steps[t]], *problem.ops[steps[t]].outputs):
+                last.setdefault(v, t)
+        alive = {v for v in start if v in last and v not in outside}
+        now, peak = self.bytes_of(alive), 0
+        dying: list[list[int]] = [[] for _ in range(len(steps) + 1)]
+        for v in alive:
+            dying[last[v]].append(v)
+        for t, i in enumerate(steps):
+            op = problem.ops[i]
+            if i < turn:
+                for v in op.outputs:
+                    if v not in alive and v not in outside and v not in self.held:
+                        alive.add(v)
+                        dying[last[v]].append(v)
+                        now += problem.values[v].bytes
+            peak = max(peak, now + fixed[t] + (op.workspace_bytes if i < turn else 0))
+            for v in dying[t]:
+                alive.discard(v)
+                now -= problem.values[v].bytes
+        return peak
+
+    def backward_steps(self, i: int, at_hand: Collection[int]) -> tuple[list[int], list[int]]:
+        """Backward of block ``i`` with what is missing recomputed just in time, and each step's fixed bytes."""
+        reads, present = self.problem.counted_inputs, set(at_hand)
+        steps: list[int] = []
+        fixed: list[int] = []
+
+        def recompute(targets: Iterable[int], before: int) -> None:
+            missing = [v for v in targets if v not in present and self.block_of_value(v) == i]
+            for op in self.closure(missing, present):
+                steps.append(op)
+                fixed.append(int(self.fixed_kept[before - 1]))
+                present.update(self.problem.ops[op].outputs)
+
+        for t in self.backward(i):
+            recompute(reads[t], t)
+            steps.append(t)
+            fixed.append(int(self.fixed_live[t]))
+        recompute(self.late[i], self.backward_ends[i])
+        return steps, fixed
+
+    def block_of_value(self, v: int) -> int | None:
+        """The block whose forward makes ``v``; ``None`` for sources and backward values."""
+        producer = self.problem.values[v].producer
+        return None if producer is None or producer >= self.starts[-1] else self.block_of[producer]
+
+    def option(self, i: int, saved: Collection[int]) -> Option:
+        """Block ``i`` with the inner values ``saved`` kept from its forward to its backward."""
+        entering, leaving = self.crossing[i], self.crossing[i + 1]
+        kept = (leaving | set(saved)) - entering
+        first = self.forward(i)
+        first_fixed = [int(x) for x in self.fixed_live[first.start : first.stop]]
+        again = self.closure(kept, entering)
+        backward, fixed = self.backward_steps(i, entering | kept)
+        recomputed = [op for op in backward if op < self.starts[-1]]
+        return Option(
+            kept_bytes=self.bytes_of(kept),
+            first_peak_bytes=self.inner_peak(first, first_fixed, keep=kept, outside=entering),
+            again_peak_bytes=self.inner_peak(again, [0] * len(again), keep=kept, outside=entering),
+            again_steps=tuple(again),
+            again_s=self.again_seconds(again),
+            backward_peak_bytes=self.inner_peak(
+                backward, fixed, start=kept, keep=self.late[i], outside=entering
+            ),
+            backward_steps=tuple(backward),
+            backward_s=self.again_seconds(recomputed),
+        )
+
+    def options(self, i: int, most: int) -> list[Option]:
+        """Up to ``most`` options of block ``i``, from everything needed saved to nothing saved."""
+        return [self.option(i, saved) for saved in saved_sets(self._block_graph(i), most)]
+
+    def restart(self, i: int) -> Option:
+        """Block ``i`` run backward from what crosses into it, with no forward of its own before."""
+        backward, fixed = self.backward_steps(i, self.crossing[i])
+        recomputed = [op for op in backward if op < self.starts[-1]]
+        peak = self.inner_peak(backward, fixed, keep=self.late[i], outside=self.crossing[i])
+        return Option(0, 0, 0, (), 0.0, peak, tuple(backward), self.again_seconds(recomputed))
+
+    def _block_graph(self, i: int) -> BlockGraph:
+        """Block ``i`` as the saved-set program sees it."""
+        inner = [v for op in self.forward(i) for v in self.problem.ops[op].outputs if v not in self.held]
+        needed = {v for t in self.backward(i) for v in self.problem.counted_inputs[t]} | self.late[i]
+        return BlockGraph.of(self.problem, self.forward(i), inner, needed, self.crossing[i + 1])
+
+
+def _held_values(problem: Problem, turn: int) -> set[int]:
+    """Forward values that are never recomputed: final ones and those of pinned ops."""
+    return {
+        v for op in problem.ops[:turn] for v in op.outputs if problem.values[v].final or not op.recomputable
+    }
+
+
+def cut_into_blocks(problem: Problem, blocks: int) -> Chain:
+    """``problem`` as a chain of roughly ``blocks`` blocks.
+
+    The cuts minimise the bytes that cross them plus a quadratic penalty on uneven blocks, by dynamic
+    programming over positions; at a tie a cut where ``Op.group`` changes wins.  ``blocks`` at least
+    ``problem.turn`` makes every forward op a block.  Raises ``ProblemError`` if there is no turn, no
+    backward, or nothing to cut.
+    """
+    turn = problem.turn
+    if turn is None or turn < 2 or turn == len(problem):
+        raise ProblemError(
+            f"{problem.name}: a chain of blocks needs problem.turn with at least two forward ops before it "
+            f"and a backward op after it; turn is {turn} of {len(problem)} ops"
+        )
+    cut_bytes, backward_position = _price_of_cuts(problem, turn)
+    starts = [0, *_choose_cuts(problem, turn, blocks, cut_bytes), turn]
+    # Backward ranges must not overlap: an earlier block's begins no sooner than a later block's.
+    ends = [len(problem), *(backward_position[c] for c in starts[1:-1]), turn]
+    for i in range(len(ends) - 2, -1, -1):
+        ends[i] = max(ends[i], ends[i + 1])
+    return Chain(problem, starts, ends)
+
+
+def _price_of_cuts(problem: Problem, turn: int) -> tuple[np.ndarray, list[int]]:
+    """Bytes that a cut before each forward op costs, and where it cuts the backward; shapes (turn,).
+
+    The price is what crosses in the forward plus what the backward reads across the cut in the wrong
+    direction; the backward is cut where the latter is least, at a tie where fewest bytes are alive.
+    """
+    n, held = len(problem), _held_values(problem, turn)
+    crossing = np.zeros(turn + 1, dtype=np.int64)
+    open_bytes = np.zeros(n + 1, dtype=np.int64)
+    arrives: list[list[tuple[int, int, int]]] = [[] for _ in range(turn + 1)]
+    passes: list[list[tuple[int, int]]] = [[] for _ in range(turn + 1)]
+    late = np.zeros(n + 1, dtype=np.int64)
+    for v, value in enumerate(problem.values):
+        readers, producer = problem.consumers[v], value.producer
+        if producer is None:
+            continue
+        if producer >= turn:
+            open_bytes[producer] += value.bytes
+            open_bytes[n if value.final or not readers else readers[-1]] -= value.bytes
+        if producer >= turn or v in held:
+            continue
+        last_forward = max((r for r in readers if r < turn), default=producer)
+        crossing[producer + 1] += value.bytes
+        crossing[last_forward + 1] -= value.bytes
+        if readers and readers[-1] >= turn:
+            first_backward = next(r for r in readers if r >= turn)
+            arrives[producer].append((first_backward, readers[-1], value.bytes))
+            passes[last_forward].append((first_backward, value.bytes))
+            late[readers[-1]] += value.bytes
+    kept = np.concatenate(([0], np.cumsum(open_bytes)[:n]))  # kept[s]: alive just before step s
+    tie = kept[turn : n + 1] / (1.0 + kept.max())
+    stray = np.zeros(n + 1, dtype=np.int64)
+    prices, positions = np.zeros(turn, dtype=np.float64), [n] * turn
+    for c in range(1, turn):
+        for _, last_read, m in arrives[c - 1]:
+            late[last_read] -= m
+        for first_read, m in passes[c - 1]:
+            stray[first_read] += m
+        early = np.concatenate(([0], np.cumsum(stray)[:n]))[turn:]
+        tardy = np.cumsum(late[::-1])[::-1][turn:]
+        wrong = early + tardy
+        s = int(np.argmin(wrong + tie))
+        positions[c] = turn + s
+        prices[c] = wrong[s]
+    return prices + np.cumsum(crossing)[:turn], positions
+
+
+def _choose_cuts(problem: Problem, turn: int, blocks: int, cut_bytes: np.ndarray) -> list[int]:
+    """Forward positions of the cuts, ascending, without 0 and ``turn``."""
+    if blocks >= turn:
+        return list(range(1, turn))
+    made = np.array([sum(problem.values[v].bytes for v in op.outputs) for op in problem.ops[:turn]], float)
+    spent = np.array([op.again_s for op in problem.ops[:turn]], float)
+    weight = np.concatenate(([0.0], np.cumsum(made / max(made.sum(), 1.0) + spent / max(spent.sum(), 1e-30))))
+    price = cut_bytes.copy()
+    for c in range(1, turn):
+        if problem.ops[c].group == problem.ops[c - 1].group:
+            price[c] *= 1.001
+    # For even blocks and cuts of the usual price, the sum is least at the number of blocks asked for.
+    usual = max(1.0, float(np.quantile(price[1:], 0.25)))
+    penalty = usual * (blocks / weight[-1]) ** 2
+    best = np.full(turn + 1, np.inf)
+    best[0] = 0.0
+    previous = np.zeros(turn + 1, dtype=np.int64)
+    for c in range(1, turn + 1):
+        total = best[:c] + penalty * (weight[c] - weight[:c]) ** 2
+        previous[c] = int(np.argmin(total))
+        best[c] = total[previous[c]] + (price[c] if c < turn else 0.0)
+    cuts: list[int] = []
+    c = int(previous[turn])
+    while c > 0:
+        cuts.append(c)
+        c = int(previous[c])
+    return cuts[::-1]
