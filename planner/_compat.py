@@ -37,6 +37,7 @@ __all__ = [
     "checkpoint_calls",
     "descriptors",
     "export_joint",
+    "fake_mode_of",
     "is_data_dependent",
     "pytree",
     "size_hint",
@@ -123,3 +124,9 @@ def writes_arguments(target: Any) -> bool:
     """Whether an aten overload writes to one of its arguments; ``False`` for what has no schema; 1.12+."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def fake_mode_of(tensor: torch.Tensor) -> FakeTensorMode:
+    """The mode a fake tensor belongs to; enter it to make more of its kind."""
+    assert isinstance(tensor, FakeTensor)
+    return tensor.fake_mode

@@ -23,6 +23,7 @@ import contextlib
 import inspect
 import linecache
 import logging
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -212,9 +213,8 @@ def capture(model: nn.Module, inputs: object = None, loss_fn: LossFn | None = No
             f"({', '.join(x.name for x in template.leaves) or 'none'}); pass loss_fn, or labels if the model "
             "computes its own loss"
         )
-    sees_loss = loss_fn is None and any(
-        x.differentiated and traced.outputs[i].meta["val"].numel() == 1 for i, x in enumerate(template.leaves)
-    )
+    chosen = [i for i, x in enumerate(template.leaves) if x.differentiated]
+    sees_loss = loss_fn is None and len(chosen) == 1 and traced.outputs[chosen[0]].meta["val"].numel() == 1
     types = {name: type(m).__name__ for name, m in model.named_modules()}
     return JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
 
@@ -281,7 +281,9 @@ def _template_of(
         chosen = [i in used for i in range(len(tensors))]
     else:
         scalar = [g and t.numel() == 1 for g, t in zip(tracked, tensors, strict=True)]
-        named = [s and label.rstrip("']").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
+        named = [s and label.strip("[]'.").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
+        if sum(named) > 1:
+            named = [n and re.search(r"\W'?loss'?\W*$", label) is not None for n, label in zip(named, labels, strict=True)]
         is_loss = named if any(named) else scalar if sum(scalar) == 1 else [False] * len(tensors)
         chosen = is_loss if any(is_loss) else tracked
     leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))

@@ -1,13 +1,14 @@
 """What an op takes when it runs: seconds and scratch bytes, measured on the device at hand.
 
 One signature (target, shapes, strides, types, other arguments) is measured once per process: on
-operands made from its fake inputs, warm, the median of many calls.  Only one op's operands exist at a
-time, and random states are left as they were.
+operands made from its fake inputs, after a first call, the median of many.  Only one op's operands
+exist at a time, and random states are left as they were.
 
 Right about what a roofline misjudges by several times: attention on a CPU, small convolutions,
-reductions.  Known weaknesses: repeating one op finds its operands warmer in cache than a step would;
-indices are uniform, kinder to scatters than skewed ones; scratch is seen only by an allocator that
-counts (CUDA's), and is 0 elsewhere; CUDA's peak statistics are reset.
+reductions.  Known weaknesses: on CUDA, repeating one op finds its operands warmer in cache than a step
+would; on a CPU, memory that a step touches for the first time costs page faults that a repeated op does
+not see; indices are uniform, kinder to scatters than skewed ones; scratch is seen only by an allocator
+that counts (CUDA's), and is 0 elsewhere; CUDA's peak statistics are reset.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ aten = torch.ops.aten
 
 _REPEATS_S = 0.02  # spent repeating one op
 _MAX_REPEATS = 20
+_COLD_BYTES = 2**24  # written between two calls on a CPU: more than its fast caches hold
 _MAX_BATCH = 100  # calls between two CUDA events
 _TILE = 2**16  # random numbers drawn for an operand; a larger one repeats them, at the speed of a copy
 
@@ -51,8 +53,10 @@ def _timed(call: Callable[[], Any], device: torch.device) -> Measured:
         return _timed_on_cuda(call, device)
     call()
     times: list[float] = []
+    others = torch.zeros(_COLD_BYTES, dtype=torch.uint8)
     began = time.perf_counter()
     while len(times) < 2 or (len(times) < _MAX_REPEATS and time.perf_counter() - began < _REPEATS_S):
+        others.add_(1)  # in a step, other ops have run since the operands were made
         start = time.perf_counter()
         out = call()
         times.append(time.perf_counter() - start)
@@ -197,8 +201,8 @@ def _measured_rates(device: torch.device, threads: int) -> Device:
     with undisturbed(device):
         square = torch.ones(side, side, device=device)
         flops_per_s = 2 * side**3 / _timed(lambda: square @ square, device).seconds
-        long = torch.ones(elements, device=device)
-        bandwidth = 8 * elements / _timed(long.clone, device).seconds  # 4 bytes read, 4 written
+        source, target = torch.ones(2, elements, device=device)
+        bandwidth = 8 * elements / _timed(lambda: target.copy_(source), device).seconds  # 4 bytes each way
         one = torch.ones(1, device=device)
         launch_s = _timed(lambda: one + one, device).seconds
     name = f"{device.type}, {threads} threads" if device.type == "cpu" else str(device)

@@ -1,0 +1,54 @@
+"""The few calls a rewritten graph makes beyond aten.
+
+They are plain functions, so ``print(module.code)`` shows them by name, and each does with aten what
+its docstring says, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["dropout_apply", "gradient_like", "replay", "rng_state", "rng_state_bytes"]
+
+
+def dropout_apply(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """What ``native_dropout`` returns for this mask: ``x * mask / (1 - p)``, in its order of operations."""
+    return x.mul(mask).mul_(1.0 / (1.0 - p))
+
+
+def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """A copy of a gradient in its leaf's layout and dtype, as autograd would make on accumulation."""
+    return torch.empty_like(leaf, requires_grad=False).copy_(gradient)
+
+
+def rng_state(device: str) -> torch.Tensor:
+    """State of the device's default generator, as a CPU tensor of ``rng_state_bytes``."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state().clone()  # the copy is an op, so that memory meters see it
+
+
+def rng_state_bytes(device: str) -> int:
+    """Bytes of ``rng_state(device)``: a Mersenne twister on CPU, a Philox seed and offset on CUDA."""
+    return 16 if device.startswith("cuda") else torch.get_rng_state().numel()
+
+
+def replay(state: torch.Tensor, device: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` with the generator as it was at ``state``, then put the generator back."""
+    cuda = device.startswith("cuda")
+    now = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+    _set_rng_state(state, device)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        _set_rng_state(now, device)
+
+
+def _set_rng_state(state: torch.Tensor, device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

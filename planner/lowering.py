@@ -1,0 +1,111 @@
+"""TrainingGraph -> solvers.Problem, and a schedule's steps back to ops.
+
+Values keep their numbers, ops keep their names, so going back is a lookup.  Bytes are rounded up to
+the allocator's grain (512 on CUDA, 1 on CPU); what is resident throughout is one constant.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from planner.costs import Costs, Device, costs_of
+from planner.training_graph import GraphOp, TrainingGraph, layer_of
+from solvers import Op, Problem, Schedule, Value
+from solvers.simulate import Timeline, simulate_steps
+
+__all__ = ["allocation_grain", "as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
+
+
+def allocation_grain(device: torch.device) -> int:
+    """Bytes to which the device's allocator rounds every block."""
+    return 512 if device.type == "cuda" else 1
+
+
+def graph_costs(
+    graph: TrainingGraph, source: Literal["auto", "profile", "roofline"] = "auto", *, rates: Device | None = None
+) -> Costs:
+    """Costs of every op by its name; the step's and the loss's nodes come from two graphs."""
+    ours = [op.node for op in graph.ops if op.node is not None and op.phase != "loss"]
+    theirs = [op.node for op in graph.ops if op.node is not None and op.phase == "loss"]
+    costs = costs_of(ours, source, graph.device, rates=rates)
+    if not theirs:
+        return costs
+    loss = costs_of(theirs, costs.source, graph.device, rates=rates)
+    prefixed = [{f"loss/{k}": v for k, v in d.items()} for d in (loss.seconds, loss.workspace_bytes, loss.flops)]
+    return replace(
+        costs,
+        seconds={**costs.seconds, **prefixed[0]},
+        workspace_bytes={**costs.workspace_bytes, **prefixed[1]},
+        flops={**costs.flops, **prefixed[2]},
+        signatures=costs.signatures + loss.signatures,
+        estimated=costs.estimated + loss.estimated,
+    )
+
+
+def lower(graph: TrainingGraph, costs: Costs, *, resident_bytes: int, name: str = "training step") -> Problem:
+    """The problem that a plan solves; ``resident_bytes`` is what lives through the whole step."""
+    grain = allocation_grain(graph.device)
+    size = [-(-v.bytes // grain) * grain for v in graph.values]
+    values = tuple(
+        Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values)
+    )
+
+    def op(o: GraphOp) -> Op:
+        seconds = 0.0 if o.node is None else costs.seconds[o.name]
+        workspace = 0 if o.node is None else costs.workspace_bytes.get(o.name, 0)
+        if o.workspace is not None:
+            workspace += size[o.workspace]
+        return Op(
+            o.name,
+            o.inputs,
+            o.outputs,
+            0.0 if o.fused_with_previous else seconds,
+            workspace,
+            seconds if o.fused_with_previous else None,
+            o.recomputable and o.phase == "forward",
+            layer_of(o.module),
+        )
+
+    return Problem(tuple(map(op, graph.ops)), values, graph.turn, resident_bytes, name)
+
+
+def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list[int]:
+    """Op positions in execution order, recomputations that a solver put inside the loss moved behind it.
+
+    ``loss_fn`` runs in the caller's hands, so nothing of ours can run between its ops.
+    """
+    steps = schedule.steps(problem)
+    loss = [t for t, i in enumerate(steps) if graph.ops[i].phase == "loss" or graph.ops[i].node is None]
+    if not loss:
+        return steps
+    first, last = loss[0], loss[-1]
+    between = steps[first : last + 1]
+    ours = [i for i in between if graph.ops[i].phase == "forward"]
+    theirs = [i for i in between if graph.ops[i].phase != "forward"]
+    return steps[:first] + theirs + ours + steps[last + 1 :]
+
+
+def replayed_states(graph: TrainingGraph, steps: list[int]) -> set[int]:
+    """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
+    runs = Counter(steps)
+    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
+    return {
+        states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states
+    }
+
+
+def as_executed(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Problem:
+    """The problem without the generator states that no replay of ``steps`` reads."""
+    replayed = replayed_states(graph, steps)
+    idle = {i for i, op in enumerate(graph.ops) if op.target == "rng_state" and i not in replayed}
+    values = tuple(replace(v, bytes=0) if v.producer in idle else v for v in problem.values)
+    return replace(problem, values=values)
+
+
+def judge(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Timeline:
+    """The timeline of what will be executed."""
+    return simulate_steps(as_executed(graph, problem, steps), steps)

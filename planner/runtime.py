@@ -1,0 +1,228 @@
+"""What runs a rewritten step: autograd nodes around generated code, and the guard in front of it.
+
+The forward graph runs once under ``no_grad``.  Then K autograd nodes are made, one per segment of
+the backward, tied to each other only by an empty token: the node of the last segment first, the node
+that hands out the model's outputs last.  In the backward each node runs its segment's code and
+returns the gradients made there, so that hooks fire and gradients accumulate as they come.
+
+What is needed later is held in three places, each released as soon as it is read: tensors of the
+forward in the node of the first segment that reads them (``save_for_backward``, so that autograd
+notices in-place changes), values that cross segments in a mailbox, parameters and inputs wherever
+the caller has them.
+
+Defined behaviour elsewhere: evaluation, ``no_grad`` and compiler calls go to the original forward; a
+second backward, a gradient of a gradient, or a gradient for an output that was not planned for is an
+error that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.capture import OutputTemplate
+from planner.errors import PlannerError
+from planner.guards import Expectation, Guard
+from planner.rewrite import Argument, Program
+
+__all__ = ["PlannedForward", "Step", "planned_forward_of"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program and what its callers must agree with; the same for every instance of the model."""
+
+    program: Program
+    template: OutputTemplate
+    expected: Expectation
+    device: torch.device
+
+
+class _Call:
+    """One forward of a planned step, and what its backward still needs."""
+
+    def __init__(self, step: Step, given: dict[Argument, torch.Tensor], results: list[torch.Tensor]) -> None:
+        self.step = step
+        program = step.program
+        outputs, saved = results[: program.outputs], results[program.outputs :]
+        tracked = [leaf.requires_grad for leaf in step.template.leaves]
+        self.tracked = [i for i, t in enumerate(tracked) if t]
+        self.outputs = [outputs[i] for i in self.tracked]
+        self.mail: dict[str, torch.Tensor] = {}
+        self.spent = [False] * len(program.segments)
+        self.direct: dict[Argument, torch.Tensor] = {}
+        self.keep: list[list[torch.Tensor]] = []
+        for segment in program.segments:
+            kept = []
+            for argument in segment.arguments:
+                if argument.kind == "saved":
+                    kept.append(saved[int(argument.key)])
+                elif argument.kind in ("parameter", "input"):
+                    kept.append(given[argument])
+                elif argument.kind in ("buffer", "constant"):
+                    self.direct[argument] = given[argument]
+            self.keep.append(kept)
+
+    def arguments(self, index: int, saved: tuple[torch.Tensor, ...], tangents: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The boxed arguments of a segment; mail is taken out of the box it lay in."""
+        held = iter(saved)
+        boxed = []
+        for argument in self.step.program.segments[index].arguments:
+            if argument.kind == "mail":
+                boxed.append(self.mail.pop(str(argument.key)))
+            elif argument.kind == "tangent":
+                boxed.append(self._tangent(int(argument.key), tangents))
+            elif argument.kind in ("buffer", "constant"):
+                boxed.append(self.direct[argument])
+            else:
+                boxed.append(next(held))
+        return boxed
+
+    def _tangent(self, output: int, tangents: tuple[Any, ...]) -> torch.Tensor:
+        tangent = tangents[self.tracked.index(output)]
+        if tangent is None:  # an output that the loss turned out not to use
+            shape, dtype = self.step.program.tangents[output]
+            tangent = torch.zeros(shape, dtype=dtype, device=self.step.device)
+        return tangent
+
+    def refuse(self, tangents: tuple[Any, ...]) -> None:
+        """A gradient arrived for an output the plan does not differentiate."""
+        for position, index in enumerate(self.tracked):
+            leaf = self.step.template.leaves[index]
+            if tangents[position] is not None and not leaf.differentiated:
+                chosen = ", ".join(x.name for x in self.step.template.leaves if x.differentiated)
+                raise PlannerError(
+                    f"a gradient arrived for {leaf.name}, but the plan differentiates {chosen} only; "
+                    "plan with loss_fn=... computing the loss you train with"
+                )
+
+
+class _Segment(torch.autograd.Function):
+    """Autograd's view of one segment of the backward."""
+
+    clear_saved_tensors_on_access = True  # else the saved set lives until the segment returns
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, index: int, token: torch.Tensor | None, *leaves: torch.Tensor) -> Any:
+        ctx.call, ctx.index, ctx.leaves = call, index, len(leaves)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*call.keep[index])
+        call.keep[index] = []
+        if index == 0:
+            outputs, call.outputs = call.outputs, []
+            return tuple(outputs)
+        return torch.empty(0, device=call.step.device)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        call, index = ctx.call, ctx.index
+        if torch.is_grad_enabled():
+            raise PlannerError(
+                "a planned step has no second derivative (create_graph=True); call plan.restore(model) first"
+            )
+        if call.spent[index]:
+            raise PlannerError(
+                "a second backward through one planned step: what it saved was released by the first. "
+                "Run the forward again, or call plan.restore(model) for retain_graph=True"
+            )
+        call.spent[index] = True
+        if index == 0:
+            call.refuse(tangents)
+        segment = call.step.program.segments[index]
+        boxed = call.arguments(index, ctx.saved_tensors, tangents)
+        with torch.no_grad(), _without_autocast(call.step.device):
+            results = segment.module.forward(boxed)
+        made = len(segment.gradients)
+        call.mail.update(zip(segment.mail, results[made:], strict=True))
+        token = None if index == len(call.spent) - 1 else torch.empty(0, device=call.step.device)
+        return None, None, token, *results[:made]
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The graph holds its casts; autocast must not add others."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class PlannedForward:
+    """Stands in for ``model.forward``: runs the plan's program, or the original where that applies."""
+
+    def __init__(self, model: nn.Module, step: Step, original: Callable[..., Any] | None = None) -> None:
+        self.model, self.step = model, step
+        self.original = original if original is not None else model.forward
+        self.guard = Guard(model, step.expected)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        planned_for = self.step.expected.modules[0][2]
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self.model.training is not planned_for:
+            return self.original(*args, **kwargs)
+        leaves, in_spec = pytree.tree_flatten((args, kwargs))
+        self.guard.check_inputs(leaves, in_spec)
+        self.guard.check_modules()
+        given = self._given(leaves)
+        program = self.step.program
+        boxed = [given[a] for a in program.arguments]
+        with torch.no_grad(), _without_autocast(self.step.device):
+            results = program.forward.forward(boxed)
+        flat = list(results[: program.outputs])
+        call = _Call(self.step, given, results)
+        del results
+        token = None
+        for index in reversed(range(len(program.segments))):
+            leaves_here = [given[self._leaf(g)] for g in program.segments[index].gradients]
+            token = _Segment.apply(call, index, token, *leaves_here)
+        assert token is not None
+        for position, tensor in zip(call.tracked, token, strict=True):
+            flat[position] = tensor
+        return self.step.template.rebuild(flat)
+
+    @staticmethod
+    def _leaf(gradient: str | int) -> Argument:
+        return Argument("parameter" if isinstance(gradient, str) else "input", gradient)
+
+    def _given(self, leaves: list[Any]) -> dict[Argument, torch.Tensor]:
+        given: dict[Argument, torch.Tensor] = {}
+        for name, tensor in self.guard.tensors().items():
+            given[Argument("parameter" if isinstance(tensor, nn.Parameter) else "buffer", name)] = tensor
+        for i, tensor in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
+            given[Argument("input", i)] = tensor
+        for name, tensor in self.step.program.constants.items():
+            given[Argument("constant", name)] = tensor
+        return given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
+        """A copied model is planned as the first one is, on its own parameters."""
+        model = memo.get(id(self.model)) or copy.deepcopy(self.model, memo)
+        twin = object.__new__(PlannedForward)
+        memo[id(self)] = twin
+        original = getattr(self.original, "__func__", None)
+        twin.model, twin.step = model, self.step
+        twin.original = original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
+        twin._late = True  # the copy's modules are filled in after this returns
+        return twin
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "guard" and self.__dict__.get("_late"):
+            self.guard = Guard(self.model, self.step.expected)
+            return self.guard
+        raise AttributeError(name)
+
+    def __reduce__(self) -> Any:
+        raise PlannerError(
+            "a planned model cannot be pickled (generated code and autograd nodes do not travel); save "
+            "model.state_dict() and plan.save(path), or call plan.restore(model) first"
+        )
+
+
+def planned_forward_of(model: nn.Module) -> PlannedForward | None:
+    """The plan's stand-in on ``model``, if one is applied."""
+    forward = model.__dict__.get("forward")
+    return forward if isinstance(forward, PlannedForward) else None
