@@ -64,7 +64,9 @@ class LinearProgram:
         """Number of rows."""
         return len(self._row_lower)
 
-    def column(self, cost: float = 0.0, *, lower: float = 0.0, upper: float = 1.0, integer: bool = False) -> int:
+    def column(
+        self, cost: float = 0.0, *, lower: float = 0.0, upper: float = 1.0, integer: bool = False
+    ) -> int:
         """Add a variable; returns its index."""
         self.cost.append(cost)
         self.lower.append(lower)
@@ -95,13 +97,15 @@ class LinearProgram:
         time_limit_s: float,
         relax: bool = False,
         absolute_gap: float | None = None,
+        relative_gap: float | None = None,
         node_limit: int | None = None,
         method: str | None = None,
         seed: int = 0,
     ) -> LinearAnswer:
         """Hand the program to HiGHS.
 
-        ``relax`` drops integrality; ``absolute_gap`` stops a search that close to its bound;
+        ``relax`` drops integrality; ``absolute_gap`` and ``relative_gap`` stop a search that
+        close to its bound (HiGHS stops at 1e-4 relative unless told otherwise);
         ``method`` is HiGHS's ``solver`` option for linear programs ("simplex", "ipm").
         """
         if not self.cost:
@@ -111,6 +115,7 @@ class LinearProgram:
             time_limit=timedelta(seconds=max(time_limit_s, 0.01)),
             random_seed=seed,
             absolute_gap_tolerance=absolute_gap,
+            relative_gap_tolerance=relative_gap,
             node_limit=node_limit,
         )
         if method is not None:
@@ -145,5 +150,7 @@ class LinearProgram:
         order = np.lexsort((columns, rows))
         proto.linear_constraint_matrix.row_ids.extend(rows[order].tolist())
         proto.linear_constraint_matrix.column_ids.extend(columns[order].tolist())
-        proto.linear_constraint_matrix.coefficients.extend(np.asarray(self._coefficient, dtype=float)[order].tolist())
+        proto.linear_constraint_matrix.coefficients.extend(
+            np.asarray(self._coefficient, dtype=float)[order].tolist()
+        )
         return proto
