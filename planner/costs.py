@@ -108,7 +108,7 @@ def costs_of(
 
     ``nodes``    of one graph, with fake tensors in ``meta["val"]``, their inputs too.
     ``source``   "profile", "roofline", or "auto": profile on CUDA; on a CPU only if three calls of each
-                 distinct op are expected to take less than half of ``limit_s``.
+                 distinct op are expected to take less than ``limit_s``.
     ``device``   default: the first CUDA device among the nodes' tensors, else the first device.
     ``rates``    for the roofline; default ``device_for(device)``.
     ``limit_s``  about how long a profile may take.  Ops with the largest share of the step come first;
@@ -128,7 +128,7 @@ def costs_of(
             alike.setdefault(signature_of(node, device), []).append(node)
     expected_s = {key: roofline_seconds(group[0], rates) for key, group in alike.items()}
     if source == "auto":
-        quick = device.type == "cuda" or 3 * math.fsum(expected_s.values()) < limit_s / 2
+        quick = device.type == "cuda" or 3 * math.fsum(expected_s.values()) < limit_s
         source = "profile" if quick else "roofline"
 
     measured: Mapping[str, Measured] = {}
