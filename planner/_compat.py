@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.optim.optimizer as _optimizer
 import torch.utils._pytree as pytree  # public-to-be container flattening; 2.0+
 import torch.utils.checkpoint as _checkpoint
 from torch import fx, nn
@@ -38,6 +39,7 @@ __all__ = [
     "descriptors",
     "export_joint",
     "fake_mode_of",
+    "foreach_takes_fakes",
     "is_data_dependent",
     "pytree",
     "size_hint",
@@ -130,3 +132,17 @@ def fake_mode_of(tensor: torch.Tensor) -> FakeTensorMode:
     """The mode a fake tensor belongs to; enter it to make more of its kind."""
     assert isinstance(tensor, FakeTensor)
     return tensor.fake_mode
+
+
+@contextlib.contextmanager
+def foreach_takes_fakes() -> Iterator[None]:
+    """Let optimizers choose between foreach and a loop for fake parameters as they do for real ones.
+
+    Their list of parameter types is process-global (DTensor extends it too) and is put back.
+    """
+    types = _optimizer._foreach_supported_types  # 2.0+
+    types.append(FakeTensor)
+    try:
+        yield
+    finally:
+        types.remove(FakeTensor)
