@@ -299,7 +299,7 @@ def _copy_on(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
         and not callable(getattr(cls, name, None))  # a scheduler wraps the instance's step
     }
     memo: dict[int, Any] = dict(fakes)
-    for tensor in tensors_in([value for name, value in kept.items() if name != "param_groups"]):
+    for tensor in tensors_in(kept):  # buffers of its own, a learning rate; never copied for real
         memo.setdefault(id(tensor), _fake_of(tensor))
     copied = {name: copy.deepcopy(value, memo) for name, value in kept.items()}
     clone: Optimizer = cls.__new__(cls)
