@@ -127,3 +127,22 @@ def least_peak(problem: Problem, passes: int | None = ANY) -> tuple[int, list[in
     found = _search(problem, passes, None)
     assert found is not None
     return int(found[0]), found[1]
+
+
+def training_chain(layers: int, ops_per_layer: int, seed: int = 0) -> Problem:
+    """Grouped forward layers, a loss, and per forward op a backward op that reads its input and output."""
+    rng = random.Random(seed)
+    ops: list[Op] = []
+    values: list[Value] = []
+
+    def add(name: str, inputs: tuple[int, ...], group: str | None) -> None:
+        ops.append(Op(name, inputs, (len(values),), rng.randint(1, 20) / 8, group=group))
+        values.append(Value(name, rng.randint(4, 40), len(values)))
+
+    forward = [(i, j) for i in range(layers) for j in range(ops_per_layer)]
+    for k, (i, j) in enumerate(forward):
+        add(f"f{i}.{j}", (k - 1,) if k else (), f"layer{i}")
+    add("loss", (len(forward) - 1,), "head")
+    for k, (i, j) in reversed(list(enumerate(forward))):
+        add(f"b{i}.{j}", (k - 1, k, len(values) - 1) if k else (k, len(values) - 1), f"layer{i}")
+    return Problem(tuple(ops), tuple(values), turn=len(forward), name=f"{layers}x{ops_per_layer}")

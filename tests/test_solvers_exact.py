@@ -1,0 +1,134 @@
+"""The exact program against brute force over its class, and what its class leaves out."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from solvers import Op, Problem, Schedule, Value, checkmate, simulate
+from solvers.checkmate import Program
+from solvers.simulate import simulate_steps
+from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
+
+quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@quick
+@given(problems(), st.sampled_from([1, 2]), st.floats(0, 1))
+def test_least_time_equals_brute_force(problem: Problem, passes: int, fraction: float) -> None:
+    low, _ = least_peak(problem)
+    top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
+    budget = max(1, round(low - 1 + fraction * (top - low + 1)))
+    truth = best_seconds(problem, budget, passes)
+    solution = checkmate.solve(problem, budget, time_limit_s=20, passes=passes)
+    if truth is None:
+        assert solution.status == "unsettled"
+        assert solution.peak_bytes == least_peak(problem, passes)[0]
+        return
+    assert solution.status == "optimal"
+    assert solution.peak_bytes <= budget
+    assert solution.seconds == pytest.approx(truth[0], rel=1e-9)
+    assert solution.bound_seconds <= truth[0] * (1 + 1e-9)
+
+
+@quick
+@given(problems(), st.sampled_from([1, 2]))
+def test_least_peak_equals_brute_force(problem: Problem, passes: int) -> None:
+    schedule, floor = checkmate.minimum_peak(problem, time_limit_s=20, passes=passes)
+    assert floor == simulate(problem, schedule).peak_bytes == least_peak(problem, passes)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_brute_force_agrees_with_the_simulator(problem: Problem) -> None:
+    peak, steps = least_peak(problem)
+    assert simulate_steps(problem, steps).peak_bytes == peak
+    found = best_seconds(problem, peak)
+    assert found is not None
+    line = simulate_steps(problem, found[1])
+    assert line.peak_bytes <= peak
+    assert line.seconds == pytest.approx(found[0])
+
+
+def wide_step() -> Problem:
+    """Op c is large; before d, the cheap small ``a`` is best made again after the chain b0 -> b1."""
+    ops = (
+        Op("a", (), (0,), 1.0),
+        Op("b0", (), (1,), 1.0),
+        Op("b1", (1,), (2,), 1.0),
+        Op("c", (), (3,), 1.0),
+        Op("d", (0, 2), (4,), 1.0),
+    )
+    sizes = (1, 3, 3, 6, 2)
+    return Problem(ops, tuple(Value(op.name, n, i) for i, (op, n) in enumerate(zip(ops, sizes, strict=True))))
+
+
+def test_one_pass_in_the_problems_order_is_a_loss() -> None:
+    problem = wide_step()
+    one, floor = checkmate.minimum_peak(problem, passes=1)
+    assert simulate(problem, one).peak_bytes == floor == least_peak(problem, 1)[0]
+    two, floor_of_two = checkmate.minimum_peak(problem, passes=2)
+    assert simulate(problem, two).peak_bytes == floor_of_two == least_peak(problem)[0]
+    assert floor_of_two < floor
+
+
+def test_two_passes_lose_nothing_on_these_graphs() -> None:
+    lossy = 0
+    for seed in range(250):
+        problem = random_problem(random.Random(seed))
+        peak, _ = least_peak(problem)
+        lossy += least_peak(problem, 1)[0] > peak
+        assert least_peak(problem, 2)[0] == peak
+        any_order, two = best_seconds(problem, peak), best_seconds(problem, peak, 2)
+        assert any_order is not None
+        assert two is not None
+        assert two[0] == pytest.approx(any_order[0])
+    assert 0 < lossy < 5
+
+
+def test_a_cut_search_returns_its_best_plan_and_a_bound() -> None:
+    problem = training_chain(layers=8, ops_per_layer=3)
+    low, _ = checkmate.minimum_peak(problem, time_limit_s=3)
+    top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
+    budget = (simulate(problem, low).peak_bytes + top) // 2
+    started = time.perf_counter()
+    cut = checkmate.solve(problem, budget, time_limit_s=0.2)
+    assert time.perf_counter() - started < 3
+    assert cut.peak_bytes <= budget
+    assert problem.total_seconds <= cut.bound_seconds <= cut.seconds
+    assert cut.status == ("optimal" if cut.gap_seconds == 0 else "feasible")
+    full = checkmate.solve(problem, budget, time_limit_s=15)
+    assert cut.bound_seconds <= full.seconds <= cut.seconds
+
+
+def test_bytes_of_real_size_stay_within_the_budget_to_the_byte() -> None:
+    rng = random.Random(3)
+    for _ in range(6):
+        small = training_chain(layers=3, ops_per_layer=2, seed=rng.randrange(10**6))
+        values = tuple(
+            Value(v.name, v.bytes * 10**8 + rng.randrange(99), v.producer, v.final) for v in small.values
+        )
+        problem = Problem(small.ops, values, turn=small.turn, resident_bytes=7 * 10**9)
+        low, floor = checkmate.minimum_peak(problem, time_limit_s=20)
+        assert simulate(problem, low).peak_bytes == floor
+        at_floor = checkmate.solve(problem, floor, time_limit_s=20)
+        assert at_floor.peak_bytes == floor
+        assert at_floor.status == "optimal"
+        assert checkmate.solve(problem, floor - 1, time_limit_s=20).status == "unsettled"
+
+
+def test_program_reads_schedules_back() -> None:
+    problem = wide_step()
+    schedule = Schedule(("a", "b0", "b1", "c", "b0", "b1", "a", "d"))
+    assert Program(problem, 1).columns_of(schedule) is None
+    program = Program(problem, 2)
+    taken = program.columns_of(schedule)
+    assert taken is not None
+    assert program.schedule([taken.get(c, False) for c in range(program.columns)]) == schedule
+    assert repr(program).startswith("Program('problem', 2 passes: ")
+    with pytest.raises(ValueError, match="passes is 0, want at least 1"):
+        Program(problem, 0)
