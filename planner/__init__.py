@@ -1,0 +1,38 @@
+"""Plan a PyTorch training step to a memory budget, with proof of how near the plan is to best.
+
+    p = planner.plan(model, budget_gb=8, inputs=batch)
+    print(p.summary())
+    p.apply()          # or module = p.rewrite()
+"""
+
+from planner import measure
+from planner.api import frontier, plan
+from planner.errors import (
+    InfeasibleBudgetError,
+    InvalidPlanFileError,
+    PlannerError,
+    StalePlanError,
+    TraceError,
+)
+from planner.frontier import Frontier
+from planner.plan import Placement, Plan
+from planner.serialize import load
+from planner.verify import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Frontier",
+    "InfeasibleBudgetError",
+    "InvalidPlanFileError",
+    "Placement",
+    "Plan",
+    "PlannerError",
+    "Report",
+    "StalePlanError",
+    "TraceError",
+    "frontier",
+    "load",
+    "measure",
+    "plan",
+]

@@ -68,6 +68,8 @@ class Inputs:
                     f"plan() needs inputs for {type(model).__name__}: pass inputs=(x, ...) or "
                     "inputs={'name': x, ...}, one batch of the size to plan for"
                 )
+        if isinstance(inputs, Inputs):
+            return inputs
         if isinstance(inputs, torch.Tensor):
             return cls((inputs,), {})
         if isinstance(inputs, Mapping):
@@ -180,8 +182,16 @@ class JointGraph:
         return f"JointGraph(step={self.step!r}, loss={self.loss!r}, outputs={len(self.template.leaves)})"
 
 
-def capture(model: nn.Module, inputs: object = None, loss_fn: LossFn | None = None) -> JointGraph:
+def capture(
+    model: nn.Module,
+    inputs: object = None,
+    loss_fn: LossFn | None = None,
+    *,
+    used: frozenset[int] | None = None,
+) -> JointGraph:
     """Trace one training step of ``model`` at ``inputs``.
+
+    ``used``: which of the model's output tensors are differentiated, where that is known already.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state.  Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do
@@ -196,7 +206,7 @@ def capture(model: nn.Module, inputs: object = None, loss_fn: LossFn | None = No
 
     found: list[None] = []
     with _compat.checkpoint_calls(lambda: found.append(None)), _explained(model, found):
-        loss, used = None, None
+        loss = None
         if loss_fn is not None:
             loss, used = _trace_loss(model, mode, fake, in_spec, loss_fn)
         step = _Step(model, fake, in_spec, used)
@@ -214,7 +224,7 @@ def capture(model: nn.Module, inputs: object = None, loss_fn: LossFn | None = No
             "computes its own loss"
         )
     chosen = [i for i, x in enumerate(template.leaves) if x.differentiated]
-    sees_loss = loss_fn is None and len(chosen) == 1 and traced.outputs[chosen[0]].meta["val"].numel() == 1
+    sees_loss = loss_fn is None and used is None and len(chosen) == 1 and traced.outputs[chosen[0]].meta["val"].numel() == 1
     types = {name: type(m).__name__ for name, m in model.named_modules()}
     return JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
 

@@ -118,18 +118,22 @@ def _index_bound(node: fx.Node) -> int:
     return 1
 
 
-def _materialize(fake: torch.Tensor, bound: int, generator: torch.Generator) -> torch.Tensor:
+# Their masks may not hold more ones than their sources have elements, or a CUDA device gives up.
+_COUNTED_MASKS = frozenset({aten.masked_scatter, aten.masked_scatter_backward})
+
+
+def _materialize(fake: torch.Tensor, below: int, generator: torch.Generator) -> torch.Tensor:
     """A real tensor of the same sizes, strides, type and device.
 
-    Normal numbers, random bits, or integers uniform below ``bound``: zeros would run faster than data.
+    Uniform in [0, 1), which no kernel refuses as a probability, a variance or a logarithm's argument;
+    integers and bits uniform below ``below``.
     """
     sizes, strides = [*map(size_hint, fake.shape)], [*map(size_hint, fake.stride())]
     extent = 0 if 0 in sizes else 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
     drawn = min(extent, _TILE)
     if fake.dtype.is_floating_point or fake.dtype.is_complex:
-        tile = torch.randn(drawn, generator=generator, device=fake.device)
+        tile = torch.rand(drawn, generator=generator, device=fake.device)
     else:
-        below = 2 if fake.dtype == torch.bool else bound
         tile = torch.randint(below, (drawn,), generator=generator, device=fake.device)
     tile = tile.to(fake.dtype)
     if extent > drawn:
@@ -143,6 +147,7 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
     Raises what the op raises on such operands.
     """
     bound = _index_bound(node)
+    bits = 1 if packet_of(node) in _COUNTED_MASKS else 2
     generators: dict[torch.device, torch.Generator] = {}
 
     def real(leaf: Any) -> Any:
@@ -152,7 +157,7 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
             return leaf
         if leaf.device not in generators:
             generators[leaf.device] = torch.Generator(leaf.device).manual_seed(0)
-        return _materialize(leaf, bound, generators[leaf.device])
+        return _materialize(leaf, bits if leaf.dtype == torch.bool else bound, generators[leaf.device])
 
     operands = {source: pytree.tree_map(real, value_of(source)) for source in node.all_input_nodes}
     args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)

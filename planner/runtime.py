@@ -158,6 +158,7 @@ class PlannedForward:
     def __init__(self, model: nn.Module, step: Step, original: Callable[..., Any] | None = None) -> None:
         self.model, self.step = model, step
         self.original = original if original is not None else model.forward
+        self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         self.guard = Guard(model, step.expected)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,6 +207,7 @@ class PlannedForward:
         original = getattr(self.original, "__func__", None)
         twin.model, twin.step = model, self.step
         twin.original = original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
+        twin.before = None
         twin._late = True  # the copy's modules are filled in after this returns
         return twin
 

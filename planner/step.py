@@ -133,7 +133,7 @@ def undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
                 "call model.zero_grad(set_to_none=True) first"
             )
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, buffer.detach().to("cpu", copy=True))  # not on the device being measured
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
@@ -143,7 +143,7 @@ def undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
-                if not torch.equal(buffer, saved):  # an expanded buffer cannot be written to
+                if not torch.equal(buffer.cpu(), saved):  # an expanded buffer cannot be written to
                     buffer.copy_(saved)
                 setattr(module, name, buffer)
         for _, leaf in leaves:

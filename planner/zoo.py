@@ -84,7 +84,11 @@ def _seeded(build: Callable[[], nn.Module], device: Where, dtype: torch.dtype, s
     """Build under a seed that leaves the caller's random state alone; in training mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build().to(device=device, dtype=dtype).train()
+        model = build().train()
+    first = next(model.parameters())
+    if (first.device, first.dtype) == (torch.device(device), dtype):
+        return model  # torch cannot move fake parameters, not even to where they are
+    return model.to(device=device, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -353,7 +357,7 @@ def internvl_example(
             "num_attention_heads": 14,
             "intermediate_size": 4864,
         }
-        text |= {"num_key_value_heads": 2, "vocab_size": words, "tie_word_embeddings": True}
+        text |= {"num_key_value_heads": 2, "vocab_size": words}
     model = _seeded(lambda: internvl(image=image, patch=patch, vision=vision, text=text), device, dtype)
     inputs = internvl_batch(batch, length, words, image=image, patch=patch)
     return Example("InternVL2-shaped VLM", model, _placed(inputs, device, dtype))

@@ -1,0 +1,87 @@
+"""``plan`` and ``frontier``: the pipeline from a model to its plan.
+
+    nn.Module, inputs -> JointGraph -> TrainingGraph, Costs -> Problem -> Solution -> Plan
+
+Each arrow is a function in the module named after its result; this one only calls them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from planner.accounting import OptimizerLike, budget_bytes_of
+from planner.capture import LossFn
+from planner.errors import PlannerError
+from planner.frontier import Frontier
+from planner.plan import Plan
+from planner.prepared import CostSource, Progress, prepare
+
+__all__ = ["frontier", "plan"]
+
+
+def plan(
+    model: nn.Module,
+    budget_gb: float,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | None = None,
+    costs: CostSource = "auto",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    dynamic: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
+
+    ``budget_gb``     GB of 10**9 bytes for the whole step on the model's device: parameters, buffers,
+                      gradients, optimizer state, inputs, activations, kernel workspace.
+    ``inputs``        one batch of the size to plan for: a tuple of positional or a dict of keyword
+                      arguments of ``model.forward``.  ``None``: ``model.dummy_inputs`` or
+                      ``model.example_input_array``.
+    ``loss_fn``       ``loss_fn(outputs) -> scalar`` where the loss is computed outside the model; its
+                      memory is then planned for.  Without it the plan covers the model, and gradients
+                      of its outputs count as given.
+    ``optimizer``     an instance or a class; its state and its step's temporaries count.
+    ``costs``         "profile": measure every distinct op on the device; "roofline": work it out from
+                      FLOPs and bytes; "auto": profile where that is quick.
+    ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds the search.
+    ``progress``      called with the name of each phase as it starts.
+
+    Planning allocates no activation memory, runs no forward and changes nothing of the model.
+
+    Raises ``TypeError`` or ``ValueError`` for arguments that make no sense; ``InfeasibleBudgetError``
+    if no plan fits, naming the least budget that one does; ``TraceError`` if the step is not one
+    graph; ``PlannerError`` for what cannot be planned.
+    """
+    budget_bytes = budget_bytes_of(budget_gb)
+    if dynamic:
+        raise PlannerError(
+            "dynamic=True (one plan for varying sizes) is not available in this version; plan at the largest "
+            "size and pad to it, or plan once per size"
+        )
+    step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
+    return step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress)
+
+
+def frontier(
+    model: nn.Module,
+    inputs: object = None,
+    budgets_gb: Sequence[float] | None = None,
+    *,
+    points: int = 8,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | None = None,
+    costs: CostSource = "auto",
+    solver: str = "auto",
+    time_limit_s: float = 10.0,
+    progress: Progress | None = None,
+) -> Frontier:
+    """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
+
+    Arguments as for :func:`plan`; ``time_limit_s`` is per budget.
+    """
+    step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
+    return step.frontier(budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=progress)

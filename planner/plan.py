@@ -1,0 +1,304 @@
+"""A plan: which values the step keeps, which it computes again, what that costs and how near it is to best.
+
+A ``Plan`` is data first: every field can be printed, compared and written to JSON, and reading one
+back executes nothing.  Made by :func:`planner.plan` it also remembers the captured step, from which
+``rewrite`` and ``apply`` generate code at once; read from a file it captures the model again and
+checks that it is the step the plan was made for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import fx, nn
+
+from planner.errors import PlannerError
+from planner.rewrite import Program, emit
+from planner.runtime import PlannedForward, Step, planned_forward_of
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import pandas
+
+    from planner.prepared import Prepared
+    from planner.verify import Report
+
+__all__ = ["CheckpointedModule", "Decision", "Placement", "Plan"]
+
+Decision = Literal["save", "recompute", "free"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What happens to one value of the forward.
+
+    ``name``              of the value, as in the generated code.
+    ``module``            path of the module that makes it; ``op`` the kernel.
+    ``bytes``             of its storage.
+    ``decision``          "save": kept for the backward; "recompute": dropped and computed again;
+                          "free": the backward never needs it.
+    ``seconds``           of its op, once.
+    ``times_recomputed``  how often its op runs beyond the first time.
+    """
+
+    name: str
+    module: str
+    op: str
+    bytes: int
+    decision: Decision
+    seconds: float
+    times_recomputed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The answer of :func:`planner.plan`.  Bytes are of the whole step on ``device``; GB are 10**9 bytes.
+
+    ``peak_bytes``           predicted peak; ``baseline_peak_bytes`` the peak when nothing is recomputed.
+    ``overhead``             recompute seconds / seconds of the step when nothing is recomputed.
+    ``overhead_bound``       proved: no plan within the budget (this order of ops) has less overhead.
+    ``status``               "optimal" (the two are equal) or "feasible".
+    ``breakdown``            bytes by kind at the peak; they add up to ``peak_bytes``.
+    ``timeline``             live bytes at each step, shape (T,); ``timeline_by_kind`` splits it.
+    ``sequence``             op names in execution order; a repeated name is a recomputation.
+    ``recompute_flops``      extra FLOPs; ``step_flops`` those of the step when nothing is recomputed.
+    ``step_s``               predicted seconds of the step when nothing is recomputed.
+    ``floor_bytes``          proved: no plan has a lower peak.
+    ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
+    """
+
+    model_name: str
+    budget_bytes: int
+    peak_bytes: int
+    baseline_peak_bytes: int
+    overhead: float
+    overhead_bound: float
+    status: Literal["optimal", "feasible"]
+    placements: tuple[Placement, ...]
+    breakdown: Mapping[str, int]
+    timeline: np.ndarray
+    timeline_by_kind: Mapping[str, np.ndarray]
+    baseline_timeline: np.ndarray
+    sequence: tuple[str, ...]
+    op_count: int
+    step_s: float
+    step_flops: int
+    recompute_flops: int
+    floor_bytes: int
+    optimizer_step_bytes: int
+    solver: str
+    solve_s: float
+    cost_source: str
+    cost_device: str
+    device: str
+    torch_version: str
+    fingerprint: str
+    peak_op: str
+    differentiated: tuple[int, ...]
+    input_spec: Any
+    known_minimum_bytes: int | None = None
+    _prepared: Prepared | None = field(default=None, repr=False)
+
+    # -- numbers derived from the fields -----------------------------------------------------------
+
+    @property
+    def gap(self) -> float:
+        """``overhead - overhead_bound``: how much of the step's time could at most still be won."""
+        return max(0.0, self.overhead - self.overhead_bound)
+
+    @property
+    def recompute_s(self) -> float:
+        """Predicted seconds spent on recomputation."""
+        return self.overhead * self.step_s
+
+    @property
+    def minimum_peak_bytes(self) -> int:
+        """The least peak for which a plan was found; solved for when first asked."""
+        if self.known_minimum_bytes is not None:
+            return self.known_minimum_bytes
+        if self._prepared is None:
+            raise PlannerError("this plan was read from a file that does not say its minimum; plan the model again")
+        return self._prepared.minimum_peak_bytes
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """A page of text: budget, peak, overhead, what fills the peak, what is recomputed where."""
+        from planner.display import summary
+
+        return summary(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.model_name}: budget {self.budget_bytes / 1e9:.4g} GB, peak {self.peak_bytes / 1e9:.4g} GB "
+            f"(nothing recomputed: {self.baseline_peak_bytes / 1e9:.4g} GB), overhead {self.overhead:.2%}, "
+            f"proved >= {self.overhead_bound:.2%}, {self.status})"
+        )
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        from planner.display import html
+
+        return html(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per value of the forward, in order of execution (needs pandas)."""
+        from planner.display import dataframe
+
+        return dataframe(self)
+
+    def plot_memory(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Live bytes over the step, by kind, against the budget and the step without recomputation."""
+        from planner.display import plot_memory
+
+        return plot_memory(self, ax)
+
+    def plot_placements(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Bytes kept and recomputed by module."""
+        from planner.display import plot_placements
+
+        return plot_placements(self, ax)
+
+    def plot_frontier(
+        self, ax: matplotlib.axes.Axes | None = None, *, points: int = 8, time_limit_s: float = 10.0
+    ) -> matplotlib.axes.Axes:
+        """Overhead against budget, with the proved bound, and this plan on it."""
+        from planner.display import plot_frontier
+
+        if self._prepared is None:
+            raise PlannerError("a plan read from a file has no graph to solve again; call planner.frontier on the model")
+        return plot_frontier(self._prepared.frontier(points=points, time_limit_s=time_limit_s), ax, plan=self)
+
+    @property
+    def code(self) -> str:
+        """The rewritten step as Python; recomputed calls are marked."""
+        return self._step(None).program.code
+
+    # -- using -------------------------------------------------------------------------------------
+
+    def rewrite(self, model: nn.Module | None = None) -> CheckpointedModule:
+        """A GraphModule that trains as planned: the model's own Parameters, state_dict keys and output type.
+
+        ``model`` defaults to the one planned.  Raises ``StalePlanError`` for a model of another
+        structure, ``PlannerError`` if the plan came from a file and no model is given.
+        """
+        model = self._model(model)
+        return CheckpointedModule(model, self._step(model))
+
+    def apply(self, model: nn.Module | None = None) -> nn.Module:
+        """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model."""
+        model = self._model(model)
+        step = self._step(model)
+        applied = planned_forward_of(model)
+        if applied is not None:
+            if applied.step is step:
+                return model
+            self.restore(model)
+        before = model.__dict__.get("forward")
+        stand_in = PlannedForward(model, step)  # raises before anything is changed
+        stand_in.before = before
+        model.__dict__["forward"] = stand_in
+        return model
+
+    def restore(self, model: nn.Module | None = None) -> nn.Module:
+        """Undo ``apply``, whichever plan was applied; a no-op if none was.  Returns the model."""
+        model = self._model(model)
+        applied = planned_forward_of(model)
+        if applied is not None:
+            if applied.before is None:
+                del model.__dict__["forward"]
+            else:
+                model.__dict__["forward"] = applied.before
+        return model
+
+    def verify(self, model: nn.Module | None = None, inputs: object = None, *, seed: int = 0) -> Report:
+        """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs."""
+        from planner.verify import verify
+
+        return verify(self, self._model(model), inputs, seed=seed)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; :func:`planner.load` reads it."""
+        from planner.serialize import save
+
+        save(self, path)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _model(self, model: nn.Module | None) -> nn.Module:
+        if model is not None:
+            if isinstance(model, CheckpointedModule):
+                return model.original
+            return model
+        if self._prepared is None:
+            raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
+        return self._prepared.model
+
+    def _step(self, model: nn.Module | None) -> Step:
+        """The generated program; made on first use and shared by every model it is applied to."""
+        if "_made_step" not in self.__dict__:
+            prepared = self._prepared
+            if prepared is None:
+                from planner.prepared import prepare_for
+
+                if model is None:
+                    raise PlannerError("this plan was read from a file; pass the model it is for")
+                prepared = prepare_for(self, model)
+            program = emit(prepared.graph, prepared.steps(self.sequence))
+            step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
+            object.__setattr__(self, "_made_step", step)
+        return self.__dict__["_made_step"]  # type: ignore[no-any-return]
+
+
+class CheckpointedModule(fx.GraphModule):
+    """The rewritten model.  ``graph`` is its forward; ``code`` the whole step, backward included.
+
+    It shares the original's submodules and Parameters, so training either trains both.
+    """
+
+    def __init__(self, original: nn.Module, step: Step) -> None:
+        super().__init__({}, step.program.forward.graph, type(original).__name__ + "Checkpointed")
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        for name, parameter in original._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in original._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        self.__dict__["original"] = original
+        self.__dict__["forward"] = PlannedForward(original, step, original=_unplanned(original))
+        self.training = original.training
+
+    @property
+    def program(self) -> Program:
+        """The generated graphs."""
+        return self.__dict__["forward"].step.program  # type: ignore[no-any-return]
+
+    @property
+    def code(self) -> str:
+        """The whole step as Python; recomputed calls are marked."""
+        return self.program.code
+
+    def train(self, mode: bool = True) -> CheckpointedModule:
+        """Also sets the original's own flag, which decides whether the plan applies."""
+        self.original.training = mode
+        super().train(mode)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
+        original = copy.deepcopy(self.original, memo)
+        return CheckpointedModule(original, self.__dict__["forward"].step)
+
+    def __reduce__(self) -> Any:
+        return self.__dict__["forward"].__reduce__()
+
+
+def _unplanned(model: nn.Module) -> Any:
+    applied = planned_forward_of(model)
+    return model.forward if applied is None else applied.original
+

@@ -1,0 +1,343 @@
+"""One training step, captured and priced: many budgets can be planned from it without another trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from planner._compat import storage_key
+from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
+from planner.capture import JointGraph, LossFn, capture
+from planner.costs import Costs
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.frontier import Frontier, FrontierPoint
+from planner.guards import Expectation, expectation_of
+from planner.lifetimes import bytes_over_time, copies_of
+from planner.lowering import graph_costs, judge, lower, steps_of
+from planner.plan import Decision, Placement, Plan
+from planner.training_graph import TrainingGraph, training_graph
+from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
+from solvers.bounds import peak_floor
+
+__all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
+
+CostSource = Literal["auto", "profile", "roofline"]
+Progress = Callable[[str], None]
+
+
+def prepare(
+    model: nn.Module,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | None = None,
+    costs: CostSource = "auto",
+    progress: Progress | None = None,
+) -> Prepared:
+    """Capture the step, restate it as ops and storages, price every op, count what is resident.
+
+    Arguments as for :func:`planner.plan`.
+    """
+    tell = progress or _silent
+    tell("capture")
+    joint = capture(model, inputs, loss_fn)
+    graph = training_graph(joint)
+    tell("costs")
+    priced = graph_costs(graph, costs)
+    resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
+    expected = expectation_of(model, *joint.inputs.flatten())
+    return Prepared(model, joint, graph, priced, resident, expected, loss_fn)
+
+
+def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
+    """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step."""
+    from planner.serialize import inputs_of
+
+    joint = capture(model, inputs_of(plan), used=frozenset(plan.differentiated))
+    graph = training_graph(joint)
+    resident = Resident(0, 0, 0, 0)
+    expected = expectation_of(model, *joint.inputs.flatten())
+    prepared = Prepared(model, joint, graph, None, resident, expected, None)
+    if prepared.fingerprint != plan.fingerprint:
+        raise StalePlanError(
+            f"the plan was made for another step than that of this {type(model).__name__} "
+            f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
+            f"{prepared.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, its "
+            "training flags, autocast or the versions of its libraries differ; make a new plan"
+        )
+    return prepared
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A captured step with its costs; the common ground of all plans made from it.
+
+    ``costs`` is ``None`` where a plan is only to be executed, not made.
+    """
+
+    model: nn.Module
+    joint: JointGraph
+    graph: TrainingGraph
+    costs: Costs | None
+    resident: Resident
+    expected: Expectation
+    loss_fn: LossFn | None
+
+    # -- the problem -------------------------------------------------------------------------------
+
+    @cached_property
+    def tangent_bytes(self) -> int:
+        """Bytes of output gradients that come from outside and are there throughout."""
+        return sum(v.bytes for v in self.graph.values if v.kind == "tangent" and v.producer is None)
+
+    @cached_property
+    def constant_bytes(self) -> int:
+        """Bytes of tensors the trace baked into the graph."""
+        where = self.graph.device
+        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in self.graph.constants.values() if t.device == where}
+        return sum(sizes.values())
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What the solvers see."""
+        if self.costs is None:
+            raise PlannerError("this step was captured to execute a plan, not to make one")
+        resident = self.resident.total_bytes + self.tangent_bytes + self.constant_bytes
+        return lower(self.graph, self.costs, resident_bytes=resident, name=type(self.model).__name__)
+
+    @cached_property
+    def baseline(self) -> Timeline:
+        """The step when nothing is recomputed."""
+        return judge(self.graph, self.problem, list(range(len(self.problem))))
+
+    @cached_property
+    def optimizer_step_bytes(self) -> int:
+        """Bytes during the optimizer's step, when the activations are gone."""
+        r = self.resident
+        if not r.optimizer_state_bytes and not r.optimizer_step_bytes:
+            return 0
+        gradients = sum(v.bytes for v in self.graph.values if v.kind == "gradient")
+        return r.total_bytes + gradients + r.optimizer_step_bytes
+
+    @cached_property
+    def floor_bytes(self) -> int:
+        """Proved: no plan has a lower peak."""
+        return max(peak_floor(self.problem).bytes, self.optimizer_step_bytes)
+
+    @cached_property
+    def least(self) -> Solution:
+        """The plan of lowest peak that was found (30 s at most)."""
+        return minimum_peak(self.problem, time_limit_s=30.0)
+
+    @cached_property
+    def minimum_peak_bytes(self) -> int:
+        """The least peak for which a plan was found, the optimizer's step included."""
+        steps = steps_of(self.graph, self.problem, self.least.schedule)
+        return max(judge(self.graph, self.problem, steps).peak_bytes, self.optimizer_step_bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the captured step: its calls, sizes, gradients and what it depends on."""
+        h = hashlib.sha256()
+        for op in self.graph.ops:
+            if op.phase != "loss" and op.node is not None:
+                h.update(f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}\n".encode())
+        for value in self.graph.values:
+            if value.kind != "loss":
+                h.update(f"{value.name}|{value.bytes}|{value.kind}\n".encode() if value.name else b"")
+        for name, spec in self.expected.parameters.items():
+            h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
+        return h.hexdigest()
+
+    def steps(self, sequence: Sequence[str]) -> list[int]:
+        """Op positions of a sequence of names; steps of a loss that is not part of this graph are left out."""
+        position = {op.name: i for i, op in enumerate(self.graph.ops)}
+        missing = [n for n in sequence if n not in position and not n.startswith("loss/")]
+        if missing and missing != ["ones_like_loss"]:
+            raise StalePlanError(f"the plan runs {missing[0]!r}, which the captured step does not have")
+        return [position[name] for name in sequence if name in position]
+
+    # -- plans -------------------------------------------------------------------------------------
+
+    def plan(
+        self, budget_gb: float, *, solver: str = "auto", time_limit_s: float = 30.0, progress: Progress | None = None
+    ) -> Plan:
+        """The plan for one budget; errors as :func:`planner.plan`."""
+        return self.plan_bytes(budget_bytes_of(budget_gb), solver=solver, time_limit_s=time_limit_s, progress=progress)
+
+    def plan_bytes(
+        self, budget_bytes: int, *, solver: str = "auto", time_limit_s: float = 30.0, progress: Progress | None = None
+    ) -> Plan:
+        """``plan`` for a budget in bytes."""
+        (progress or _silent)("solve")
+        if budget_bytes < self.optimizer_step_bytes:
+            raise self.infeasible(budget_bytes)
+        try:
+            solution = solve(self.problem, budget_bytes, solver=solver, time_limit_s=time_limit_s)
+        except InfeasibleError:
+            raise self.infeasible(budget_bytes) from None
+        if not solution.fits and budget_bytes >= self.minimum_peak_bytes:
+            solution = dataclasses.replace(
+                solution,
+                schedule=self.least.schedule,
+                seconds=self.least.seconds,
+                recompute_seconds=self.least.recompute_seconds,
+                peak_bytes=self.least.peak_bytes,
+                status="feasible",
+                solver=self.least.solver,
+            )
+        if not solution.fits:
+            raise self.infeasible(budget_bytes)
+        return self._plan_of(solution)
+
+    def infeasible(self, budget_bytes: int) -> InfeasibleBudgetError:
+        """The error for a budget that no plan fits, with the least that one does and what fills it."""
+        least = self._plan_of(self.least)
+        need, floor = max(least.peak_bytes, self.optimizer_step_bytes), self.floor_bytes
+        parts = ", ".join(f"{k.replace('_', ' ')} {b / 1e9:.4g}" for k, b in least.breakdown.items() if b)
+        decided = (
+            f"it is proved that none needs less than {floor / 1e9:.4g} GB"
+            if budget_bytes < floor
+            else f"none was found between the proved floor of {floor / 1e9:.4g} GB and there"
+        )
+        return InfeasibleBudgetError(
+            f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget with a plan is "
+            f"{need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise the budget, or make the "
+            "batch smaller",
+            budget_bytes=budget_bytes,
+            minimum_bytes=need,
+            floor_bytes=floor,
+            breakdown=dict(least.breakdown),
+        )
+
+    def frontier(
+        self,
+        budgets_gb: Sequence[float] | None = None,
+        *,
+        points: int = 8,
+        solver: str = "auto",
+        time_limit_s: float = 10.0,
+        progress: Progress | None = None,
+    ) -> Frontier:
+        """Overhead at each of ``budgets_gb``, or at ``points`` budgets from the least to keep-all.
+
+        A plan for a lower budget also serves every higher one, so the curve never rises.
+        ``time_limit_s`` is per budget.
+        """
+        if budgets_gb is None:
+            low, high = self.minimum_peak_bytes, max(self.baseline.peak_bytes, self.optimizer_step_bytes)
+            budgets = [round(low + (high - low) * k / max(1, points - 1)) for k in range(points)]
+        else:
+            budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
+        found: list[FrontierPoint] = []
+        best: Plan | None = None
+        for budget in budgets:
+            try:
+                plan = self.plan_bytes(budget, solver=solver, time_limit_s=time_limit_s, progress=progress)
+            except InfeasibleBudgetError as e:
+                found.append(FrontierPoint(budget, e.minimum_bytes, None, None, "infeasible"))
+                continue
+            if best is None or plan.overhead <= best.overhead:
+                best = plan
+            status: Any = "optimal" if best is plan and plan.status == "optimal" else "feasible"
+            bound = min(plan.overhead_bound, best.overhead)
+            found.append(FrontierPoint(budget, best.peak_bytes, best.overhead, bound, status))
+        return Frontier(type(self.model).__name__, self.baseline.peak_bytes, self.floor_bytes, tuple(found))
+
+    def _plan_of(self, solution: Solution) -> Plan:
+        graph, problem, costs = self.graph, self.problem, self.costs
+        assert costs is not None
+        steps = steps_of(graph, problem, solution.schedule)
+        timeline = judge(graph, problem, steps)
+        copies = copies_of(graph, problem, timeline)
+        resident = dataclasses.replace(
+            self.resident, buffers_bytes=self.resident.buffers_bytes + self.constant_bytes
+        )
+        by_kind = bytes_over_time(problem, timeline, copies, resident, self.tangent_bytes)
+        peak = timeline.peak_step
+        breakdown = {kind: int(b[peak]) for kind, b in by_kind.items()}
+        peak_op = graph.ops[steps[peak]].name
+        if self.optimizer_step_bytes > timeline.peak_bytes:
+            breakdown = self._optimizer_breakdown(breakdown)
+            peak_op = "optimizer.step"
+        total = problem.total_seconds
+        flops = [costs.flops.get(op.name, 0) for op in graph.ops]
+        template = self.joint.template
+        return Plan(
+            model_name=type(self.model).__name__,
+            budget_bytes=solution.budget_bytes,
+            peak_bytes=max(timeline.peak_bytes, self.optimizer_step_bytes),
+            baseline_peak_bytes=max(self.baseline.peak_bytes, self.optimizer_step_bytes),
+            overhead=timeline.recompute_seconds / total if total else 0.0,
+            overhead_bound=max(0.0, solution.bound_seconds / total - 1.0) if total else 0.0,
+            status="optimal" if solution.status == "optimal" else "feasible",
+            placements=self._placements(steps, copies),
+            breakdown=breakdown,
+            timeline=timeline.live_bytes,
+            timeline_by_kind=by_kind,
+            baseline_timeline=self.baseline.live_bytes,
+            sequence=tuple(graph.ops[i].name for i in steps),
+            op_count=len(graph.ops),
+            step_s=total,
+            step_flops=sum(flops),
+            recompute_flops=sum(flops[i] for i in steps) - sum(flops),
+            floor_bytes=self.floor_bytes,
+            optimizer_step_bytes=self.optimizer_step_bytes,
+            solver=solution.solver,
+            solve_s=solution.solve_seconds,
+            cost_source=costs.source,
+            cost_device=costs.device,
+            device=str(graph.device),
+            torch_version=torch.__version__,
+            fingerprint=self.fingerprint,
+            peak_op=peak_op,
+            differentiated=tuple(i for i, leaf in enumerate(template.leaves) if leaf.differentiated),
+            input_spec=self.joint.inputs,
+            _prepared=self,
+        )
+
+    def _optimizer_breakdown(self, at_peak: dict[str, int]) -> dict[str, int]:
+        r = self.resident
+        gradients = sum(v.bytes for v in self.graph.values if v.kind == "gradient")
+        return dict.fromkeys(at_peak, 0) | {
+            "parameters": r.parameters_bytes,
+            "buffers": r.buffers_bytes,
+            "optimizer_state": r.optimizer_state_bytes,
+            "inputs": r.inputs_bytes,
+            "gradients": gradients + r.gradients_bytes,
+            "workspace": r.optimizer_step_bytes,
+        }
+
+    def _placements(self, steps: list[int], copies: list[Any]) -> tuple[Placement, ...]:
+        graph, costs = self.graph, self.costs
+        assert costs is not None
+        boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+        runs = [0] * len(graph.ops)
+        for i in steps:
+            runs[i] += 1
+        crosses = {c.value for c in copies if c.born < boundary <= c.died}
+        reborn = {c.value for c in copies if c.kind == "recomputed" and c.died > c.born}
+        out = []
+        for v, value in enumerate(graph.values):
+            if value.producer is None or graph.ops[value.producer].phase != "forward":
+                continue
+            op = graph.ops[value.producer]
+            if op.target == "rng_state" and v not in crosses:
+                continue
+            decision: Decision = "recompute" if v in reborn else "save" if v in crosses else "free"
+            seconds = costs.seconds[op.name]
+            again = runs[value.producer] - 1 if v in reborn else 0
+            out.append(Placement(value.name, value.module, op.target, value.bytes, decision, seconds, again))
+        return tuple(out)
+
+
+def _silent(_: str) -> None:
+    return
+

@@ -1,0 +1,182 @@
+"""Plans as JSON.  Reading one executes nothing: it is data, checked field by field.
+
+The file says what the plan is for (format version, fingerprint of the captured step, torch version,
+device, where the costs came from), the plan itself, and the structure and sizes of the inputs, from
+which the step can be captured again when the plan is applied to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from planner._compat import FakeTensorMode
+from planner.capture import Inputs
+from planner.errors import InvalidPlanFileError, PlannerError
+from planner.plan import Placement, Plan
+
+__all__ = ["FORMAT", "VERSION", "inputs_of", "load", "save"]
+
+FORMAT = "rematplan.plan"
+VERSION = 1
+
+_ARRAYS = ("timeline", "baseline_timeline")
+_SKIPPED = ("placements", "timeline_by_kind", "input_spec", "known_minimum_bytes", "_prepared", *_ARRAYS)
+_PLAIN = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in _SKIPPED)
+_KEYS = ("format", "version", *_PLAIN, "minimum_peak_bytes", "placements", "timeline_by_kind", "inputs", *_ARRAYS)
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Write ``plan``; the file appears whole or not at all."""
+    path = Path(path)
+    record = {"format": FORMAT, "version": VERSION}
+    record |= {name: _plain(getattr(plan, name)) for name in _PLAIN}
+    record |= {name: getattr(plan, name).tolist() for name in _ARRAYS}
+    record["timeline_by_kind"] = {k: _pack(v) for k, v in plan.timeline_by_kind.items()}
+    record["placements"] = [list(dataclasses.astuple(p)) for p in plan.placements]
+    record["minimum_peak_bytes"] = plan.minimum_peak_bytes
+    spec = plan.input_spec
+    record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load(path: str | Path) -> Plan:
+    """Read a plan.  Raises ``InvalidPlanFileError`` if the file is not one; ``OSError`` if it is not there.
+
+    The plan can be looked at at once; ``rewrite(model)`` and ``apply(model)`` capture the model again.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InvalidPlanFileError(f"{path} is not a plan: not JSON, or cut short ({e})") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InvalidPlanFileError(f"{path} is not a plan: its 'format' is not {FORMAT!r}")
+    if record.get("version") != VERSION:
+        raise InvalidPlanFileError(
+            f"{path} has plan format version {record.get('version')!r}; this installation reads version {VERSION}. "
+            "Make the plan again, or install the version that wrote it"
+        )
+    missing = [key for key in _KEYS if key not in record]
+    if missing:
+        raise InvalidPlanFileError(f"{path} lacks {', '.join(map(repr, missing))}")
+    try:
+        return _read(record)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise InvalidPlanFileError(f"{path} holds something a plan does not: {e}") from None
+
+
+def _read(record: dict[str, Any]) -> Plan:
+    kinds = {f.name: f.type for f in dataclasses.fields(Plan)}
+    plain = {}
+    for name in _PLAIN:
+        value = record[name]
+        want = {"int": int, "float": (int, float), "str": str}.get(str(kinds[name]))
+        if want is not None and (not isinstance(value, want) or isinstance(value, bool)):
+            raise ValueError(f"{name!r} is {value!r}, want {kinds[name]}")
+        plain[name] = value
+    if plain["status"] not in ("optimal", "feasible"):
+        raise ValueError(f"'status' is {plain['status']!r}")
+    plain["sequence"] = tuple(map(str, plain["sequence"]))
+    plain["differentiated"] = tuple(map(int, plain["differentiated"]))
+    plain["breakdown"] = {str(k): int(v) for k, v in plain["breakdown"].items()}
+    arrays = {name: np.asarray(record[name], dtype=np.int64) for name in _ARRAYS}
+    length = len(plain["sequence"])
+    if len(arrays["timeline"]) != length:
+        raise ValueError(f"'timeline' has {len(arrays['timeline'])} entries for {length} steps")
+    by_kind = {str(k): _unpack(v, length) for k, v in record["timeline_by_kind"].items()}
+    placements = tuple(_placement(row) for row in record["placements"])
+    decode(record["inputs"], None)  # an input structure that cannot be rebuilt is found now
+    return Plan(
+        **plain,
+        **arrays,
+        timeline_by_kind=by_kind,
+        placements=placements,
+        input_spec=record["inputs"],
+        known_minimum_bytes=int(record["minimum_peak_bytes"]),
+    )
+
+
+def _placement(row: list[Any]) -> Placement:
+    name, module, op, size, decision, seconds, times = row
+    if decision not in ("save", "recompute", "free"):
+        raise ValueError(f"placement of {name!r} is {decision!r}")
+    return Placement(str(name), str(module), str(op), int(size), decision, float(seconds), int(times))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _pack(values: np.ndarray) -> int | list[int]:
+    """A constant as one number."""
+    constant = len(values) > 0 and bool((values == values[0]).all())
+    return int(values[0]) if constant else values.tolist()
+
+
+def _unpack(packed: int | list[int], length: int) -> np.ndarray:
+    if isinstance(packed, int):
+        return np.full(length, packed, dtype=np.int64)
+    if len(packed) != length:
+        raise ValueError(f"a timeline has {len(packed)} entries for {length} steps")
+    return np.asarray(packed, dtype=np.int64)
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+def encode(tree: Any) -> Any:
+    """Containers, constants, and tensors by size only, as JSON."""
+    if isinstance(tree, torch.Tensor):
+        return {
+            "tensor": [list(tree.shape), list(tree.stride()), str(tree.dtype), str(tree.device), tree.requires_grad]
+        }
+    if isinstance(tree, Mapping):
+        return {"dict": [[str(k), encode(v)] for k, v in tree.items()]}
+    if isinstance(tree, (tuple, list)):
+        return {"tuple" if isinstance(tree, tuple) else "list": [encode(x) for x in tree]}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return {"constant": tree}
+    raise PlannerError(
+        f"an input of type {type(tree).__name__} cannot be described in a plan file; pass tensors, numbers, strings "
+        "and containers of them"
+    )
+
+
+def decode(record: Any, mode: FakeTensorMode | None) -> Any:
+    """The inverse of ``encode``; tensors are fake ones of ``mode``, or ``None`` without a mode."""
+    ((kind, body),) = record.items()
+    if kind == "tensor":
+        shape, stride, dtype, device, requires_grad = body
+        if not dtype.startswith("torch.") or not isinstance(getattr(torch, dtype[6:], None), torch.dtype):
+            raise ValueError(f"an input has dtype {dtype!r}")
+        if mode is None:
+            return None
+        with mode:
+            empty = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype[6:]), device=device)
+            return empty.requires_grad_(requires_grad)
+    if kind == "dict":
+        return {k: decode(v, mode) for k, v in body}
+    if kind in ("tuple", "list"):
+        return (tuple if kind == "tuple" else list)(decode(x, mode) for x in body)
+    if kind == "constant":
+        return body
+    raise ValueError(f"an input is described as {kind!r}")
+
+
+def inputs_of(plan: Plan) -> Inputs:
+    """The plan's inputs as fake tensors, for a new capture."""
+    if isinstance(plan.input_spec, Inputs):
+        return plan.input_spec
+    args, kwargs = decode(plan.input_spec, FakeTensorMode(allow_non_fake_inputs=True))
+    return Inputs(args, kwargs)

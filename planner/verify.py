@@ -1,0 +1,100 @@
+"""Run a step with and without its plan, and compare everything that can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from planner.capture import Inputs
+from planner.errors import PlannerError
+from planner.measure import Comparison, compare, run_step, step_flops, step_peak
+from planner.plan import Plan
+from planner.runtime import planned_forward_of
+
+__all__ = ["Report", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :meth:`planner.Plan.verify` found.  Bytes are of the whole step, measured independently of the plan.
+
+    ``comparison``                  outputs, gradients, buffers and random state, bit for bit.
+    ``eager_peak_bytes``            of the step without the plan; ``peak_bytes`` with it.
+    ``predicted_peak_bytes``        what the plan said of forward and backward (optimizer state left out,
+                                    which the measured step does not have).
+    ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
+    """
+
+    comparison: Comparison
+    budget_bytes: int
+    eager_peak_bytes: int
+    peak_bytes: int
+    predicted_peak_bytes: int
+    recompute_flops: int
+    predicted_recompute_flops: int
+
+    @property
+    def equal(self) -> bool:
+        """Outputs, gradients, buffers and random state are bit-equal to the step without the plan."""
+        return self.comparison.equal
+
+    @property
+    def within_budget(self) -> bool:
+        """The measured peak is no more than the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def ok(self) -> bool:
+        """Equal, and within the budget."""
+        return self.equal and self.within_budget
+
+    def __str__(self) -> str:
+        mb = 1e6
+        return (
+            f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
+            f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted, "
+            f"{self.budget_bytes / mb:.3f} budget, {self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"extra FLOPs {self.recompute_flops:.4g} counted, {self.predicted_recompute_flops:.4g} predicted"
+        )
+
+
+def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0) -> Report:
+    """Run ``model``'s step both ways from the same seed.  The model is left as it was.
+
+    ``inputs`` default to those of the plan.  Raises ``PlannerError`` if the plan came from a file and
+    none are given, or if gradients are not None.
+    """
+    prepared = plan._prepared
+    if inputs is None:
+        if prepared is None:
+            raise PlannerError("this plan was read from a file and holds no inputs; pass verify(model, inputs)")
+        given = prepared.joint.inputs
+    else:
+        given = Inputs.of(model, inputs)
+    loss_fn = prepared.loss_fn if prepared is not None else None
+    batch = given.kwargs if given.kwargs and not given.args else given.args
+    applied = planned_forward_of(model)
+    plan.restore(model)
+    try:
+        eager = run_step(model, batch, loss_fn=loss_fn, seed=seed)
+        eager_peak = step_peak(model, batch, loss_fn=loss_fn)
+        eager_flops = step_flops(model, batch, loss_fn=loss_fn)
+        plan.apply(model)
+        ours = run_step(model, batch, loss_fn=loss_fn, seed=seed)
+        peak = step_peak(model, batch, loss_fn=loss_fn)
+        flops = step_flops(model, batch, loss_fn=loss_fn)
+    finally:
+        plan.restore(model)
+        if applied is not None:
+            model.__dict__["forward"] = applied
+    state = prepared.resident.optimizer_state_bytes if prepared is not None else 0
+    return Report(
+        compare(eager, ours),
+        plan.budget_bytes,
+        eager_peak,
+        peak,
+        int(max(plan.timeline, default=0)) - state,
+        flops - eager_flops,
+        plan.recompute_flops,
+    )
