@@ -318,14 +318,38 @@ def test_operands_have_the_layout_of_the_fakes() -> None:
     assert costs.estimated == 0
     for real, fake in zip(seen, fakes, strict=False):
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
-    assert seen[0].std() == pytest.approx(1, abs=0.05)  # numbers, not zeros, beyond the first tile too
-    assert seen[0].t()[-1].std() > 0.5
+    assert seen[0].t()[-1].std() > 0.2  # numbers, not zeros, to the end
+    assert 0 <= seen[0].min() < seen[0].max() < 1
+    assert seen[1].any()
 
     embedding = one(
         trace(lambda w, i: F.embedding(i, w), torch.ones(7, 2), torch.zeros(99, dtype=torch.int64)),
         aten.embedding,
     )
     assert profiler._index_bound(embedding) == 7
+
+
+def test_operands_suit_ops_that_are_picky(unmeasured: list[fx.Node]) -> None:
+    """Each of these raises, or stops a CUDA device, on numbers drawn without care."""
+
+    def f(
+        x: torch.Tensor, wide: torch.Tensor, some: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> Any:
+        return (
+            F.binary_cross_entropy(x, x),
+            torch.bernoulli(x),
+            wide.masked_scatter(mask, some),
+            wide.gather(1, ids),
+            wide.index_put((ids[0],), wide[:3], accumulate=True),
+            F.nll_loss(wide[:3], ids[0]),
+            torch.normal(0.0, x),
+        )
+
+    x, wide, some = torch.full((8,), 0.5), torch.ones(8, 5), torch.ones(2)
+    gm = trace(f, x, wide, some, torch.zeros(8, 3, dtype=torch.int64), torch.zeros(8, 5, dtype=torch.bool))
+    costs = costs_of(gm.graph.nodes, "profile")
+    assert costs.estimated == 0
+    assert costs.signatures == len(unmeasured) >= 7
 
 
 def test_what_cannot_be_measured_falls_back_to_a_scaled_roofline(
