@@ -119,6 +119,7 @@ def internvl(
         text_config=hf.Qwen2Config(use_cache=False, attention_dropout=0.1, **text),
         image_token_id=image_token,
         image_seq_length=(image // patch // 2) ** 2,
+        tie_word_embeddings=False,
     )
     return hf.InternVLForConditionalGeneration(config)
 
@@ -350,7 +351,7 @@ def internvl_example(
         text |= {"num_key_value_heads": 2, "vocab_size": words}
     else:
         image, patch, batch, length, words = 448, 14, 4, 768, 151655
-        vision = {}  # the defaults are InternViT-300M's: 24 layers of 1024
+        vision = {"attention_bias": True}  # the defaults are InternViT-300M's otherwise: 24 layers of 1024
         text = {
             "hidden_size": 896,
             "num_hidden_layers": 24,
