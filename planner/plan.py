@@ -177,7 +177,7 @@ class Plan:
 
     @property
     def code(self) -> str:
-        """The rewritten step as Python; recomputed calls are marked."""
+        """The rewritten step as Python; recomputed calls are named ``..._recomputed``."""
         return self._step(None).program.code
 
     # -- using -------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class CheckpointedModule(fx.GraphModule):
 
     @property
     def code(self) -> str:
-        """The whole step as Python; recomputed calls are marked."""
+        """The whole step as Python; recomputed calls are named ``..._recomputed``."""
         return self.program.code
 
     def train(self, mode: bool = True) -> CheckpointedModule:

@@ -148,10 +148,8 @@ class Prepared:
         h = hashlib.sha256()
         for op in self.graph.ops:
             if op.phase != "loss" and op.node is not None:
-                h.update(f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}\n".encode())
-        for value in self.graph.values:
-            if value.kind != "loss":
-                h.update(f"{value.name}|{value.bytes}|{value.kind}\n".encode() if value.name else b"")
+                made = [self.graph.values[v].bytes for v in op.outputs]
+                h.update(f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n".encode())
         for name, spec in self.expected.parameters.items():
             h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
         return h.hexdigest()

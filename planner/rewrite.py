@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -73,7 +74,7 @@ class Program:
 
     @property
     def code(self) -> str:
-        """The whole step as Python; what runs again says so."""
+        """The whole step as Python; a call that runs again is named ``..._recomputed``."""
         parts = [f"# forward: {self.outputs} outputs, {self.saved} saved tensors", self.forward.code.strip()]
         for k, segment in enumerate(self.segments):
             parts += [f"\n# backward, segment {k + 1} of {len(self.segments)}", segment.module.code.strip()]
@@ -177,27 +178,32 @@ class _Writer:
         self.ran.add(index)
         drawn = node.meta.get("draw")
         if drawn is not None and previous is not None and self.source.ops[previous].node is drawn:
-            call = self.out.call_function(operator.getitem, (self.current[drawn], 0))
+            call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
         elif again and "rng_state" in node.meta:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
             state = self.operand(node.meta["rng_state"])
             device = str(self.source.device)
-            call = self.out.call_function(kernels.replay, (state, device, node.target, *args), kwargs)
+            call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
         elif node.target is kernels.rng_state and index not in self.replayed:
             return
         else:
-            call = self.out.node_copy(node, self.operand)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
+            call = self._call(node.target, args, kwargs, node, again)
         call.meta = {**node.meta, "recompute": again}
         self.current[node] = call
         for user in node.users:
             if user.target is operator.getitem:
-                part = self.out.call_function(operator.getitem, (call, user.args[1]))
+                part = self._call(operator.getitem, (call, user.args[1]), {}, user, again)
                 part.meta = user.meta
                 self.current[user] = part
         for value in op.outputs:
             self.version[value] = self.version.get(value, 0) + 1
             for gradient in self.gradients_of_value.get(value, ()):
                 self.gradient_results[self.operand(gradient)] = self.gradient_nodes[gradient]
+
+    def _call(self, target: Any, args: Any, kwargs: Any, like: fx.Node, again: bool) -> fx.Node:
+        name = f"{like.name}_recomputed" if again else like.name
+        return self.out.create_node("call_function", target, args, kwargs, name=name)
 
     def turn(self) -> None:
         """From here on calls go to the backward graph; what the forward made is there if it is saved."""
