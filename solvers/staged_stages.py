@@ -119,12 +119,20 @@ def cut_evenly(facts: Facts, count: int) -> tuple[int, ...]:
     return tuple(cuts)
 
 
+def cut_finely(facts: Facts) -> tuple[int, ...]:
+    """First positions of the finest useful stages: one for each backward op that reads a decided value."""
+    reads = [
+        t for t in facts.backward if any(facts.is_decided[v] for v in facts.problem.counted_inputs[t])
+    ]
+    return (facts.turn, *(t for t in reads if t > facts.turn))
+
+
 class Stages:
     """One way to cut the backward, and the recomputations it allows.
 
     ``first``     first position of each stage, ascending.
-    ``window``    an op may run again in a stage that reads its outputs, and up to ``window - 1``
-                  stages before one, where something else needs it.
+    ``window``    an op may run again in a stage that reads its outputs, and up to ``window``
+                  backward ops before one where something else needs it.
     ``allowed``   per stage, the ops that may run again.
     ``template``  per stage, op positions in the order of the template.
     ``slot``      per stage, op position -> index into the template.
@@ -138,6 +146,8 @@ class Stages:
         self.stage_of = np.zeros(len(facts.problem), dtype=int)
         for start in first[1:]:
             self.stage_of[start:] += 1
+        start = np.asarray(first)
+        self._nearest = np.minimum(np.searchsorted(start, start - window), np.arange(len(first)))
         self.allowed = self._allowed()
         self.template = self._templates()
         self.slot = [{i: s for s, i in enumerate(row)} for row in self.template]
@@ -172,7 +182,7 @@ class Stages:
                         reach[i] |= reach[c]
                         later |= targets[c]
             targets[i] = direct or later
-            near = {g for s in targets[i] for g in range(s - self.window + 1, s + 1)}
+            near = {g for s in targets[i] for g in range(self._nearest[s], s + 1)}
             reach[i] = (reach[i] | direct) & near if problem.ops[i].recomputable else set()
             for g in reach[i]:
                 allowed[g].add(i)
