@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from planner._compat import FakeTensorMode
 from planner.errors import PlannerError
-from planner.measure import compare, cuda_step_peak, loss_of, run_step, step_flops, step_peak
+from planner.measure import compare, cuda_step_peak, loss_of, run_step, step_flops, step_peak, tensors_in
 from planner.meter import StorageMeter
 from tests.models import CASES, PEERS, PEERS_EAGER_MB
 
@@ -252,6 +253,24 @@ def test_another_meters_figures_are_found_again(name: str) -> None:
     case = PEERS[name]
     peak = step_peak(case.build(), case.make_inputs(0), include_resident=False, hold_outputs=False)
     assert peak / 1e6 == pytest.approx(PEERS_EAGER_MB[name], abs=0.05)  # they are rounded to 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # of its module hooks, about containers of tensors
+@pytest.mark.parametrize("name", CASES)
+def test_torchs_own_tracker_counts_the_same(name: str) -> None:
+    case = CASES[name]
+    model, batch = case.build(), case.make_inputs(0)
+    torch.manual_seed(0)
+    peak = step_peak(model, batch, loss_fn=case.loss_fn)
+    tracker = MemTracker()
+    tracker.track_external(model, *tensors_in(batch))
+    with tracker:
+        outputs = model(**batch) if isinstance(batch, dict) else model(*batch)
+        loss = loss_of(outputs, case.loss_fn)
+        assert loss is not None
+        loss.backward()
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    assert counted["Total"] == peak
 
 
 def test_gradients_must_be_empty() -> None:
