@@ -404,9 +404,22 @@ def _refuse(model: nn.Module) -> None:
 
 
 def hooks_on_submodules(model: nn.Module) -> list[str]:
-    """Names of submodules that carry forward or backward hooks; the model itself may carry them."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [name for name, m in model.named_modules() if name and any(m.__dict__.get(kind) for kind in kinds)]
+    """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
+    return [name for name, module in model.named_modules() if name and has_hooks(module)]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
+
+    transformers' own recorders of hidden states and attentions are no such hooks: they act within
+    one forward of the model, so what they do is in the graph.
+    """
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(_acts_on_the_side(hook) for kind in kinds if kind for hook in kind.values())
+
+
+def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _fake_mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:

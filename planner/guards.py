@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner.capture import has_hooks
 from planner.errors import PlannerError, StalePlanError
 
 __all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of"]
@@ -125,12 +126,7 @@ class Guard:
                 )
             if len(module._modules) != size:
                 raise StalePlanError(f"a submodule of {type(module).__name__} was added or removed; make a new plan")
-            if module is not root and (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+            if module is not root and has_hooks(module):
                 path = next(n for n, m in root.named_modules() if m is module)
                 raise PlannerError(
                     f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, register it "

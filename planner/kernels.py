@@ -36,7 +36,7 @@ def rng_state_bytes(device: str) -> int:
     return 16 if device.startswith("cuda") else torch.get_rng_state().numel()
 
 
-def replay(state: torch.Tensor, device: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def replay(state: torch.Tensor, device: str, op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` with the generator as it was at ``state``, then put the generator back."""
     cuda = device.startswith("cuda")
     now = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
