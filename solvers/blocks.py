@@ -11,10 +11,11 @@ final values, from their op on; a value that the backward of an *earlier* block 
 backward of its own block to that read.  A graph that is no chain is thus treated correctly, at a
 price in memory; the simulator has the last word on both.
 
-An *option* of a block is a set of inner values to save in its forward; the rest is recomputed just
-in time in its backward, each op at most once.  The sets are the breakpoints of the trade between
-bytes kept and seconds recomputed: for each price of a byte a minimum cut gives the best set
-("saved-set closure"; saving a value, or recomputing its op and needing its inputs).
+An *option* of a run of consecutive blocks is a set of inner values to save in its forward; the rest
+is recomputed just in time in its backward, each op at most once.  Runs of several blocks matter
+because a block alone must keep what crosses into the next; a run may recompute that as well.  The
+sets are the breakpoints of the trade between bytes kept and seconds recomputed (see
+``solvers.saved_sets``).
 
 Papers: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous
 chains", TOMS 2024; options per block after Zhao et al., "Rockmate", ICML 2023.
@@ -31,15 +32,14 @@ import numpy as np
 from solvers.problem import Problem, ProblemError
 from solvers.saved_sets import BlockGraph, saved_sets
 
-__all__ = ["Chain", "Option", "cut_into_blocks"]
+__all__ = ["Chain", "Option", "check_chain", "cut_into_blocks"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a block; bytes are beyond what is held when the block starts.
+    """One way to run some consecutive blocks; bytes are beyond what is held when they start.
 
-    ``kept_bytes``    held from the block's forward to its backward: the saved set and what crosses
-                      into the next block.
+    ``kept_bytes``    held from forward to backward: the saved set and what crosses into the next block.
     ``first_peak_bytes``, ``again_peak_bytes``  peak of its forward, in the first pass with everything
                       the simulator sees, and in a later pass without gradients and held values.
     ``again_steps``, ``again_s``        the forward of a later pass: ops and seconds.
@@ -100,13 +100,13 @@ class Chain:
         """Sum of the values' bytes."""
         return sum(self.problem.values[v].bytes for v in values)
 
-    def forward(self, i: int) -> range:
-        """Forward ops of block ``i``."""
-        return range(self.starts[i], self.starts[i + 1])
+    def forward(self, a: int, b: int) -> range:
+        """Forward ops of blocks ``a..b``, both included as everywhere here."""
+        return range(self.starts[a], self.starts[b + 1])
 
-    def backward(self, i: int) -> range:
-        """Backward ops of block ``i``."""
-        return range(self.backward_ends[i + 1], self.backward_ends[i])
+    def backward(self, a: int, b: int) -> range:
+        """Backward ops of blocks ``a..b``."""
+        return range(self.backward_ends[b + 1], self.backward_ends[a])
 
     def _fixed_bytes(self) -> None:
         """``fixed_live``, ``fixed_kept``: bytes no decision changes, during and after each op, shape (n,)."""
@@ -208,69 +208,96 @@ class Chain:
                 now -= problem.values[v].bytes
         return peak
 
-    def backward_steps(self, i: int, at_hand: Collection[int]) -> tuple[list[int], list[int]]:
-        """Backward of block ``i`` with what is missing recomputed just in time, and each step's fixed bytes."""
+    def backward_steps(self, a: int, b: int, at_hand: Collection[int]) -> tuple[list[int], list[int]]:
+        """Backward of blocks ``a..b``, what is missing recomputed just in time.
+
+        Also each step's fixed bytes.
+        """
         reads, present = self.problem.counted_inputs, set(at_hand)
         steps: list[int] = []
         fixed: list[int] = []
 
         def recompute(targets: Iterable[int], before: int) -> None:
-            missing = [v for v in targets if v not in present and self.block_of_value(v) == i]
+            missing = [v for v in targets if v not in present and self._is_inner(v, a, b)]
             for op in self.closure(missing, present):
                 steps.append(op)
-                fixed.append(int(self.fixed_kept[before - 1]))
+                fixed.append(int(self.fixed_kept[before - 1]) + self._second_copy_bytes(op))
                 present.update(self.problem.ops[op].outputs)
 
-        for t in self.backward(i):
+        for t in self.backward(a, b):
             recompute(reads[t], t)
             steps.append(t)
             fixed.append(int(self.fixed_live[t]))
-        recompute(self.late[i], self.backward_ends[i])
+        recompute(self._late(a, b), self.backward_ends[a])
         return steps, fixed
 
-    def block_of_value(self, v: int) -> int | None:
-        """The block whose forward makes ``v``; ``None`` for sources and backward values."""
-        producer = self.problem.values[v].producer
-        return None if producer is None or producer >= self.starts[-1] else self.block_of[producer]
+    def _late(self, a: int, b: int) -> set[int]:
+        """Values of blocks ``a..b`` that backward ops after those of block ``a`` read."""
+        return {v for home in self.late[a : b + 1] for v in home}
 
-    def option(self, i: int, saved: Collection[int]) -> Option:
-        """Block ``i`` with the inner values ``saved`` kept from its forward to its backward."""
-        entering, leaving = self.crossing[i], self.crossing[i + 1]
+    def _is_inner(self, v: int, a: int, b: int) -> bool:
+        """Whether the forward of blocks ``a..b`` makes ``v``."""
+        producer = self.problem.values[v].producer
+        return producer is not None and self.starts[a] <= producer < self.starts[b + 1]
+
+    def _second_copy_bytes(self, op: int) -> int:
+        """Bytes of the final values that ``op``, run again, makes a second copy of."""
+        return self.bytes_of(v for v in self.problem.ops[op].outputs if self.problem.values[v].final)
+
+    def option(self, a: int, b: int, saved: Collection[int]) -> Option:
+        """Blocks ``a..b`` with the inner values ``saved`` kept from their forward to their backward."""
+        entering, leaving, late = self.crossing[a], self.crossing[b + 1], self._late(a, b)
         kept = (leaving | set(saved)) - entering
-        first = self.forward(i)
-        first_fixed = [int(x) for x in self.fixed_live[first.start : first.stop]]
+        first = self.forward(a, b)
         again = self.closure(kept, entering)
-        backward, fixed = self.backward_steps(i, entering | kept)
-        recomputed = [op for op in backward if op < self.starts[-1]]
+        backward, fixed = self.backward_steps(a, b, entering | kept)
         return Option(
             kept_bytes=self.bytes_of(kept),
-            first_peak_bytes=self.inner_peak(first, first_fixed, keep=kept, outside=entering),
-            again_peak_bytes=self.inner_peak(again, [0] * len(again), keep=kept, outside=entering),
+            first_peak_bytes=self.inner_peak(
+                first, self.fixed_live[first.start : first.stop].tolist(), keep=kept, outside=entering
+            ),
+            again_peak_bytes=self.inner_peak(again, self._second_copies(again), keep=kept, outside=entering),
             again_steps=tuple(again),
             again_s=self.again_seconds(again),
-            backward_peak_bytes=self.inner_peak(
-                backward, fixed, start=kept, keep=self.late[i], outside=entering
-            ),
+            backward_peak_bytes=self.inner_peak(backward, fixed, start=kept, keep=late, outside=entering),
             backward_steps=tuple(backward),
-            backward_s=self.again_seconds(recomputed),
+            backward_s=self.again_seconds(op for op in backward if op < self.starts[-1]),
         )
 
-    def options(self, i: int, most: int) -> list[Option]:
-        """Up to ``most`` options of block ``i``, from everything needed saved to nothing saved."""
-        return [self.option(i, saved) for saved in saved_sets(self._block_graph(i), most)]
+    def options(self, a: int, b: int, most: int) -> list[Option]:
+        """Up to ``most`` options of blocks ``a..b``, from all that is needed saved to hardly any."""
+        return [self.option(a, b, saved) for saved in saved_sets(self._block_graph(a, b), most)]
 
-    def restart(self, i: int) -> Option:
-        """Block ``i`` run backward from what crosses into it, with no forward of its own before."""
-        backward, fixed = self.backward_steps(i, self.crossing[i])
-        recomputed = [op for op in backward if op < self.starts[-1]]
-        peak = self.inner_peak(backward, fixed, keep=self.late[i], outside=self.crossing[i])
-        return Option(0, 0, 0, (), 0.0, peak, tuple(backward), self.again_seconds(recomputed))
+    def restart(self, a: int, b: int) -> Option:
+        """Blocks ``a..b`` run backward from what crosses into them, with no forward of their own before."""
+        backward, fixed = self.backward_steps(a, b, self.crossing[a])
+        peak = self.inner_peak(backward, fixed, keep=self._late(a, b), outside=self.crossing[a])
+        seconds = self.again_seconds(op for op in backward if op < self.starts[-1])
+        return Option(0, 0, 0, (), 0.0, peak, tuple(backward), seconds)
 
-    def _block_graph(self, i: int) -> BlockGraph:
-        """Block ``i`` as the saved-set program sees it."""
-        inner = [v for op in self.forward(i) for v in self.problem.ops[op].outputs if v not in self.held]
-        needed = {v for t in self.backward(i) for v in self.problem.counted_inputs[t]} | self.late[i]
-        return BlockGraph.of(self.problem, self.forward(i), inner, needed, self.crossing[i + 1])
+    def sweep_peaks(self, i: int) -> tuple[int, int]:
+        """Peak of running block ``i`` for what crosses into the next one only: first pass, later pass.
+
+        What crosses into ``i`` is counted and dies after its last use.
+        """
+        entering, leaving = self.crossing[i], self.crossing[i + 1]
+        first = self.forward(i, i)
+        fixed = self.fixed_live[first.start : first.stop].tolist()
+        again = self.closure(leaving, entering)
+        return (
+            self.inner_peak(first, fixed, start=entering, keep=leaving),
+            self.inner_peak(again, self._second_copies(again), start=entering, keep=leaving),
+        )
+
+    def _second_copies(self, steps: Iterable[int]) -> list[int]:
+        return [self._second_copy_bytes(op) for op in steps]
+
+    def _block_graph(self, a: int, b: int) -> BlockGraph:
+        """Blocks ``a..b`` as the saved-set program sees them."""
+        forward = self.forward(a, b)
+        inner = [v for op in forward for v in self.problem.ops[op].outputs if v not in self.held]
+        needed = {v for t in self.backward(a, b) for v in self.problem.counted_inputs[t]} | self._late(a, b)
+        return BlockGraph.of(self.problem, forward, inner, needed, self.crossing[b + 1])
 
 
 def _held_values(problem: Problem, turn: int) -> set[int]:
@@ -278,6 +305,17 @@ def _held_values(problem: Problem, turn: int) -> set[int]:
     return {
         v for op in problem.ops[:turn] for v in op.outputs if problem.values[v].final or not op.recomputable
     }
+
+
+def check_chain(problem: Problem) -> int:
+    """The turn of ``problem``; ``ProblemError`` unless there is a forward to cut and a backward."""
+    turn = problem.turn
+    if turn is None or turn < 2 or turn == len(problem):
+        raise ProblemError(
+            f"{problem.name}: a chain of blocks needs problem.turn with at least two forward ops before it "
+            f"and a backward op after it; turn is {turn} of {len(problem)} ops"
+        )
+    return turn
 
 
 def cut_into_blocks(problem: Problem, blocks: int) -> Chain:
@@ -288,12 +326,7 @@ def cut_into_blocks(problem: Problem, blocks: int) -> Chain:
     ``problem.turn`` makes every forward op a block.  Raises ``ProblemError`` if there is no turn, no
     backward, or nothing to cut.
     """
-    turn = problem.turn
-    if turn is None or turn < 2 or turn == len(problem):
-        raise ProblemError(
-            f"{problem.name}: a chain of blocks needs problem.turn with at least two forward ops before it "
-            f"and a backward op after it; turn is {turn} of {len(problem)} ops"
-        )
+    turn = check_chain(problem)
     cut_bytes, backward_position = _price_of_cuts(problem, turn)
     starts = [0, *_choose_cuts(problem, turn, blocks, cut_bytes), turn]
     # Backward ranges must not overlap: an earlier block's begins no sooner than a later block's.
@@ -307,13 +340,14 @@ def _price_of_cuts(problem: Problem, turn: int) -> tuple[np.ndarray, list[int]]:
     """Bytes that a cut before each forward op costs, and where it cuts the backward; shapes (turn,).
 
     The price is what crosses in the forward plus what the backward reads across the cut in the wrong
-    direction; the backward is cut where the latter is least, at a tie where fewest bytes are alive.
+    direction; the backward is cut where the latter is least.  At a tie: where the fewest bytes are
+    alive or, of what crosses, yet to be read; then as late as possible.
     """
     n, held = len(problem), _held_values(problem, turn)
     crossing = np.zeros(turn + 1, dtype=np.int64)
     open_bytes = np.zeros(n + 1, dtype=np.int64)
     arrives: list[list[tuple[int, int, int]]] = [[] for _ in range(turn + 1)]
-    passes: list[list[tuple[int, int]]] = [[] for _ in range(turn + 1)]
+    passes: list[list[tuple[int, int, int]]] = [[] for _ in range(turn + 1)]
     late = np.zeros(n + 1, dtype=np.int64)
     for v, value in enumerate(problem.values):
         readers, producer = problem.consumers[v], value.producer
@@ -330,24 +364,31 @@ def _price_of_cuts(problem: Problem, turn: int) -> tuple[np.ndarray, list[int]]:
         if readers and readers[-1] >= turn:
             first_backward = next(r for r in readers if r >= turn)
             arrives[producer].append((first_backward, readers[-1], value.bytes))
-            passes[last_forward].append((first_backward, value.bytes))
+            passes[last_forward].append((first_backward, readers[-1], value.bytes))
             late[readers[-1]] += value.bytes
     kept = np.concatenate(([0], np.cumsum(open_bytes)[:n]))  # kept[s]: alive just before step s
-    tie = kept[turn : n + 1] / (1.0 + kept.max())
-    stray = np.zeros(n + 1, dtype=np.int64)
+    stray, across = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
     prices, positions = np.zeros(turn, dtype=np.float64), [n] * turn
     for c in range(1, turn):
         for _, last_read, m in arrives[c - 1]:
             late[last_read] -= m
-        for first_read, m in passes[c - 1]:
+            across[last_read] += m
+        for first_read, last_read, m in passes[c - 1]:
             stray[first_read] += m
+            across[last_read] -= m
         early = np.concatenate(([0], np.cumsum(stray)[:n]))[turn:]
-        tardy = np.cumsum(late[::-1])[::-1][turn:]
-        wrong = early + tardy
-        s = int(np.argmin(wrong + tie))
+        wrong = early + _from_here_on(late)[turn:]
+        tie = kept[turn:] + _from_here_on(across)[turn:]
+        price = wrong + tie / (1.0 + tie.max())
+        s = len(price) - 1 - int(np.argmin(price[::-1]))
         positions[c] = turn + s
         prices[c] = wrong[s]
     return prices + np.cumsum(crossing)[:turn], positions
+
+
+def _from_here_on(amount: np.ndarray) -> np.ndarray:
+    """Suffix sums."""
+    return np.cumsum(amount[::-1])[::-1]
 
 
 def _choose_cuts(problem: Problem, turn: int, blocks: int, cut_bytes: np.ndarray) -> list[int]:

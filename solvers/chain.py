@@ -5,8 +5,8 @@ and backward, what crosses into ``a`` at hand and ``m`` bytes to spend, either
 
 - run ``a``, ..., ``j - 1`` forward keeping only what crosses into ``j``, solve ``j..b`` in what is
   left, then solve ``a..j-1`` in ``m`` again: everything before ``j`` is recomputed; or
-- run ``a`` with one of its options (a saved set), solve ``a+1..b`` in what is left, and run the
-  backward of ``a``.
+- run ``a..c`` with one of its options (a saved set), solve ``c+1..b`` in what is left, and run the
+  backward of ``a..c``.
 
 ``Opt(m, a, b)`` is the least recomputation, for all ``m`` at once.  The two moves nest, so an op may
 run any number of times, which is what plans near the floor need and what a program that recomputes
@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from solvers.blocks import Chain, Option, cut_into_blocks
+from solvers.blocks import Chain, Option, check_chain, cut_into_blocks
 from solvers.problem import Problem
 from solvers.schedule import Schedule
 from solvers.simulate import simulate_steps
@@ -48,6 +47,9 @@ log = logging.getLogger(__name__)
 BLOCKS = (48, 96, 24)
 EVERY_OP = 64
 OPTIONS = 8
+# Runs of so many blocks get options of their own, up to so many forward ops.
+RUN_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+RUN_OPS = 350
 SLOTS = 400
 # Plans made for more than the budget often simulate below it, because the table rounds and holds more
 # than the simulator does.
@@ -55,136 +57,148 @@ HEADROOM = 1.15
 GOLDEN = 0.6180339887498949
 
 
+class WaysFrom:
+    """The options of all runs of blocks that begin with block ``a``, as columns, by their last block."""
+
+    def __init__(self, chain: Chain, a: int, ends: list[int], most: int) -> None:
+        found = [(b, option) for b in ends for option in chain.options(a, b, most)]
+        self.options = [option for _, option in found]
+        self.last = np.array([b for b, _ in found])
+        self.first_peak = np.array([o.first_peak_bytes for o in self.options])
+        self.again_peak = np.array([o.again_peak_bytes for o in self.options])
+        self.backward_peak = np.array([o.backward_peak_bytes for o in self.options])
+        self.again_s = np.array([o.again_s for o in self.options])
+        self.backward_s = np.array([o.backward_s for o in self.options])
+        self.restarts = {b: chain.restart(a, b) for b in ends if b < len(chain) - 1}
+
+
+class Ways:
+    """Every way to run every run of blocks of a chain; what tables of different memory share.
+
+    ``sweep_first[a, j]``, ``sweep_again[a, j]``  peak of running ``a..j-1`` keeping what crosses into
+    ``j``, in the first pass and in a later one; ``sweep_s[j] - sweep_s[a]`` the seconds of the latter.
+    """
+
+    def __init__(
+        self, chain: Chain, most_options: int = OPTIONS, run_lengths: Sequence[int] = RUN_LENGTHS
+    ) -> None:
+        self.chain = chain
+        blocks = len(chain)
+        self.of = [WaysFrom(chain, a, _run_ends(chain, a, run_lengths), most_options) for a in range(blocks)]
+        through = np.array([chain.sweep_peaks(i) for i in range(blocks)]).T
+        self.sweep_first, self.sweep_again = (np.zeros((blocks, blocks), dtype=np.int64) for _ in range(2))
+        for a in range(blocks):
+            # What crosses into a is held outside, so it is not counted where it passes through.
+            peaks = through - chain.common_bytes[a, 1:]
+            bare = chain.option(a, a, ())
+            peaks[:, a] = bare.first_peak_bytes, bare.again_peak_bytes
+            reached = np.maximum.accumulate(peaks[:, a:], axis=1)
+            self.sweep_first[a, a + 1 :], self.sweep_again[a, a + 1 :] = reached[:, :-1]
+        each = [
+            chain.again_seconds(chain.closure(chain.crossing[i + 1], chain.crossing[i]))
+            for i in range(blocks)
+        ]
+        self.sweep_s = np.concatenate(([0.0], np.cumsum(each)))
+
+
+def _run_ends(chain: Chain, a: int, run_lengths: Sequence[int]) -> list[int]:
+    """Last blocks of the runs from ``a`` that get options: all short ones, fewer of the long ones."""
+    return [
+        a + length - 1
+        for length in run_lengths
+        if a + length <= len(chain)
+        and a % max(1, length // 4) == 0
+        and (length == 1 or len(chain.forward(a, a + length - 1)) <= RUN_OPS)
+    ]
+
+
 class ChainTable:
     """``Opt(m, a, b)`` of one chain for ``m`` of 0 to ``slots`` slots of ``slot_bytes`` each.
 
     Building it takes O(blocks^3 slots) vectorised work.  ``seconds[b][a, m]`` is the least
     recomputation of blocks ``a..b`` (inclusive), infinite where it does not fit; ``choice[b][a, m]``
-    is ``j`` to keep only what crosses into ``j``, or ``-1 - k`` for option ``k``.
+    is ``j > 0`` to keep only what crosses into ``j``, ``-1 - k`` for option ``k`` of ``options[a]``,
+    and 0 to restart: run ``a..b`` backward at once, recomputing just in time.
     """
 
-    def __init__(
-        self, chain: Chain, slot_bytes: int, slots: int = SLOTS, *, seed: int = 0, most_options: int = OPTIONS
-    ) -> None:
-        self.chain, self.slot_bytes, self.slots = chain, slot_bytes, slots
+    def __init__(self, ways: Ways, slot_bytes: int, slots: int = SLOTS, *, seed: int = 0) -> None:
+        self.ways, self.slot_bytes, self.slots = ways, slot_bytes, slots
+        self.chain = chain = ways.chain
         blocks = len(chain)
-        self.options = [chain.options(i, most_options) for i in range(blocks)]
-        self.restarts = [chain.restart(i) for i in range(blocks)]
         self._again: dict[tuple[int, int], list[int]] = {}
         # What is kept is rounded up or down by a sequence without bias, so that errors of many equal
         # blocks cancel; whole numbers of slots stay what they are.
-        shift = (GOLDEN * (np.arange(blocks + 1) + seed)) % 1.0
-        self._crossing_slots = self._floor(
-            chain.common_bytes.diagonal()[None, :] - chain.common_bytes, shift[None, :]
-        )
+        self._shift = (GOLDEN * (np.arange(blocks + 1) + seed)) % 1.0
+        common = chain.common_bytes
+        self._crossing_slots = self._floor(common.diagonal()[None, :] - common, self._shift[None, :])
         self._kept_slots = [
-            self._floor(np.array([o.kept_bytes for o in options]), shift[i + 1])
-            for i, options in enumerate(self.options)
+            self._floor(np.array([o.kept_bytes for o in w.options]), self._shift[w.last + 1])
+            for w in self.ways.of
         ]
-        self.seconds = [np.full((b + 1, slots + 1), np.inf) for b in range(blocks)]
+        # Row b + 1 stands for "no block left".
+        self.seconds = [np.full((b + 2, slots + 1), np.inf) for b in range(blocks)]
         self.choice = [np.zeros((b + 1, slots + 1), dtype=np.int16) for b in range(blocks)]
         self._by_first = [np.full((blocks - a, slots + 1), np.inf) for a in range(blocks)]
+        for b in range(blocks):
+            self.seconds[b][b + 1] = 0.0
         for length in range(blocks):
             for b in range(length, blocks):
                 self._fill(b - length, b)
 
-    def _floor(self, amount: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
+    def _floor(self, amount: np.ndarray, shift: np.ndarray) -> np.ndarray:
         """Slots of ``amount`` bytes, rounded by ``shift`` in [0, 1)."""
         return np.floor(amount / self.slot_bytes + shift).astype(np.int64)
 
-    def _slots_to_hold(self, peak_bytes: int | np.ndarray) -> np.ndarray:
-        """Slots that a peak needs."""
-        return -(-np.asarray(peak_bytes, dtype=np.int64) // self.slot_bytes)
-
-    @cached_property
-    def _sweep_peaks(self) -> tuple[np.ndarray, np.ndarray]:
-        """``[a, j]``: peak of running ``a..j-1`` keeping what crosses into ``j``; first pass, later pass."""
-        chain, blocks = self.chain, len(self.chain)
-        first, again = (np.zeros((blocks, blocks), dtype=np.int64) for _ in range(2))
-        through = np.empty((2, blocks), dtype=np.int64)
-        for i in range(blocks):
-            entering, leaving = chain.crossing[i], chain.crossing[i + 1]
-            fixed = chain.fixed_live[chain.starts[i] : chain.starts[i + 1]].tolist()
-            through[0, i] = chain.inner_peak(
-                chain.forward(i), fixed, start=entering, keep=leaving | entering & leaving
-            )
-            steps = chain.closure(leaving, entering)
-            through[1, i] = chain.inner_peak(steps, [0] * len(steps), start=entering, keep=leaving)
-        for a in range(blocks):
-            bare = self.options[a][-1]
-            peaks = through - chain.common_bytes[a, 1:]
-            peaks[:, a] = bare.first_peak_bytes, bare.again_peak_bytes
-            reached = np.maximum.accumulate(peaks[:, a:], axis=1)
-            first[a, a + 1 :], again[a, a + 1 :] = reached[:, :-1]
-        return first, again
-
-    @cached_property
-    def _sweep_seconds(self) -> np.ndarray:
-        """``[i]``: seconds of running blocks ``0..i-1`` again, keeping what crosses, shape (L+1,)."""
-        chain = self.chain
-        each = [
-            chain.again_seconds(chain.closure(chain.crossing[i + 1], chain.crossing[i]))
-            for i in range(len(chain))
-        ]
-        return np.concatenate(([0.0], np.cumsum(each)))
-
     def _fill(self, a: int, b: int) -> None:
+        """``Opt(m, a, b)`` for all ``m``: the best of all options and all splits.
+
+        Each candidate goes on with ``row..b`` after ``kept`` slots are taken, if there are at least
+        the slots that its ``peak`` needs, and takes ``own`` seconds itself.
+        """
+        slots, ways = self.slots, self.ways.of[a]
         first_pass = b == len(self.chain) - 1
         fixed = 0 if first_pass else self.chain.fixed_before_backward(b)
-        seconds, choice = self.seconds[b][a], self.choice[b][a]
-
-        def offer(cost: np.ndarray, from_slot: int, code: int) -> None:
-            better = cost < seconds[from_slot:]
-            seconds[from_slot:][better] = cost[better]
-            choice[from_slot:][better] = code
-
-        if a == b and not first_pass:
-            restart = self.restarts[a]
-            need = int(self._slots_to_hold(restart.backward_peak_bytes))
-            if need <= self.slots:
-                offer(np.full(self.slots + 1 - need, restart.backward_s), need, -1)
-        else:
-            for k, option in enumerate(self.options[a]):
-                kept = int(self._kept_slots[a][k])
-                forward = option.first_peak_bytes if first_pass else option.again_peak_bytes + fixed
-                need = max(kept, int(self._slots_to_hold(max(forward, option.backward_peak_bytes))))
-                if need <= self.slots:
-                    own = option.backward_s + (0.0 if first_pass else option.again_s)
-                    rest = self.seconds[b][a + 1, need - kept : self.slots + 1 - kept] if a < b else 0.0
-                    offer(np.broadcast_to(rest + own, (self.slots + 1 - need,)), need, -1 - k)
-        if a < b:
-            self._offer_splits(a, b, fixed, first_pass, offer)
-        self._by_first[a][b - a] = seconds
-
-    def _offer_splits(
-        self, a: int, b: int, fixed: int, first_pass: bool, offer: Callable[[np.ndarray, int, int], None]
-    ) -> None:
-        """Every ``j``: run up to ``j`` keeping only what crosses into it; the best one for each ``m``."""
+        within = int(np.searchsorted(ways.last, b, side="right" if first_pass else "left"))
+        forward = ways.first_peak[:within] if first_pass else ways.again_peak[:within] + fixed
         middle = np.arange(a + 1, b + 1)
-        kept = self._crossing_slots[a, a + 1 : b + 1]
-        first, again = self._sweep_peaks
-        sweep = first[a, a + 1 : b + 1] if first_pass else again[a, a + 1 : b + 1] + fixed
-        need = np.maximum(self._slots_to_hold(sweep), kept)
-        fits = need <= self.slots
-        if not fits.any():
-            return
-        low = int(need[fits].min())
-        m = np.arange(low, self.slots + 1)
-        left = m[None, :] - kept[:, None]
-        rows = np.take(self.seconds[b].ravel(), middle[:, None] * (self.slots + 1) + np.maximum(left, 0))
-        rows += self._by_first[a][: b - a, low:]
-        if not first_pass:
-            rows += (self._sweep_seconds[a + 1 : b + 1] - self._sweep_seconds[a])[:, None]
-        rows[m[None, :] < need[:, None]] = np.inf
-        winner = rows.argmin(axis=0)
-        cost = rows[winner, np.arange(len(m))]
-        seconds, choice = self.seconds[b][a], self.choice[b][a]
-        better = cost < seconds[low:]
-        seconds[low:][better] = cost[better]
-        choice[low:][better] = middle[winner[better]]
+        sweep = self.ways.sweep_first[a, middle] if first_pass else self.ways.sweep_again[a, middle] + fixed
+        restart = [] if first_pass or b not in ways.restarts else [ways.restarts[b]]
+        peak = np.concatenate(
+            (
+                np.maximum(forward, ways.backward_peak[:within]),
+                sweep,
+                [r.backward_peak_bytes for r in restart],
+            )
+        )
+        row = np.concatenate((ways.last[:within] + 1, middle, [b + 1] * len(restart))).astype(np.int64)
+        kept = np.concatenate(
+            (self._kept_slots[a][:within], self._crossing_slots[a, middle], [0] * len(restart))
+        ).astype(np.int64)
+        own = np.concatenate(
+            (
+                ways.backward_s[:within] + (0.0 if first_pass else ways.again_s[:within]),
+                np.zeros(b - a) if first_pass else self.ways.sweep_s[middle] - self.ways.sweep_s[a],
+                [r.backward_s for r in restart],
+            )
+        )
+        code = np.concatenate((-1 - np.arange(within), middle, [0] * len(restart))).astype(np.int16)
+        need = np.maximum(-(-peak.astype(np.int64) // self.slot_bytes), kept)
+        fits = need <= slots
+        if fits.any():
+            low = int(need[fits].min())
+            m = np.arange(low, slots + 1)
+            at = row[:, None] * (slots + 1) + np.maximum(m[None, :] - kept[:, None], 0)
+            rows = np.take(self.seconds[b].ravel(), at)
+            rows += own[:, None]
+            rows[within : within + b - a] += self._by_first[a][: b - a, low:]
+            rows[m[None, :] < need[:, None]] = np.inf
+            winner = rows.argmin(axis=0)
+            self.seconds[b][a, low:] = rows[winner, np.arange(len(m))]
+            self.choice[b][a, low:] = code[winner]
+        self._by_first[a][b - a] = self.seconds[b][a]
 
     def breakpoints(self) -> np.ndarray:
-        """Slot counts at which the whole chain becomes cheaper, ascending; the first is the least feasible."""
+        """Slot counts at which the whole chain becomes cheaper, ascending; the first is the least."""
         cost = self.seconds[-1][0]
         return np.flatnonzero(cost < np.concatenate(([np.inf], cost[:-1])))
 
@@ -204,14 +218,14 @@ class ChainTable:
             if code > 0:
                 out += range(chain.starts[a], chain.starts[code]) if b == last else self._again_steps(a, code)
                 stack += [(a, code - 1, m), (code, b, m - int(self._crossing_slots[a, code]))]
-            elif a == b != last:
-                out += self.restarts[a].backward_steps
+            elif code == 0:
+                out += self.ways.of[a].restarts[b].backward_steps
             else:
-                option = self.options[a][-1 - code]
-                out += chain.forward(a) if b == last else option.again_steps
+                option, end = self.ways.of[a].options[-1 - code], int(self.ways.of[a].last[-1 - code])
+                out += chain.forward(a, end) if b == last else option.again_steps
                 stack.append(option)
-                if a < b:
-                    stack.append((a + 1, b, m - int(self._kept_slots[a][-1 - code])))
+                if end < b:
+                    stack.append((end + 1, b, m - int(self._kept_slots[a][-1 - code])))
         return out
 
     def _again_steps(self, a: int, j: int) -> list[int]:
@@ -243,20 +257,36 @@ class _Best:
     def fits(self) -> bool:
         return not self.rank[0]
 
-
-def _chains(problem: Problem) -> Iterator[Chain]:
-    """The problem cut in several ways, the most promising first, none twice."""
-    turn = problem.turn or 0
-    seen: set[tuple[int, ...]] = set()
-    for blocks in (turn, *BLOCKS) if turn <= EVERY_OP else BLOCKS:
-        chain = cut_into_blocks(problem, blocks)
-        if len(chain) > 1 and chain.starts not in seen:
-            seen.add(chain.starts)
-            yield chain
+    def solution(self, started: float) -> Solution:
+        """The best schedule, judged once more; ``started`` is the ``perf_counter`` of the solve's start."""
+        return solution_of(
+            self.problem,
+            Schedule.of(self.problem, self.steps),
+            self.budget_bytes,
+            solver="chain",
+            solve_seconds=time.perf_counter() - started,
+        )
 
 
 def _slot_bytes(capacity: int) -> int:
     return max(1, -(-capacity // SLOTS))
+
+
+def _ways(problem: Problem, deadline: float) -> Iterator[Ways]:
+    """The problem cut in several ways, the most promising first, while another may fit the time."""
+    turn = problem.turn or 0
+    seen: set[tuple[int, ...]] = set()
+    begun = time.perf_counter()
+    for blocks in (turn, *BLOCKS) if turn <= EVERY_OP else BLOCKS:
+        chain = cut_into_blocks(problem, blocks)
+        if chain.starts in seen:
+            continue
+        if seen and time.perf_counter() + (time.perf_counter() - begun) > deadline:
+            return
+        begun = time.perf_counter()
+        seen.add(chain.starts)
+        yield Ways(chain)
+        log.debug("%r: %.2f s", chain, time.perf_counter() - begun)
 
 
 def _search(best: _Best, table: ChainTable, deadline: float) -> None:
@@ -278,16 +308,16 @@ def _search(best: _Best, table: ChainTable, deadline: float) -> None:
             fits(k)
 
 
-def _lowest(best: _Best, chain: Chain, capacity: int, seed: int, deadline: float) -> None:
+def _lowest(best: _Best, ways: Ways, capacity: int, seed: int, deadline: float) -> None:
     """Offer the plans of least memory: find the floor of the chain coarsely, then with fine slots."""
     for _ in range(3):
-        table = ChainTable(chain, _slot_bytes(capacity), seed=seed)
+        table = ChainTable(ways, _slot_bytes(capacity), seed=seed)
         points = table.breakpoints()
         for m in points[:6]:
             best.offer(table.steps(int(m)))
         if not len(points) or points[0] > 0.8 * SLOTS or time.perf_counter() > deadline:
             return
-        capacity = int(points[0] * table.slot_bytes * 1.15)
+        capacity = int(points[0] * table.slot_bytes * HEADROOM)
 
 
 def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
@@ -299,22 +329,17 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
     """
     started = time.perf_counter()
     deadline = started + time_limit_s
+    check_chain(problem)
     best = _Best(problem, budget_bytes)
-    keep_all = list(range(len(problem)))
-    chains = _chains(problem)
-    chain = next(chains, None) or cut_into_blocks(problem, BLOCKS[0])
-    peak = best.offer(keep_all)
-    capacity = min(int(HEADROOM * (budget_bytes - problem.resident_bytes)), peak - problem.resident_bytes)
-    while chain is not None and peak > budget_bytes:
-        begun = time.perf_counter()
-        if capacity > 0:
-            _search(best, ChainTable(chain, _slot_bytes(capacity), seed=seed), deadline)
-        if not best.fits:
-            _lowest(best, chain, peak - problem.resident_bytes, seed, deadline)
-        now = time.perf_counter()
-        log.debug("%r: %.2f s, %s", chain, now - begun, best.rank)
-        chain = next(chains, None) if 2 * now - begun < deadline else None
-    return _finish(best, "chain", started)
+    keep_all_bytes = best.offer(list(range(len(problem)))) - problem.resident_bytes
+    if not best.fits:
+        capacity = min(int(HEADROOM * (budget_bytes - problem.resident_bytes)), keep_all_bytes)
+        for ways in _ways(problem, deadline):
+            if capacity > 0:
+                _search(best, ChainTable(ways, _slot_bytes(capacity), seed=seed), deadline)
+            if not best.fits:
+                _lowest(best, ways, keep_all_bytes, seed, deadline)
+    return best.solution(started)
 
 
 def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
@@ -323,25 +348,10 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     Errors and time limit as for ``solve``.
     """
     started = time.perf_counter()
-    deadline = started + time_limit_s
+    check_chain(problem)
     best = _Best(problem, -1)
-    chains = _chains(problem)
-    chain = next(chains, None) or cut_into_blocks(problem, BLOCKS[0])
     capacity = best.offer(list(range(len(problem)))) - problem.resident_bytes
-    while chain is not None:
-        begun = time.perf_counter()
-        _lowest(best, chain, capacity, seed, deadline)
-        now = time.perf_counter()
-        chain = next(chains, None) if 2 * now - begun < deadline else None
+    for ways in _ways(problem, started + time_limit_s):
+        _lowest(best, ways, capacity, seed, started + time_limit_s)
     best.budget_bytes = int(best.rank[1])
-    return _finish(best, "chain", started)
-
-
-def _finish(best: _Best, solver: str, started: float) -> Solution:
-    return solution_of(
-        best.problem,
-        Schedule.of(best.problem, best.steps),
-        best.budget_bytes,
-        solver=solver,
-        solve_seconds=time.perf_counter() - started,
-    )
+    return best.solution(started)

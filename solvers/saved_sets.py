@@ -15,15 +15,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import networkx as nx
-from networkx.algorithms.flow import boykov_kolmogorov
+import numpy as np
+from ortools.graph.python.max_flow import SimpleMaxFlow
 
 from solvers.problem import Problem
 
 __all__ = ["BlockGraph", "saved_sets"]
 
-# Capacities are integers, so that the cut is exact: the whole block's seconds are this many units.
-UNITS = 10**12
+# Capacities are integers; all seconds and bytes of a block together are this many units.
+UNITS = 2.0**44
+# The least and the greatest price of a byte: all bytes of the block against all its seconds.
+EXTREME = 1e6
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,16 @@ def saved_sets(block: BlockGraph, most: int) -> list[frozenset[int]]:
 @lru_cache(maxsize=4096)
 def _saved_sets(block: BlockGraph, most: int) -> tuple[frozenset[int], ...]:
     total_s = sum(seconds for seconds, _, _ in block.ops)
-    per_second = UNITS / total_s if total_s > 0 else 0.0
-    costs = [max(1, round(seconds * per_second)) for seconds, _, _ in block.ops]
     total_bytes = sum(block.bytes)
+    network = _Network(block, total_s or 1.0, total_bytes or 1)
 
-    def priced(numerator: int, denominator: int) -> tuple[int, int, frozenset[int]]:
-        """The best set when ``denominator`` bytes are worth ``numerator`` units: (bytes, units, set)."""
-        saved, units = _minimum_cut(block, costs, numerator, denominator)
-        return sum(block.bytes[k] for k in saved), units, saved
+    def priced(price: float) -> tuple[int, float, frozenset[int]]:
+        """The best set when all bytes cost ``price`` times all seconds: (bytes, seconds, set)."""
+        saved, seconds = network.cheapest(price)
+        return sum(block.bytes[k] for k in saved), seconds, saved
 
-    nothing = priced(1 + 2 * sum(costs), 1)
-    everything = priced(1, 1 + 2 * total_bytes)
-    found = {nothing[:2]: nothing, everything[:2]: everything}
+    everything, nothing = priced(1 / EXTREME), priced(EXTREME)
+    found = {everything[2]: everything, nothing[2]: nothing}
     intervals = [(everything, nothing)]
     while intervals and len(found) < most:
         # The interval with the largest triangle under its chord promises most.
@@ -92,35 +92,48 @@ def _saved_sets(block: BlockGraph, most: int) -> tuple[frozenset[int], ...]:
         more, less = intervals.pop()
         if more[0] <= less[0] or less[1] <= more[1]:
             continue
-        middle = priced(less[1] - more[1], more[0] - less[0])
-        if middle[:2] in found:
-            continue
-        found[middle[:2]] = middle
-        intervals += [(more, middle), (middle, less)]
+        middle = priced((less[1] - more[1]) / (total_s or 1.0) * total_bytes / (more[0] - less[0]))
+        if middle[2] not in found:
+            found[middle[2]] = middle
+            intervals += [(more, middle), (middle, less)]
     return tuple(saved for _, _, saved in sorted(found.values(), key=lambda f: (-f[0], f[1])))
 
 
-def _minimum_cut(
-    block: BlockGraph, costs: Sequence[int], numerator: int, denominator: int
-) -> tuple[frozenset[int], int]:
-    """The saved set least in ``costs * denominator + bytes * numerator``, and its costs."""
-    graph = nx.DiGraph()
-    graph.add_nodes_from(("source", "sink"))
-    for k in block.needed:
-        graph.add_edge("source", ("value", k))
-    for i, (_, inputs, outputs) in enumerate(block.ops):
-        graph.add_edge(("op", i), "sink", capacity=costs[i] * denominator)
-        for k in outputs:
-            graph.add_edge(("value", k), ("op", i), capacity=block.bytes[k] * numerator)
-        for k in inputs:
-            graph.add_edge(("op", i), ("value", k))
-    _, (needed, _) = nx.minimum_cut(graph, "source", "sink", flow_func=boykov_kolmogorov)
-    rerun = {node[1] for node in needed if node[0] == "op"}
-    saved = frozenset(
-        k
-        for i, (_, _, outputs) in enumerate(block.ops)
-        if i not in rerun
-        for k in outputs
-        if ("value", k) in needed
-    )
-    return saved, sum(costs[i] for i in rerun)
+class _Network:
+    """The flow network of a block; only the capacities depend on the price of a byte.
+
+    Nodes: source, sink, one per value (on the source's side: needed), one per op (recomputed).
+    """
+
+    def __init__(self, block: BlockGraph, total_s: float, total_bytes: int) -> None:
+        self.block = block
+        first_op = 2 + len(block.bytes)
+        arcs: list[tuple[int, int, float, float]] = [(0, 2 + k, 0.0, np.inf) for k in sorted(block.needed)]
+        for i, (seconds, inputs, outputs) in enumerate(block.ops):
+            arcs.append((first_op + i, 1, seconds / total_s, 0.0))
+            arcs += [(2 + k, first_op + i, 0.0, block.bytes[k] / total_bytes) for k in outputs]
+            arcs += [(first_op + i, 2 + k, 0.0, np.inf) for k in inputs]
+        table = np.array(arcs, dtype=np.float64).reshape(-1, 4)
+        self.tails, self.heads = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
+        self.seconds, self.bytes = table[:, 2], table[:, 3]
+        self.first_op = first_op
+
+    def cheapest(self, price: float) -> tuple[frozenset[int], float]:
+        """The saved set least in seconds + ``price`` times bytes, both as shares; its seconds."""
+        scale = UNITS / (1.0 + price)
+        amount = np.minimum(scale * (self.seconds + price * self.bytes), 4.0 * UNITS)
+        flow = SimpleMaxFlow()
+        flow.add_arcs_with_capacity(self.tails, self.heads, np.rint(amount).astype(np.int64))
+        needed: set[int] = set()
+        if self.block.needed and self.block.ops:
+            flow.solve(0, 1)
+            needed = set(flow.get_source_side_min_cut())
+        ops = self.block.ops
+        saved = frozenset(
+            k
+            for i, (_, _, outputs) in enumerate(ops)
+            if self.first_op + i not in needed
+            for k in outputs
+            if 2 + k in needed
+        )
+        return saved, sum(seconds for i, (seconds, _, _) in enumerate(ops) if self.first_op + i in needed)
