@@ -58,8 +58,8 @@ class Solution:
     ``seconds``            total of the run, first executions included.
     ``recompute_seconds``  the part of it beyond every op's first execution.
     ``peak_bytes``         the most bytes resident at any step, ``Problem.resident_bytes`` included.
-    ``bound_seconds``      no schedule within ``budget_bytes`` (of the class that ``solver`` searches, if
-                           it is proved by enumeration) takes fewer total seconds.
+    ``bound_seconds``      no schedule within ``budget_bytes`` whose first executions keep the problem's
+                           order takes fewer total seconds.
     ``status``             see the module's docstring.
     ``solver``             name of the method that found the schedule.
     ``solve_seconds``      wall clock spent on finding it.

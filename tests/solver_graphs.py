@@ -142,7 +142,7 @@ def training_chain(layers: int, ops_per_layer: int, seed: int = 0) -> Problem:
     forward = [(i, j) for i in range(layers) for j in range(ops_per_layer)]
     for k, (i, j) in enumerate(forward):
         add(f"f{i}.{j}", (k - 1,) if k else (), f"layer{i}")
-    add("loss", (len(forward) - 1,), "head")
+    add("loss", (len(forward) - 1,), None)
     for k, (i, j) in reversed(list(enumerate(forward))):
         add(f"b{i}.{j}", (k - 1, k, len(values) - 1) if k else (k, len(values) - 1), f"layer{i}")
-    return Problem(tuple(ops), tuple(values), turn=len(forward), name=f"{layers}x{ops_per_layer}")
+    return Problem(tuple(ops), tuple(values), turn=len(forward) + 1, name=f"{layers}x{ops_per_layer}")

@@ -177,7 +177,7 @@ def digraph(*edges: tuple[object, object]) -> nx.DiGraph:
 
 
 def test_networkx_errors() -> None:
-    with pytest.raises(ProblemError, match=r"^g: the graph has a cycle: a -> b -> a$"):
+    with pytest.raises(ProblemError, match=r"^g: the graph has a cycle: a -> b$"):
         Problem.from_networkx(digraph(("a", "b"), ("b", "a")))
     graph = digraph(("a", "b"))
     del graph.nodes["b"]["bytes"]
@@ -299,10 +299,9 @@ def test_every_block_is_what_the_flag_does() -> None:
     steps = every_block(problem).sequence
     backward = list(steps[problem.turn :])
     assert backward == [
-        "loss",
-        *("f2.0", "f2.1", "b2.1", "b2.0"),
-        *("f1.0", "f1.1", "b1.1", "b1.0"),
-        *("f0.0", "f0.1", "b0.1", "b0.0"),
+        *("f2.0", "b2.1", "b2.0"),
+        *("f1.0", "b1.1", "b1.0"),
+        *("f0.0", "b0.1", "b0.0"),
     ]
 
 
@@ -313,7 +312,7 @@ def test_emission_of_gaps_by_hand() -> None:
     assert just_in_time(problem, ()).sequence == tuple(names)
     dropped = gaps_of_values(problem, [0])
     assert just_in_time(problem, dropped).sequence == ("f0.0", "f1.0", "loss", "f0.0", "b1.0", "f0.0", "b0.0")
-    one_stage = [0, 0, 1, 1, 1]
+    one_stage = [0, 0, 0, 1, 1]
     assert just_in_time(problem, dropped, stage_of=one_stage).sequence == (
         *("f0.0", "f1.0", "loss", "f0.0", "b1.0", "b0.0"),
     )

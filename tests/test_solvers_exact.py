@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solvers import Op, Problem, Schedule, Value, checkmate, simulate
-from solvers.checkmate import Program
+from solvers import InfeasibleError, Op, Problem, Schedule, Value, checkmate, simulate
+from solvers.checkmate_program import Program
 from solvers.simulate import simulate_steps
 from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
 
@@ -23,23 +23,37 @@ def test_least_time_equals_brute_force(problem: Problem, passes: int, fraction: 
     low, _ = least_peak(problem)
     top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     budget = max(1, round(low - 1 + fraction * (top - low + 1)))
-    truth = best_seconds(problem, budget, passes)
-    solution = checkmate.solve(problem, budget, time_limit_s=20, passes=passes)
-    if truth is None:
-        assert solution.status == "unsettled"
-        assert solution.peak_bytes == least_peak(problem, passes)[0]
+    truth, any_order = best_seconds(problem, budget, passes), best_seconds(problem, budget)
+    try:
+        solution = checkmate.solve(problem, budget, time_limit_s=20, passes=passes)
+    except InfeasibleError as error:
+        refused = error
+    else:
+        refused = None
+    if refused is not None:
+        assert any_order is None
+        assert budget < refused.floor_bytes <= low
         return
-    assert solution.status == "optimal"
+    if any_order is None or not solution.fits:
+        assert truth is None
+        assert solution.status == "unsettled"
+        assert solution.peak_bytes <= least_peak(problem, passes)[0]
+        return
     assert solution.peak_bytes <= budget
-    assert solution.seconds == pytest.approx(truth[0], rel=1e-9)
-    assert solution.bound_seconds <= truth[0] * (1 + 1e-9)
+    assert solution.bound_seconds <= any_order[0] * (1 + 1e-9)
+    assert any_order[0] <= solution.seconds * (1 + 1e-9)
+    if truth is not None:
+        assert solution.seconds <= truth[0] * (1 + 1e-9)
+    if solution.status == "optimal":
+        assert solution.seconds == pytest.approx(any_order[0], rel=1e-9)
 
 
 @quick
 @given(problems(), st.sampled_from([1, 2]))
 def test_least_peak_equals_brute_force(problem: Problem, passes: int) -> None:
     schedule, floor = checkmate.minimum_peak(problem, time_limit_s=20, passes=passes)
-    assert floor == simulate(problem, schedule).peak_bytes == least_peak(problem, passes)[0]
+    lowest, _ = least_peak(problem)
+    assert floor <= lowest <= simulate(problem, schedule).peak_bytes <= least_peak(problem, passes)[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,10 +84,23 @@ def wide_step() -> Problem:
 def test_one_pass_in_the_problems_order_is_a_loss() -> None:
     problem = wide_step()
     one, floor = checkmate.minimum_peak(problem, passes=1)
-    assert simulate(problem, one).peak_bytes == floor == least_peak(problem, 1)[0]
+    assert simulate(problem, one).peak_bytes == least_peak(problem, 1)[0] == 7
     two, floor_of_two = checkmate.minimum_peak(problem, passes=2)
-    assert simulate(problem, two).peak_bytes == floor_of_two == least_peak(problem)[0]
-    assert floor_of_two < floor
+    assert simulate(problem, two).peak_bytes == least_peak(problem)[0] == 6
+    assert floor == floor_of_two <= 6
+
+
+def test_the_bound_over_all_orders_is_nearly_always_met() -> None:
+    met = tried = 0
+    for seed in range(400):
+        problem = random_problem(random.Random(seed))
+        peak, _ = least_peak(problem)
+        budget = (peak + simulate(problem, Schedule.keep_all(problem)).peak_bytes) // 2
+        if budget > peak:
+            met += checkmate.solve(problem, budget, time_limit_s=10).status == "optimal"
+            tried += 1
+    assert tried > 20
+    assert met >= 0.95 * tried
 
 
 def test_two_passes_lose_nothing_on_these_graphs() -> None:
@@ -114,11 +141,13 @@ def test_bytes_of_real_size_stay_within_the_budget_to_the_byte() -> None:
         )
         problem = Problem(small.ops, values, turn=small.turn, resident_bytes=7 * 10**9)
         low, floor = checkmate.minimum_peak(problem, time_limit_s=20)
-        assert simulate(problem, low).peak_bytes == floor
-        at_floor = checkmate.solve(problem, floor, time_limit_s=20)
-        assert at_floor.peak_bytes == floor
-        assert at_floor.status == "optimal"
-        assert checkmate.solve(problem, floor - 1, time_limit_s=20).status == "unsettled"
+        peak = simulate(problem, low).peak_bytes
+        assert floor <= peak
+        at_peak = checkmate.solve(problem, peak, time_limit_s=20)
+        assert at_peak.peak_bytes == peak
+        assert not checkmate.solve(problem, max(floor, peak - 1), time_limit_s=20).fits or peak == floor
+        with pytest.raises(InfeasibleError, match=f"at least {floor} bytes .1 more."):
+            checkmate.solve(problem, floor - 1, time_limit_s=20)
 
 
 def test_program_reads_schedules_back() -> None:
