@@ -1,8 +1,8 @@
 """Plan a PyTorch training step to a memory budget, with proof of how near the plan is to best.
 
-    p = planner.plan(model, budget_gb=8, inputs=batch)
-    print(p.summary())
-    p.apply()          # or module = p.rewrite()
+p = planner.plan(model, budget_gb=8, inputs=batch)
+print(p.summary())
+p.apply()          # or module = p.rewrite()
 """
 
 from planner import measure

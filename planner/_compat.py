@@ -110,8 +110,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def is_data_dependent(error: BaseException) -> bool:
     """Whether the tracer stopped because the program asked for a tensor's value."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # 2.1+
     from torch._subclasses.fake_tensor import DynamicOutputShapeException  # 2.0+
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # 2.1+
 
     kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
     return isinstance(error, kinds)

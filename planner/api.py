@@ -84,4 +84,6 @@ def frontier(
     Arguments as for :func:`plan`; ``time_limit_s`` is per budget.
     """
     step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
-    return step.frontier(budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=progress)
+    return step.frontier(
+        budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=progress
+    )

@@ -213,7 +213,9 @@ def capture(
         with _module_paths(model):
             module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
     if found:
-        raise TraceError(_CHECKPOINTED.format(type(model).__name__, "its forward calls torch.utils.checkpoint"))
+        raise TraceError(
+            _CHECKPOINTED.format(type(model).__name__, "its forward calls torch.utils.checkpoint")
+        )
     template = step.template
     assert template is not None
     traced = _sort_out(module, step.names)
@@ -224,7 +226,12 @@ def capture(
             "computes its own loss"
         )
     chosen = [i for i, x in enumerate(template.leaves) if x.differentiated]
-    sees_loss = loss_fn is None and used is None and len(chosen) == 1 and traced.outputs[chosen[0]].meta["val"].numel() == 1
+    sees_loss = (
+        loss_fn is None
+        and used is None
+        and len(chosen) == 1
+        and traced.outputs[chosen[0]].meta["val"].numel() == 1
+    )
     types = {name: type(m).__name__ for name, m in model.named_modules()}
     return JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
 
@@ -293,7 +300,10 @@ def _template_of(
         scalar = [g and t.numel() == 1 for g, t in zip(tracked, tensors, strict=True)]
         named = [s and label.strip("[]'.").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
         if sum(named) > 1:
-            named = [n and re.search(r"\W'?loss'?\W*$", label) is not None for n, label in zip(named, labels, strict=True)]
+            named = [
+                n and re.search(r"\W'?loss'?\W*$", label) is not None
+                for n, label in zip(named, labels, strict=True)
+            ]
         is_loss = named if any(named) else scalar if sum(scalar) == 1 else [False] * len(tensors)
         chosen = is_loss if any(is_loss) else tracked
     leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))
@@ -327,7 +337,11 @@ class _Loss(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
         loss = self.loss_fn(self.template.rebuild(list(tensors)))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            got = (
+                f"a tensor of shape {tuple(loss.shape)}"
+                if isinstance(loss, torch.Tensor)
+                else type(loss).__name__
+            )
             raise PlannerError(f"loss_fn must return a scalar tensor, it returned {got}")
         return (loss,)
 
@@ -369,8 +383,8 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str]) -> Traced:
 
 
 _CHECKPOINTED = (
-    "{} already checkpoints itself: {}. Switch it off first (Hugging Face: model.gradient_checkpointing_disable()); "
-    "the plan decides what to recompute"
+    "{} already checkpoints itself: {}. Switch it off first (Hugging Face: "
+    "model.gradient_checkpointing_disable()); the plan decides what to recompute"
 )
 
 
@@ -385,7 +399,11 @@ def _refuse(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False) is True:
-            raise TraceError(_CHECKPOINTED.format(type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"))
+            raise TraceError(
+                _CHECKPOINTED.format(
+                    type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"
+                )
+            )
     hooked = hooks_on_submodules(model)
     if hooked:
         raise PlannerError(
@@ -400,7 +418,9 @@ def _refuse(model: nn.Module) -> None:
             "torch's FakeTensorMode or on a real device"
         )
     if len(devices) > 1:
-        raise TraceError(f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device")
+        raise TraceError(
+            f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device"
+        )
 
 
 def hooks_on_submodules(model: nn.Module) -> list[str]:
@@ -414,7 +434,12 @@ def has_hooks(module: nn.Module) -> bool:
     transformers' own recorders of hidden states and attentions are no such hooks: they act within
     one forward of the model, so what they do is in the graph.
     """
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(_acts_on_the_side(hook) for kind in kinds if kind for hook in kind.values())
 
 
@@ -466,7 +491,16 @@ def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
         yield
     except PlannerError:
         raise
-    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, KeyError, AttributeError, IndexError) as e:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        NotImplementedError,
+        KeyError,
+        AttributeError,
+        IndexError,
+    ) as e:
         name = type(model).__name__
         if checkpointed:
             why = "its forward calls torch.utils.checkpoint"
@@ -474,9 +508,9 @@ def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
         place = _place_in_source(e)
         if _compat.is_data_dependent(e):
             raise TraceError(
-                f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the step is "
-                "being traced (an if, a loop bound, .item(), a mask used as an index). Compute it outside "
-                "forward and pass it in, or write it with torch.where"
+                f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the "
+                "step is being traced (an if, a loop bound, .item(), a mask used as an index). Compute it "
+                "outside forward and pass it in, or write it with torch.where"
             ) from e
         raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
 

@@ -37,7 +37,9 @@ class Frontier:
         for p in self.points:
             over = "" if p.overhead is None else f"{p.overhead:.2%}"
             bound = "" if p.overhead_bound is None else f"{p.overhead_bound:.2%}"
-            lines.append(f"{p.budget_bytes / 1e9:>10.4g} {p.peak_bytes / 1e9:>10.4g} {over:>9} {bound:>9}  {p.status}")
+            lines.append(
+                f"{p.budget_bytes / 1e9:>10.4g} {p.peak_bytes / 1e9:>10.4g} {over:>9} {bound:>9}  {p.status}"
+            )
         return "\n".join(lines)
 
     def to_dataframe(self) -> pandas.DataFrame:

@@ -84,10 +84,13 @@ class Guard:
         wanted = [(n, t) for n, t, _ in expected.modules]
         if found != wanted:
             raise StalePlanError(
-                f"this plan was made for a model with {len(wanted)} modules, {_first_difference(wanted, found)}; "
-                "plan the model you want to run"
+                f"this plan was made for a model with {len(wanted)} modules, "
+                f"{_first_difference(wanted, found)}; plan the model you want to run"
             )
-        self._modules = [(m, flag, len(m._modules)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)]
+        self._modules = [
+            (m, flag, len(m._modules))
+            for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
+        ]
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
         self._tensors: list[tuple[dict[str, Any], str, str, TensorSpec]] = []
         for name, spec in expected.parameters.items():
@@ -103,13 +106,20 @@ class Guard:
         out = {}
         for where, key, name, spec in self._tensors:
             tensor = where.get(key)
-            if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype or (
-                tensor.device != spec.device or tensor.requires_grad != spec.requires_grad
+            if (
+                tensor is None
+                or tensor.shape != spec.shape
+                or tensor.dtype != spec.dtype
+                or (tensor.device != spec.device or tensor.requires_grad != spec.requires_grad)
             ):
-                now = "gone" if tensor is None else f"{TensorSpec.of(tensor)}, requires_grad={tensor.requires_grad}"
+                now = (
+                    "gone"
+                    if tensor is None
+                    else f"{TensorSpec.of(tensor)}, requires_grad={tensor.requires_grad}"
+                )
                 raise StalePlanError(
-                    f"{name} was {spec}, requires_grad={spec.requires_grad} when the plan was made and is {now}; "
-                    "make a new plan"
+                    f"{name} was {spec}, requires_grad={spec.requires_grad} when the plan was made and is "
+                    f"{now}; make a new plan"
                 )
             out[name] = tensor
         return out
@@ -125,12 +135,14 @@ class Guard:
                     f"training={flag}; make a new plan, or set the flag back"
                 )
             if len(module._modules) != size:
-                raise StalePlanError(f"a submodule of {type(module).__name__} was added or removed; make a new plan")
+                raise StalePlanError(
+                    f"a submodule of {type(module).__name__} was added or removed; make a new plan"
+                )
             if module is not root and has_hooks(module):
                 path = next(n for n, m in root.named_modules() if m is module)
                 raise PlannerError(
-                    f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, register it "
-                    "on the model itself, or call plan.restore(model)"
+                    f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, "
+                    "register it on the model itself, or call plan.restore(model)"
                 )
         for modules, key, child in self._edges:
             if modules.get(key) is not child:
@@ -141,14 +153,18 @@ class Guard:
         expected = self.expected
         if in_spec != expected.in_spec:
             raise StalePlanError(
-                f"the inputs have another structure than the plan's: {in_spec} instead of {expected.in_spec}; "
-                "pass them the same way (positional or by keyword), or make a new plan"
+                f"the inputs have another structure than the plan's: {in_spec} instead of "
+                f"{expected.in_spec}; pass them the same way (positional or by keyword), or make a new plan"
             )
         for i, (leaf, want) in enumerate(zip(leaves, expected.leaves, strict=True)):
             if isinstance(want, TensorSpec):
                 if isinstance(leaf, torch.Tensor) and TensorSpec.of(leaf) == want:
                     continue
-                got = f"{TensorSpec.of(leaf)}, strides {leaf.stride()}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+                got = (
+                    f"{TensorSpec.of(leaf)}, strides {leaf.stride()}"
+                    if isinstance(leaf, torch.Tensor)
+                    else repr(leaf)
+                )
                 raise StalePlanError(
                     f"input {self._label(i)} is {got}; the plan was made for {want}, strides {want.stride}. "
                     "Plan once per shape, or pad the batch to the planned size"
@@ -158,8 +174,8 @@ class Guard:
         state = autocast_state(next(self.model.parameters()).device)
         if state != expected.autocast:
             raise StalePlanError(
-                f"autocast is {state[1] or 'off'}, it was {expected.autocast[1] or 'off'} when the plan was made; "
-                "plan under the same autocast context as you train"
+                f"autocast is {state[1] or 'off'}, it was {expected.autocast[1] or 'off'} when the plan was "
+                "made; plan under the same autocast context as you train"
             )
 
     def _label(self, index: int) -> str:

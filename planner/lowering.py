@@ -7,17 +7,21 @@ the allocator's grain (512 on CUDA, 1 on CPU); what is resident throughout is on
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from planner.costs import Costs, Device, costs_of
-from planner.training_graph import GraphOp, TrainingGraph, layer_of
+from planner.nodes import layer_of
+from planner.training_graph import GraphOp, TrainingGraph
 from solvers import Op, Problem, Schedule, Value
 from solvers.simulate import Timeline, simulate_steps
 
 __all__ = ["allocation_grain", "as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
+
+T = TypeVar("T")
 
 
 def allocation_grain(device: torch.device) -> int:
@@ -26,7 +30,10 @@ def allocation_grain(device: torch.device) -> int:
 
 
 def graph_costs(
-    graph: TrainingGraph, source: Literal["auto", "profile", "roofline"] = "auto", *, rates: Device | None = None
+    graph: TrainingGraph,
+    source: Literal["auto", "profile", "roofline"] = "auto",
+    *,
+    rates: Device | None = None,
 ) -> Costs:
     """Costs of every op by its name; the step's and the loss's nodes come from two graphs."""
     ours = [op.node for op in graph.ops if op.node is not None and op.phase != "loss"]
@@ -35,24 +42,25 @@ def graph_costs(
     if not theirs:
         return costs
     loss = costs_of(theirs, costs.source, graph.device, rates=rates)
-    prefixed = [{f"loss/{k}": v for k, v in d.items()} for d in (loss.seconds, loss.workspace_bytes, loss.flops)]
     return replace(
         costs,
-        seconds={**costs.seconds, **prefixed[0]},
-        workspace_bytes={**costs.workspace_bytes, **prefixed[1]},
-        flops={**costs.flops, **prefixed[2]},
+        seconds={**costs.seconds, **_prefixed(loss.seconds)},
+        workspace_bytes={**costs.workspace_bytes, **_prefixed(loss.workspace_bytes)},
+        flops={**costs.flops, **_prefixed(loss.flops)},
         signatures=costs.signatures + loss.signatures,
         estimated=costs.estimated + loss.estimated,
     )
+
+
+def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
+    return {f"loss/{name}": cost for name, cost in by_node.items()}
 
 
 def lower(graph: TrainingGraph, costs: Costs, *, resident_bytes: int, name: str = "training step") -> Problem:
     """The problem that a plan solves; ``resident_bytes`` is what lives through the whole step."""
     grain = allocation_grain(graph.device)
     size = [-(-v.bytes // grain) * grain for v in graph.values]
-    values = tuple(
-        Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values)
-    )
+    values = tuple(Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values))
 
     def op(o: GraphOp) -> Op:
         seconds = 0.0 if o.node is None else costs.seconds[o.name]
@@ -93,9 +101,7 @@ def replayed_states(graph: TrainingGraph, steps: list[int]) -> set[int]:
     """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
     runs = Counter(steps)
     states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
-    return {
-        states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states
-    }
+    return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}
 
 
 def as_executed(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Problem:

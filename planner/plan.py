@@ -122,7 +122,9 @@ class Plan:
         if self.known_minimum_bytes is not None:
             return self.known_minimum_bytes
         if self._prepared is None:
-            raise PlannerError("this plan was read from a file that does not say its minimum; plan the model again")
+            raise PlannerError(
+                "this plan was read from a file that does not say its minimum; plan the model again"
+            )
         return self._prepared.minimum_peak_bytes
 
     # -- looking -----------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({self.model_name}: budget {self.budget_bytes / 1e9:.4g} GB, peak {self.peak_bytes / 1e9:.4g} GB "
+            f"Plan({self.model_name}: budget {self.budget_bytes / 1e9:.4g} GB, "
+            f"peak {self.peak_bytes / 1e9:.4g} GB "
             f"(nothing recomputed: {self.baseline_peak_bytes / 1e9:.4g} GB), overhead {self.overhead:.2%}, "
             f"proved >= {self.overhead_bound:.2%}, {self.status})"
         )
@@ -172,7 +175,9 @@ class Plan:
         from planner.display import plot_frontier
 
         if self._prepared is None:
-            raise PlannerError("a plan read from a file has no graph to solve again; call planner.frontier on the model")
+            raise PlannerError(
+                "a plan read from a file has no graph to solve again; call planner.frontier on the model"
+            )
         return plot_frontier(self._prepared.frontier(points=points, time_limit_s=time_limit_s), ax, plan=self)
 
     @property
@@ -233,9 +238,7 @@ class Plan:
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:
-            if isinstance(model, CheckpointedModule):
-                return model.original
-            return model
+            return model.original if isinstance(model, CheckpointedModule) else model
         if self._prepared is None:
             raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
         return self._prepared.model
@@ -253,7 +256,8 @@ class Plan:
             program = emit(prepared.graph, prepared.steps(self.sequence))
             step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
             object.__setattr__(self, "_made_step", step)
-        return self.__dict__["_made_step"]  # type: ignore[no-any-return]
+        made: Step = self.__dict__["_made_step"]
+        return made
 
 
 class CheckpointedModule(fx.GraphModule):
@@ -261,6 +265,8 @@ class CheckpointedModule(fx.GraphModule):
 
     It shares the original's submodules and Parameters, so training either trains both.
     """
+
+    original: nn.Module
 
     def __init__(self, original: nn.Module, step: Step) -> None:
         super().__init__({}, step.program.forward.graph, type(original).__name__ + "Checkpointed")
@@ -277,7 +283,8 @@ class CheckpointedModule(fx.GraphModule):
     @property
     def program(self) -> Program:
         """The generated graphs."""
-        return self.__dict__["forward"].step.program  # type: ignore[no-any-return]
+        planned: PlannedForward = self.__dict__["forward"]
+        return planned.step.program
 
     @property
     def code(self) -> str:
@@ -301,4 +308,3 @@ class CheckpointedModule(fx.GraphModule):
 def _unplanned(model: nn.Module) -> Any:
     applied = planned_forward_of(model)
     return model.forward if applied is None else applied.original
-

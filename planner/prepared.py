@@ -23,7 +23,7 @@ from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
 from planner.training_graph import TrainingGraph, training_graph
-from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
+from solvers import InfeasibleError, Problem, Solution, Timeline, minimum_peak, solve
 from solvers.bounds import peak_floor
 
 __all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
@@ -69,8 +69,8 @@ def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
         raise StalePlanError(
             f"the plan was made for another step than that of this {type(model).__name__} "
             f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
-            f"{prepared.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, its "
-            "training flags, autocast or the versions of its libraries differ; make a new plan"
+            f"{prepared.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, "
+            "its training flags, autocast or the versions of its libraries differ; make a new plan"
         )
     return prepared
 
@@ -101,7 +101,11 @@ class Prepared:
     def constant_bytes(self) -> int:
         """Bytes of tensors the trace baked into the graph."""
         where = self.graph.device
-        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in self.graph.constants.values() if t.device == where}
+        sizes = {
+            storage_key(t): t.untyped_storage().nbytes()
+            for t in self.graph.constants.values()
+            if t.device == where
+        }
         return sum(sizes.values())
 
     @cached_property
@@ -155,7 +159,7 @@ class Prepared:
         return h.hexdigest()
 
     def steps(self, sequence: Sequence[str]) -> list[int]:
-        """Op positions of a sequence of names; steps of a loss that is not part of this graph are left out."""
+        """Op positions of a sequence of names; those of a loss outside this graph are left out."""
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
         missing = [n for n in sequence if n not in position and not n.startswith("loss/")]
         if missing and missing != ["ones_like_loss"]:
@@ -165,13 +169,25 @@ class Prepared:
     # -- plans -------------------------------------------------------------------------------------
 
     def plan(
-        self, budget_gb: float, *, solver: str = "auto", time_limit_s: float = 30.0, progress: Progress | None = None
+        self,
+        budget_gb: float,
+        *,
+        solver: str = "auto",
+        time_limit_s: float = 30.0,
+        progress: Progress | None = None,
     ) -> Plan:
         """The plan for one budget; errors as :func:`planner.plan`."""
-        return self.plan_bytes(budget_bytes_of(budget_gb), solver=solver, time_limit_s=time_limit_s, progress=progress)
+        return self.plan_bytes(
+            budget_bytes_of(budget_gb), solver=solver, time_limit_s=time_limit_s, progress=progress
+        )
 
     def plan_bytes(
-        self, budget_bytes: int, *, solver: str = "auto", time_limit_s: float = 30.0, progress: Progress | None = None
+        self,
+        budget_bytes: int,
+        *,
+        solver: str = "auto",
+        time_limit_s: float = 30.0,
+        progress: Progress | None = None,
     ) -> Plan:
         """``plan`` for a budget in bytes."""
         (progress or _silent)("solve")
@@ -206,9 +222,9 @@ class Prepared:
             else f"none was found between the proved floor of {floor / 1e9:.4g} GB and there"
         )
         return InfeasibleBudgetError(
-            f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget with a plan is "
-            f"{need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise the budget, or make the "
-            "batch smaller",
+            f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget "
+            f"with a plan is {need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise the "
+            "budget, or make the batch smaller",
             budget_bytes=budget_bytes,
             minimum_bytes=need,
             floor_bytes=floor,
@@ -338,4 +354,3 @@ class Prepared:
 
 def _silent(_: str) -> None:
     return
-

@@ -25,7 +25,8 @@ from torch import fx
 from planner import kernels
 from planner._compat import BoxedCodeGen
 from planner.lowering import replayed_states
-from planner.training_graph import SOURCES, TrainingGraph, layer_of, module_of
+from planner.nodes import layer_of, module_of
+from planner.training_graph import TrainingGraph
 
 __all__ = ["Argument", "Program", "Segment", "emit"]
 
@@ -104,7 +105,9 @@ class _Writer:
     def __init__(self, graph: TrainingGraph, replayed: set[int]) -> None:
         self.source = graph
         self.replayed = replayed
-        self.op_of = {op.node: i for i, op in enumerate(graph.ops) if op.node is not None and op.phase != "loss"}
+        self.op_of = {
+            op.node: i for i, op in enumerate(graph.ops) if op.node is not None and op.phase != "loss"
+        }
         self.gradient_nodes = {node: name for name, node in graph.gradients.items()}
         self.gradients_of_value: dict[int, list[fx.Node]] = {}
         for node in graph.gradients.values():
@@ -160,7 +163,11 @@ class _Writer:
         if key not in self.placeholders:
             nodes = self.out.nodes
             first = next((n for n in nodes if n.op != "placeholder"), None)
-            with self.out.inserting_before(first) if first is not None else self.out.inserting_after(_last(self.out)):
+            with (
+                self.out.inserting_before(first)
+                if first is not None
+                else self.out.inserting_after(_last(self.out))
+            ):
                 new = self.out.placeholder(node.name)
             new.meta = node.meta
             self.placeholders[key] = new
@@ -176,8 +183,9 @@ class _Writer:
         assert node is not None
         again = index in self.ran
         self.ran.add(index)
-        drawn = node.meta.get("draw")
-        if drawn is not None and previous is not None and self.source.ops[previous].node is drawn:
+        drawn: fx.Node | None = node.meta.get("draw")
+        just_drawn = previous is not None and self.source.ops[previous].node is drawn
+        if drawn is not None and just_drawn and drawn in self.current:
             call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
         elif again and "rng_state" in node.meta:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
@@ -293,7 +301,10 @@ def _segment(
     mail += [n for n in outside if (n in home or arguments[n].kind == "saved") and last_use[n] > k]
     graph.output([new[n] for n in (*results, *mail)])
     return Segment(
-        _module(graph, f"Backward{k}"), tuple(sources), tuple(gradients[n] for n in results), tuple(n.name for n in mail)
+        _module(graph, f"Backward{k}"),
+        tuple(sources),
+        tuple(gradients[n] for n in results),
+        tuple(n.name for n in mail),
     )
 
 
@@ -334,9 +345,8 @@ def _bytes(node: fx.Node) -> int:
 def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> None:
     """Parts of a result that nothing reads, and views made for nobody."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and node not in (keep or ()):
-            if node.target is operator.getitem:
-                graph.erase_node(node)
+        if node.target is operator.getitem and not node.users and node not in (keep or ()):
+            graph.erase_node(node)
 
 
 def _in_order(graph: fx.Graph, arguments: dict[fx.Node, Argument]) -> list[tuple[fx.Node, Argument]]:
@@ -351,6 +361,3 @@ def _module(graph: fx.Graph, name: str) -> fx.GraphModule:
     graph.set_codegen(BoxedCodeGen())
     graph.lint()
     return fx.GraphModule({}, graph, name)
-
-
-assert set(SOURCES) == {"parameter", "buffer", "input", "constant", "tangent"}

@@ -70,7 +70,9 @@ class _Call:
                     self.direct[argument] = given[argument]
             self.keep.append(kept)
 
-    def arguments(self, index: int, saved: tuple[torch.Tensor, ...], tangents: tuple[Any, ...]) -> list[torch.Tensor]:
+    def arguments(
+        self, index: int, saved: tuple[torch.Tensor, ...], tangents: tuple[Any, ...]
+    ) -> list[torch.Tensor]:
         """The boxed arguments of a segment; mail is taken out of the box it lay in."""
         held = iter(saved)
         boxed = []
@@ -156,14 +158,18 @@ class PlannedForward:
     """Stands in for ``model.forward``: runs the plan's program, or the original where that applies."""
 
     def __init__(self, model: nn.Module, step: Step, original: Callable[..., Any] | None = None) -> None:
-        self.model, self.step = model, step
+        self.model, self.step, self._late = model, step, False
         self.original = original if original is not None else model.forward
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         self.guard = Guard(model, step.expected)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         planned_for = self.step.expected.modules[0][2]
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self.model.training is not planned_for:
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.model.training is not planned_for
+        ):
             return self.original(*args, **kwargs)
         leaves, in_spec = pytree.tree_flatten((args, kwargs))
         self.guard.check_inputs(leaves, in_spec)
@@ -206,7 +212,9 @@ class PlannedForward:
         memo[id(self)] = twin
         original = getattr(self.original, "__func__", None)
         twin.model, twin.step = model, self.step
-        twin.original = original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
+        twin.original = (
+            original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
+        )
         twin.before = None
         twin._late = True  # the copy's modules are filled in after this returns
         return twin

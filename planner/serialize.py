@@ -30,7 +30,16 @@ VERSION = 1
 _ARRAYS = ("timeline", "baseline_timeline")
 _SKIPPED = ("placements", "timeline_by_kind", "input_spec", "known_minimum_bytes", "_prepared", *_ARRAYS)
 _PLAIN = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in _SKIPPED)
-_KEYS = ("format", "version", *_PLAIN, "minimum_peak_bytes", "placements", "timeline_by_kind", "inputs", *_ARRAYS)
+_KEYS = (
+    "format",
+    "version",
+    *_PLAIN,
+    "minimum_peak_bytes",
+    "placements",
+    "timeline_by_kind",
+    "inputs",
+    *_ARRAYS,
+)
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -62,8 +71,8 @@ def load(path: str | Path) -> Plan:
         raise InvalidPlanFileError(f"{path} is not a plan: its 'format' is not {FORMAT!r}")
     if record.get("version") != VERSION:
         raise InvalidPlanFileError(
-            f"{path} has plan format version {record.get('version')!r}; this installation reads version {VERSION}. "
-            "Make the plan again, or install the version that wrote it"
+            f"{path} has plan format version {record.get('version')!r}; this installation reads version "
+            f"{VERSION}. Make the plan again, or install the version that wrote it"
         )
     missing = [key for key in _KEYS if key not in record]
     if missing:
@@ -76,10 +85,10 @@ def load(path: str | Path) -> Plan:
 
 def _read(record: dict[str, Any]) -> Plan:
     kinds = {f.name: f.type for f in dataclasses.fields(Plan)}
-    plain = {}
+    plain: dict[str, Any] = {}
     for name in _PLAIN:
         value = record[name]
-        want = {"int": int, "float": (int, float), "str": str}.get(str(kinds[name]))
+        want = {"int": (int,), "float": (int, float), "str": (str,)}.get(str(kinds[name]))
         if want is not None and (not isinstance(value, want) or isinstance(value, bool)):
             raise ValueError(f"{name!r} is {value!r}, want {kinds[name]}")
         plain[name] = value
@@ -88,7 +97,7 @@ def _read(record: dict[str, Any]) -> Plan:
     plain["sequence"] = tuple(map(str, plain["sequence"]))
     plain["differentiated"] = tuple(map(int, plain["differentiated"]))
     plain["breakdown"] = {str(k): int(v) for k, v in plain["breakdown"].items()}
-    arrays = {name: np.asarray(record[name], dtype=np.int64) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: np.asarray(record[name], dtype=np.int64) for name in _ARRAYS}
     length = len(plain["sequence"])
     if len(arrays["timeline"]) != length:
         raise ValueError(f"'timeline' has {len(arrays['timeline'])} entries for {length} steps")
@@ -139,7 +148,13 @@ def encode(tree: Any) -> Any:
     """Containers, constants, and tensors by size only, as JSON."""
     if isinstance(tree, torch.Tensor):
         return {
-            "tensor": [list(tree.shape), list(tree.stride()), str(tree.dtype), str(tree.device), tree.requires_grad]
+            "tensor": [
+                list(tree.shape),
+                list(tree.stride()),
+                str(tree.dtype),
+                str(tree.device),
+                tree.requires_grad,
+            ]
         }
     if isinstance(tree, Mapping):
         return {"dict": [[str(k), encode(v)] for k, v in tree.items()]}
@@ -148,8 +163,8 @@ def encode(tree: Any) -> Any:
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return {"constant": tree}
     raise PlannerError(
-        f"an input of type {type(tree).__name__} cannot be described in a plan file; pass tensors, numbers, strings "
-        "and containers of them"
+        f"an input of type {type(tree).__name__} cannot be described in a plan file; pass tensors, numbers, "
+        "strings and containers of them"
     )
 
 

@@ -17,7 +17,7 @@ __all__ = ["Report", "verify"]
 
 @dataclass(frozen=True)
 class Report:
-    """What :meth:`planner.Plan.verify` found.  Bytes are of the whole step, measured independently of the plan.
+    """What :meth:`planner.Plan.verify` found.  Bytes are of the whole step, measured apart from the plan.
 
     ``comparison``                  outputs, gradients, buffers and random state, bit for bit.
     ``eager_peak_bytes``            of the step without the plan; ``peak_bytes`` with it.
@@ -68,7 +68,9 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
     prepared = plan._prepared
     if inputs is None:
         if prepared is None:
-            raise PlannerError("this plan was read from a file and holds no inputs; pass verify(model, inputs)")
+            raise PlannerError(
+                "this plan was read from a file and holds no inputs; pass verify(model, inputs)"
+            )
         given = prepared.joint.inputs
     else:
         given = Inputs.of(model, inputs)

@@ -131,9 +131,7 @@ class Problem:
     def counted_inputs(self) -> tuple[tuple[int, ...], ...]:
         """For each op, its inputs that some op produces (sources left out)."""
         values = self.values
-        return tuple(
-            tuple(v for v in op.inputs if values[v].producer is not None) for op in self.ops
-        )
+        return tuple(tuple(v for v in op.inputs if values[v].producer is not None) for op in self.ops)
 
     def validate(self) -> None:
         """Raise ``ProblemError`` unless every field is consistent (see the class docstrings)."""
@@ -142,8 +140,8 @@ class Problem:
             return ProblemError(f"{self.name}: {what}")
 
         if len(self._index) != len(self.ops):
-            seen: set[str] = set()
-            twice = next(op.name for op in self.ops if op.name in seen or seen.add(op.name))
+            names = [op.name for op in self.ops]
+            twice = next(name for name in names if names.count(name) > 1)
             raise bad(f"two ops are called {twice!r}")
         if not _is_bytes(self.resident_bytes):
             raise bad(f"resident_bytes is {self.resident_bytes!r}, want an int >= 0")

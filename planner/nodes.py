@@ -1,0 +1,152 @@
+"""What a node of the captured graph is: random, mutating, a view, whose work, which tensors it makes."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner import _compat
+
+aten = torch.ops.aten
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors a node makes, ``None``s and numbers left out, in order."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        mask = output_mask(node, len(value))
+        return [t for t, made in zip(value, mask, strict=True) if made and isinstance(t, torch.Tensor)]
+    return []
+
+
+def output_mask(node: fx.Node, length: int) -> list[bool]:
+    """Which outputs the kernel makes; fake kernels make some that the real one leaves out."""
+    named = hasattr(node.target, "_schema") and node.op == "call_function"
+    mask = argument(node, "output_mask") if named else None
+    return list(mask) if mask is not None and len(mask) == length else [True] * length
+
+
+def first_tensor(node: fx.Node) -> torch.Tensor:
+    return tensors_of(node)[0]
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The value of an operator's argument, given or default; ``None`` if it has no such argument."""
+    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if a.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, a.default_value)
+    return None
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws from a generator, by torch's own tag and its probability."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    certain = argument(node, "dropout_p") == 0 or argument(node, "p") == 0 or argument(node, "train") is False
+    return not certain
+
+
+def is_mutation(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def module_of(node: fx.Node) -> str | None:
+    """Path of the module whose forward made the node (a backward node has its forward's)."""
+    return (node.meta.get("custom") or {}).get("module")
+
+
+_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)|^(\d+)(?:\.|$)")
+
+
+def layer_of(path: str) -> str:
+    """The outermost numbered module of a path: ``h.3.attn.c_proj`` -> ``h.3``; else its first name."""
+    match = _LAYER.match(path)
+    return (match.group(1) or match.group(2)) if match else path.split(".")[0]
+
+
+_ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+
+
+def changes_nothing(node: fx.Node) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target in _ALIASES:
+        return True
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)) or is_mutation(node):
+        return False
+    return (
+        _compat.storage_key(before) == _compat.storage_key(after)
+        and before.shape == after.shape
+        and before.stride() == after.stride()
+        and before.storage_offset() == after.storage_offset()
+        and before.dtype == after.dtype
+        and before.is_conj() == after.is_conj()
+        and before.is_neg() == after.is_neg()
+    )
+
+
+def same_layout(grad: torch.Tensor, leaf: torch.Tensor) -> bool:
+    if grad.dtype != leaf.dtype:
+        return False
+    pairs = zip(grad.shape, grad.stride(), torch.empty_like(leaf).stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in pairs)
+
+
+def last_of(node: fx.Node) -> fx.Node:
+    """The node, or the last ``getitem`` of its group, so that an insertion does not split the group."""
+    last = node if node.target is not operator.getitem else node.args[0]
+    assert isinstance(last, fx.Node)
+    while last.next.op == "call_function" and last.next.target is operator.getitem:
+        last = last.next
+    return last
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Calls that read the node's storage, directly or through views."""
+    key = _compat.storage_key(node.meta["val"])
+    out: list[fx.Node] = []
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if any(_compat.storage_key(t) == key for t in tensors_of(user)):
+            stack.extend(user.users)
+        else:
+            out.append(user)
+    return out
+
+
+def ignores_running_stats(node: fx.Node) -> bool:
+    """A batch norm in training mode normalizes with the batch's statistics, in both directions."""
+    name = str(getattr(node.target, "overloadpacket", ""))
+    if "batch_norm" not in name:
+        return False
+    return (
+        argument(node, "training") is True
+        or argument(node, "train") is True
+        or name in ("aten.cudnn_batch_norm_backward", "aten.miopen_batch_norm_backward")
+    )
+
+
+def roots_of(node: fx.Node) -> dict[int, fx.Node]:
+    """For a call with several outputs: tensor position -> its ``getitem``."""
+    value: Any = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return {0: node}
+    made = [
+        isinstance(x, torch.Tensor) and m for x, m in zip(value, output_mask(node, len(value)), strict=True)
+    ]
+    position = {i: sum(made[:i]) for i, m in enumerate(made) if m}
+    out: dict[int, fx.Node] = {}
+    for user in node.users:
+        index = user.args[1] if user.target is operator.getitem else None
+        if isinstance(index, int) and index in position:
+            out.setdefault(position[index], user)
+    return out

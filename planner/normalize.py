@@ -1,0 +1,253 @@
+"""Passes that restate the joint graph for memory; none changes a number that it computes.
+
+* aliases and views that change nothing are removed;
+* a gradient that autograd would have to copy (two parameters sharing it, another layout than its
+  parameter's, a view into something larger) is copied in the graph, so that the engine always
+  takes it as it is and memory is known to the byte;
+* ``native_dropout`` becomes the draw of a mask and its application, so that either can be repeated
+  without the other;
+* each random op is preceded by a note of the generator's state, from which it can be replayed;
+* a buffer's new value is copied into it in the forward, once, whatever is recomputed;
+* forward work that only the backward reads moves to where the backward first reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from planner import _compat, kernels
+from planner.capture import Traced
+from planner.errors import TraceError
+from planner.nodes import (
+    changes_nothing,
+    first_tensor,
+    ignores_running_stats,
+    is_random,
+    last_of,
+    readers_of,
+    same_layout,
+)
+
+__all__ = ["Normalized", "normalize"]
+
+aten = torch.ops.aten
+
+
+def normalize(traced: Traced) -> Normalized:
+    """All passes, in order."""
+    graph = Normalized(traced)
+    graph.copy_gradients()
+    graph.split_dropout()
+    graph.note_random_state()
+    graph.update_buffers()
+    return graph
+
+
+class Normalized:
+    """A private copy of a captured graph, without its no-ops, and the passes over it."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.graph = fx.Graph()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.sources: dict[fx.Node, tuple[str, str | int]] = {}
+        self.outputs: list[fx.Node] = []
+        self.tangents: dict[int, fx.Node] = {}
+        self.gradients: dict[str | int, fx.Node] = {}
+        self.mutations: dict[str, fx.Node] = {}
+        self.buffers: dict[str, fx.Node] = {}
+        self.pinned: set[fx.Node] = set()
+        self.updates: list[fx.Node] = []
+        self.states: list[fx.Node] = []
+        self._load(traced)
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def _load(self, traced: Traced) -> None:
+        """Copy the graph without its no-ops; constants become placeholders."""
+        new: dict[fx.Node, fx.Node] = {}
+        kinds: dict[fx.Node, tuple[str, str | int]] = {}
+        kinds.update({n: ("parameter", k) for k, n in traced.parameters.items()})
+        kinds.update({n: ("buffer", k) for k, n in traced.buffers.items()})
+        kinds.update({n: ("input", k) for k, n in traced.inputs.items()})
+        kinds.update({n: ("tangent", k) for k, n in traced.tangents.items()})
+        for node in traced.module.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.op == "get_attr":
+                tensor = getattr(traced.module, node.target)
+                new[node] = self.graph.placeholder(node.name)
+                new[node].meta = {"val": tensor, **{k: v for k, v in node.meta.items() if k != "val"}}
+                self.constants[new[node].name] = tensor
+                self.sources[new[node]] = ("constant", new[node].name)
+                continue
+            if node.op == "call_function" and changes_nothing(node):
+                new[node] = new[node.args[0]]
+                continue
+            new[node] = self.graph.node_copy(node, new.__getitem__)
+            if node in kinds:
+                self.sources[new[node]] = kinds[node]
+        self.buffers = {k: new[n] for k, n in traced.buffers.items()}
+        self.outputs = [new[traced.outputs[i]] for i in sorted(traced.outputs)]
+        self.tangents = {i: new[n] for i, n in traced.tangents.items()}
+        self.gradients.update({k: new[n] for k, n in traced.gradients.items()})
+        self.gradients.update({i: new[n] for i, n in traced.input_gradients.items()})
+        self.mutations = {k: new[n] for k, n in traced.mutations.items()}
+        self._sweep()
+
+    def _roots(self) -> set[fx.Node]:
+        return {
+            *self.outputs,
+            *self.gradients.values(),
+            *self.mutations.values(),
+            *self.updates,
+            *self.states,
+        }
+
+    def _sweep(self) -> None:
+        """Remove what nothing reads, but never a draw of random numbers: later draws depend on it."""
+        roots = self._roots()
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and not node.users and node not in roots and not is_random(node):
+                self.graph.erase_node(node)
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def copy_gradients(self) -> None:
+        """Copy, where the engine would, so that it never has to (AccumulateGrad's layout contract)."""
+        by_name = {name: n for n, (kind, name) in self.sources.items() if kind in ("parameter", "input")}
+        taken = {_compat.storage_key(n.meta["val"]) for n in (*self.sources, *self.outputs)}
+        for name, node in self.gradients.items():
+            grad, leaf = node.meta["val"], by_name[name].meta["val"]
+            key = _compat.storage_key(grad)
+            fits = same_layout(grad, leaf)
+            owns = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+            alone = not node.users
+            if key in taken or not (fits and owns and alone):
+                with self.graph.inserting_after(last_of(node)):
+                    copy = self.graph.call_function(kernels.gradient_like, (node, by_name[name]))
+                with _compat.fake_mode_of(grad):
+                    copy.meta = {**node.meta, "val": torch.empty_like(leaf)}
+                self.gradients[name] = copy
+                key = _compat.storage_key(copy.meta["val"])
+            taken.add(key)
+
+    def split_dropout(self) -> None:
+        """``native_dropout`` -> the draw of its mask, and ``dropout_apply`` on that mask."""
+        for node in self.graph.find_nodes(op="call_function", target=aten.native_dropout.default):
+            parts = {user.args[1]: user for user in node.users}
+            if node.args[2] is not True or set(parts) != {0, 1} or not 0 < node.args[1] < 1:
+                continue
+            result, mask = parts[0], parts[1]
+            x, p = node.args[0], node.args[1]
+            with self.graph.inserting_after(last_of(node)):
+                applied = self.graph.call_function(kernels.dropout_apply, (x, mask, p))
+            applied.meta = {**result.meta, "draw": node}
+            node.meta = {**node.meta, "val": (None, mask.meta["val"])}
+            result.replace_all_uses_with(applied)
+            self.outputs = [applied if n is result else n for n in self.outputs]
+            self.graph.erase_node(result)
+
+    def note_random_state(self) -> None:
+        """Before each random op, ``rng_state``: what a replay starts from."""
+        for node in list(self.graph.nodes):
+            if not is_random(node):
+                continue
+            device = first_tensor(node).device
+            with self.graph.inserting_before(node):
+                state = self.graph.call_function(kernels.rng_state, (str(device),))
+            with _compat.fake_mode_of(first_tensor(node)):
+                size = kernels.rng_state_bytes(str(device))
+                state.meta = {
+                    "val": torch.empty(size, dtype=torch.uint8),
+                    "custom": node.meta.get("custom", {}),
+                }
+            node.meta["rng_state"] = state
+            self.states.append(state)
+            self.pinned.add(state)
+
+    def update_buffers(self) -> None:
+        """Copy each buffer's new value into it, after the last forward op that reads the old one."""
+        position = {n: i for i, n in enumerate(self.graph.nodes)}
+        reach = self._reaches((*self.outputs, *self.mutations.values()))
+        for name, new in self.mutations.items():
+            buffer = self.buffers[name]
+            readers = [u for u in readers_of(buffer) if not ignores_running_stats(u)]
+            late = [u for u in readers if u not in reach]
+            if late:
+                with self.graph.inserting_before(
+                    next(n for n in self.graph.nodes if n.op == "call_function")
+                ):
+                    before = self.graph.call_function(aten.clone.default, (buffer,))
+                with _compat.fake_mode_of(new.meta["val"]):
+                    before.meta = {"val": torch.empty_like(buffer.meta["val"])}
+                for user in [u for u in buffer.users if u is not before and u not in reach]:
+                    user.replace_input_with(buffer, before)
+                self.pinned.add(before)
+            self.pinned.update(readers)
+            for user in [u for u in new.users if ignores_running_stats(u)]:
+                user.replace_input_with(new, buffer)  # a backward that does not look at them
+            after = max((new, *(u for u in readers if u in reach)), key=lambda n: position.get(n, -1))
+            with self.graph.inserting_after(last_of(after)):
+                update = self.graph.call_function(aten.copy_.default, (buffer, new))
+            update.meta = {"val": buffer.meta["val"], "custom": new.meta.get("custom", {})}
+            self.pinned.add(update)
+            self.updates.append(update)
+        self.mutations = {}
+        self._sweep()
+
+    def _reaches(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
+        """Everything the targets are computed from, themselves included."""
+        seen: set[fx.Node] = set()
+        stack = list(targets)
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack.extend(node.all_input_nodes)
+        return seen
+
+    def device(self) -> torch.device:
+        """Where the step runs: the device of its gradients."""
+        return next(iter(self.gradients.values())).meta["val"].device
+
+    # -- order ----------------------------------------------------------------------------------
+
+    def order(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Forward calls in program order; backward calls in engine order, each after what only it needs."""
+        draws = [n for n in self.graph.nodes if is_random(n)]
+        in_forward = self._reaches((*self.outputs, *self.updates, *self.states, *draws))
+        calls = [n for n in self.graph.nodes if n.op == "call_function"]
+        forward = [n for n in calls if n in in_forward]
+        tangents = set(self.tangents.values())
+        needs_tangent: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node in tangents or any(i in needs_tangent for i in node.all_input_nodes):
+                needs_tangent.add(node)
+        if needs_tangent & in_forward:
+            raise TraceError(
+                "an output or a buffer depends on the gradients of the outputs; this cannot be planned"
+            )
+        backward: list[fx.Node] = []
+        placed: set[fx.Node] = set(in_forward)
+        for node in calls:
+            if node in placed or node not in needs_tangent:
+                continue
+            stack = [node]
+            while stack:
+                top = stack[-1]
+                missing = [i for i in top.all_input_nodes if i.op == "call_function" and i not in placed]
+                if missing:
+                    stack.extend(reversed(missing))
+                else:
+                    stack.pop()
+                    if top not in placed:
+                        placed.add(top)
+                        backward.append(top)
+        for node in calls:  # gradients that do not depend on any tangent (constants)
+            if node not in placed:
+                placed.add(node)
+                backward.append(node)
+        return forward, backward
