@@ -223,8 +223,8 @@ class Prepared:
         )
         return InfeasibleBudgetError(
             f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-            f"with a plan is {need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise the "
-            "budget, or make the batch smaller",
+            f"with a plan is {need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise "
+            "the budget, or make the batch smaller",
             budget_bytes=budget_bytes,
             minimum_bytes=need,
             floor_bytes=floor,
