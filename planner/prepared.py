@@ -80,6 +80,7 @@ class Prepared:
     """A captured step with its costs; the common ground of all plans made from it.
 
     ``costs`` is ``None`` where a plan is only to be executed, not made.
+    ``least_limit_s`` bounds the search for the least feasible budget.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class Prepared:
     resident: Resident
     expected: Expectation
     loss_fn: LossFn | None
+    least_limit_s: float = 30.0
 
     # -- the problem -------------------------------------------------------------------------------
 
@@ -137,8 +139,8 @@ class Prepared:
 
     @cached_property
     def least(self) -> Solution:
-        """The plan of lowest peak that was found (30 s at most)."""
-        return minimum_peak(self.problem, time_limit_s=30.0)
+        """The plan of lowest peak that was found within ``least_limit_s``."""
+        return minimum_peak(self.problem, time_limit_s=self.least_limit_s)
 
     @cached_property
     def minimum_peak_bytes(self) -> int:
