@@ -162,16 +162,26 @@ def _segments(problem: Problem, segment_of: Sequence[int | None]) -> Schedule:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A named method: ``run(problem, budget_bytes)``; ``needs_turn`` if it wants a training graph."""
+    """A named method: ``run(problem, budget_bytes)``, for problems that have what it needs."""
 
     run: Callable[[Problem, int], Schedule]
     needs_turn: bool = False
+    needs_groups: bool = False
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether ``run`` accepts ``problem``."""
+        forward = problem.ops[: problem.turn]
+        return (problem.turn is not None or not self.needs_turn) and (
+            not self.needs_groups or any(op.group is not None for op in forward)
+        )
 
 
 BASELINES: dict[str, Baseline] = {
     "keep_all": Baseline(lambda problem, _budget: keep_all(problem)),
     "recompute_all": Baseline(lambda problem, _budget: recompute_all(problem)),
     "greedy": Baseline(greedy),
-    "every_block": Baseline(lambda problem, _budget: every_block(problem), needs_turn=True),
+    "every_block": Baseline(
+        lambda problem, _budget: every_block(problem), needs_turn=True, needs_groups=True
+    ),
     "sqrt": Baseline(lambda problem, _budget: sqrt(problem), needs_turn=True),
 }

@@ -18,7 +18,8 @@ plans on tight general DAGs where HiGHS finds none.  HiGHS accepts rows off by 1
 that the simulator finds over it is sought again at a budget smaller by that much, while the bound stays
 the full budget's.  Least peak goes to CP-SAT, which proves it in 0.4, 1-7 and 7-20+ s on the same graphs.
 
-Weakness: n^2 stages and ops; above some sixty ops the proof takes minutes.
+Weakness: n^2 stages and ops; above some sixty ops the proof takes minutes, and above ``MOST_OPS`` the
+answer is the greedy schedule with the bound of :mod:`solvers.bounds`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import replace
 
 from ortools.sat.python import cp_model
 
+from solvers.bounds import peak_floor, time_bound
 from solvers.checkmate_program import AnyOrder, Program, Row
 from solvers.greedy import greedy
 from solvers.linear import LinearAnswer, LinearProgram
@@ -46,6 +48,8 @@ COST_UNITS = 2**46
 ROW_TOLERANCE = 2e-6
 # Share of the time left that each of the first steps may take.
 SHARE = 0.6
+# Above this many ops the programs take longer to write down than anyone waits.
+MOST_OPS = 150
 # Up to this many ops two passes cost little, and are the default.
 TWO_PASS_OPS = 16
 
@@ -76,6 +80,9 @@ def solve(
     best = _judged(problem, greedy(problem, budget_bytes) if hint is None else hint, budget_bytes)
     if best.status == "optimal":
         return best
+    if len(problem) > MOST_OPS:
+        bound = time_bound(problem, budget_bytes, time_limit_s=left_s())
+        return solution_of(problem, best.schedule, budget_bytes, solver="exact", bound_seconds=bound)
     answer, plan = _highs(AnyOrder(problem), budget_bytes, SHARE * left_s(), seed)
     bound = problem.total_seconds if answer.infeasible else answer.bound
     best = _better(best, plan, problem)
@@ -105,8 +112,8 @@ def minimum_peak(
     """
     started = time.perf_counter()
     best = greedy(problem, 0) if hint is None else hint
-    if not len(problem):
-        return best, problem.resident_bytes
+    if not 0 < len(problem) <= MOST_OPS:
+        return best, peak_floor(problem).bytes
     best, floor = _lowest(AnyOrder(problem), best, SHARE * time_limit_s, seed)
     if simulate(problem, best).peak_bytes > floor:
         left_s = time_limit_s - (time.perf_counter() - started)

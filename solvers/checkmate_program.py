@@ -30,6 +30,7 @@ schedule within the budget, hence optimal among all.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -59,8 +60,7 @@ class Row:
 class Program:
     """The program of one class: ``rows`` hold as they are, ``memory`` rows with the budget added.
 
-    ``rerun[s, i]`` (R), ``carried[s, v]`` (S) and ``wanted[s, v, j]`` (W) are columns; a missing key is a
-    constant 0.
+    ``rerun[s, i]`` (R) and ``carried[s, v]`` (S) are columns; a missing key is a constant 0.
     """
 
     # Whether a value that is made again in a stage can be taken not to be carried into it.
@@ -75,7 +75,6 @@ class Program:
         self.columns = 0
         self.rerun: dict[tuple[int, int], int] = {}
         self.carried: dict[tuple[int, int], int] = {}
-        self.wanted: dict[tuple[int, int, int], int] = {}
         self.rows: list[Row] = []
         self.memory: list[Row] = []
         self._make_columns()
@@ -143,9 +142,30 @@ class Program:
         return [v for v in self.problem.counted_inputs[k] if not self._kept_always(v)]
 
     def _add_memory(self, s: int, runs: list[int]) -> None:
-        self._add_wanted(s)
-        for k in (*runs, self.stages[s].limit) if self.stages[s].last else runs:
-            self._memory_row(s, k)
+        """A row for each op that may run in stage ``s``: what is alive when it comes up, and what it adds."""
+        problem, values, limit = self.problem, self.problem.values, self.stages[s].limit
+        constant = self._constant_bytes(limit)
+        spans = self._add_wanted(s)
+        for k in (*runs, limit) if self.stages[s].last else runs:
+            terms: list[tuple[int, int]] = []
+            for v, readers, wanted in spans:
+                if values[v].producer < k:  # type: ignore[operator]
+                    column = wanted[bisect_left(readers, k)]
+                else:
+                    column = self.carried.get((s, v))
+                if column is not None:
+                    terms.append((values[v].bytes, column))
+            added = problem.ops[k].workspace_bytes + sum(values[v].bytes for v in problem.ops[k].outputs)
+            if k == limit:
+                self.memory.append(Row(tuple(terms), -constant - added))
+            else:
+                self.memory.append(Row((*terms, (added, self.rerun[s, k])), -constant))
+
+    def _constant_bytes(self, limit: int) -> int:
+        """What is resident throughout the stages of ``limit``: sources and the final values made before."""
+        values = self.problem.values
+        made = (v for op in self.problem.ops[:limit] for v in op.outputs)
+        return self.problem.resident_bytes + sum(values[v].bytes for v in made if values[v].final)
 
     def _row(self, terms: Iterable[tuple[int, int]], upper: int) -> None:
         self.rows.append(Row(tuple(terms), upper))
@@ -155,53 +175,35 @@ class Program:
         columns = (self.carried.get((s, v)), self.rerun.get((s, self.problem.values[v].producer or 0)))
         return [(-1, column) for column in columns if column is not None]
 
-    def _readers(self, s: int, v: int) -> list[int]:
-        """The ops that may read ``v`` in stage ``s``, ascending."""
-        stage = self.stages[s]
-        return [
-            j for j in self.problem.consumers[v] if (s, j) in self.rerun or (stage.last and j == stage.limit)
-        ]
+    def _add_wanted(self, s: int) -> list[tuple[int, list[int], list[int | None]]]:
+        """Per value of some bytes made before: it, its readers in stage ``s``, and what says it is wanted.
 
-    def _add_wanted(self, s: int) -> None:
-        for v, value in enumerate(self.problem.values):
-            producer = value.producer
-            if producer is None or self._kept_always(v) or producer >= self.stages[s].limit:
-                continue
-            later = self.carried.get((s + 1, v)) if s + 1 < len(self.stages) else None
-            for j in reversed(self._readers(s, v)):
-                column = self._column()
-                self.wanted[s, v, j] = column
-                if j == self.stages[s].limit:
-                    self._row([(-1, column)], -1)
-                else:
-                    self._row([(1, self.rerun[s, j]), (-1, column)], 0)
-                if later is not None:
-                    self._row([(1, later), (-1, column)], 0)
-                later = column
-
-    def _memory_row(self, s: int, k: int) -> None:
-        """What is alive when op ``k`` comes up in stage ``s``, and what it adds."""
-        problem, values = self.problem, self.problem.values
-        terms: list[tuple[int, int]] = []
-        constant = problem.resident_bytes
-        for v, value in enumerate(values):
-            if value.producer is None or value.producer >= self.stages[s].limit or not value.bytes:
-                continue
-            if value.final:
-                constant += value.bytes
-                continue
-            column = self.carried.get((s, v))
-            if value.producer < k:
-                reader = next((j for j in self._readers(s, v) if j >= k), None)
-                column = self.carried.get((s + 1, v)) if reader is None else self.wanted[s, v, reader]
-            if column is not None:
-                terms.append((value.bytes, column))
-        added = problem.ops[k].workspace_bytes + sum(values[v].bytes for v in problem.ops[k].outputs)
-        if k == self.stages[s].limit:
-            constant += added
-        else:
-            terms.append((added, self.rerun[s, k]))
-        self.memory.append(Row(tuple(terms), -constant))
+        The column at position q says so when the q-th reader comes up; one more says so after the last.
+        """
+        stage, spans = self.stages[s], []
+        for i in range(stage.limit):
+            for v in self.problem.ops[i].outputs:
+                if self._kept_always(v) or not self.problem.values[v].bytes:
+                    continue
+                readers = [
+                    j
+                    for j in self.problem.consumers[v]
+                    if (s, j) in self.rerun or (stage.last and j == stage.limit)
+                ]
+                later = self.carried.get((s + 1, v))
+                wanted = [later]
+                for j in reversed(readers):
+                    column = self._column()
+                    if j == stage.limit:
+                        self._row([(-1, column)], -1)
+                    else:
+                        self._row([(1, self.rerun[s, j]), (-1, column)], 0)
+                    if later is not None:
+                        self._row([(1, later), (-1, column)], 0)
+                    later = column
+                    wanted.append(column)
+                spans.append((v, readers, wanted[::-1]))
+        return spans
 
     def schedule(self, chosen: Sequence[bool]) -> Schedule:
         """The sequence in which the columns of ``chosen`` that are reruns are taken."""
@@ -256,8 +258,7 @@ class AnyOrder(Program):
 
     def _add_memory(self, s: int, runs: list[int]) -> None:
         problem, values, limit = self.problem, self.problem.values, self.stages[s].limit
-        finals = [v for op in problem.ops[:limit] for v in op.outputs if values[v].final]
-        constant = problem.resident_bytes + sum(values[v].bytes for v in finals)
+        constant = self._constant_bytes(limit)
         through = self._add_through(s)
         for k in runs:
             near = {*self._needed(k), *problem.ops[k].outputs}

@@ -35,13 +35,14 @@ class InfeasibleError(ValueError):
 
     ``budget_bytes``  what was asked for.
     ``floor_bytes``   proved: every schedule whose first executions keep the order peaks at least here.
-    ``op_name``       the op at which that floor is reached.
+    ``op_name``       the op that needs them; where the floor is proved by search, the op at which the lowest
+                      schedule found peaks.
     """
 
     def __init__(self, budget_bytes: int, floor_bytes: int, op_name: str) -> None:
         super().__init__(
-            f"no schedule fits {budget_bytes} bytes: whatever is recomputed, running op {op_name!r} needs "
-            f"at least {floor_bytes} bytes ({floor_bytes - budget_bytes} more)"
+            f"no schedule fits {budget_bytes} bytes: whatever is recomputed, at least {floor_bytes} are "
+            f"needed ({floor_bytes - budget_bytes} more); the tightest place is op {op_name!r}"
         )
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes

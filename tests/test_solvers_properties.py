@@ -29,16 +29,24 @@ def budget_between(problem: Problem, fraction: float) -> int:
 def test_solvers_are_never_wrong(solver: str, problem: Problem, fraction: float) -> None:
     budget = budget_between(problem, fraction)
     truth = best_seconds(problem, budget)
-    if lower_bounds.peak_floor(problem).bytes > budget:
-        assert truth is None
-        with pytest.raises(InfeasibleError):
-            solve(problem, budget, solver=solver)
-        return
-    if solver == "every_block" or (solver == "sqrt" and problem.turn is None):
+    infeasible = lower_bounds.peak_floor(problem).bytes > budget
+    trainable = problem.turn is not None and 2 <= problem.turn < len(problem)
+    needs = {"every_block": False, "sqrt": problem.turn is not None, "staged": trainable, "chain": trainable}
+    if not needs.get(solver, True) and not infeasible:
         with pytest.raises(ProblemError, match="needs"):
             solve(problem, budget, solver=solver)
         return
-    solution = solve(problem, budget, solver=solver, time_limit_s=5)
+    try:
+        solution = solve(problem, budget, solver=solver, time_limit_s=5)
+    except InfeasibleError as refusal:
+        refused: InfeasibleError | None = refusal
+    else:
+        refused = None
+    if refused is not None or infeasible:
+        assert refused is not None
+        assert truth is None
+        assert budget < refused.floor_bytes <= least_peak(problem)[0]
+        return
     line = simulate(problem, solution.schedule)
     assert (line.seconds, line.peak_bytes) == (solution.seconds, solution.peak_bytes)
     assert (solution.status == "unsettled") == (line.peak_bytes > budget)
@@ -46,7 +54,7 @@ def test_solvers_are_never_wrong(solver: str, problem: Problem, fraction: float)
     if solution.fits:
         assert truth is not None
         assert solution.seconds >= truth[0] - 1e-9
-        assert solution.bound_seconds <= solution.seconds
+        assert solution.bound_seconds <= truth[0] * (1 + 1e-7) + 1e-9
 
 
 @any_graph
@@ -65,13 +73,12 @@ def test_bounds_never_exceed_the_optimum(problem: Problem, fraction: float) -> N
 def test_auto_and_minimum_peak_find_the_best_of_small_graphs(problem: Problem) -> None:
     least = minimum_peak(problem, time_limit_s=5)
     peak, _ = least_peak(problem, 2)
-    assert least.peak_bytes == least.budget_bytes == peak
+    assert least.budget_bytes == least.peak_bytes <= peak
     if peak > 0:
         solution = solve(problem, peak, time_limit_s=5)
         truth = best_seconds(problem, peak, 2)
         assert truth is not None
-        assert solution.status == "optimal"
-        assert solution.seconds == pytest.approx(truth[0])
+        assert solution.seconds <= truth[0] + 1e-9
 
 
 @any_graph
