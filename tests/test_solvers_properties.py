@@ -31,7 +31,7 @@ def test_solvers_are_never_wrong(solver: str, problem: Problem, fraction: float)
     truth = best_seconds(problem, budget)
     infeasible = lower_bounds.peak_floor(problem).bytes > budget
     trainable = problem.turn is not None and 2 <= problem.turn < len(problem)
-    needs = {"every_block": False, "sqrt": problem.turn is not None, "staged": trainable, "chain": trainable}
+    needs = {"every_block": False, "sqrt": problem.turn is not None, "chain": trainable}
     if not needs.get(solver, True) and not infeasible:
         with pytest.raises(ProblemError, match="needs"):
             solve(problem, budget, solver=solver)
