@@ -54,7 +54,14 @@ class StagedProgram:
     With ``minimise_peak`` the budget is a column too, and seconds only break ties.
     """
 
-    def __init__(self, stages: Stages, budget_bytes: float, *, minimise_peak: bool = False) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        budget_bytes: float,
+        *,
+        closures: tuple[int, ...] = (0,),
+        minimise_peak: bool = False,
+    ) -> None:
         self.stages = stages
         self.facts = stages.facts
         self.budget_bytes = budget_bytes
@@ -69,6 +76,8 @@ class StagedProgram:
         self.resident: dict[int, dict[int, int]] = {}
         self._add_columns()
         self._add_logic()
+        for g in closures:
+            self._add_closure(g)
         self._lay_out()
 
     def __repr__(self) -> str:
@@ -111,6 +120,38 @@ class StagedProgram:
                     if i < turn:
                         lp.row([self.again[g][i], *available], [1.0] + [-1.0] * len(available), upper=0.0)
                 previous = available
+
+    def _add_closure(self, start: int) -> None:
+        """Rows every integral point satisfies and half-recomputations do not.
+
+        S[i] says that i runs again in stage ``start`` or later.  S[i] <= sum of R[i, g]; what i reads
+        was resident when ``start`` began or runs again too; so it is with what the backward reads.
+        """
+        problem, lp, turn = self.facts.problem, self.lp, self.facts.turn
+        at_start: dict[int, int] = {}
+        for v, events in self.resident.items():
+            column = next((c for g, c in events.items() if g >= start), None)
+            if column is not None:
+                at_start[v] = column
+        runs: dict[int, list[int]] = {}
+        for row in self.again[start:]:
+            for i, column in row.items():
+                runs.setdefault(i, []).append(column)
+        ever = {i: columns[0] if len(columns) == 1 else lp.column() for i, columns in runs.items()}
+
+        def sources(v: int) -> list[int]:
+            p = problem.values[v].producer
+            return [at_start[v], *([ever[p]] if p in ever else [])]
+
+        for i, column in ever.items():
+            if len(runs[i]) > 1:
+                lp.row([column, *runs[i]], [1.0] + [-1.0] * len(runs[i]), upper=0.0)
+            for v in problem.counted_inputs[i]:
+                if self.facts.is_decided[v]:
+                    lp.row([column, *sources(v)], [1.0] + [-1.0] * len(sources(v)), upper=0.0)
+        for v in at_start:
+            if any(c >= turn and self.stages.stage_of[c] >= start for c in problem.consumers[v]):
+                lp.row(sources(v), [1.0] * len(sources(v)), lower=1.0)
 
     def _lay_out(self) -> None:
         """Write the bytes at every slot as constants plus segments ``bytes * expression`` on intervals."""
