@@ -88,6 +88,20 @@ class Chain:
             if any(r >= turn and self.block_of[r] < home for r in readers):
                 self.late[home].add(v)
         self._fixed_bytes()
+        # What the loops below ask of each op: the forward values it reads and makes that are not held,
+        # its scratch, and the final values that it makes a second copy of when it runs again.
+        sizes, held = [value.bytes for value in problem.values], self.held
+        self._bytes = sizes
+        self._reads = [
+            tuple(v for v in reads if (problem.values[v].producer or 0) < turn and v not in held)
+            for reads in problem.counted_inputs
+        ]
+        self._makes = [tuple(v for v in op.outputs if v not in held) for op in problem.ops[:turn]]
+        self._makes += [()] * (n - turn)
+        self._scratch = [op.workspace_bytes for op in problem.ops[:turn]] + [0] * (n - turn)
+        self._second_copy = [
+            sum(sizes[v] for v in op.outputs if problem.values[v].final) for op in problem.ops[:turn]
+        ]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -98,7 +112,7 @@ class Chain:
 
     def bytes_of(self, values: Iterable[int]) -> int:
         """Sum of the values' bytes."""
-        return sum(self.problem.values[v].bytes for v in values)
+        return sum(self._bytes[v] for v in values)
 
     def forward(self, a: int, b: int) -> range:
         """Forward ops of blocks ``a..b``, both included as everywhere here."""
@@ -156,14 +170,14 @@ class Chain:
 
     def closure(self, targets: Iterable[int], at_hand: Collection[int]) -> list[int]:
         """Ops that make ``targets`` from what is at hand (held values always are), in order."""
-        values, reads = self.problem.values, self.problem.counted_inputs
+        values, reads = self.problem.values, self._reads
         todo: set[int] = set()
         stack = [v for v in targets if v not in at_hand and v not in self.held]
         while stack:
             i = values[stack.pop()].producer
             if i is not None and i not in todo:
                 todo.add(i)
-                stack.extend(u for u in reads[i] if u not in at_hand and u not in self.held)
+                stack.extend(u for u in reads[i] if u not in at_hand)
         return sorted(todo)
 
     def again_seconds(self, steps: Iterable[int]) -> float:
@@ -184,28 +198,29 @@ class Chain:
         ``start`` is alive at the beginning if it is used at all, ``keep`` at the end; ``outside``,
         held values and backward values are counted elsewhere.  Forward ops add their workspace.
         """
-        problem, turn = self.problem, self.starts[-1]
-        last = {v: len(steps) for v in keep}
-        for t in range(len(steps) - 1, -1, -1):
-            for v in (*problem.counted_inputs[steps[t]], *problem.ops[steps[t]].outputs):
-                last.setdefault(v, t)
+        reads, makes, sizes, scratch = self._reads, self._makes, self._bytes, self._scratch
+        end = len(steps)
+        last = dict.fromkeys(keep, end)
+        dying: list[list[int]] = [[] for _ in range(end + 1)]
+        for t in range(end - 1, -1, -1):
+            for touched in (reads[steps[t]], makes[steps[t]]):
+                for v in touched:
+                    if v not in last:
+                        last[v] = t
         alive = {v for v in start if v in last and v not in outside}
-        now, peak = self.bytes_of(alive), 0
-        dying: list[list[int]] = [[] for _ in range(len(steps) + 1)]
         for v in alive:
             dying[last[v]].append(v)
+        now, peak = self.bytes_of(alive), 0
         for t, i in enumerate(steps):
-            op = problem.ops[i]
-            if i < turn:
-                for v in op.outputs:
-                    if v not in alive and v not in outside and v not in self.held:
-                        alive.add(v)
-                        dying[last[v]].append(v)
-                        now += problem.values[v].bytes
-            peak = max(peak, now + fixed[t] + (op.workspace_bytes if i < turn else 0))
+            for v in makes[i]:
+                if v not in alive and v not in outside:
+                    alive.add(v)
+                    dying[last[v]].append(v)
+                    now += sizes[v]
+            peak = max(peak, now + fixed[t] + scratch[i])
             for v in dying[t]:
                 alive.discard(v)
-                now -= problem.values[v].bytes
+                now -= sizes[v]
         return peak
 
     def backward_steps(self, a: int, b: int, at_hand: Collection[int]) -> tuple[list[int], list[int]]:
@@ -213,21 +228,21 @@ class Chain:
 
         Also each step's fixed bytes.
         """
-        reads, present = self.problem.counted_inputs, set(at_hand)
+        present, live, kept = set(at_hand), self.fixed_live, self.fixed_kept
         steps: list[int] = []
         fixed: list[int] = []
 
         def recompute(targets: Iterable[int], before: int) -> None:
             missing = [v for v in targets if v not in present and self._is_inner(v, a, b)]
-            for op in self.closure(missing, present):
+            for op in self.closure(missing, present) if missing else ():
                 steps.append(op)
-                fixed.append(int(self.fixed_kept[before - 1]) + self._second_copy_bytes(op))
-                present.update(self.problem.ops[op].outputs)
+                fixed.append(int(kept[before - 1]) + self._second_copy[op])
+                present.update(self._makes[op])
 
         for t in self.backward(a, b):
-            recompute(reads[t], t)
+            recompute(self._reads[t], t)
             steps.append(t)
-            fixed.append(int(self.fixed_live[t]))
+            fixed.append(int(live[t]))
         recompute(self._late(a, b), self.backward_ends[a])
         return steps, fixed
 
@@ -239,10 +254,6 @@ class Chain:
         """Whether the forward of blocks ``a..b`` makes ``v``."""
         producer = self.problem.values[v].producer
         return producer is not None and self.starts[a] <= producer < self.starts[b + 1]
-
-    def _second_copy_bytes(self, op: int) -> int:
-        """Bytes of the final values that ``op``, run again, makes a second copy of."""
-        return self.bytes_of(v for v in self.problem.ops[op].outputs if self.problem.values[v].final)
 
     def option(self, a: int, b: int, saved: Collection[int]) -> Option:
         """Blocks ``a..b`` with the inner values ``saved`` kept from their forward to their backward."""
@@ -290,7 +301,7 @@ class Chain:
         )
 
     def _second_copies(self, steps: Iterable[int]) -> list[int]:
-        return [self._second_copy_bytes(op) for op in steps]
+        return [self._second_copy[op] for op in steps]
 
     def _block_graph(self, a: int, b: int) -> BlockGraph:
         """Blocks ``a..b`` as the saved-set program sees them."""

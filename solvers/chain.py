@@ -28,6 +28,7 @@ the trivial one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -60,16 +61,15 @@ GOLDEN = 0.6180339887498949
 class WaysFrom:
     """The options of all runs of blocks that begin with block ``a``, as columns, by their last block."""
 
-    def __init__(self, chain: Chain, a: int, ends: list[int], most: int) -> None:
-        found = [(b, option) for b in ends for option in chain.options(a, b, most)]
-        self.options = [option for _, option in found]
-        self.last = np.array([b for b, _ in found])
+    def __init__(self, found: dict[int, list[Option]], restarts: dict[int, Option]) -> None:
+        self.options = [option for options in found.values() for option in options]
+        self.last = np.array([b for b, options in found.items() for _ in options])
         self.first_peak = np.array([o.first_peak_bytes for o in self.options])
         self.again_peak = np.array([o.again_peak_bytes for o in self.options])
         self.backward_peak = np.array([o.backward_peak_bytes for o in self.options])
         self.again_s = np.array([o.again_s for o in self.options])
         self.backward_s = np.array([o.backward_s for o in self.options])
-        self.restarts = {b: chain.restart(a, b) for b in ends if b < len(chain) - 1}
+        self.restarts = restarts
 
 
 class Ways:
@@ -80,11 +80,24 @@ class Ways:
     """
 
     def __init__(
-        self, chain: Chain, most_options: int = OPTIONS, run_lengths: Sequence[int] = RUN_LENGTHS
+        self,
+        chain: Chain,
+        most_options: int = OPTIONS,
+        run_lengths: Sequence[int] = RUN_LENGTHS,
+        deadline: float = math.inf,
     ) -> None:
         self.chain = chain
         blocks = len(chain)
-        self.of = [WaysFrom(chain, a, _run_ends(chain, a, run_lengths), most_options) for a in range(blocks)]
+        found: list[dict[int, list[Option]]] = [{} for _ in range(blocks)]
+        for length in run_lengths:
+            if length > 1 and time.perf_counter() > deadline:
+                break
+            for a in _run_starts(chain, length):
+                found[a][a + length - 1] = chain.options(a, a + length - 1, most_options)
+        self.of = [
+            WaysFrom(runs, {b: chain.restart(a, b) for b in runs if b < blocks - 1})
+            for a, runs in enumerate(found)
+        ]
         through = np.array([chain.sweep_peaks(i) for i in range(blocks)]).T
         self.sweep_first, self.sweep_again = (np.zeros((blocks, blocks), dtype=np.int64) for _ in range(2))
         for a in range(blocks):
@@ -101,15 +114,10 @@ class Ways:
         self.sweep_s = np.concatenate(([0.0], np.cumsum(each)))
 
 
-def _run_ends(chain: Chain, a: int, run_lengths: Sequence[int]) -> list[int]:
-    """Last blocks of the runs from ``a`` that get options: all short ones, fewer of the long ones."""
-    return [
-        a + length - 1
-        for length in run_lengths
-        if a + length <= len(chain)
-        and a % max(1, length // 4) == 0
-        and (length == 1 or len(chain.forward(a, a + length - 1)) <= RUN_OPS)
-    ]
+def _run_starts(chain: Chain, length: int) -> list[int]:
+    """First blocks of the runs of ``length`` that get options: all short ones, fewer of the long ones."""
+    starts = range(0, len(chain) - length + 1, max(1, length // 4))
+    return [a for a in starts if length == 1 or len(chain.forward(a, a + length - 1)) <= RUN_OPS]
 
 
 class ChainTable:
@@ -281,11 +289,13 @@ def _ways(problem: Problem, deadline: float) -> Iterator[Ways]:
         chain = cut_into_blocks(problem, blocks)
         if chain.starts in seen:
             continue
-        if seen and time.perf_counter() + (time.perf_counter() - begun) > deadline:
+        now = time.perf_counter()
+        if seen and now + (now - begun) > deadline:
             return
-        begun = time.perf_counter()
+        begun = now
         seen.add(chain.starts)
-        yield Ways(chain)
+        # The tables and the simulator get the other half of the time.
+        yield Ways(chain, deadline=now + (deadline - now) / 2)
         log.debug("%r: %.2f s", chain, time.perf_counter() - begun)
 
 

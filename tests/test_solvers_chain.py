@@ -397,3 +397,10 @@ def test_graphs_without_a_chain_are_refused(turn: int | None) -> None:
     for call in (lambda: solve(problem, 10), lambda: minimum_peak(problem)):
         with pytest.raises(ProblemError, match=f"turn is {turn} of 4 ops"):
             call()
+
+
+def test_little_time_still_gives_a_plan() -> None:
+    problem = layered(12, grouped=False)
+    keep_all = simulate(problem, Schedule.keep_all(problem)).peak_bytes
+    solution = solve(problem, keep_all // 2, time_limit_s=1e-3)
+    assert solution.fits
