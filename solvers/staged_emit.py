@@ -19,10 +19,10 @@ def just_in_time(stages: Stages, choice: Choice) -> list[int]:
     facts = stages.facts
     problem, turn = facts.problem, facts.turn
     steps = list(range(turn))
-    resident = {v for v in facts.decided}
+    resident, pinned = set(facts.decided), _pinned(stages)
     ends = (*stages.first[1:], len(problem))
     for g, (start, end) in enumerate(zip(stages.first, ends, strict=True)):
-        resident &= choice.kept[g]
+        resident &= choice.kept[g] | pinned
         for t in range(start, end):
             _run_needed(stages, t, resident, steps)
             steps.append(t)
@@ -34,9 +34,9 @@ def in_template_order(stages: Stages, choice: Choice) -> list[int]:
     facts = stages.facts
     turn = facts.turn
     steps = list(range(turn))
-    resident = {v for v in facts.decided}
+    resident, pinned = set(facts.decided), _pinned(stages)
     for g, row in enumerate(stages.template):
-        resident &= choice.kept[g]
+        resident &= choice.kept[g] | pinned
         for i in row:
             if i >= turn or i in choice.again[g]:
                 _run_needed(stages, i, resident, steps)
@@ -44,6 +44,13 @@ def in_template_order(stages: Stages, choice: Choice) -> list[int]:
                 if i < turn:
                     resident.update(facts.problem.ops[i].outputs)
     return steps
+
+
+def _pinned(stages: Stages) -> set[int]:
+    """Values that cannot be made again: whoever needs one keeps it, whatever a rounded choice says."""
+    ops, values = stages.facts.problem.ops, stages.facts.problem.values
+    producers = {v: values[v].producer for v in stages.facts.decided}
+    return {v for v, p in producers.items() if p is not None and not ops[p].recomputable}
 
 
 def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) -> None:
