@@ -50,8 +50,8 @@ class LinearProgram:
         self.lower: list[float] = []
         self.upper: list[float] = []
         self.integer: list[bool] = []
-        self._row_lower: list[float] = []
-        self._row_upper: list[float] = []
+        self.row_lower: list[float] = []
+        self.row_upper: list[float] = []
         self._row: list[int] = []
         self._column: list[int] = []
         self._coefficient: list[float] = []
@@ -62,7 +62,7 @@ class LinearProgram:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return len(self._row_lower)
+        return len(self.row_lower)
 
     def column(
         self, cost: float = 0.0, *, lower: float = 0.0, upper: float = 1.0, integer: bool = False
@@ -83,12 +83,12 @@ class LinearProgram:
         upper: float = math.inf,
     ) -> int:
         """Add a constraint; ``columns`` must not repeat.  Returns its index."""
-        r = len(self._row_lower)
+        r = len(self.row_lower)
         self._row.extend([r] * len(columns))
         self._column.extend(columns)
         self._coefficient.extend(coefficients)
-        self._row_lower.append(lower)
-        self._row_upper.append(upper)
+        self.row_lower.append(lower)
+        self.row_upper.append(upper)
         return r
 
     def solve(
@@ -143,8 +143,8 @@ class LinearProgram:
         proto.objective.linear_coefficients.ids.extend(priced.tolist())
         proto.objective.linear_coefficients.values.extend(np.asarray(self.cost)[priced].tolist())
         proto.linear_constraints.ids.extend(range(m))
-        proto.linear_constraints.lower_bounds.extend(self._row_lower)
-        proto.linear_constraints.upper_bounds.extend(self._row_upper)
+        proto.linear_constraints.lower_bounds.extend(self.row_lower)
+        proto.linear_constraints.upper_bounds.extend(self.row_upper)
         # MathOpt wants the matrix sorted by row, then column.
         rows, columns = np.asarray(self._row, dtype=np.int64), np.asarray(self._column, dtype=np.int64)
         order = np.lexsort((columns, rows))

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from solvers.bounds import closure_bound, peak_floor, time_bound
+from solvers.bounds import peak_floor, time_bound
 from solvers.problem import Problem
 from solvers.schedule import Schedule
 from solvers.simulate import simulate_steps
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 # A plan this close to the bound, in units of step time, is not worth more search.
 CLOSE_ENOUGH = 1e-4
 MIP_GAP = 2e-4
+RETARGETS = 4
 THRESHOLDS = (0.5, 0.3, 0.7, 0.9, 0.1)
 
 
@@ -103,12 +104,8 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
         raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
     search = _Search(problem, budget_bytes, started + 0.97 * time_limit_s)
     if not search.fits:
-        bound_s = closure_bound(problem, budget_bytes, time_limit_s=0.1 * time_limit_s)
-        search.bound_s = problem.total_seconds if bound_s == float("inf") else bound_s
+        search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.2 * time_limit_s)
         _run_portfolio(search, seed)
-        if not search.done:
-            bound_s = time_bound(problem, budget_bytes, time_limit_s=max(0.0, search.left_s))
-            search.bound_s = max(search.bound_s, bound_s if search.fits else 0.0)
     return solution_of(
         problem,
         Schedule.of(problem, search.steps),
@@ -153,17 +150,15 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
         length = n - turn
         if not length or not facts.decided:
             continue
-        layers = len(cut_by_groups(facts, max(2, length // 60)))
-        layers = layers if layers > 3 else min(24, max(2, length // 8))
-        grouped = cut_by_groups(facts, max(2, length // (2 * layers)))
-        if len(grouped) < 4:
-            grouped = cut_evenly(facts, layers)
+        layers = len({problem.ops[t].group for t in facts.backward})
+        layers = min(layers, length // 4) if layers > 3 else min(24, length // 8)
+        layers = max(2, layers)
         layer = length / layers
+        grouped = cut_by_groups(facts, max(2, int(layer / 2)))
         for first, window in (
-            (grouped, 0),
-            (grouped, int(layer)),
-            (cut_evenly(facts, layers), int(1.5 * layer)),
-            (cut_evenly(facts, 2 * layers), int(1.5 * layer)),
+            (grouped if len(grouped) > 3 else cut_evenly(facts, layers), 0),
+            (cut_evenly(facts, layers), int(1.3 * layer)),
+            (cut_evenly(facts, 2 * layers), int(1.3 * layer)),
             (cut_evenly(facts, layers), int(3 * layer)),
         ):
             yield Stages(facts, first, window)
@@ -171,46 +166,61 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
 
 def _run_portfolio(search: _Search, seed: int) -> None:
     """Every program's relaxation first, rounded; then branching, the most promising programs first."""
-    ranked: list[tuple[float, int, StagedProgram]] = []
-    for n, stages in enumerate(_portfolio(search.problem)):
+    ranked: list[tuple[float, StagedProgram]] = []
+    for stages in _portfolio(search.problem):
         if search.done:
             return
         program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
         relaxed_s = _relax(search, program, seed)
         if relaxed_s is not None:
-            ranked.append((relaxed_s, n, program))
+            ranked.append((relaxed_s, program))
     # The wider a program's choice the lower its relaxation, but the harder its search: narrow ones go
     # first with a short slice, and each later one is skipped if even its relaxation cannot win.
-    for k, (relaxed_s, _, program) in enumerate(ranked):
+    for k, (relaxed_s, program) in enumerate(ranked):
         if search.done:
             return
         worthwhile = relaxed_s < search.recompute_s - CLOSE_ENOUGH * search.problem.total_seconds
         if worthwhile or not search.fits:
-            _branch(search, program, search.left_s / (len(ranked) - k), seed)
+            _branch(search, program, search.left_s / min(2, len(ranked) - k), seed)
 
 
 def _relax(search: _Search, program: StagedProgram, seed: int) -> float | None:
-    """Add rows until the relaxation needs none, offering its roundings; its recompute seconds.
+    """Solve the relaxation and offer its roundings; its recompute seconds, ``None`` if it has no point.
 
-    ``None`` if it is infeasible or was not solved in time.
+    Where the best rounding is a little over the budget, the relaxation is solved again for a budget
+    lower by as much.
     """
+    budget = program.budget_bytes
+    relaxed_s: float | None = None
+    for _ in range(RETARGETS):
+        found = _relax_once(search, program, seed)
+        if found is None:
+            break
+        objective_s, peak = found
+        relaxed_s = objective_s if relaxed_s is None else relaxed_s
+        over = peak - search.problem.resident_bytes - budget
+        if over <= 0 or over > 0.1 * budget or program.peak is not None:
+            break
+        program.retarget(program.budget_bytes - over)
+    program.retarget(budget)
+    log.debug("%r: relaxation %s s, best %.6g s, %.2f s left", program, relaxed_s, search.recompute_s, search.left_s)
+    return relaxed_s
+
+
+def _relax_once(search: _Search, program: StagedProgram, seed: int) -> tuple[float, int] | None:
+    """Add rows until the relaxation needs none; its recompute seconds and its roundings' least peak."""
     program.add_first_rows()
-    answer = None
     for _ in range(10):
         if search.left_s <= 0:
             return None
         answer = program.lp.solve(time_limit_s=search.left_s, relax=True, seed=seed)
         if answer.x is None:
             return None
-        tried: set[Choice] = set()
-        for threshold in THRESHOLDS:
-            choice = program.choice(answer.x, threshold)
-            if choice not in tried and search.left_s > 0:
-                tried.add(choice)
-                search.offer_choice(program.stages, choice)
         if not program.add_violated(answer.x):
             break
-    return None if answer is None else answer.objective * program.seconds_scale
+    choices = dict.fromkeys(program.choice(answer.x, threshold) for threshold in THRESHOLDS)
+    peaks = [search.offer_choice(program.stages, choice) for choice in choices if search.left_s > 0]
+    return answer.objective * program.seconds_scale, min(peaks, default=0)
 
 
 def _branch(search: _Search, program: StagedProgram, slice_s: float, seed: int) -> None:
@@ -223,7 +233,9 @@ def _branch(search: _Search, program: StagedProgram, slice_s: float, seed: int) 
             return
         answer = program.lp.solve(time_limit_s=0.95 * left_s, absolute_gap=gap, seed=seed)
         if answer.x is None:
+            log.debug("%r: %r", program, answer)
             return
         search.offer_choice(program.stages, program.choice(answer.x))
+        log.debug("%r: %r, best %.6g s, %.2f s left", program, answer, search.recompute_s, search.left_s)
         if not program.add_violated(answer.x):
             return

@@ -71,7 +71,7 @@ class StagedProgram:
         self._price = 1e-3 if minimise_peak else 1.0
         self._bytes_unit = max(1.0, float(budget_bytes))
         self._largest: dict[tuple[int, ...], int] = {}
-        self._rows_at: set[int] = set()
+        self._row_at: dict[int, int] = {}
         self.again: list[dict[int, int]] = [{} for _ in range(len(stages))]
         self.resident: dict[int, dict[int, int]] = {}
         self._add_columns()
@@ -81,7 +81,7 @@ class StagedProgram:
         self._lay_out()
 
     def __repr__(self) -> str:
-        return f"StagedProgram({self.stages!r}, {self.lp!r}, {len(self._rows_at)} of {len(self.base)} slots)"
+        return f"StagedProgram({self.stages!r}, {self.lp!r}, {len(self._row_at)} of {len(self.base)} slots)"
 
     def _add_columns(self) -> None:
         problem, stages, lp = self.facts.problem, self.stages, self.lp
@@ -260,20 +260,27 @@ class StagedProgram:
 
     def add_memory_row(self, slot: int) -> bool:
         """Bound the bytes at ``slot``; ``False`` if that row is there already."""
-        if slot in self._rows_at:
+        if slot in self._row_at:
             return False
-        self._rows_at.add(slot)
         weight: dict[int, float] = {}
         for n in np.flatnonzero((self.lo <= slot) & (slot < self.hi)):
             _, _, size, adds, columns = self._segment[n]
             for column in columns if adds else (self._larger(columns),):
                 weight[column] = weight.get(column, 0.0) + size / self._bytes_unit
-        room = self.budget_bytes - self.base[slot]
         if self.peak is not None:
             weight[self.peak] = -1.0
-            room = -self.base[slot]
-        self.lp.row(list(weight), weight.values(), upper=room / self._bytes_unit)
+        self._row_at[slot] = self.lp.row(list(weight), weight.values(), upper=self._room(slot))
         return True
+
+    def _room(self, slot: int) -> float:
+        budget = self.budget_bytes if self.peak is None else 0.0
+        return float(budget - self.base[slot]) / self._bytes_unit
+
+    def retarget(self, budget_bytes: float) -> None:
+        """Change the budget of the rows there are and of those to come."""
+        self.budget_bytes = budget_bytes
+        for slot, row in self._row_at.items():
+            self.lp.row_upper[row] = self._room(slot)
 
     def _larger(self, columns: tuple[int, ...]) -> int:
         key = tuple(sorted(columns))
