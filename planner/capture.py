@@ -23,7 +23,6 @@ import contextlib
 import inspect
 import linecache
 import logging
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,9 +34,11 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import FakeTensor, FakeTensorMode, descriptors, pytree
+from planner.effects import attributes_kept, hooks_on_submodules
 from planner.errors import PlannerError, TraceError
+from planner.outputs import OutputTemplate, template_of
 
-__all__ = ["Inputs", "JointGraph", "Leaf", "OutputTemplate", "Traced", "capture"]
+__all__ = ["Inputs", "JointGraph", "Traced", "capture"]
 
 log = logging.getLogger(__name__)
 
@@ -99,34 +100,6 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
         return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor of the model's output: whether autograd tracks it, whether the step differentiates it."""
-
-    name: str
-    requires_grad: bool
-    differentiated: bool
-
-
-@dataclass(frozen=True)
-class OutputTemplate:
-    """The model's output type with its tensors taken out.
-
-    ``constants[k]`` is the k-th leaf where it is not a tensor, ``None`` where ``is_tensor[k]``.
-    """
-
-    spec: Any
-    is_tensor: tuple[bool, ...]
-    constants: tuple[Any, ...]
-    leaves: tuple[Leaf, ...]
-
-    def rebuild(self, tensors: list[torch.Tensor]) -> Any:
-        """The output object around ``tensors``."""
-        it = iter(tensors)
-        flat = [next(it) if t else c for t, c in zip(self.is_tensor, self.constants, strict=True)]
-        return pytree.tree_unflatten(flat, self.spec)
 
 
 @dataclass(frozen=True)
@@ -205,7 +178,11 @@ def capture(
     fake = [_fake(mode, x) if isinstance(x, torch.Tensor) else x for x in flat]
 
     found: list[None] = []
-    with _compat.checkpoint_calls(lambda: found.append(None)), _explained(model, found):
+    with (
+        attributes_kept(model) as effects,
+        _compat.checkpoint_calls(lambda: found.append(None)),
+        _explained(model, found),
+    ):
         loss = None
         if loss_fn is not None:
             loss, used = _trace_loss(model, mode, fake, in_spec, loss_fn)
@@ -216,9 +193,15 @@ def capture(
         raise TraceError(
             _CHECKPOINTED.format(type(model).__name__, "its forward calls torch.utils.checkpoint")
         )
+    if effects:
+        raise TraceError(
+            f"the forward of {type(model).__name__} stores tensors or counts in {', '.join(effects[:3])}; a "
+            "planned step runs one graph and would not. Return them, keep them in buffers, or do it outside "
+            "forward"
+        )
     template = step.template
     assert template is not None
-    traced = _sort_out(module, step.names)
+    traced = _sort_out(module, step.names, tuple(step.rebound))
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError(
             f"no gradient reaches any parameter of {type(model).__name__} from its outputs "
@@ -248,6 +231,7 @@ class _Step(nn.Module):
         self.model = model
         self.fake, self.spec, self.used = fake, spec, used
         self.names: dict[str, str] = {}
+        self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
         self.template: OutputTemplate | None = None
         for name, parameter in model.named_parameters():
             self.register_parameter(self._mangle(name), parameter)
@@ -256,7 +240,7 @@ class _Step(nn.Module):
         self.training = model.training  # not train(): that would reset the flags below
 
     def _mangle(self, name: str) -> str:
-        mangled = name.replace(".", "|")
+        mangled = "|" + name.replace(".", "|")
         self.names[mangled] = name
         return mangled
 
@@ -271,44 +255,31 @@ class _Step(nn.Module):
         it = iter(tensors)
         flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        output = torch.func.functional_call(self.model, state, args, kwargs)
-        self.template, leaves = _template_of(type(self.model).__name__, output, self.used)
+        after = dict(state)
+        output = torch.func.functional_call(self.model, after, args, kwargs)
+        self.template, leaves = template_of(type(self.model).__name__, output, self.used)
         kept = zip(leaves, self.template.leaves, strict=True)
-        return tuple(t if leaf.differentiated else t.detach() for t, leaf in kept)
+        results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
+        self.rebound = [name for name, t in after.items() if t is not state[name]]
+        for name in self.rebound:
+            old, new = state[name], after[name]
+            if isinstance(old, nn.Parameter) or (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise TraceError(
+                    f"the forward of {type(self.model).__name__} replaces {name}, {tuple(old.shape)} of "
+                    f"{old.dtype}, by a tensor {tuple(new.shape)} of {new.dtype}; a plan can only update a "
+                    "buffer's values"
+                )
+            results.append(new.detach())
+        return tuple(map(_apart, results))
 
 
-def _template_of(
-    model_name: str, output: Any, used: frozenset[int] | None
-) -> tuple[OutputTemplate, list[torch.Tensor]]:
-    paths, spec = pytree.tree_flatten_with_path(output)
-    names = ["output" + pytree.keystr(path) for path, _ in paths]
-    flat = [leaf for _, leaf in paths]
-    for name, leaf in zip(names, flat, strict=True):
-        if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
-            raise TraceError(
-                f"{model_name} returns a {type(leaf).__name__} at {name}, which a graph cannot carry; "
-                "return tensors in tuples, lists, dicts or dataclasses registered with pytree "
-                "(for Hugging Face models pass use_cache=False)"
-            )
-    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]
-    tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-    labels = [name for name, t in zip(names, is_tensor, strict=True) if t]
-    tracked = [t.requires_grad for t in tensors]
-    if used is not None:
-        chosen = [i in used for i in range(len(tensors))]
-    else:
-        scalar = [g and t.numel() == 1 for g, t in zip(tracked, tensors, strict=True)]
-        named = [s and label.strip("[]'.").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
-        if sum(named) > 1:
-            named = [
-                n and re.search(r"\W'?loss'?\W*$", label) is not None
-                for n, label in zip(named, labels, strict=True)
-            ]
-        is_loss = named if any(named) else scalar if sum(scalar) == 1 else [False] * len(tensors)
-        chosen = is_loss if any(is_loss) else tracked
-    leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))
-    constants = tuple(None if t else leaf for t, leaf in zip(is_tensor, flat, strict=True))
-    return OutputTemplate(spec, tuple(is_tensor), constants, leaves), tensors
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that tells the tracer to treat an output as a tensor of its own; :func:`_sort_out` removes it.
+
+    Outputs that are views of each other, of inputs or of parameters would be handed out as their base
+    and lose their gradients.
+    """
+    return tensor.clone()
 
 
 def _trace_loss(
@@ -319,7 +290,7 @@ def _trace_loss(
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode:
         output = torch.func.functional_call(model, state, args, kwargs)
-    template, tensors = _template_of(type(model).__name__, output, None)
+    template, tensors = template_of(type(model).__name__, output, None)
     inner = _Loss(template, loss_fn)
     leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
     traced = _sort_out(_compat.export_joint(inner, leaves, {}), {})
@@ -343,11 +314,11 @@ class _Loss(nn.Module):
                 else type(loss).__name__
             )
             raise PlannerError(f"loss_fn must return a scalar tensor, it returned {got}")
-        return (loss,)
+        return (_apart(loss),)
 
 
-def _sort_out(module: fx.GraphModule, names: dict[str, str]) -> Traced:
-    """Read the descriptors the tracer left on placeholders and outputs."""
+def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str, ...] = ()) -> Traced:
+    """Read the descriptors the tracer left on placeholders and outputs; the last outputs are ``rebound``."""
     d = descriptors
     out = Traced(module, {}, {}, {}, {}, {}, {}, {}, {})
     for node in module.graph.find_nodes(op="placeholder"):
@@ -363,11 +334,16 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str]) -> Traced:
         else:
             raise TraceError(f"the capture made an input this version does not know: {desc}")
     (output,) = module.graph.find_nodes(op="output")
+    own = sum(isinstance(desc, d.PlainAOTOutput) for desc in output.meta["desc"]) - len(rebound)
     for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
         if node is None:
             continue
         if isinstance(desc, d.PlainAOTOutput):
-            out.outputs[desc.idx] = node
+            assert node.target is torch.ops.aten.clone.default  # see _apart
+            if desc.idx < own:
+                out.outputs[desc.idx] = node.args[0]
+            else:
+                out.mutations[rebound[desc.idx - own]] = node.args[0]
         elif isinstance(desc, d.InputMutationAOTOutput) and isinstance(desc.mutated_input, d.BufferAOTInput):
             out.mutations[names[desc.mutated_input.target]] = node
         elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.ParamAOTInput):
@@ -421,30 +397,6 @@ def _refuse(model: nn.Module) -> None:
         raise TraceError(
             f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device"
         )
-
-
-def hooks_on_submodules(model: nn.Module) -> list[str]:
-    """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
-    return [name for name, module in model.named_modules() if name and has_hooks(module)]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
-
-    transformers' own recorders of hidden states and attentions are no such hooks: they act within
-    one forward of the model, so what they do is in the graph.
-    """
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(_acts_on_the_side(hook) for kind in kinds if kind for hook in kind.values())
-
-
-def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _fake_mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.capture import has_hooks
+from planner.effects import has_hooks
 from planner.errors import PlannerError, StalePlanError
 
 __all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of"]

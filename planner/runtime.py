@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.capture import OutputTemplate
 from planner.errors import PlannerError
 from planner.guards import Expectation, Guard
+from planner.outputs import OutputTemplate
 from planner.rewrite import Argument, Program
 
 __all__ = ["PlannedForward", "Step", "planned_forward_of"]

@@ -1,0 +1,101 @@
+"""What a forward does to its modules besides computing: seen, put back, refused where it matters.
+
+A captured graph computes outputs and new buffer values.  A forward that also stores tensors on its
+modules, or counts there, would be left without that by a planned step, and would keep fake tensors
+from the trace.  Caches of anything else (masks' keys, chosen functions) are put back and let pass.
+
+Known limits: objects are compared by identity, lists and dicts by what they hold; what is changed
+deeper inside, or outside the model, goes unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["attributes_kept", "has_hooks", "hooks_on_submodules"]
+
+_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks are looked after elsewhere
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Put every module's attributes back on leaving; the list then names those a plan cannot do without."""
+    before = [(path, module, _contents(module)) for path, module in model.named_modules()]
+    effects: list[str] = []
+    try:
+        yield effects
+    finally:
+        for path, module, contents in before:
+            _put_back(path, module, contents, effects)
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    return {key: (value, _snapshot(value)) for key, value in vars(module).items() if key not in _OWN}
+
+
+def _snapshot(value: Any) -> Any:
+    return value.copy() if type(value) in (list, dict) else None
+
+
+def _put_back(path: str, module: nn.Module, contents: dict[str, tuple[Any, Any]], effects: list[str]) -> None:
+    attributes = vars(module)
+    for key in [k for k in attributes if k not in _OWN]:
+        now = attributes[key]
+        was, held = contents.get(key, (None, None))
+        if now is was and (held is None or _same_items(now, held)):
+            continue
+        counted = key in contents and type(now) in (int, float) and now != was
+        if counted or _holds_tensor(now):
+            effects.append(f"{path}.{key}" if path else key)
+        if key not in contents:
+            del attributes[key]
+    for key, (was, held) in contents.items():
+        attributes[key] = was
+        if held is not None and not _same_items(was, held):
+            was.clear()
+            was.extend(held) if isinstance(was, list) else was.update(held)
+
+
+def _same_items(now: Any, held: Any) -> bool:
+    if len(now) != len(held):
+        return False
+    if isinstance(now, dict):
+        return all(k in held and held[k] is v for k, v in now.items())
+    return all(a is b for a, b in zip(now, held, strict=True))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensor, value))
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, torch.Tensor)
+
+
+def hooks_on_submodules(model: nn.Module) -> list[str]:
+    """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
+    return [name for name, module in model.named_modules() if name and has_hooks(module)]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
+
+    transformers' own recorders of hidden states and attentions are no such hooks: they act within
+    one forward of the model, so what they do is in the graph.
+    """
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(_acts_on_the_side(hook) for kind in kinds if kind for hook in kind.values())
+
+
+def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
