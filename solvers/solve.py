@@ -35,6 +35,8 @@ EXACT_OPS = 40
 ALONE_OPS = 16
 # On larger graphs ``auto`` asks no further method about a gap below this share of the step.
 CLOSE_ENOUGH = 5e-4
+# Share of the time that ``auto`` spends on the bound of a larger graph: it says when to stop.
+BOUND_SHARE = 0.25
 
 
 def solve(
@@ -131,8 +133,8 @@ def _methods(problem: Problem) -> list[str]:
 
 
 def _auto(problem: Problem, budget: int, deadline: float, seed: int) -> Solution:
-    """The methods in turn, until one's plan is as good as the bound."""
-    from solvers import baselines
+    """The methods in turn, until one's plan is as good as the bound, which on large graphs comes first."""
+    from solvers import baselines, bounds
 
     best = baselines.solve(problem, budget, "keep_all")
     bound = best.bound_seconds
@@ -142,6 +144,8 @@ def _auto(problem: Problem, budget: int, deadline: float, seed: int) -> Solution
 
     names = ["greedy", *_methods(problem)]
     enough_s = 0.0 if "exact" in names else CLOSE_ENOUGH * problem.total_seconds
+    if best.status != "optimal" and "exact" not in names:
+        bound = bounds.time_bound(problem, budget, time_limit_s=BOUND_SHARE * left_s())
     for k, name in enumerate(names):
         if best.fits and best.gap_seconds <= enough_s:
             break
