@@ -157,8 +157,8 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
         grouped = cut_by_groups(facts, max(2, int(layer / 2)))
         for first, window in (
             (grouped if len(grouped) > 3 else cut_evenly(facts, layers), 0),
-            (cut_evenly(facts, layers), int(1.3 * layer)),
-            (cut_evenly(facts, 2 * layers), int(1.3 * layer)),
+            (cut_evenly(facts, layers), int(1.1 * layer)),
+            (cut_evenly(facts, 2 * layers), int(1.1 * layer)),
             (cut_evenly(facts, layers), int(3 * layer)),
         ):
             yield Stages(facts, first, window)

@@ -240,7 +240,7 @@ class StagedProgram:
                 size = problem.ops[i].workspace_bytes
                 for v in problem.ops[i].outputs:
                     read_later = decided[v] and g in self.resident.get(v, ())
-                    if not read_later and not problem.values[v].final:
+                    if not read_later:  # a final value's second copy too
                         size += problem.values[v].bytes
                 self._put(at, at + 1, size, (column,))
 
