@@ -1,0 +1,454 @@
+"""The check on a GPU: what plans promise on a CPU to the byte, measured where memory is scarce.
+
+For each model of the zoo: the eager step, the step of a plan that recomputes nothing, and planned
+steps at parts of the eager peak.  Each gives one :class:`Row`, one line of JSON: allocated and
+reserved peaks of the caching allocator against budget and prediction, seconds by CUDA events,
+gradients, kernels.
+
+CUDA kernels that add atomically (an embedding's backward) give other last bits each time, so
+gradients are compared twice: as they come, beside the difference of two eager steps, and once more
+with ``torch.use_deterministic_algorithms(True, warn_only=True)``, where they should be bit-equal.
+Kernels are compared as a multiset of names, from torch's profiler.
+
+On a CPU (``device="cpu"``) the same code runs with the CPU's means: allocated bytes by counting
+storages, no reserved bytes, ops that make or change a storage in place of kernels.
+
+Known weaknesses: allocated bytes are rounded up to the allocator's 512 and include libraries'
+workspaces, which plans know only as far as costs measured them; whatever else the process holds on
+the device is subtracted as it stood before the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from planner._compat import TorchDispatchMode, storage_key
+from planner.demo import MISPREDICTED, aligned
+from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak, tensors_in
+from planner.plan import Plan
+from planner.prepared import CostSource, Prepared
+from planner.step import forward, undone
+from planner.trials import prepare_example, race
+from planner.zoo import MODELS, Example
+
+__all__ = ["Check", "Row", "Settings", "op_counts", "run", "settings_of", "with_models"]
+
+LARGE_DEVICE_BYTES = 40 * 10**9  # below it the published sizes' eager steps may not fit
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run where; ``fractions`` are of what the eager step adds to what is resident."""
+
+    device: torch.device
+    size: Literal["demo", "large"]
+    models: tuple[str, ...] = tuple(MODELS)
+    fractions: tuple[float, ...] = (0.75, 0.5)
+    solve_s: float = 6.0
+    least_s: float = 8.0
+    steps: int = 8
+    costs: CostSource = "profile"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.models if name not in MODELS]
+        if unknown or not self.models:
+            raise ValueError(f"models must be among {', '.join(MODELS)}, got {', '.join(unknown) or 'none'}")
+
+    @property
+    def phases(self) -> int:
+        """How often :func:`run` tells what it does."""
+        return 4 * len(self.models)
+
+
+def settings_of(device: str, *, size: str = "auto", quick: bool = False) -> Settings:
+    """Settings for ``device``; raises ``PlannerError`` if it is a CUDA device and there is none."""
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise PlannerError(
+            f"there is no CUDA device (torch {torch.__version__}, "
+            f"built for CUDA {torch.version.cuda or 'none'}); run this where there is a GPU and a torch with CUDA"
+        )
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    chosen: Literal["demo", "large"] = "large" if size == "large" else "demo"
+    if size == "auto" and where.type == "cuda":
+        has_bytes = torch.cuda.get_device_properties(where).total_memory
+        chosen = "large" if has_bytes >= LARGE_DEVICE_BYTES else "demo"
+    settings = Settings(where, chosen)
+    if quick:
+        settings = dataclasses.replace(
+            settings,
+            models=("resnet",),
+            fractions=(0.5,),
+            solve_s=1.0,
+            least_s=1.0,
+            steps=2,
+            costs="roofline",
+        )
+    return settings
+
+
+def with_models(settings: Settings, models: tuple[str, ...]) -> Settings:
+    """The same for other models."""
+    return dataclasses.replace(settings, models=models)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured step.  Bytes are of the whole step; ``None`` where a figure does not apply.
+
+    ``method``             "eager", "keep_all" (a plan that recomputes nothing), "plan 50%", "plan least".
+    ``reserved_bytes``     taken from the driver by the whole process.
+    ``step_s``             median seconds of forward and backward; ``time_ratio`` over eager's.
+    ``grad_rel_err``       largest max|a - b| / max|a| of a gradient against the eager step.
+    ``eager_rel_err``      the same between two eager steps.
+    ``deterministic_equal``  every bit of the step equal to eager's under deterministic algorithms.
+    ``kernels_equal``      the same kernels as often as eager's (``keep_all`` only); ``kernels_differ``
+                           says which not: name -> calls beyond eager's.
+    """
+
+    gpu: str
+    driver: str
+    torch: str
+    commit: str
+    date: str
+    model: str
+    size: str
+    batch: str
+    method: str
+    budget_bytes: int | None
+    allocated_bytes: int
+    reserved_bytes: int | None
+    predicted_bytes: int | None
+    resident_bytes: int
+    step_s: float | None = None
+    time_ratio: float | None = None
+    grad_rel_err: float | None = None
+    eager_rel_err: float | None = None
+    deterministic_equal: bool | None = None
+    kernels_equal: bool | None = None
+    kernels_differ: dict[str, int] | None = None
+
+    def json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False, default=str)
+
+    def failures(self) -> list[str]:
+        """What is wrong with this row."""
+        found = []
+        if self.budget_bytes is not None and self.allocated_bytes > self.budget_bytes:
+            found.append(f"allocated {self.allocated_bytes} over the budget of {self.budget_bytes} bytes")
+        predicted = self.predicted_bytes
+        if (
+            predicted is not None
+            and abs(self.allocated_bytes - predicted) > MISPREDICTED * self.allocated_bytes
+        ):
+            found.append(f"allocated {self.allocated_bytes} bytes, predicted {predicted}")
+        noise, apart = self.eager_rel_err or 0.0, self.grad_rel_err or 0.0
+        if self.deterministic_equal is False and apart > noise:
+            found.append(f"gradients differ from eager's by {apart:.1e}, two eager steps by {noise:.1e}")
+        return [f"{self.model}, {self.method}: {what}" for what in found]
+
+
+@dataclass(frozen=True)
+class Check:
+    """All rows, and how long they took."""
+
+    rows: tuple[Row, ...]
+    seconds: float
+
+    def failures(self) -> list[str]:
+        """What went wrong, one line each."""
+        return [line for row in self.rows for line in row.failures()]
+
+    def append_to(self, path: Path) -> None:
+        """Append one line of JSON per row."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(row.json() + "\n" for row in self.rows)
+
+    def __str__(self) -> str:
+        first = self.rows[0]
+        head = (
+            "model", "method", "budget MB", "predicted MB", "allocated MB", "reserved MB", "step ms", "ratio",
+            "gradients", "eager again", "deterministic", "kernels",
+        )  # fmt: skip
+        return "\n".join(
+            [
+                f"{first.gpu}, driver {first.driver}, torch {first.torch}, commit {first.commit}, "
+                f"{first.size} sizes",
+                "",
+                *aligned([head, *map(_cells, self.rows)], left=(0, 1, 10, 11)),
+            ]
+        )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def mb(count: int | None) -> str:
+        return "-" if count is None else f"{count / 1e6:.2f}"
+
+    def relative(error: float | None) -> str:
+        return "-" if error is None else "equal" if error == 0 else f"{error:.1e}"
+
+    def truth(value: bool | None) -> str:
+        return "-" if value is None else "equal" if value else "DIFFER"
+
+    differ = row.kernels_differ or {}
+    kernels = truth(row.kernels_equal) + (f": {sum(map(abs, differ.values()))} calls" if differ else "")
+    return (
+        row.model,
+        row.method,
+        mb(row.budget_bytes),
+        mb(row.predicted_bytes),
+        mb(row.allocated_bytes),
+        mb(row.reserved_bytes),
+        "-" if row.step_s is None else f"{row.step_s * 1e3:.1f}",
+        "-" if row.time_ratio is None else f"{row.time_ratio:.3f}",
+        relative(row.grad_rel_err),
+        relative(row.eager_rel_err),
+        truth(row.deterministic_equal),
+        kernels,
+    )
+
+
+def run(settings: Settings, tell: Tell | None = None) -> Check:
+    """Check every model; ``tell`` hears of each of ``settings.phases`` phases as it begins."""
+    began = time.perf_counter()
+    say = tell or _silent
+    if settings.device.type == "cuda":  # read when cuBLAS starts; deterministic products need it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rows: list[Row] = []
+    for key in settings.models:
+        say(f"{key}: build")
+        example = MODELS[key](settings.device, size=settings.size)
+        rows += _rows_of(example, settings, lambda what, key=key: say(f"{key}: {what}"))
+        del example
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return Check(tuple(rows), time.perf_counter() - began)
+
+
+def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
+    """One model: eager, keep-all, and the planned steps."""
+    say("capture and price")
+    prepared = dataclasses.replace(prepare_example(example, settings.costs), least_limit_s=settings.least_s)
+    resident_bytes = prepared.resident.total_bytes
+    eager = _peak(example, resident_bytes)
+    say("solve")
+    plans = _plans(prepared, eager[0], settings)
+    say("measure")
+    reference = _Reference.of(example, settings.device)
+    ran = race(example, list(plans.values()), steps=settings.steps)
+    start = Row(
+        **_where(settings),
+        model=example.name,
+        batch=_batch_of(example),
+        method="eager",
+        budget_bytes=None,
+        allocated_bytes=eager[0],
+        reserved_bytes=eager[1],
+        predicted_bytes=None,
+        resident_bytes=resident_bytes,
+        step_s=ran.step_s[0],
+        time_ratio=1.0,
+        eager_rel_err=reference.noise,
+    )
+    rows = [start]
+    for k, (method, plan) in enumerate(plans.items()):
+        plan.apply(example.model)
+        try:
+            rows.append(
+                dataclasses.replace(
+                    start,
+                    method=method,
+                    budget_bytes=None if method == "keep_all" else plan.budget_bytes,
+                    predicted_bytes=plan.peak_bytes,
+                    step_s=ran.step_s[k + 1],
+                    time_ratio=ran.ratios[k],
+                    **_peak_fields(_peak(example, resident_bytes)),
+                    **reference.judge(example, settings.device, kernels=method == "keep_all"),
+                )
+            )
+        finally:
+            plan.restore(example.model)
+    return rows
+
+
+def _plans(prepared: Prepared, eager_bytes: int, settings: Settings) -> dict[str, Plan]:
+    """Plans by method; a budget that no plan fits is left out, since the least one is there."""
+    resident_bytes = prepared.resident.total_bytes
+    plans = {"keep_all": prepared.plan_bytes(prepared.baseline.peak_bytes, solver="keep_all")}
+    budgets = {
+        f"plan {f:.0%}": resident_bytes + int(f * (eager_bytes - resident_bytes)) for f in settings.fractions
+    }
+    for method, budget in {**budgets, "plan least": prepared.minimum_peak_bytes}.items():
+        with contextlib.suppress(InfeasibleBudgetError):
+            plans[method] = prepared.plan_bytes(budget, time_limit_s=settings.solve_s)
+    return plans
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def _peak(example: Example, resident_bytes: int) -> tuple[int, int | None]:
+    """Allocated bytes of the whole step, and reserved ones where there is an allocator."""
+    model, inputs, loss_fn = example.model, example.inputs, example.loss_fn
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
+        return resident_bytes + above_bytes, None
+    peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
+    return resident_bytes + peak.allocated_bytes - peak.resident_bytes, peak.reserved_bytes
+
+
+def _peak_fields(peak: tuple[int, int | None]) -> dict[str, Any]:
+    return {"allocated_bytes": peak[0], "reserved_bytes": peak[1]}
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """The eager step's gradients, as they come and under deterministic algorithms, and its kernels."""
+
+    record: StepRecord
+    deterministic: StepRecord
+    kernels: Counter[str]
+    noise: float
+
+    @classmethod
+    def of(cls, example: Example, device: torch.device) -> _Reference:
+        record = _record(example)
+        again = _record(example)
+        with _deterministic():
+            deterministic = _record(example)
+        noise = compare(record, again).gradients.max_relative
+        return cls(record, deterministic, kernel_counts(example, device), noise)
+
+    def judge(self, example: Example, device: torch.device, *, kernels: bool) -> dict[str, Any]:
+        """The figures of the step as the model takes it now."""
+        found = compare(self.record, _record(example)).gradients.max_relative
+        with _deterministic():
+            equal = compare(self.deterministic, _record(example)).equal
+        out: dict[str, Any] = {"grad_rel_err": found, "deterministic_equal": equal}
+        if kernels:
+            counts = kernel_counts(example, device)
+            names = sorted({*counts, *self.kernels})
+            differ = {n: counts[n] - self.kernels[n] for n in names if counts[n] != self.kernels[n]}
+            out |= {"kernels_equal": not differ, "kernels_differ": differ}
+        return out
+
+
+def _record(example: Example) -> StepRecord:
+    return run_step(example.model, example.inputs, loss_fn=example.loss_fn)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def kernel_counts(example: Example, device: torch.device) -> Counter[str]:
+    """How often one step calls each kernel; on a CPU, each op that makes or changes a storage."""
+
+    def step() -> None:
+        with undone(example.model, example.inputs):
+            passed = forward(example.model, example.inputs, example.loss_fn)
+            torch.autograd.backward(passed.roots)
+
+    if device.type != "cuda":
+        with op_counts() as counts:
+            step()
+        return counts
+    step()
+    torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    on_device = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    return Counter(e.name for e in on_device if not e.name.startswith(("Memcpy", "Memset")))
+
+
+class _OpCounter(TorchDispatchMode):
+    """Counts ops by name, those left out whose results all lie on storages they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage_key(t) for t in tensors_in((args, kwargs or {}))}
+        made = any(storage_key(t) not in given for t in tensors_in(result))
+        if made or func._schema.is_mutable:
+            self.counts[str(func.overloadpacket)] += 1
+        return result
+
+
+@contextlib.contextmanager
+def op_counts() -> Iterator[Counter[str]]:
+    """Count the ops that make or change a storage while the context is open."""
+    with _OpCounter() as counter:
+        yield counter.counts
+
+
+# ------------------------------------------------------------------------------------- where it ran
+
+
+def _where(settings: Settings) -> dict[str, str]:
+    cuda = settings.device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(settings.device) if cuda else "none (CPU)",
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        if cuda
+        else "none",
+        "torch": torch.__version__,
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "size": settings.size,
+    }
+
+
+def _output(command: Sequence[str]) -> str:
+    """First line of what the command prints; "unknown" if it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if lines else "unknown"
+
+
+def _batch_of(example: Example) -> str:
+    """Shapes of the inputs: ``input_ids 8x1024``."""
+    shapes = {
+        k: "x".join(map(str, v.shape)) for k, v in example.inputs.items() if isinstance(v, torch.Tensor)
+    }
+    return ", ".join(f"{k} {s}" for k, s in shapes.items())
+
+
+def _silent(_: str) -> None:
+    return
