@@ -6,8 +6,8 @@ backward ops.  ``crossing[i]`` is what blocks ``i`` and later need of earlier on
 values that cross the cut, long skips included, and whatever the backward of these blocks reads from
 further up.  Holding ``crossing[i]`` is all it takes to run blocks ``i..`` again.
 
-Nothing is assumed of the graph.  What a chain cannot express is held: the values of pinned ops and
-final values, from their op on; a value that the backward of an *earlier* block reads, from the
+Nothing is assumed of the graph.  What a chain cannot express is held: tiny values, those of pinned ops,
+and final ones, from their op on; a value that the backward of an *earlier* block reads, from the
 backward of its own block to that read.  A graph that is no chain is thus treated correctly, at a
 price in memory; the simulator has the last word on both.
 
@@ -33,6 +33,10 @@ from solvers.problem import Problem, ProblemError
 from solvers.saved_sets import BlockGraph, saved_sets
 
 __all__ = ["Chain", "Option", "check_chain", "cut_into_blocks"]
+
+# Values this many times smaller than the largest (statistics of a normalization) are always held:
+# dropping them frees nothing, and to make them again may take all that went before.
+TINY = 2000
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,22 @@ class Chain:
         self.fixed_live = np.cumsum(live)[:n] + scratch
         self.fixed_kept = np.cumsum(kept)[:n]
 
-    def fixed_before_backward(self, i: int) -> int:
-        """Bytes no decision changes, alive just before the backward of block ``i``."""
-        return int(self.fixed_kept[self.backward_ends[i + 1] - 1])
+    def prelude(self, i: int) -> range:
+        """The backward ops with which the backward of block ``i`` begins that read no forward value.
+
+        They can run before anything is recomputed for the block, when least is alive.
+        """
+        backward = self.backward(i, i)
+        end = next((t for t in backward if self._reads[t]), backward.stop)
+        return range(backward.start, end)
+
+    def prelude_peak(self, i: int) -> int:
+        """Peak of ``prelude(i)``, of bytes that no decision changes."""
+        return max((int(self.fixed_live[t]) for t in self.prelude(i)), default=0)
+
+    def fixed_after_prelude(self, i: int) -> int:
+        """Bytes no decision changes, alive when the backward of block ``i`` needs its first forward value."""
+        return int(self.fixed_kept[self.prelude(i).stop - 1])
 
     @cached_property
     def common_bytes(self) -> np.ndarray:
@@ -223,8 +240,10 @@ class Chain:
                 now -= sizes[v]
         return peak
 
-    def backward_steps(self, a: int, b: int, at_hand: Collection[int]) -> tuple[list[int], list[int]]:
-        """Backward of blocks ``a..b``, what is missing recomputed just in time.
+    def backward_steps(
+        self, a: int, b: int, at_hand: Collection[int], *, begin: int
+    ) -> tuple[list[int], list[int]]:
+        """Backward of blocks ``a..b`` from op ``begin``, what is missing recomputed just in time.
 
         Also each step's fixed bytes.
         """
@@ -239,7 +258,7 @@ class Chain:
                 fixed.append(int(kept[before - 1]) + self._second_copy[op])
                 present.update(self._makes[op])
 
-        for t in self.backward(a, b):
+        for t in range(begin, self.backward_ends[a]):
             recompute(self._reads[t], t)
             steps.append(t)
             fixed.append(int(live[t]))
@@ -261,7 +280,7 @@ class Chain:
         kept = (leaving | set(saved)) - entering
         first = self.forward(a, b)
         again = self.closure(kept, entering)
-        backward, fixed = self.backward_steps(a, b, entering | kept)
+        backward, fixed = self.backward_steps(a, b, entering | kept, begin=self.backward_ends[b + 1])
         return Option(
             kept_bytes=self.bytes_of(kept),
             first_peak_bytes=self.inner_peak(
@@ -280,8 +299,11 @@ class Chain:
         return [self.option(a, b, saved) for saved in saved_sets(self._block_graph(a, b), most)]
 
     def restart(self, a: int, b: int) -> Option:
-        """Blocks ``a..b`` run backward from what crosses into them, with no forward of their own before."""
-        backward, fixed = self.backward_steps(a, b, self.crossing[a])
+        """Blocks ``a..b`` run backward from what crosses into them, with no forward of their own before.
+
+        The prelude of block ``b`` is over by then.
+        """
+        backward, fixed = self.backward_steps(a, b, self.crossing[a], begin=self.prelude(b).stop)
         peak = self.inner_peak(backward, fixed, keep=self._late(a, b), outside=self.crossing[a])
         seconds = self.again_seconds(op for op in backward if op < self.starts[-1])
         return Option(0, 0, 0, (), 0.0, peak, tuple(backward), seconds)
@@ -312,9 +334,14 @@ class Chain:
 
 
 def _held_values(problem: Problem, turn: int) -> set[int]:
-    """Forward values that are never recomputed: final ones and those of pinned ops."""
+    """Forward values that are never dropped: final ones, those of pinned ops, and tiny ones."""
+    forward = [v for op in problem.ops[:turn] for v in op.outputs]
+    tiny = max((problem.values[v].bytes for v in forward), default=0) / TINY
     return {
-        v for op in problem.ops[:turn] for v in op.outputs if problem.values[v].final or not op.recomputable
+        v
+        for op in problem.ops[:turn]
+        for v in op.outputs
+        if problem.values[v].final or not op.recomputable or problem.values[v].bytes < tiny
     }
 
 

@@ -4,7 +4,8 @@ The problem is cut into blocks (see ``solvers.blocks``).  With blocks ``a..b`` s
 and backward, what crosses into ``a`` at hand and ``m`` bytes to spend, either
 
 - run ``a``, ..., ``j - 1`` forward keeping only what crosses into ``j``, solve ``j..b`` in what is
-  left, then solve ``a..j-1`` in ``m`` again: everything before ``j`` is recomputed; or
+  left, then solve ``a..j-1`` in ``m`` again: everything before ``j`` is recomputed, once the
+  backward ops that need none of it have run; or
 - run ``a..c`` with one of its options (a saved set), solve ``c+1..b`` in what is left, and run the
   backward of ``a..c``.
 
@@ -75,6 +76,7 @@ class WaysFrom:
 class Ways:
     """Every way to run every run of blocks of a chain; what tables of different memory share.
 
+    ``prelude_peak[i]``  what the backward of ``i`` holds before it needs a forward value.
     ``sweep_first[a, j]``, ``sweep_again[a, j]``  peak of running ``a..j-1`` keeping what crosses into
     ``j``, in the first pass and in a later one; ``sweep_s[j] - sweep_s[a]`` the seconds of the latter.
     """
@@ -98,6 +100,7 @@ class Ways:
             WaysFrom(runs, {b: chain.restart(a, b) for b in runs if b < blocks - 1})
             for a, runs in enumerate(found)
         ]
+        self.prelude_peak = np.array([chain.prelude_peak(i) for i in range(blocks)])
         through = np.array([chain.sweep_peaks(i) for i in range(blocks)]).T
         self.sweep_first, self.sweep_again = (np.zeros((blocks, blocks), dtype=np.int64) for _ in range(2))
         for a in range(blocks):
@@ -165,7 +168,7 @@ class ChainTable:
         """
         slots, ways = self.slots, self.ways.of[a]
         first_pass = b == len(self.chain) - 1
-        fixed = 0 if first_pass else self.chain.fixed_before_backward(b)
+        fixed = 0 if first_pass else self.chain.fixed_after_prelude(b)
         within = int(np.searchsorted(ways.last, b, side="right" if first_pass else "left"))
         forward = ways.first_peak[:within] if first_pass else ways.again_peak[:within] + fixed
         middle = np.arange(a + 1, b + 1)
@@ -174,7 +177,7 @@ class ChainTable:
         peak = np.concatenate(
             (
                 np.maximum(forward, ways.backward_peak[:within]),
-                sweep,
+                np.maximum(sweep, self.ways.prelude_peak[a:b]),
                 [r.backward_peak_bytes for r in restart],
             )
         )
@@ -214,18 +217,22 @@ class ChainTable:
         """The op positions of the best plan for ``slots`` slots, which must be feasible."""
         chain, last = self.chain, len(self.chain) - 1
         out: list[int] = []
-        # A frame is blocks a..b with m slots, or a backward that is due when what is above it is done.
-        stack: list[tuple[int, int, int] | Option] = [(0, last, slots)]
+        # A frame is blocks a..b with m slots, or ops that are due when what is above them is done.
+        stack: list[tuple[int, int, int] | range | Option] = [(0, last, slots)]
         while stack:
             frame = stack.pop()
-            if isinstance(frame, Option):
-                out += frame.backward_steps
+            if isinstance(frame, range | Option):
+                out += frame if isinstance(frame, range) else frame.backward_steps
                 continue
             a, b, m = frame
             code = int(self.choice[b][a, m])
             if code > 0:
                 out += range(chain.starts[a], chain.starts[code]) if b == last else self._again_steps(a, code)
-                stack += [(a, code - 1, m), (code, b, m - int(self._crossing_slots[a, code]))]
+                stack += [
+                    (a, code - 1, m),
+                    chain.prelude(code - 1),
+                    (code, b, m - int(self._crossing_slots[a, code])),
+                ]
             elif code == 0:
                 out += self.ways.of[a].restarts[b].backward_steps
             else:
