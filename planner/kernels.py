@@ -11,12 +11,26 @@ from typing import Any
 
 import torch
 
-__all__ = ["dropout_apply", "gradient_like", "replay", "rng_state", "rng_state_bytes"]
+__all__ = ["dropout_apply", "dropout_scale", "gradient_like", "replay", "rng_state", "rng_state_bytes"]
 
 
-def dropout_apply(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """What ``native_dropout`` returns for this mask: ``x * mask / (1 - p)``, in its order of operations."""
-    return x.mul(mask).mul_(1.0 / (1.0 - p))
+def dropout_apply(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """What dropout returns for this mask: ``x * mask * scale``, in its order of operations."""
+    return x.mul(mask).mul_(scale)
+
+
+def dropout_scale(p: float, dtype: torch.dtype, device: str) -> tuple[float, bool]:
+    """What eager's dropout multiplies the kept values by, and whether ``native_dropout`` does the same.
+
+    Eager has no fused dropout on the CPU: it divides a mask of the input's dtype by ``1 - p``, which
+    rounds the factor to that dtype, while ``native_dropout`` multiplies by ``1 / (1 - p)``.
+    """
+    fused = 1.0 / (1.0 - p)
+    if device.startswith("cuda"):
+        return fused, True
+    scale = float(torch.ones((), dtype=dtype).div_(1.0 - p))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # what the kernel computes in
+    return scale, scale == float(torch.tensor(fused, dtype=wide))
 
 
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -138,17 +139,30 @@ class Normalized:
         """``native_dropout`` -> the draw of its mask, and ``dropout_apply`` on that mask."""
         for node in self.graph.find_nodes(op="call_function", target=aten.native_dropout.default):
             parts = {user.args[1]: user for user in node.users}
-            if node.args[2] is not True or set(parts) != {0, 1} or not 0 < node.args[1] < 1:
+            if node.args[2] is not True or 0 not in parts or not 0 < node.args[1] < 1:
                 continue
-            result, mask = parts[0], parts[1]
+            result = parts[0]
+            mask = parts[1] if 1 in parts else self._mask_of(node)
             x, p = node.args[0], node.args[1]
+            made = result.meta["val"]
+            scale, fused = kernels.dropout_scale(p, made.dtype, str(made.device))
             with self.graph.inserting_after(last_of(node)):
-                applied = self.graph.call_function(kernels.dropout_apply, (x, mask, p))
-            applied.meta = {**result.meta, "draw": node}
+                applied = self.graph.call_function(kernels.dropout_apply, (x, mask, scale))
+            for user in list(mask.users):
+                if user.target is aten.native_dropout_backward.default:
+                    user.args = (*user.args[:2], scale)
+            applied.meta = {**result.meta, "draw": node, "fused": fused}
             node.meta = {**node.meta, "val": (None, mask.meta["val"])}
             result.replace_all_uses_with(applied)
             self.outputs = [applied if n is result else n for n in self.outputs]
             self.graph.erase_node(result)
+
+    def _mask_of(self, dropout: fx.Node) -> fx.Node:
+        """The mask that nothing has asked for yet: no gradient passes here."""
+        with self.graph.inserting_after(dropout):
+            mask = self.graph.call_function(operator.getitem, (dropout, 1))
+        mask.meta = {**dropout.meta, "val": dropout.meta["val"][1]}
+        return mask
 
     def note_random_state(self) -> None:
         """Before each random op, ``rng_state``: what a replay starts from."""

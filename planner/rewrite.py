@@ -185,7 +185,7 @@ class _Writer:
         self.ran.add(index)
         drawn: fx.Node | None = node.meta.get("draw")
         just_drawn = previous is not None and self.source.ops[previous].node is drawn
-        if drawn is not None and just_drawn and drawn in self.current:
+        if drawn is not None and node.meta["fused"] and just_drawn and drawn in self.current:
             call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
         elif again and "rng_state" in node.meta:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
