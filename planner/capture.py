@@ -94,8 +94,8 @@ class Inputs:
             ) from None
 
     def flatten(self) -> tuple[list[Any], Any]:
-        """Leaves and the pytree spec of ``(args, kwargs)``."""
-        return pytree.tree_flatten((self.args, self.kwargs))
+        """Leaves and the pytree spec of ``(args, kwargs)``, keywords in alphabetical order."""
+        return pytree.tree_flatten((self.args, dict(sorted(self.kwargs.items()))))
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""

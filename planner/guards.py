@@ -46,13 +46,14 @@ class Expectation:
     """All that the capture depended on.
 
     ``leaves``       tensor specs and constants of the flattened inputs; ``in_spec`` their structure.
-    ``parameters``   by name (buffers too).
+    ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
     ``modules``      (path, type name, training flag) in traversal order.
     """
 
     in_spec: Any
     leaves: tuple[Any, ...]
     parameters: dict[str, TensorSpec]
+    tied: dict[str, str]
     modules: tuple[tuple[str, str, bool], ...]
     autocast: tuple[bool, str]
 
@@ -64,6 +65,7 @@ def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Exp
         in_spec,
         tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves),
         {n: TensorSpec.of(t) for n, t in (*model.named_parameters(), *model.named_buffers())},
+        _tied(model),
         tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
         autocast_state(device),
     )
@@ -73,6 +75,16 @@ def autocast_state(device: torch.device) -> tuple[bool, str]:
     """Whether autocast is on for the device's type, and to which dtype."""
     on = torch.is_autocast_enabled(device.type)
     return on, str(torch.get_autocast_dtype(device.type)) if on else ""
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names beyond the first of each parameter and buffer, and the first."""
+    first: dict[int, str] = {}
+    tensors = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {n: first[id(t)] for n, t in tensors if first.setdefault(id(t), n) != n}
 
 
 class Guard:
@@ -88,40 +100,46 @@ class Guard:
                 f"{_first_difference(wanted, found)}; plan the model you want to run"
             )
         self._modules = [
-            (m, flag, len(m._modules))
-            for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
+            (m, flag, _sizes(m)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
         ]
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
-        self._tensors: list[tuple[dict[str, Any], str, str, TensorSpec]] = []
-        for name, spec in expected.parameters.items():
-            path, _, key = name.rpartition(".")
-            owner = model.get_submodule(path)
-            where: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-            if key not in where:
-                raise StalePlanError(f"the plan needs {name!r}, which {type(model).__name__} does not have")
-            self._tensors.append((where, key, name, spec))
+        self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
+        self._tied = [(*self._slot(name), name, first) for name, first in expected.tied.items()]
+        self.tensors()
+
+    def _slot(self, name: str) -> tuple[dict[str, Any], str]:
+        """The dict that holds a parameter or buffer, and its key there."""
+        path, _, key = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        where: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+        if key not in where:
+            raise StalePlanError(
+                f"the plan needs {name!r}, which {type(self.model).__name__} does not have; make a new plan"
+            )
+        return where, key
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Current parameters and buffers by name; ``StalePlanError`` if one is not what was planned."""
         out = {}
-        for where, key, name, spec in self._tensors:
+        for where, key, name, spec in self._slots:
             tensor = where.get(key)
             if (
                 tensor is None
                 or tensor.shape != spec.shape
                 or tensor.dtype != spec.dtype
                 or (tensor.device != spec.device or tensor.requires_grad != spec.requires_grad)
+                or tensor.stride() != spec.stride
             ):
-                now = (
-                    "gone"
-                    if tensor is None
-                    else f"{TensorSpec.of(tensor)}, requires_grad={tensor.requires_grad}"
-                )
                 raise StalePlanError(
-                    f"{name} was {spec}, requires_grad={spec.requires_grad} when the plan was made and is "
-                    f"{now}; make a new plan"
+                    f"{name} was {_described(spec)} when the plan was made and is "
+                    f"{'gone' if tensor is None else _described(TensorSpec.of(tensor))}; make a new plan"
                 )
             out[name] = tensor
+        for where, key, name, first in self._tied:
+            if where.get(key) is not out[first]:
+                raise StalePlanError(
+                    f"{name} and {first} were one tensor when the plan was made and are two; make a new plan"
+                )
         return out
 
     def check_modules(self) -> None:
@@ -134,9 +152,11 @@ class Guard:
                     f"{path or 'the model'} has training={module.training}, the plan was made with "
                     f"training={flag}; make a new plan, or set the flag back"
                 )
-            if len(module._modules) != size:
+            if _sizes(module) != size:
+                path = next(n for n, m in root.named_modules() if m is module)
                 raise StalePlanError(
-                    f"a submodule of {type(module).__name__} was added or removed; make a new plan"
+                    f"a submodule, parameter or buffer of {path or type(root).__name__} was added or "
+                    "removed; make a new plan"
                 )
             if module is not root and has_hooks(module):
                 path = next(n for n, m in root.named_modules() if m is module)
@@ -153,24 +173,24 @@ class Guard:
         expected = self.expected
         if in_spec != expected.in_spec:
             raise StalePlanError(
-                f"the inputs have another structure than the plan's: {in_spec} instead of "
-                f"{expected.in_spec}; pass them the same way (positional or by keyword), or make a new plan"
+                f"{type(self.model).__name__} was planned for {_form(expected.in_spec)} and is called with "
+                f"{_form(in_spec)}; pass the inputs the same way (positional or by keyword), or make a new "
+                "plan"
             )
         for i, (leaf, want) in enumerate(zip(leaves, expected.leaves, strict=True)):
             if isinstance(want, TensorSpec):
                 if isinstance(leaf, torch.Tensor) and TensorSpec.of(leaf) == want:
                     continue
-                got = (
-                    f"{TensorSpec.of(leaf)}, strides {leaf.stride()}"
-                    if isinstance(leaf, torch.Tensor)
-                    else repr(leaf)
-                )
+                got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
                 raise StalePlanError(
-                    f"input {self._label(i)} is {got}; the plan was made for {want}, strides {want.stride}. "
-                    "Plan once per shape, or pad the batch to the planned size"
+                    f"input {self._label(i)} is {got}; the plan was made for {_described(want)}. Plan once "
+                    "per shape, or pad the batch to the planned size"
                 )
-            if leaf is not want and leaf != want:
-                raise StalePlanError(f"input {self._label(i)} is {leaf!r}; the plan was made for {want!r}")
+            if leaf is not want and (type(leaf) is not type(want) or leaf != want):
+                got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
+                raise StalePlanError(
+                    f"input {self._label(i)} is {got}; the plan was made for {want!r}. Plan once for each"
+                )
         state = autocast_state(next(self.model.parameters()).device)
         if state != expected.autocast:
             raise StalePlanError(
@@ -184,6 +204,24 @@ class Guard:
             if leaf == index:
                 return pytree.keystr(path[1:])
         return str(index)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int, int]:
+    return len(module._modules), len(module._parameters), len(module._buffers)
+
+
+def _described(spec: TensorSpec) -> str:
+    return f"{spec}, strides {spec.stride}, requires_grad={spec.requires_grad}"
+
+
+def _form(spec: Any) -> str:
+    """How a call passes its arguments: ``2 positional inputs, keywords a, b``."""
+    args, kwargs = pytree.tree_unflatten([...] * spec.num_leaves, spec)
+    parts = [f"{len(args)} positional input{'s' * (len(args) != 1)}"] if args else []
+    parts += [f"keyword{'s' * (len(kwargs) != 1)} {', '.join(kwargs)}"] if kwargs else []
+    nested = any(leaf is not ... for leaf in (*args, *kwargs.values()))
+    form = " and ".join(parts) or "no inputs"
+    return f"{form}, nested as {args or ''}{kwargs or ''}" if nested else form
 
 
 def _first_difference(wanted: list[tuple[str, str]], found: list[tuple[str, str]]) -> str:

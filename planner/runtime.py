@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
+from planner.capture import Inputs
 from planner.errors import PlannerError
 from planner.guards import Expectation, Guard
 from planner.outputs import OutputTemplate
@@ -171,7 +171,7 @@ class PlannedForward:
             or self.model.training is not planned_for
         ):
             return self.original(*args, **kwargs)
-        leaves, in_spec = pytree.tree_flatten((args, kwargs))
+        leaves, in_spec = Inputs(args, kwargs).flatten()
         self.guard.check_inputs(leaves, in_spec)
         self.guard.check_modules()
         given = self._given(leaves)
