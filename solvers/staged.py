@@ -35,15 +35,17 @@ from solvers.simulate import simulate_steps
 from solvers.solution import InfeasibleError, Solution, solution_of
 from solvers.staged_emit import in_template_order, just_in_time, trim
 from solvers.staged_program import Choice, StagedProgram
-from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly
+from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly, cut_finely
 
 __all__ = ["minimum_peak", "solve"]
 
 log = logging.getLogger(__name__)
 
 # A plan this close to the bound, in units of step time, is not worth more search.
-CLOSE_ENOUGH = 1e-4
+CLOSE_ENOUGH = 5e-4
 MIP_GAP = 2e-4
+# Ways to cut that are always tried; the finer ones after them only while nothing fits.
+USUAL_CUTS = 4
 RETARGETS = 4
 THRESHOLDS = (0.5, 0.3, 0.7, 0.9, 0.1)
 
@@ -110,7 +112,9 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
         problem,
         Schedule.of(problem, search.steps),
         budget_bytes,
-        bound_seconds=min(search.bound_s, problem.total_seconds + search.recompute_s) if search.fits else None,
+        bound_seconds=min(search.bound_s, problem.total_seconds + search.recompute_s)
+        if search.fits
+        else None,
         solver="staged",
         solve_seconds=time.perf_counter() - started,
     )
@@ -160,6 +164,9 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
             (cut_evenly(facts, layers), int(1.1 * layer)),
             (cut_evenly(facts, 2 * layers), int(1.1 * layer)),
             (cut_evenly(facts, layers), int(3 * layer)),
+            (cut_finely(facts), int(1.1 * layer)),
+            (cut_finely(facts), int(3 * layer)),
+            (cut_finely(facts), length),
         ):
             yield Stages(facts, first, window)
 
@@ -167,9 +174,11 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
 def _run_portfolio(search: _Search, seed: int) -> None:
     """Every program's relaxation first, rounded; then branching, the most promising programs first."""
     ranked: list[tuple[float, StagedProgram]] = []
-    for stages in _portfolio(search.problem):
+    for n, stages in enumerate(_portfolio(search.problem)):
         if search.done:
             return
+        if n >= USUAL_CUTS and search.fits:
+            break
         program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
         relaxed_s = _relax(search, program, seed)
         if relaxed_s is not None:
@@ -203,7 +212,9 @@ def _relax(search: _Search, program: StagedProgram, seed: int) -> float | None:
             break
         program.retarget(program.budget_bytes - over)
     program.retarget(budget)
-    log.debug("%r: relaxation %s s, best %.6g s, %.2f s left", program, relaxed_s, search.recompute_s, search.left_s)
+    log.debug(
+        "%r: relaxation %s s, best %.6g s, %.2f s left", program, relaxed_s, search.recompute_s, search.left_s
+    )
     return relaxed_s
 
 

@@ -121,9 +121,7 @@ def cut_evenly(facts: Facts, count: int) -> tuple[int, ...]:
 
 def cut_finely(facts: Facts) -> tuple[int, ...]:
     """First positions of the finest useful stages: one for each backward op that reads a decided value."""
-    reads = [
-        t for t in facts.backward if any(facts.is_decided[v] for v in facts.problem.counted_inputs[t])
-    ]
+    reads = [t for t in facts.backward if any(facts.is_decided[v] for v in facts.problem.counted_inputs[t])]
     return (facts.turn, *(t for t in reads if t > facts.turn))
 
 
@@ -162,7 +160,9 @@ class Stages:
         return len(self.first)
 
     def __repr__(self) -> str:
-        return f"Stages({len(self)} stages, window {self.window}, {sum(map(len, self.allowed))} recomputations)"
+        return (
+            f"Stages({len(self)} stages, window {self.window}, {sum(map(len, self.allowed))} recomputations)"
+        )
 
     def _allowed(self) -> list[set[int]]:
         problem, turn = self.facts.problem, self.facts.turn

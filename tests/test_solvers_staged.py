@@ -1,0 +1,188 @@
+"""The staged program: valid, within budget, never below the bound, and close to it on real graphs."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from solvers import InfeasibleError, Schedule, bounds, checkmate, simulate, staged
+from solvers.simulate import simulate_steps
+from solvers.staged_emit import in_template_order, just_in_time, trim
+from solvers.staged_program import StagedProgram
+from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly
+from tests import joint_graphs
+from tests.joint_graphs import keep_all_peak, random_training_graph
+from tests.solver_graphs import best_seconds, least_peak, random_problem, training_chain
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_plan_is_valid_within_budget_and_above_the_bound(seed: int) -> None:
+    problem = random_training_graph(seed)
+    top = keep_all_peak(problem)
+    floor = bounds.peak_floor(problem).bytes
+    for fraction in (0.75, 0.35):
+        budget = round(floor + fraction * (top - floor))
+        solution = staged.solve(problem, budget, time_limit_s=2)
+        line = simulate(problem, solution.schedule)
+        assert (line.peak_bytes, line.seconds) == (solution.peak_bytes, solution.seconds)
+        assert solution.fits
+        bound = bounds.time_bound(problem, budget, time_limit_s=2)
+        assert problem.total_seconds <= bound <= solution.seconds * (1 + 1e-9)
+        assert solution.recompute_seconds > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_close_to_the_exact_optimum(seed: int) -> None:
+    problem = random_training_graph(seed, layers=3, width=2)
+    budget = round(0.7 * keep_all_peak(problem))
+    exact = checkmate.solve(problem, budget, time_limit_s=5)
+    solution = staged.solve(problem, budget, time_limit_s=2)
+    assert exact.fits and solution.fits
+    assert exact.bound_seconds <= solution.seconds * (1 + 1e-9)
+    assert solution.seconds <= exact.seconds + 0.02 * problem.total_seconds
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bounds_hold_against_brute_force(seed: int) -> None:
+    problem = random_problem(random.Random(seed), 7)
+    low, _ = least_peak(problem)
+    assert bounds.peak_floor(problem).bytes <= low
+    top = keep_all_peak(problem)
+    for budget in {low, (low + top) // 2}:
+        truth = best_seconds(problem, budget)
+        assert truth is not None
+        n = len(problem)
+        for instants in ([0], [n // 2], list(range(n))):
+            found = bounds.least_recompute(problem, budget, instants, time_limit_s=5)
+            assert problem.total_seconds + found <= truth[0] * (1 + 1e-7) + 1e-9
+
+
+def test_bound_is_reached_where_one_value_must_go() -> None:
+    problem = training_chain(3, 2, seed=1)
+    budget = keep_all_peak(problem) - 1
+    bound = bounds.time_bound(problem, budget)
+    truth = best_seconds(problem, budget)
+    assert truth is not None
+    assert problem.total_seconds < bound <= truth[0] * (1 + 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "fraction", "least", "most"),
+    [
+        # percent of step time: the proved bound, and the plan
+        ("bert-base-b16x256", 0.9, 1.3, 1.7),
+        ("bert-base-b16x256", 0.5, 9.5, 9.7),
+        ("resnet50-b8x224", 0.5, 7.4, 8.2),
+        ("unet-d4c64-b4x256", 0.5, 12.9, 13.9),
+    ],
+)
+def test_real_graphs(name: str, fraction: float, least: float, most: float) -> None:
+    problem = joint_graphs.load(name)
+    budget = round(fraction * keep_all_peak(problem))
+    percent = problem.total_seconds / 100
+    solution = staged.solve(problem, budget, time_limit_s=6)
+    assert solution.peak_bytes <= budget
+    assert solution.recompute_seconds / percent <= most
+    instants = bounds.pressure_instants(problem, 12)
+    bound = bounds.least_recompute(problem, budget, instants, time_limit_s=30)
+    assert least <= bound / percent <= solution.recompute_seconds / percent
+
+
+def test_a_looser_budget_never_costs_more() -> None:
+    problem = joint_graphs.load("bert-base-b16x256")
+    facts = Facts.of(problem)
+    top, previous = keep_all_peak(problem), math.inf
+    for fraction in (0.3, 0.4, 0.6, 0.8, 0.95):
+        program = StagedProgram(Stages(facts, cut_by_groups(facts, 8), 0), round(fraction * top))
+        program.add_first_rows()
+        answer = program.lp.solve(time_limit_s=10, relax=True)
+        bound = bounds.least_recompute(problem, round(fraction * top), [facts.turn + 10], time_limit_s=10)
+        assert bound <= answer.objective * program.seconds_scale * (1 + 1e-6) <= previous * (1 + 1e-6)
+        previous = answer.objective * program.seconds_scale
+    assert simulate(problem, staged.solve(problem, top, time_limit_s=1).schedule).recompute_seconds == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_memory_rows_equal_the_simulator(seed: int) -> None:
+    """At every slot the program's bytes are those of the schedule emitted in its order."""
+    problem = random_training_graph(seed)
+    facts = Facts.of(problem)
+    budget = round(0.6 * keep_all_peak(problem))
+    stages = Stages(facts, cut_evenly(facts, 4), 10)
+    program = StagedProgram(stages, budget)
+    while True:
+        program.add_first_rows()
+        answer = program.lp.solve(time_limit_s=10)
+        if answer.x is None or not program.add_violated(answer.x):
+            break
+    assert answer.x is not None
+    choice = program.choice(answer.x)
+    predicted = program.bytes_at(np.round(answer.x))
+    line = simulate_steps(problem, in_template_order(stages, choice))
+    slots = list(range(facts.turn))
+    for g, row in enumerate(stages.template):
+        begin = int(program.offset[g + 1])
+        slots += [begin + s for s, i in enumerate(row) if i >= facts.turn or i in choice.again[g]]
+    assert len(slots) == len(line.steps)
+    assert np.all(line.live_bytes <= predicted[slots])
+    assert line.peak_bytes <= budget
+    assert line.live_bytes.max() >= 0.9 * predicted[slots].max()
+
+
+def test_trim_removes_only_what_nobody_reads() -> None:
+    problem = training_chain(2, 2)
+    steps = list(range(len(problem)))
+    useless = [*steps[: problem.turn], 0, 1, *steps[problem.turn :]]
+    assert trim(problem, [*useless, 2]) != [*useless, 2]
+    stages = Stages(Facts.of(problem), (problem.turn,), 0)
+    nothing_kept = staged.Choice((frozenset(),), (frozenset(),))
+    emitted = just_in_time(stages, nothing_kept)
+    assert trim(problem, emitted) == emitted
+    assert trim(problem, steps) == steps
+
+
+def test_minimum_peak_is_near_its_floor() -> None:
+    problem = joint_graphs.load("bert-base-b16x256")
+    least = staged.minimum_peak(problem, time_limit_s=6)
+    floor = bounds.peak_floor(problem).bytes
+    assert floor <= least.peak_bytes == least.budget_bytes <= 1.06 * floor
+
+
+def test_time_limit_is_kept_and_a_plan_comes_back() -> None:
+    problem = joint_graphs.load("resnet50-b8x224")
+    started = time.perf_counter()
+    solution = staged.solve(problem, round(0.6 * keep_all_peak(problem)), time_limit_s=2)
+    assert time.perf_counter() - started < 3
+    assert solution.fits
+
+
+def test_budget_below_the_floor_is_refused() -> None:
+    problem = random_training_graph(0)
+    floor = bounds.peak_floor(problem)
+    with pytest.raises(InfeasibleError, match=floor.op_name):
+        staged.solve(problem, floor.bytes - 1)
+    assert bounds.time_bound(problem, floor.bytes - 1) == math.inf
+
+
+def test_resident_bytes_shift_every_budget() -> None:
+    problem = random_training_graph(1)
+    budget = round(0.7 * keep_all_peak(problem))
+    shifted = replace(problem, resident_bytes=1000)
+    one = staged.solve(problem, budget, time_limit_s=2)
+    other = staged.solve(shifted, budget + 1000, time_limit_s=2)
+    assert other.peak_bytes <= budget + 1000
+    assert other.seconds == pytest.approx(one.seconds, rel=0.02)
+    assert bounds.peak_floor(shifted).bytes == bounds.peak_floor(problem).bytes + 1000
+
+
+def test_graph_without_a_turn_gets_a_valid_plan() -> None:
+    problem = replace(random_training_graph(2), turn=None)
+    budget = round(0.8 * keep_all_peak(problem))
+    solution = staged.solve(problem, budget, time_limit_s=3)
+    assert solution.fits
+    assert simulate(problem, Schedule(solution.schedule.sequence)).peak_bytes <= budget
