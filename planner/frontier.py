@@ -50,6 +50,6 @@ class Frontier:
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Overhead against budget with the proved bound as a band (needs matplotlib)."""
-        from planner.display import plot_frontier
+        from planner.plots import plot_frontier
 
         return plot_frontier(self, ax)

@@ -158,13 +158,13 @@ class Plan:
 
     def plot_memory(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Live bytes over the step, by kind, against the budget and the step without recomputation."""
-        from planner.display import plot_memory
+        from planner.plots import plot_memory
 
         return plot_memory(self, ax)
 
     def plot_placements(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Bytes kept and recomputed by module."""
-        from planner.display import plot_placements
+        from planner.plots import plot_placements
 
         return plot_placements(self, ax)
 
@@ -172,7 +172,7 @@ class Plan:
         self, ax: matplotlib.axes.Axes | None = None, *, points: int = 8, time_limit_s: float = 10.0
     ) -> matplotlib.axes.Axes:
         """Overhead against budget, with the proved bound, and this plan on it."""
-        from planner.display import plot_frontier
+        from planner.plots import plot_frontier
 
         if self._prepared is None:
             raise PlannerError(

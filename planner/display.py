@@ -1,0 +1,309 @@
+"""A plan as text, as a table and as HTML.
+
+All three read only the plan's own fields, so that a plan from a file looks as it did when it was
+made, and looking never starts a solver.  The HTML is static: markup and style, no script, colours
+that follow the notebook around it; it stays small for any model because values are gathered by
+layer and, within a layer, by what happens to them.
+"""
+
+from __future__ import annotations
+
+import html as markup
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.bands import aligned_baseline, bands_of, peak_place, picture_title, top_bytes
+from planner.errors import PlannerError
+from planner.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
+from planner.units import ByteUnit, gb_text, label, seconds_text
+
+if TYPE_CHECKING:
+    import pandas
+
+    from planner.plan import Plan
+
+__all__ = ["dataframe", "html", "summary"]
+
+_TEXT_ROWS = 16
+_HTML_ROWS = 40
+_HTML_LINES = 24  # within a layer
+_HTML_NAME = 120  # characters of a name
+
+_DECISIONS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def summary(plan: Plan) -> str:
+    """One screen of text: budget, peak, overhead and its bound, what fills the peak, layer by layer."""
+    unit = ByteUnit.of(plan.peak_bytes)
+    parts = [
+        [f"{plan.model_name} on {plan.device}, torch {plan.torch_version}"],
+        _columns([(name, *values) for name, *values in _figures(plan)], "lll", indent=2),
+        [f"At the peak, {peak_place(plan)}:"],
+        _columns(
+            [(label(k), unit.text(b), _share(b, plan.peak_bytes)) for k, b in _filled(plan)], "lrr", indent=2
+        ),
+        ["Where it is decided:"],
+        _columns(
+            [("layer", "kept", "recomputed", "freed", "extra time"), *_row_cells(plan, unit)],
+            "lrrrr",
+            indent=2,
+        ),
+        [_counts(plan)],
+    ]
+    lines = parts[0] + parts[1] + ["", *parts[2], *parts[3], "", *parts[4], *parts[5], "", *parts[6]]
+    return "\n".join(lines)
+
+
+def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+    """The numbers a plan is judged by: name, value, remark."""
+    flops = plan.recompute_flops / plan.step_flops if plan.step_flops else 0.0
+    return [
+        ("budget", gb_text(plan.budget_bytes), ""),
+        (
+            "predicted peak",
+            gb_text(plan.peak_bytes),
+            f"{_share(plan.peak_bytes, plan.budget_bytes)} of the budget",
+        ),
+        (
+            "nothing recomputed",
+            gb_text(plan.baseline_peak_bytes),
+            f"the plan takes {_share(plan.peak_bytes, plan.baseline_peak_bytes)} of it",
+        ),
+        ("proved floor", gb_text(plan.floor_bytes), "no plan has a lower peak"),
+        (
+            "overhead",
+            f"{plan.overhead:.2%} of step time",
+            f"{seconds_text(plan.recompute_s)} on a step of {seconds_text(plan.step_s)}",
+        ),
+        (
+            "proved bound",
+            f"{plan.overhead_bound:.2%} of step time",
+            f"gap {100 * plan.gap:.2f} points: {plan.status}",
+        ),
+        (
+            "recomputed FLOPs",
+            f"{flops:.2%} of the step's",
+            f"{plan.recompute_flops:.4g} on {plan.step_flops:.4g}",
+        ),
+        ("costs", plan.cost_source, plan.cost_device),
+        ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
+    ]
+
+
+def _filled(plan: Plan) -> list[tuple[str, int]]:
+    """What there is at the peak, largest first."""
+    return sorted(((k, b) for k, b in plan.breakdown.items() if b), key=lambda item: -item[1])
+
+
+def _row_cells(plan: Plan, unit: ByteUnit) -> list[tuple[str, ...]]:
+    rows = rows_of(layers_of(plan), _TEXT_ROWS)
+    cells = [
+        (
+            row.name,
+            unit.text(row.kept_bytes),
+            unit.text(row.recomputed_bytes),
+            unit.text(row.freed_bytes),
+            seconds_text(row.recompute_s),
+        )
+        for row in rows
+    ]
+    total = [sum(getattr(row, f"{d}_bytes") for row in rows) for d in ("kept", "recomputed", "freed")]
+    return [*cells, ("total", *(unit.text(b) for b in total), seconds_text(plan.recompute_s))]
+
+
+def _counts(plan: Plan) -> str:
+    count = {d: sum(p.decision == d for p in plan.placements) for d in _DECISIONS}
+    return (
+        f"{len(plan.placements):,} values: {count['save']:,} kept, {count['recompute']:,} recomputed, "
+        f"{count['free']:,} freed; {plan.op_count:,} ops in {len(plan.sequence):,} steps"
+    )
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _columns(rows: Sequence[Sequence[str]], alignment: str, *, indent: int) -> list[str]:
+    widths = [max((len(row[k]) for row in rows), default=0) for k in range(len(alignment))]
+    padded = (
+        "  ".join(
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, alignment, strict=True)
+        )
+        for row in rows
+    )
+    return [(" " * indent + line).rstrip() for line in padded]
+
+
+# -- table ----------------------------------------------------------------------------------------
+
+
+def dataframe(plan: Plan) -> pandas.DataFrame:
+    """One row per value of the forward, in order of execution.
+
+    Columns: ``name``, ``module``, ``op``, ``bytes``, ``decision``, ``recompute_s`` (seconds, 0 where
+    nothing is recomputed; of a call with several outputs the first carries them, so that the column
+    adds up to ``plan.recompute_s``), ``times_recomputed``, ``layer``.  Raises ``PlannerError`` without
+    pandas.
+    """
+    try:
+        import pandas as pd
+    except ImportError:
+        raise PlannerError("to_dataframe needs pandas: pip install 'rematplan[notebooks]'") from None
+    layer = {p.module: layer.path or ROOT for layer in layers_of(plan) for p in layer.placements}
+    seconds = recompute_seconds(plan)
+    columns = ("name", "module", "op", "bytes", "decision", "recompute_s", "times_recomputed", "layer")
+    records = [
+        (p.name, p.module, p.op, p.bytes, p.decision, s, p.times_recomputed, layer[p.module])
+        for p, s in zip(plan.placements, seconds, strict=True)
+    ]
+    return pd.DataFrame.from_records(records, columns=list(columns))
+
+
+# -- HTML -----------------------------------------------------------------------------------------
+
+# No background and no text colour: both are the notebook's.
+_STYLE = """
+.rematplan{font:13px/1.45 system-ui,sans-serif;max-width:60em}
+.rematplan table{border-collapse:collapse;margin:.3em 0 .8em;font-size:inherit;color:inherit}
+.rematplan td,.rematplan th{padding:.12em 1em .12em 0;text-align:left;border:0;background:none}
+.rematplan .n{text-align:right;font-variant-numeric:tabular-nums}
+.rematplan .q{opacity:.7}
+.rematplan h4{margin:.9em 0 .2em;font-size:1em}
+.rematplan svg{width:100%;height:auto;display:block}
+.rematplan i{display:inline-block;width:.8em;height:.8em;margin:0 .35em 0 0;border-radius:2px}
+.rematplan .key span{margin-right:1.2em;white-space:nowrap}
+.rematplan summary,.rematplan .head{display:grid;grid-template-columns:1fr repeat(4,6.5em);cursor:pointer;
+ border-bottom:1px solid rgba(128,128,128,.25);padding:.15em 0}
+.rematplan .head{cursor:default;opacity:.7}
+.rematplan summary span:first-child{overflow:hidden;text-overflow:ellipsis}
+.rematplan details>table{margin-left:1.2em}
+@media (prefers-color-scheme:dark){.rematplan svg polygon,.rematplan i{opacity:.85}}
+"""
+
+
+def html(plan: Plan) -> str:
+    """The plan for a notebook: figures, memory over the step, the peak, and each layer to unfold.
+
+    Static markup in which every name is escaped; below 300 kB for any model.
+    """
+    unit = ByteUnit.of(plan.peak_bytes)
+    figures = [[_cell(name), _cell(value), _cell(remark, "q")] for name, value, remark in _figures(plan)]
+    kinds = [
+        [_cell(label(k)), _cell(unit.text(b), "n"), _cell(_share(b, plan.peak_bytes), "n")]
+        for k, b in _filled(plan)
+    ]
+    return "".join(
+        (
+            f"<div class='rematplan'><style>{_STYLE}</style>",
+            f"<strong>{_text(plan.model_name)}</strong> on {_text(plan.device)}, ",
+            f"torch {_text(plan.torch_version)}",
+            _table(figures),
+            _svg(plan),
+            f"<h4>At the peak, {_text(peak_place(plan))}</h4>",
+            _table(kinds),
+            "<h4>Where it is decided</h4>",
+            "<div class='head'><span>layer</span><span class='n'>kept</span><span class='n'>recomputed</span>"
+            "<span class='n'>freed</span><span class='n'>extra time</span></div>",
+            *(_details(row, unit) for row in rows_of(layers_of(plan), _HTML_ROWS)),
+            f"<p class='q'>{_text(_counts(plan))}</p></div>",
+        )
+    )
+
+
+def _details(row: Row, unit: ByteUnit) -> str:
+    sizes = (row.kept_bytes, row.recomputed_bytes, row.freed_bytes)
+    numbers = (*(unit.text(b) for b in sizes), seconds_text(row.recompute_s))
+    cells = "".join(f"<span class='n'>{_text(c)}</span>" for c in numbers)
+    head = f"<summary><span>{_text(row.name)}</span>{cells}</summary>"
+    return f"<details>{head}{_table(_lines(row, unit))}</details>"
+
+
+def _lines(row: Row, unit: ByteUnit) -> list[list[str]]:
+    """Within a row, values of the same module, op and decision together; the largest."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for layer in row.layers:
+        for p, seconds in zip(layer.placements, layer.seconds, strict=True):
+            inside = p.module[len(layer.path) :].lstrip(".") if layer.numbered else p.module
+            sums = groups.setdefault((inside, p.op, p.decision), [0, 0, 0.0])
+            sums[0] += 1
+            sums[1] += p.bytes
+            sums[2] += seconds
+    largest = sorted(groups.items(), key=lambda item: -item[1][1])
+    lines = [
+        [
+            _cell(_DECISIONS[decision]),
+            _cell(f"{inside}: {op}" if inside else op),
+            _cell(f"{count:,.0f} x" if count > 1 else "", "n"),
+            _cell(unit.text(size), "n"),
+            _cell(seconds_text(seconds), "n"),
+        ]
+        for (inside, op, decision), (count, size, seconds) in largest[:_HTML_LINES]
+    ]
+    rest = largest[_HTML_LINES:]
+    if rest:
+        size = unit.text(sum(sums[1] for _, sums in rest))
+        lines.append([_cell(""), _cell(f"{len(rest)} smaller"), _cell(""), _cell(size, "n"), _cell("")])
+    return lines
+
+
+def _svg(plan: Plan, width: int = 640, height: int = 170) -> str:
+    """Memory over the step; where there are more steps than pixels, the highest of each pixel's."""
+    if not len(plan.timeline):
+        return ""
+    baseline = aligned_baseline(plan)
+    shown, shown_before = _highest(plan.timeline, width // 2), _highest(baseline, width // 2)
+    top = 1.06 * top_bytes(plan)
+
+    def points(level: np.ndarray) -> list[str]:
+        x = np.linspace(0.0, width, len(level))
+        return [f"{a:.1f},{height * (1 - b / top):.1f}" for a, b in zip(x, level, strict=True)]
+
+    below = np.zeros(len(shown))
+    drawn, key = [], []
+    for band in bands_of(plan):
+        above = below + band.bytes[shown]
+        outline = " ".join((*points(above), *reversed(points(below))))
+        drawn.append(f"<polygon points='{outline}' fill='{band.color}'/>")
+        if band.visible:
+            key.append(f"<span><i style='background:{band.color}'></i>{_text(band.name)}</span>")
+        below = above
+    before = " ".join(points(baseline[shown_before]))
+    budget = f"{height * (1 - plan.budget_bytes / top):.1f}"
+    return (
+        f"<h4>Memory over the step</h4><svg viewBox='0 0 {width} {height}' role='img' "
+        f"aria-label='{_text(picture_title(plan))}'>{''.join(drawn)}"
+        f"<polyline points='{before}' fill='none' stroke='currentColor' stroke-opacity='.6'/>"
+        f"<line x1='0' x2='{width}' y1='{budget}' y2='{budget}' stroke='#d0433b' stroke-dasharray='6 4'/>"
+        f"</svg><div class='key'>{''.join(key)}<span>line: nothing recomputed</span>"
+        "<span>dashed: budget</span></div>"
+    )
+
+
+def _highest(level: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the highest entry in each of at most ``count`` stretches of ``level``."""
+    edges = np.unique(np.linspace(0, len(level), min(count, len(level)) + 1).astype(int))
+    return np.array([a + int(np.argmax(level[a:b])) for a, b in pairwise(edges)])
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    lines = ("<tr>" + "".join(cells) + "</tr>" for cells in rows)
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def _cell(text: str, css: str = "") -> str:
+    return f"<td class='{css}'>{_text(text)}</td>" if css else f"<td>{_text(text)}</td>"
+
+
+def _text(text: Any) -> str:
+    """Escaped, and cut where a name is absurdly long."""
+    text = str(text)
+    return markup.escape(
+        text if len(text) <= _HTML_NAME else text[: _HTML_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    )
