@@ -27,7 +27,7 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,20 +36,18 @@ from typing import Any, Literal
 import torch
 
 from planner._compat import TorchDispatchMode, storage_key
-from planner.demo import MISPREDICTED, aligned
+from planner.demo import MISPREDICTED, Tell, aligned, prefixed
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak, tensors_in
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
 from planner.step import forward, undone
-from planner.trials import prepare_example, race
+from planner.trials import copies_of, prepare_example, race
 from planner.zoo import MODELS, Example
 
 __all__ = ["Check", "Row", "Settings", "op_counts", "run", "settings_of", "with_models"]
 
 LARGE_DEVICE_BYTES = 40 * 10**9  # below it the published sizes' eager steps may not fit
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ def settings_of(device: str, *, size: str = "auto", quick: bool = False) -> Sett
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise PlannerError(
-            f"there is no CUDA device (torch {torch.__version__}, "
-            f"built for CUDA {torch.version.cuda or 'none'}); run this where there is a GPU and a torch with CUDA"
+            f"there is no CUDA device (torch {torch.__version__}, built for CUDA "
+            f"{torch.version.cuda or 'none'}); run this where there is a GPU and a torch with CUDA"
         )
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
@@ -237,7 +235,7 @@ def run(settings: Settings, tell: Tell | None = None) -> Check:
     for key in settings.models:
         say(f"{key}: build")
         example = MODELS[key](settings.device, size=settings.size)
-        rows += _rows_of(example, settings, lambda what, key=key: say(f"{key}: {what}"))
+        rows += _rows_of(example, settings, prefixed(say, key))
         del example
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -254,7 +252,9 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     plans = _plans(prepared, eager[0], settings)
     say("measure")
     reference = _Reference.of(example, settings.device)
-    ran = race(example, list(plans.values()), steps=settings.steps)
+    runners = copies_of(example.model, list(plans.values()))
+    ran = race(runners, example.inputs, example.loss_fn, steps=settings.steps)
+    del runners
     start = Row(
         **_where(settings),
         model=example.name,
@@ -386,7 +386,7 @@ def kernel_counts(example: Example, device: torch.device) -> Counter[str]:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize(device)
-    on_device = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in profile.events() or () if e.device_type.name == "CUDA"]
     return Counter(e.name for e in on_device if not e.name.startswith(("Memcpy", "Memset")))
 
 
@@ -403,14 +403,15 @@ class _OpCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {storage_key(t) for t in tensors_in((args, kwargs or {}))}
         made = any(storage_key(t) not in given for t in tensors_in(result))
-        if made or func._schema.is_mutable:
-            self.counts[str(func.overloadpacket)] += 1
+        name = str(func.overloadpacket)
+        if (made or func._schema.is_mutable) and not name.startswith("aten.empty"):
+            self.counts[name.rstrip("_")] += 1  # in place or not, it is the same kernel
         return result
 
 
 @contextlib.contextmanager
 def op_counts() -> Iterator[Counter[str]]:
-    """Count the ops that make or change a storage while the context is open."""
+    """Count the ops that compute something, by name, while the context is open."""
     with _OpCounter() as counter:
         yield counter.counts
 
@@ -418,7 +419,7 @@ def op_counts() -> Iterator[Counter[str]]:
 # ------------------------------------------------------------------------------------- where it ran
 
 
-def _where(settings: Settings) -> dict[str, str]:
+def _where(settings: Settings) -> dict[str, Any]:
     cuda = settings.device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(settings.device) if cuda else "none (CPU)",

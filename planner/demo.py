@@ -22,7 +22,7 @@ import torch
 from planner.errors import InfeasibleBudgetError
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
-from planner.trials import Eager, Race, Trial, eager_step, prepare_example, race, trial
+from planner.trials import Eager, Race, Trial, copies_of, eager_step, prepare_example, race, trial
 from planner.units import bytes_text
 from planner.zoo import MODELS, Example
 
@@ -144,13 +144,13 @@ def run(
     began = time.perf_counter()
     say = tell or _silent
     rows: list[Row] = []
-    drawn: dict[str, Plan] = {}
+    drawn: list[Plan] = []
     for key in settings.models:
         say(f"{key}: build")
         example = MODELS[key](device)
-        made, plan = _run_model(example, settings, lambda what, key=key: say(f"{key}: {what}"))
+        made, plan = _run_model(example, settings, prefixed(say, key))
         rows += made
-        drawn[example.name] = plan
+        drawn.append(plan)
     picture = None if out is None else draw(drawn, out)
     return Demo(
         tuple(rows), _name_of(torch.device(device)), settings.steps, time.perf_counter() - began, picture
@@ -179,7 +179,9 @@ def _run_model(example: Example, settings: Settings, say: Tell) -> tuple[list[Ro
         if label in plans:
             trials[label] = trial(plans[label], example, eager)
     say("train")
-    ran = race(example, list(plans.values()), steps=settings.steps)
+    runners = copies_of(example.model, list(plans.values()))
+    ran = race(runners, example.inputs, example.loss_fn, steps=settings.steps)
+    del runners
     return _rows(example, prepared, eager, budgets, plans, needs, trials, ran), plans[
         next((label for label in reversed(budgets) if label in plans and label != "least"), "least")
     ]
@@ -246,8 +248,8 @@ of {demo.steps} training steps, with eager's, bit for bit."""
 
 def _cells(row: Row, above: Row | None) -> tuple[str, ...]:
     repeated = above is not None and above.model == row.model
-    start = ("", "", "") if repeated else (row.model, str(row.ops), _mb(row.eager_bytes))
-    start += (row.label, _mb(row.budget_bytes))
+    named = ("", "", "") if repeated else (row.model, str(row.ops), _mb(row.eager_bytes))
+    start = (*named, row.label, _mb(row.budget_bytes))
     t = row.trial
     if t is None:
         return (*start, f"infeasible: needs {bytes_text(row.needs_bytes or 0)}", *[""] * 6)
@@ -281,7 +283,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     return [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
 
 
-def draw(plans: Mapping[str, Plan], out: Path) -> Path | None:
+def draw(plans: Sequence[Plan], out: Path) -> Path | None:
     """Memory over the step of each plan, before and after, with its budget: ``out/memory.png``.
 
     ``None`` if matplotlib is not installed.
@@ -295,10 +297,8 @@ def draw(plans: Mapping[str, Plan], out: Path) -> Path | None:
     height = -(-len(plans) // columns)
     figure = Figure(figsize=(7.5 * columns, 3.6 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    for k, (name, plan) in enumerate(plans.items()):
-        axes = figure.add_subplot(height, columns, k + 1)
-        plan.plot_memory(axes)
-        axes.set_title(name)
+    for k, plan in enumerate(plans):
+        plan.plot_memory(figure.add_subplot(height, columns, k + 1))
     out.mkdir(parents=True, exist_ok=True)
     path = out / "memory.png"
     figure.savefig(path, dpi=120)
@@ -309,6 +309,11 @@ def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def prefixed(tell: Tell, name: str) -> Tell:
+    """``tell``, saying ``name: `` before each phase."""
+    return lambda what: tell(f"{name}: {what}")
 
 
 def _silent(_: str) -> None:

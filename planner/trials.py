@@ -26,10 +26,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner.measure import FLOP_FORMULAS, Comparison, StepRecord, compare, run_step, step_peak
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared, prepare
-from planner.step import forward
+from planner.step import Inputs, LossFn, forward
 from planner.zoo import Example
 
-__all__ = ["Eager", "Race", "Trial", "eager_step", "prepare_example", "race", "seconds_of", "trial"]
+__all__ = [
+    "Clock",
+    "Eager",
+    "Race",
+    "Trial",
+    "copies_of",
+    "eager_step",
+    "prepare_example",
+    "race",
+    "seconds_of",
+    "trial",
+]
+
+Clock = Callable[[Callable[[], None], torch.device], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +84,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Race:
-    """Training, the eager model first and then one per plan: losses and median seconds of a step."""
+    """Steps of training taken in turns: by runner its losses and the median seconds of a step.
+
+    ``ratios``  of each runner but the first, of its seconds to the first one's.
+    """
 
     losses: tuple[tuple[float, ...], ...]
     step_s: tuple[float, ...]
@@ -112,30 +128,45 @@ def _counted_step(example: Example, seed: int) -> tuple[StepRecord, int]:
     return record, counter.get_total_flops()
 
 
-def race(example: Example, plans: Sequence[Plan], *, steps: int, lr: float = 0.01, seed: int = 0) -> Race:
-    """Train copies of the model by SGD for ``steps`` steps, eager and planned ones taking turns.
-
-    Every copy starts from the same weights and draws the same random numbers, so that losses can be
-    compared bit for bit.  A step's seconds are those of forward and backward; the first step of each
-    copy, which fills caches, is left out of the medians.  ``ratios`` are medians of planned over
-    eager seconds of the same turn, one per plan.
-    """
-    runners = [copy.deepcopy(example.model) for _ in range(len(plans) + 1)]
+def copies_of(model: nn.Module, plans: Sequence[Plan]) -> list[nn.Module]:
+    """A copy of the model as it is, then one for each plan with that plan applied."""
+    runners = [copy.deepcopy(model) for _ in range(len(plans) + 1)]
     for plan, runner in zip(plans, runners[1:], strict=True):
         plan.apply(runner)
+    return runners
+
+
+def race(
+    runners: Sequence[nn.Module],
+    inputs: Inputs,
+    loss_fn: LossFn | None = None,
+    *,
+    steps: int,
+    lr: float = 0.01,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Race:
+    """Train all ``runners`` by SGD for ``steps`` steps on one batch, taking turns; they keep what they learn.
+
+    All draw the same random numbers, so that from equal weights losses can be compared bit for bit.
+    A step's seconds are those of forward and backward, by ``clock`` (default :func:`seconds_of`); the
+    first step of each, which fills caches, is left out.  ``ratios`` are medians over turns of a
+    runner's seconds over the first runner's, one per further runner.
+    """
+    device = next(runners[0].parameters()).device
+    clock = clock or seconds_of
     optimizers = [torch.optim.SGD(runner.parameters(), lr=lr) for runner in runners]
     losses: list[list[float]] = [[] for _ in runners]
     seconds: list[list[float]] = [[] for _ in runners]
-    device = next(example.model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for turn in range(steps):
             for k in _rotated(len(runners), turn):
                 torch.manual_seed(seed + turn)
                 optimizers[k].zero_grad()
-                loss, took_s = _timed_step(runners[k], example, device)
+                work = _Step(runners[k], inputs, loss_fn)
+                seconds[k].append(clock(work, device))
                 optimizers[k].step()
-                losses[k].append(loss)
-                seconds[k].append(took_s)
+                losses[k].append(float(work.loss))
     timed = [s[1:] or s for s in seconds]
     ratios = [statistics.median(b / a for a, b in zip(timed[0], mine, strict=True)) for mine in timed[1:]]
     medians = [statistics.median(s) for s in timed]
@@ -147,17 +178,17 @@ def _rotated(count: int, turn: int) -> list[int]:
     return [(turn + k) % count for k in range(count)]
 
 
-def _timed_step(model: nn.Module, example: Example, device: torch.device) -> tuple[float, float]:
-    """The loss, and the seconds of forward and backward."""
-    loss: list[torch.Tensor] = []
+class _Step:
+    """Forward and backward, to be called once; then ``loss`` is there."""
 
-    def step() -> None:
-        passed = forward(model, example.inputs, example.loss_fn)
+    def __init__(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> None:
+        self.model, self.inputs, self.loss_fn = model, inputs, loss_fn
+        self.loss = torch.tensor(float("nan"))
+
+    def __call__(self) -> None:
+        passed = forward(self.model, self.inputs, self.loss_fn)
         torch.autograd.backward(passed.roots)
-        loss.append(passed.roots[0].detach())
-
-    took_s = seconds_of(step, device)
-    return float(loss[0]), took_s
+        self.loss = passed.roots[0].detach()
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:

@@ -1,0 +1,196 @@
+"""The commands a person types first: they run, they hold, and they say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from planner import cuda_check, demo
+from planner.__main__ import CANNOT, FAILED, HELD, main
+from planner.errors import PlannerError
+from planner.measure import Agreement, Comparison
+from planner.trials import Trial, race, seconds_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "planner", "demo", "--quick", "--device", "cpu", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    return done, out
+
+
+def test_the_demo_holds_what_it_prints(quick: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, out = quick
+    assert done.returncode == HELD, done.stderr[-2000:]
+    rows = [line for line in done.stdout.splitlines() if re.search(r"(50 %|least) +\d", line)]
+    assert len(rows) == 4
+    for row in rows:
+        budget, predicted, measured = map(float, re.findall(r"\d+\.\d\d(?![%x\d])", row)[-4:-1])
+        assert predicted == measured <= budget
+        assert row.endswith("equal")
+    assert "ResNet-50" in done.stdout and "U-Net" in done.stdout
+    assert "total" in done.stdout.splitlines()[-1]
+    assert "100%" in done.stderr  # the bar reached its end
+    assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _row(**changes: object) -> demo.Row:
+    same = Agreement(3, (), 0.0, 0.0)
+    measured = Trial(Comparison(same, same, same, same, True), 990, 50, 100)
+    row = demo.Row("m", "50 %", 7, 2000, 1000, 990, 0.1, 0.0, measured, 1.1, True)
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_each_way_to_fail_is_told() -> None:
+    same, other = Agreement(3, (), 0.0, 0.0), Agreement(3, ("w",), 1e-3, 1e-3)
+    unequal = Trial(Comparison(same, other, same, same, True), 990, 50, 100)
+    over = Trial(Comparison(same, same, same, same, True), 1001, 50, 100)
+    assert _row().failures() == []
+    assert "over the budget" in _row(trial=over, predicted_bytes=1001).failures()[0]
+    assert "predicted 984" in _row(predicted_bytes=984).failures()[0]
+    assert "1 of 3 differ" in _row(trial=unequal).failures()[0]
+    assert "losses" in _row(same_losses=False).failures()[0]
+
+
+def test_a_budget_below_the_least_is_a_row_not_a_failure() -> None:
+    row = _row(trial=None, needs_bytes=1_500_000, time_ratio=math.nan)
+    shown = demo.table(demo.Demo((row,), "CPU", 3, 1.0, None))
+    assert "infeasible: needs 1.5 MB" in shown
+    assert row.failures() == []
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = demo.Demo((_row(same_losses=False),), "CPU", 3, 1.0, None)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: wrong)
+    assert main(["demo", "--device", "cpu"]) == FAILED
+    assert "FAILED m at 50 %: the losses" in capsys.readouterr().err
+    assert main(["demo", "--models", "alexnet"]) == CANNOT
+    assert "alexnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"models": ("alexnet",)}, {"models": ()}, {"fractions": (0.0,)}, {"fractions": (1.5,)}, {"steps": 1}],
+)
+def test_settings_that_make_no_sense(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        demo.Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["demo"], ["check-cuda"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, "--help"])
+    shown = capsys.readouterr().out
+    assert "examples:" in shown and "Exit code 1 if" in shown and "Exit code 2 without" in shown
+
+
+# ------------------------------------------------------------------------------------ on the device
+
+
+@pytest.fixture(scope="module")
+def check() -> cuda_check.Check:
+    settings = cuda_check.settings_of("cpu", quick=True)
+    told: list[str] = []
+    found = cuda_check.run(settings, told.append)
+    assert len(told) == settings.phases
+    return found
+
+
+def test_the_check_measures_every_method(check: cuda_check.Check) -> None:
+    eager, keep_all, *planned = check.rows
+    assert [r.method for r in check.rows] == ["eager", "keep_all", "plan 50%", "plan least"]
+    assert eager.time_ratio == 1.0 and eager.predicted_bytes is None
+    for row in (keep_all, *planned):
+        assert row.allocated_bytes == row.predicted_bytes
+        assert row.grad_rel_err == 0.0 == row.eager_rel_err
+        assert row.deterministic_equal is True
+    assert all(r.allocated_bytes <= (r.budget_bytes or 0) < eager.allocated_bytes for r in planned)
+    assert check.failures() == []
+
+
+def test_nothing_recomputed_calls_the_same_ops(check: cuda_check.Check) -> None:
+    """All but batch norm, whose running statistics are copied in once instead of updated in the kernel."""
+    differ = check.rows[1].kernels_differ
+    assert differ is not None
+    norms = differ.pop("aten._native_batch_norm_legit_functional")
+    assert differ.pop("aten.native_batch_norm") == -norms
+    assert differ.pop("aten.copy") == 3 * norms
+    assert differ == {}
+
+
+def test_lines_of_json(check: cuda_check.Check, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cuda.jsonl"
+    check.append_to(path)
+    check.append_to(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2 * len(check.rows)
+    asked = {"gpu", "driver", "torch", "commit", "date", "model", "batch", "method", "budget_bytes"}
+    asked |= {"allocated_bytes", "reserved_bytes", "predicted_bytes", "step_s", "grad_rel_err"}
+    assert all(asked <= line.keys() for line in lines)
+    assert lines[0]["reserved_bytes"] is None and lines[2]["allocated_bytes"] > 0
+    assert "plan least" in str(check)
+
+
+def test_the_check_fails_on_what_it_should(check: cuda_check.Check) -> None:
+    row = check.rows[2]
+    assert row.budget_bytes is not None and row.predicted_bytes is not None
+    over = dataclasses.replace(row, budget_bytes=row.allocated_bytes - 1)
+    wrong = dataclasses.replace(row, predicted_bytes=row.allocated_bytes // 2)
+    unequal = dataclasses.replace(row, deterministic_equal=False, grad_rel_err=1e-3, eager_rel_err=1e-6)
+    noisy = dataclasses.replace(unequal, grad_rel_err=1e-7)
+    assert "over the budget" in over.failures()[0]
+    assert "predicted" in wrong.failures()[0]
+    assert "gradients differ" in unequal.failures()[0]
+    assert noisy.failures() == []
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["check-cuda"]) == CANNOT
+    assert "there is no CUDA device" in capsys.readouterr().err
+    with pytest.raises(PlannerError, match="GPU"):
+        cuda_check.settings_of("cuda:0")
+
+
+# -------------------------------------------------------------------------------------------- trials
+
+
+def test_a_race_times_and_trains() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.weight * x).square().mean()
+
+    ticks = iter([5.0, 5.0, 1.0, 3.0, 2.0, 4.0])  # the first turn is not timed; who starts alternates
+    ran = race(
+        [Scaled(), Scaled()], (torch.ones(4),), steps=3, clock=lambda work, _: (work(), next(ticks))[1]
+    )
+    assert ran.losses[0] == ran.losses[1]
+    assert ran.losses[0][0] > ran.losses[0][1] > ran.losses[0][2]
+    assert ran.step_s == (2.5, 2.5)
+    assert ran.ratios == ((1 / 3 + 4 / 2) / 2,)
+
+
+def test_seconds_are_of_the_work() -> None:
+    done: list[int] = []
+    assert 0 <= seconds_of(lambda: done.append(1), torch.device("cpu")) < 1.0
+    assert done == [1]
