@@ -83,9 +83,8 @@ def turn_of(plan: Plan) -> int | None:
 
 
 def peak_place(plan: Plan) -> str:
-    """The op at the peak, and its module where that is one of the forward's."""
-    module = next((p.module for p in plan.placements if p.name == plan.peak_op), "")
-    return f"{plan.peak_op} in {module}" if module else plan.peak_op
+    """The op at the peak, and the module it works for."""
+    return f"{plan.peak_op} in {plan.peak_module}" if plan.peak_module else plan.peak_op
 
 
 def picture_title(plan: Plan) -> str:

@@ -8,6 +8,7 @@ layer and, within a layer, by what happens to them.
 
 from __future__ import annotations
 
+import dataclasses
 import html as markup
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -23,9 +24,10 @@ from planner.units import ByteUnit, gb_text, label, seconds_text
 if TYPE_CHECKING:
     import pandas
 
+    from planner.frontier import Frontier
     from planner.plan import Plan
 
-__all__ = ["dataframe", "html", "summary"]
+__all__ = ["dataframe", "frontier_dataframe", "html", "summary"]
 
 _TEXT_ROWS = 16
 _HTML_ROWS = 40
@@ -152,10 +154,7 @@ def dataframe(plan: Plan) -> pandas.DataFrame:
     adds up to ``plan.recompute_s``), ``times_recomputed``, ``layer``.  Raises ``PlannerError`` without
     pandas.
     """
-    try:
-        import pandas as pd
-    except ImportError:
-        raise PlannerError("to_dataframe needs pandas: pip install 'rematplan[notebooks]'") from None
+    pd = _pandas()
     layer = {p.module: layer.path or ROOT for layer in layers_of(plan) for p in layer.placements}
     seconds = recompute_seconds(plan)
     columns = ("name", "module", "op", "bytes", "decision", "recompute_s", "times_recomputed", "layer")
@@ -163,7 +162,22 @@ def dataframe(plan: Plan) -> pandas.DataFrame:
         (p.name, p.module, p.op, p.bytes, p.decision, s, p.times_recomputed, layer[p.module])
         for p, s in zip(plan.placements, seconds, strict=True)
     ]
-    return pd.DataFrame.from_records(records, columns=list(columns))
+    frame: pandas.DataFrame = pd.DataFrame.from_records(records, columns=list(columns))
+    return frame
+
+
+def frontier_dataframe(frontier: Frontier) -> pandas.DataFrame:
+    """One row per budget: ``budget_bytes``, ``peak_bytes``, ``overhead``, ``overhead_bound``, ``status``."""
+    frame: pandas.DataFrame = _pandas().DataFrame([dataclasses.asdict(point) for point in frontier.points])
+    return frame
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise PlannerError("to_dataframe needs pandas: pip install 'rematplan[notebooks]'") from None
+    return pandas
 
 
 # -- HTML -----------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ class Frontier:
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per budget (needs pandas)."""
-        import pandas as pd
+        from planner.display import frontier_dataframe
 
-        return pd.DataFrame([p.__dict__ for p in self.points])
+        return frontier_dataframe(self)
 
     def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Overhead against budget with the proved bound as a band (needs matplotlib)."""

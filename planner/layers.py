@@ -81,17 +81,13 @@ def recompute_seconds(plan: Plan) -> tuple[float, ...]:
 
     They add up to ``plan.recompute_s``.
     """
-    named = frozenset(plan.sequence)  # the output of a call with one output has the call's name
+    charged: set[str] = set()
     out: list[float] = []
-    call: tuple[str, str, float] | None = None
-    charged = False
     for p in plan.placements:
-        this = None if p.name in named else (p.module, p.op, p.seconds)
-        if this is None or this != call:
-            charged = False
-        call = this
-        out.append(0.0 if charged else p.seconds * p.times_recomputed)
-        charged = charged or p.times_recomputed > 0
+        call = p.call or p.name
+        out.append(0.0 if call in charged else p.seconds * p.times_recomputed)
+        if p.times_recomputed:
+            charged.add(call)
     return tuple(out)
 
 

@@ -44,6 +44,7 @@ class Placement:
                           "free": the backward never needs it.
     ``seconds``           of its op, once.
     ``times_recomputed``  how often its op runs beyond the first time.
+    ``call``              the op's name in ``Plan.sequence``; outputs of one call share it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Placement:
     decision: Decision
     seconds: float
     times_recomputed: int
+    call: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,7 @@ class Plan:
     ``recompute_flops``      extra FLOPs; ``step_flops`` those of the step when nothing is recomputed.
     ``step_s``               predicted seconds of the step when nothing is recomputed.
     ``floor_bytes``          proved: no plan has a lower peak.
+    ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
     ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
     """
 
@@ -99,6 +102,7 @@ class Plan:
     torch_version: str
     fingerprint: str
     peak_op: str
+    peak_module: str
     differentiated: tuple[int, ...]
     input_spec: Any
     known_minimum_bytes: int | None = None

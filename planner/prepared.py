@@ -20,7 +20,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, FrontierPoint
 from planner.guards import Expectation, expectation_of
 from planner.lifetimes import bytes_over_time, copies_of
-from planner.lowering import graph_costs, judge, lower, steps_of
+from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
 from planner.training_graph import TrainingGraph, training_graph
 from solvers import InfeasibleError, Problem, Solution, Timeline, minimum_peak, solve
@@ -272,17 +272,18 @@ class Prepared:
         assert costs is not None
         steps = steps_of(graph, problem, solution.schedule)
         timeline = judge(graph, problem, steps)
-        copies = copies_of(graph, problem, timeline)
+        executed = as_executed(graph, problem, steps)
+        copies = copies_of(graph, executed, timeline)
         resident = dataclasses.replace(
             self.resident, buffers_bytes=self.resident.buffers_bytes + self.constant_bytes
         )
-        by_kind = bytes_over_time(problem, timeline, copies, resident, self.tangent_bytes)
+        by_kind = bytes_over_time(executed, timeline, copies, resident, self.tangent_bytes)
         peak = timeline.peak_step
         breakdown = {kind: int(b[peak]) for kind, b in by_kind.items()}
-        peak_op = graph.ops[steps[peak]].name
+        peak_op, peak_module = graph.ops[steps[peak]].name, graph.ops[steps[peak]].module
         if self.optimizer_step_bytes > timeline.peak_bytes:
             breakdown = self._optimizer_breakdown(breakdown)
-            peak_op = "optimizer.step"
+            peak_op, peak_module = "optimizer.step", ""
         total = problem.total_seconds
         flops = [costs.flops.get(op.name, 0) for op in graph.ops]
         template = self.joint.template
@@ -314,6 +315,7 @@ class Prepared:
             torch_version=torch.__version__,
             fingerprint=self.fingerprint,
             peak_op=peak_op,
+            peak_module=peak_module,
             differentiated=tuple(i for i, leaf in enumerate(template.leaves) if leaf.differentiated),
             input_spec=self.joint.inputs,
             _prepared=self,
@@ -350,7 +352,9 @@ class Prepared:
             decision: Decision = "recompute" if v in reborn else "save" if v in crosses else "free"
             seconds = costs.seconds[op.name]
             again = runs[value.producer] - 1 if v in reborn else 0
-            out.append(Placement(value.name, value.module, op.target, value.bytes, decision, seconds, again))
+            out.append(
+                Placement(value.name, value.module, op.target, value.bytes, decision, seconds, again, op.name)
+            )
         return tuple(out)
 
 

@@ -115,10 +115,12 @@ def _read(record: dict[str, Any]) -> Plan:
 
 
 def _placement(row: list[Any]) -> Placement:
-    name, module, op, size, decision, seconds, times = row
+    name, module, op, size, decision, seconds, times, call = row
     if decision not in ("save", "recompute", "free"):
         raise ValueError(f"placement of {name!r} is {decision!r}")
-    return Placement(str(name), str(module), str(op), int(size), decision, float(seconds), int(times))
+    return Placement(
+        str(name), str(module), str(op), int(size), decision, float(seconds), int(times), str(call)
+    )
 
 
 def _plain(value: Any) -> Any:

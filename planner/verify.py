@@ -57,9 +57,11 @@ class Report:
         state = f" + {held / mb:.3f} of optimizer state" if held else ""
         return (
             f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
-            f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted{state}; "
-            f"budget {self.budget_bytes / mb:.3f}; {self.eager_peak_bytes / mb:.3f} without the plan\n"
-            f"extra FLOPs {self.recompute_flops:.4g} counted, {self.predicted_recompute_flops:.4g} predicted"
+            f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
+            f"{state}; budget {self.budget_bytes / mb:.3f}; "
+            f"{self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"extra FLOPs {self.recompute_flops:.4g} counted, "
+            f"{self.predicted_recompute_flops:.4g} predicted"
         )
 
 

@@ -86,6 +86,7 @@ def made_plan(placements: list[Placement], **changes: object) -> Plan:
         "torch_version": "0.0",
         "fingerprint": "0" * 64,
         "peak_op": sequence[peak],
+        "peak_module": next((p.module for p in placements if p.name == sequence[peak]), ""),
         "differentiated": (),
         "input_spec": None,
     }
@@ -182,7 +183,7 @@ def test_looking_never_solves() -> None:
 
 
 def test_the_peak_names_the_module_of_a_forward_op() -> None:
-    plan = made_plan(stack(2), peak_op="v1_1")
+    plan = made_plan(stack(2), peak_op="v1_1", peak_module="net.h.1.mlp")
     assert "At the peak, v1_1 in net.h.1.mlp:" in plan.summary()
 
 

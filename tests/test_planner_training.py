@@ -78,6 +78,7 @@ class Subject:
         assert peak_bytes == plan.peak_bytes
         assert flops - self.eager_flops == plan.recompute_flops
         assert sum(plan.breakdown.values()) == plan.peak_bytes
+        assert (sum(plan.timeline_by_kind.values()) == plan.timeline).all()
         assert plan.overhead_bound <= plan.overhead
 
 
