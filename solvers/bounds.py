@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -137,7 +138,7 @@ def pressure_instants(problem: Problem, count: int) -> list[int]:
         for t in facts.backward:
             need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
     edges = np.unique(np.linspace(start, n, count + 1).astype(int))
-    return [int(a + need[a:b].argmax()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [int(a + need[a:b].argmax()) for a, b in pairwise(edges)]
 
 
 def least_recompute(
@@ -178,7 +179,7 @@ class _Instant:
         while stack:
             for v in problem.counted_inputs[stack.pop()]:
                 p = problem.values[v].producer
-                if p < t and v not in resident and not problem.values[v].final:
+                if p is not None and p < t and v not in resident and not problem.values[v].final:
                     resident[v] = lp.column()
                     if problem.ops[p].recomputable and p not in again:
                         again.add(p)

@@ -98,28 +98,24 @@ class LinearProgram:
         relax: bool = False,
         absolute_gap: float | None = None,
         relative_gap: float | None = None,
-        node_limit: int | None = None,
-        method: str | None = None,
+        fixed: dict[int, float] | None = None,
         seed: int = 0,
     ) -> LinearAnswer:
         """Hand the program to HiGHS.
 
         ``relax`` drops integrality; ``absolute_gap`` and ``relative_gap`` stop a search that
         close to its bound (HiGHS stops at 1e-4 relative unless told otherwise);
-        ``method`` is HiGHS's ``solver`` option for linear programs ("simplex", "ipm").
+        ``fixed`` pins columns to values, for this solve only.
         """
         if not self.cost:
             return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
-        model = mathopt.Model.from_model_proto(self._proto(relax))
+        model = mathopt.Model.from_model_proto(self._proto(relax, fixed or {}))
         parameters = mathopt.SolveParameters(
             time_limit=timedelta(seconds=max(time_limit_s, 0.01)),
             random_seed=seed,
             absolute_gap_tolerance=absolute_gap,
             relative_gap_tolerance=relative_gap,
-            node_limit=node_limit,
         )
-        if method is not None:
-            parameters.highs.string_options["solver"] = method
         result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
         if reason == mathopt.TerminationReason.INFEASIBLE:
@@ -132,12 +128,12 @@ class LinearProgram:
         bound = result.termination.objective_bounds.dual_bound
         return LinearAnswer(x, objective, bound, reason in _PROVED, False)
 
-    def _proto(self, relax: bool) -> model_pb2.ModelProto:
+    def _proto(self, relax: bool, fixed: dict[int, float]) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()
         n, m = len(self.cost), self.rows
         proto.variables.ids.extend(range(n))
-        proto.variables.lower_bounds.extend(self.lower)
-        proto.variables.upper_bounds.extend(self.upper)
+        proto.variables.lower_bounds.extend(fixed.get(c, low) for c, low in enumerate(self.lower))
+        proto.variables.upper_bounds.extend(fixed.get(c, high) for c, high in enumerate(self.upper))
         proto.variables.integers.extend([False] * n if relax else self.integer)
         priced = np.flatnonzero(self.cost)
         proto.objective.linear_coefficients.ids.extend(priced.tolist())

@@ -24,6 +24,7 @@ what comes after were a backward.  Backward ops are never recomputed.
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from solvers.simulate import simulate_steps
 from solvers.solution import InfeasibleError, Solution, solution_of
 from solvers.staged_emit import in_template_order, just_in_time, trim
 from solvers.staged_program import Choice, StagedProgram
+from solvers.staged_search import encode, pinned_outside
 from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly, cut_finely
 
 __all__ = ["minimum_peak", "solve"]
@@ -44,8 +46,12 @@ log = logging.getLogger(__name__)
 # A plan this close to the bound, in units of step time, is not worth more search.
 CLOSE_ENOUGH = 5e-4
 MIP_GAP = 2e-4
+# Seconds for one stretch of the large-neighbourhood search.
+STRETCH_S = 2.0
 # Ways to cut that are always tried; the finer ones after them only while nothing fits.
 USUAL_CUTS = 4
+# The rest of the time is for large-neighbourhood search.
+BRANCHING_SHARE = 0.5
 RETARGETS = 4
 THRESHOLDS = (0.5, 0.3, 0.7, 0.9, 0.1)
 
@@ -108,6 +114,8 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
     if not search.fits:
         search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.2 * time_limit_s)
         _run_portfolio(search, seed)
+        if search.fits:
+            _improve(search, seed)
     return solution_of(
         problem,
         Schedule.of(problem, search.steps),
@@ -147,17 +155,8 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
 
 def _portfolio(problem: Problem) -> Iterator[Stages]:
     """Ways to cut: by layers and evenly, from the narrowest window to the widest."""
-    n = len(problem)
-    turns = [problem.turn] if problem.turn is not None else [n // 2, n // 4, 3 * n // 4]
-    for turn in turns:
-        facts = Facts.of(replace(problem, turn=turn))
-        length = n - turn
-        if not length or not facts.decided:
-            continue
-        layers = len({problem.ops[t].group for t in facts.backward})
-        layers = min(layers, length // 4) if layers > 3 else min(24, length // 8)
-        layers = max(2, layers)
-        layer = length / layers
+    for facts, layer in _as_training(problem):
+        layers = round(len(facts.backward) / layer)
         grouped = cut_by_groups(facts, max(2, int(layer / 2)))
         for first, window in (
             (grouped if len(grouped) > 3 else cut_evenly(facts, layers), 0),
@@ -166,9 +165,21 @@ def _portfolio(problem: Problem) -> Iterator[Stages]:
             (cut_evenly(facts, layers), int(3 * layer)),
             (cut_finely(facts), int(1.1 * layer)),
             (cut_finely(facts), int(3 * layer)),
-            (cut_finely(facts), length),
+            (cut_finely(facts), len(facts.backward)),
         ):
             yield Stages(facts, first, window)
+
+
+def _as_training(problem: Problem) -> Iterator[tuple[Facts, float]]:
+    """The facts of the problem and the backward ops per layer; without a turn, for a few turns tried."""
+    n = len(problem)
+    for turn in [problem.turn] if problem.turn is not None else [n // 2, n // 4, 3 * n // 4]:
+        facts = Facts.of(replace(problem, turn=turn))
+        length = n - turn
+        if length and facts.decided:
+            labels = len({problem.ops[t].group for t in facts.backward})
+            layers = min(labels, length // 4) if labels > 3 else min(24, length // 8)
+            yield facts, length / max(2, layers)
 
 
 def _run_portfolio(search: _Search, seed: int) -> None:
@@ -185,12 +196,56 @@ def _run_portfolio(search: _Search, seed: int) -> None:
             ranked.append((relaxed_s, program))
     # The wider a program's choice the lower its relaxation, but the harder its search: narrow ones go
     # first with a short slice, and each later one is skipped if even its relaxation cannot win.
+    end = time.perf_counter() + BRANCHING_SHARE * search.left_s
     for k, (relaxed_s, program) in enumerate(ranked):
-        if search.done:
+        left_s = (search.deadline if not search.fits else end) - time.perf_counter()
+        if search.done or left_s <= 0:
             return
         worthwhile = relaxed_s < search.recompute_s - CLOSE_ENOUGH * search.problem.total_seconds
         if worthwhile or not search.fits:
-            _branch(search, program, search.left_s / min(2, len(ranked) - k), seed)
+            _branch(search, program, left_s / min(2, len(ranked) - k), seed)
+
+
+def _improve(search: _Search, seed: int) -> None:
+    """Re-optimise stretches of the best plan in finer cuts, until a round of stretches gains nothing.
+
+    Stretches overlap by half, come in random order, and widen when a round brings nothing.
+    """
+    rng = random.Random(seed)
+    for facts, layer in _as_training(search.problem):
+        length = len(facts.backward)
+        stages = Stages(facts, cut_evenly(facts, round(2 * length / layer)), int(3 * layer))
+        program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
+        program.add_first_rows()
+        width = max(2, round(0.4 * len(stages)))
+        while width < 2 * len(stages) and not search.done:
+            starts = list(range(-(width // 2), len(stages), max(1, width // 2)))
+            rng.shuffle(starts)
+            before = search.recompute_s
+            for begin in starts:
+                if search.done:
+                    return
+                _reoptimise(search, program, range(begin, begin + width), seed)
+            if search.recompute_s >= before:
+                width *= 2
+        log.debug("%r: re-optimised, best %.6g s, %.2f s left", program, search.recompute_s, search.left_s)
+
+
+def _reoptimise(search: _Search, program: StagedProgram, stretch: range, seed: int) -> None:
+    """Solve ``stretch`` with everything else pinned to the best plan; rows are added while it helps."""
+    pinned = pinned_outside(program, encode(program, search.steps), stretch)
+    gap = MIP_GAP * search.problem.total_seconds / program.seconds_scale
+    end = time.perf_counter() + min(STRETCH_S, search.left_s)
+    for _ in range(3):
+        left_s = end - time.perf_counter()
+        if left_s <= 0.02:
+            return
+        answer = program.lp.solve(time_limit_s=0.95 * left_s, absolute_gap=gap, fixed=pinned, seed=seed)
+        if answer.x is None:
+            return
+        search.offer_choice(program.stages, program.choice(answer.x))
+        if not program.add_violated(answer.x):
+            return
 
 
 def _relax(search: _Search, program: StagedProgram, seed: int) -> float | None:
@@ -227,9 +282,10 @@ def _relax_once(search: _Search, program: StagedProgram, seed: int) -> tuple[flo
         answer = program.lp.solve(time_limit_s=search.left_s, relax=True, seed=seed)
         if answer.x is None:
             return None
-        if not program.add_violated(answer.x):
+        x = answer.x
+        if not program.add_violated(x):
             break
-    choices = dict.fromkeys(program.choice(answer.x, threshold) for threshold in THRESHOLDS)
+    choices = dict.fromkeys(program.choice(x, threshold) for threshold in THRESHOLDS)
     peaks = [search.offer_choice(program.stages, choice) for choice in choices if search.left_s > 0]
     return answer.objective * program.seconds_scale, min(peaks, default=0)
 

@@ -60,8 +60,8 @@ def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) ->
     while stack:
         i, pending = stack[-1]
         for v in pending:
-            if decided[v] and v not in resident:
-                p = problem.values[v].producer
+            p = problem.values[v].producer
+            if p is not None and decided[v] and v not in resident:
                 stack.append((p, iter(problem.counted_inputs[p])))
                 break
         else:

@@ -98,7 +98,9 @@ class StagedProgram:
             if not uses:
                 continue
             last = max(uses)
-            events = set(uses) | {g for g in made.get(problem.values[v].producer, ()) if g <= last}
+            p = problem.values[v].producer
+            again = made.get(p, ()) if p is not None else ()
+            events = set(uses) | {g for g in again if g <= last}
             self.resident[v] = {g: lp.column() for g in sorted(events)}
 
     def _add_logic(self) -> None:

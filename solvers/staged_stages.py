@@ -55,11 +55,8 @@ class Facts:
             p, readers = value.producer, problem.consumers[v]
             if p is None:
                 continue
-            if p < turn and not value.final and readers and readers[-1] >= turn:
-                # A value that no backward op reads can still be an ancestor of a recomputation.
-                is_decided[v] = True
-            elif p < turn and not value.final:
-                is_decided[v] = bool(readers)
+            # A value that no backward op reads can still be an ancestor of a recomputation.
+            is_decided[v] = p < turn and not value.final and bool(readers)
             last = n - 1 if value.final else (readers[-1] if readers else p)
             if is_decided[v]:
                 forward_use[v] = max((c for c in readers if c < turn), default=p)
@@ -144,8 +141,8 @@ class Stages:
         self.stage_of = np.zeros(len(facts.problem), dtype=int)
         for start in first[1:]:
             self.stage_of[start:] += 1
-        start = np.asarray(first)
-        self._nearest = np.minimum(np.searchsorted(start, start - window), np.arange(len(first)))
+        starts = np.asarray(first)
+        self._nearest = np.minimum(np.searchsorted(starts, starts - window), np.arange(len(first)))
         self.allowed = self._allowed()
         self.template = self._templates()
         self.slot = [{i: s for s, i in enumerate(row)} for row in self.template]
@@ -212,7 +209,7 @@ def emit_needed(
         i, pending = stack[-1]
         for v in pending:
             p = problem.values[v].producer
-            if decided[v] and p in runnable and p not in placed:
+            if p is not None and decided[v] and p in runnable and p not in placed:
                 placed.add(p)
                 stack.append((p, iter(problem.counted_inputs[p])))
                 break
