@@ -50,7 +50,8 @@ def _put_back(path: str, module: nn.Module, contents: dict[str, tuple[Any, Any]]
         if now is was and (held is None or _same_items(now, held)):
             continue
         counted = key in contents and type(now) in (int, float) and now != was
-        if counted or _holds_tensor(now):
+        listed = key == "_flat_weights" and isinstance(module, nn.RNNBase)  # the parameters once more
+        if not listed and (counted or _holds_tensor(now)):
             effects.append(f"{path}.{key}" if path else key)
         if key not in contents:
             del attributes[key]
@@ -70,10 +71,8 @@ def _same_items(now: Any, held: Any) -> bool:
 
 
 def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_tensor, value))
-    if isinstance(value, dict):
-        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_tensor, value.values() if isinstance(value, dict) else value))
     return isinstance(value, torch.Tensor)
 
 

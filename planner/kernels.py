@@ -42,7 +42,8 @@ def rng_state(device: str) -> torch.Tensor:
     """State of the device's default generator, as a CPU tensor of ``rng_state_bytes``."""
     if device.startswith("cuda"):
         return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state().clone()  # the copy is an op, so that memory meters see it
+    state = torch.get_rng_state()
+    return torch.ops.aten.lift_fresh.default(state)  # an op, so that memory meters see the new tensor
 
 
 def rng_state_bytes(device: str) -> int:
