@@ -48,10 +48,10 @@ CLOSE_ENOUGH = 5e-4
 MIP_GAP = 2e-4
 # Seconds for one stretch of the large-neighbourhood search.
 STRETCH_S = 2.0
-# Ways to cut that are always tried; the finer ones after them only while nothing fits.
+# How many of the ways to cut are tried first; the finer ones come when those have nothing left to give.
 USUAL_CUTS = 4
 # The rest of the time is for large-neighbourhood search.
-BRANCHING_SHARE = 0.5
+BRANCHING_SHARE = 0.35
 RETARGETS = 4
 THRESHOLDS = (0.5, 0.3, 0.7, 0.9, 0.1)
 
@@ -112,10 +112,12 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
         raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
     search = _Search(problem, budget_bytes, started + 0.97 * time_limit_s)
     if not search.fits:
-        search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.2 * time_limit_s)
-        _run_portfolio(search, seed)
-        if search.fits:
-            _improve(search, seed)
+        search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.15 * time_limit_s)
+        portfolio = list(_portfolio(problem))
+        for cuts, finely in ((portfolio[:USUAL_CUTS], False), (portfolio[USUAL_CUTS:], True)):
+            _run_portfolio(search, cuts, seed)
+            if search.fits:
+                _improve(search, finely, seed)
     return solution_of(
         problem,
         Schedule.of(problem, search.steps),
@@ -182,14 +184,12 @@ def _as_training(problem: Problem) -> Iterator[tuple[Facts, float]]:
             yield facts, length / max(2, layers)
 
 
-def _run_portfolio(search: _Search, seed: int) -> None:
+def _run_portfolio(search: _Search, cuts: list[Stages], seed: int) -> None:
     """Every program's relaxation first, rounded; then branching, the most promising programs first."""
     ranked: list[tuple[float, StagedProgram]] = []
-    for n, stages in enumerate(_portfolio(search.problem)):
+    for stages in cuts:
         if search.done:
             return
-        if n >= USUAL_CUTS and search.fits:
-            break
         program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
         relaxed_s = _relax(search, program, seed)
         if relaxed_s is not None:
@@ -206,7 +206,7 @@ def _run_portfolio(search: _Search, seed: int) -> None:
             _branch(search, program, left_s / min(2, len(ranked) - k), seed)
 
 
-def _improve(search: _Search, seed: int) -> None:
+def _improve(search: _Search, finely: bool, seed: int) -> None:
     """Re-optimise stretches of the best plan in finer cuts, until a round of stretches gains nothing.
 
     Stretches overlap by half, come in random order, and widen when a round brings nothing.
@@ -214,7 +214,8 @@ def _improve(search: _Search, seed: int) -> None:
     rng = random.Random(seed)
     for facts, layer in _as_training(search.problem):
         length = len(facts.backward)
-        stages = Stages(facts, cut_evenly(facts, round(2 * length / layer)), int(3 * layer))
+        first = cut_finely(facts) if finely else cut_evenly(facts, round(2 * length / layer))
+        stages = Stages(facts, first, int(3 * layer))
         program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
         program.add_first_rows()
         width = max(2, round(0.4 * len(stages)))
