@@ -20,11 +20,9 @@ fixed at those given; hooks that act on the side are not part of a graph and are
 from __future__ import annotations
 
 import contextlib
-import inspect
 import linecache
-import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,72 +32,14 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import FakeTensor, FakeTensorMode, descriptors, pytree
-from planner.effects import attributes_kept, hooks_on_submodules
+from planner.effects import attributes_kept, hooks_on_submodules, original_forward
 from planner.errors import PlannerError, TraceError
+from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
 
-__all__ = ["Inputs", "JointGraph", "Traced", "capture"]
-
-log = logging.getLogger(__name__)
+__all__ = ["JointGraph", "Traced", "capture"]
 
 LossFn = Callable[[Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of ``model.forward`` as flat leaves, with the way back."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: object) -> Inputs:
-        """A tuple is positional, a mapping is by keyword, a tensor is the one positional argument.
-
-        ``None`` takes ``model.dummy_inputs`` or ``model.example_input_array``.
-        """
-        if inputs is None:
-            for attribute in ("dummy_inputs", "example_input_array"):
-                inputs = getattr(model, attribute, None)
-                if inputs is not None:
-                    log.debug("inputs taken from %s.%s", type(model).__name__, attribute)
-                    break
-            else:
-                raise TypeError(
-                    f"plan() needs inputs for {type(model).__name__}: pass inputs=(x, ...) or "
-                    "inputs={'name': x, ...}, one batch of the size to plan for"
-                )
-        if isinstance(inputs, Inputs):
-            return inputs
-        if isinstance(inputs, torch.Tensor):
-            return cls((inputs,), {})
-        if isinstance(inputs, Mapping):
-            return cls((), {str(k): v for k, v in inputs.items()})
-        if isinstance(inputs, (tuple, list)):
-            return cls(tuple(inputs), {})
-        raise TypeError(
-            f"inputs is a {type(inputs).__name__}; pass a tuple of positional arguments or a dict of "
-            "keyword arguments for model.forward"
-        )
-
-    def check(self, model: nn.Module) -> None:
-        """``TypeError`` unless ``model.forward`` takes these arguments."""
-        signature = inspect.signature(model.forward)
-        try:
-            signature.bind(*self.args, **self.kwargs)
-        except TypeError as e:
-            raise TypeError(
-                f"inputs do not fit {type(model).__name__}.forward: {e}. It takes "
-                f"({', '.join(signature.parameters)})"
-            ) from None
-
-    def flatten(self) -> tuple[list[Any], Any]:
-        """Leaves and the pytree spec of ``(args, kwargs)``, keywords in alphabetical order."""
-        return pytree.tree_flatten((self.args, dict(sorted(self.kwargs.items()))))
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensor leaves, in order."""
-        return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -179,6 +119,8 @@ def capture(
 
     found: list[None] = []
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         attributes_kept(model) as effects,
         _compat.checkpoint_calls(lambda: found.append(None)),
         _explained(model, found),
@@ -256,7 +198,7 @@ class _Step(nn.Module):
         flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
-        output = torch.func.functional_call(self.model, after, args, kwargs)
+        output = _call(self.model, after, args, kwargs)
         self.template, leaves = template_of(type(self.model).__name__, output, self.used)
         kept = zip(leaves, self.template.leaves, strict=True)
         results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
@@ -271,6 +213,28 @@ class _Step(nn.Module):
                 )
             results.append(new.detach())
         return tuple(map(_apart, results))
+
+
+class _Bare(nn.Module):
+    """The model's own forward without the model's hooks, which go on firing around a planned step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with fx_traceback.annotate({"module": ""}):
+            return original_forward(self.model)(*args, **kwargs)
+
+
+def _call(
+    model: nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``model`` with ``state`` for its parameters and buffers; ``state`` then holds what it left there."""
+    named = {f"model.{name}": tensor for name, tensor in state.items()}
+    output = torch.func.functional_call(_Bare(model), named, args, kwargs)
+    state.update({name: named[f"model.{name}"] for name in state})
+    return output
 
 
 def _apart(tensor: torch.Tensor) -> torch.Tensor:
@@ -289,7 +253,7 @@ def _trace_loss(
     state = {n: _fake(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode:
-        output = torch.func.functional_call(model, state, args, kwargs)
+        output = _call(model, state, args, kwargs)
     template, tensors = template_of(type(model).__name__, output, None)
     inner = _Loss(template, loss_fn)
     leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
@@ -434,6 +398,8 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+        while open_contexts:  # an exception passed through the modules
+            open_contexts.pop().__exit__(None, None, None)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attributes_kept", "has_hooks", "hooks_on_submodules"]
+__all__ = ["attributes_kept", "has_hooks", "hooks_on_submodules", "original_forward"]
 
 _OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks are looked after elsewhere
 
@@ -76,6 +76,12 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def original_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's own forward, whether or not a plan stands in for it."""
+    forward: Callable[..., Any] = getattr(vars(model).get("forward"), "original", model.forward)
+    return forward
+
+
 def hooks_on_submodules(model: nn.Module) -> list[str]:
     """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
     return [name for name, module in model.named_modules() if name and has_hooks(module)]
@@ -84,8 +90,9 @@ def hooks_on_submodules(model: nn.Module) -> list[str]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
 
-    transformers' own recorders of hidden states and attentions are no such hooks: they act within
-    one forward of the model, so what they do is in the graph.
+    Two kinds that transformers sets are no such hooks, since what they do is in the graph: its recorders
+    of hidden states and attentions, and what makes embeddings require grad for checkpointing (it stays
+    when checkpointing is switched off).
     """
     kinds = (
         module._forward_hooks,
@@ -97,4 +104,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+    module, name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
+    return module != "transformers.utils.output_capturing" and (module, name) != (
+        "transformers.modeling_utils",
+        "make_inputs_require_grads",
+    )

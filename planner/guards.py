@@ -105,6 +105,12 @@ class Guard:
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
         self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
         self._tied = [(*self._slot(name), name, first) for name, first in expected.tied.items()]
+        known = {*expected.parameters, *expected.tied}
+        extra = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in known]
+        if extra:
+            raise StalePlanError(
+                f"{type(model).__name__} has {extra[0]!r}, which the plan does not know; make a new plan"
+            )
         self.tensors()
 
     def _slot(self, name: str) -> tuple[dict[str, Any], str]:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.capture import Inputs
 from planner.errors import PlannerError
 from planner.guards import Expectation, Guard
+from planner.inputs import Inputs
 from planner.outputs import OutputTemplate
 from planner.rewrite import Argument, Program
 
@@ -204,6 +204,10 @@ class PlannedForward:
         for name, tensor in self.step.program.constants.items():
             given[Argument("constant", name)] = tensor
         return given
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.original  # so that inspect.signature shows the model's own arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
         """A copied model is planned as the first one is, on its own parameters."""

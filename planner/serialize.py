@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from planner._compat import FakeTensorMode
-from planner.capture import Inputs
 from planner.errors import InvalidPlanFileError, PlannerError
+from planner.inputs import Inputs
 from planner.plan import Placement, Plan
 
 __all__ = ["FORMAT", "VERSION", "inputs_of", "load", "save"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from planner.capture import Inputs
 from planner.errors import PlannerError
+from planner.inputs import Inputs
 from planner.measure import Comparison, compare, run_step, step_flops, step_peak
 from planner.plan import Plan
 from planner.runtime import planned_forward_of
