@@ -26,8 +26,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from solvers.bounds import peak_floor, time_bound
 from solvers.problem import Problem
@@ -113,9 +114,9 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
     search = _Search(problem, budget_bytes, started + 0.97 * time_limit_s)
     if not search.fits:
         search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.15 * time_limit_s)
-        portfolio = list(_portfolio(problem))
-        for cuts, finely in ((portfolio[:USUAL_CUTS], False), (portfolio[USUAL_CUTS:], True)):
-            _run_portfolio(search, cuts, seed)
+        portfolio = _portfolio(problem)
+        for finely in (False, True):
+            _run_portfolio(search, portfolio if finely else islice(portfolio, USUAL_CUTS), seed)
             if search.fits:
                 _improve(search, finely, seed)
     return solution_of(
@@ -184,7 +185,7 @@ def _as_training(problem: Problem) -> Iterator[tuple[Facts, float]]:
             yield facts, length / max(2, layers)
 
 
-def _run_portfolio(search: _Search, cuts: list[Stages], seed: int) -> None:
+def _run_portfolio(search: _Search, cuts: Iterable[Stages], seed: int) -> None:
     """Every program's relaxation first, rounded; then branching, the most promising programs first."""
     ranked: list[tuple[float, StagedProgram]] = []
     for stages in cuts:
@@ -280,7 +281,7 @@ def _relax_once(search: _Search, program: StagedProgram, seed: int) -> tuple[flo
     for _ in range(10):
         if search.left_s <= 0:
             return None
-        answer = program.lp.solve(time_limit_s=search.left_s, relax=True, seed=seed)
+        answer = program.lp.solve(time_limit_s=min(search.left_s, 1e6), relax=True, seed=seed)
         if answer.x is None:
             return None
         x = answer.x
