@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -53,6 +53,8 @@ STRETCH_S = 2.0
 USUAL_CUTS = 4
 # The rest of the time is for large-neighbourhood search.
 BRANCHING_SHARE = 0.35
+# Above this many ops a stage per backward op makes programs too large to gain from.
+FINE_OPS = 2000
 RETARGETS = 4
 THRESHOLDS = (0.5, 0.3, 0.7, 0.9, 0.1)
 
@@ -68,6 +70,8 @@ class _Search:
     peak_bytes: int = 0
     recompute_s: float = 0.0
     bound_s: float = 0.0
+    # What the last program took to build and relax: another is not begun in less.
+    program_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.offer(list(range(len(self.problem))))
@@ -113,11 +117,14 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
         raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
     search = _Search(problem, budget_bytes, started + 0.97 * time_limit_s)
     if not search.fits:
-        search.bound_s = time_bound(problem, budget_bytes, time_limit_s=0.15 * time_limit_s)
         portfolio = _portfolio(problem)
-        for finely in (False, True):
-            _run_portfolio(search, portfolio if finely else islice(portfolio, USUAL_CUTS), seed)
-            if search.fits:
+        _run_portfolio(search, islice(portfolio, 1), seed)
+        search.bound_s = time_bound(
+            problem, budget_bytes, time_limit_s=max(0.1, min(0.15 * time_limit_s, search.left_s))
+        )
+        for finely in (False, True)[: 2 if len(problem) <= FINE_OPS else 1]:
+            _run_portfolio(search, portfolio if finely else islice(portfolio, USUAL_CUTS - 1), seed)
+            if search.fits and search.left_s > search.program_s:
                 _improve(search, finely, seed)
     return solution_of(
         problem,
@@ -185,14 +192,17 @@ def _as_training(problem: Problem) -> Iterator[tuple[Facts, float]]:
             yield facts, length / max(2, layers)
 
 
-def _run_portfolio(search: _Search, cuts: Iterable[Stages], seed: int) -> None:
+def _run_portfolio(search: _Search, cuts: Iterator[Stages], seed: int) -> None:
     """Every program's relaxation first, rounded; then branching, the most promising programs first."""
     ranked: list[tuple[float, StagedProgram]] = []
-    for stages in cuts:
-        if search.done:
-            return
+    while not search.done and search.left_s > search.program_s:
+        begun = time.perf_counter()
+        stages = next(iter(cuts), None)
+        if stages is None:
+            break
         program = StagedProgram(stages, search.budget_bytes - search.problem.resident_bytes)
         relaxed_s = _relax(search, program, seed)
+        search.program_s = time.perf_counter() - begun
         if relaxed_s is not None:
             ranked.append((relaxed_s, program))
     # The wider a program's choice the lower its relaxation, but the harder its search: narrow ones go
