@@ -209,6 +209,10 @@ class PlannedForward:
     def __wrapped__(self) -> Callable[..., Any]:
         return self.original  # so that inspect.signature shows the model's own arguments
 
+    @property
+    def __code__(self) -> Any:
+        return self.original.__code__  # torch.compile asks a GraphModule's forward for it
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
         """A copied model is planned as the first one is, on its own parameters."""
         model = memo.get(id(self.model)) or copy.deepcopy(self.model, memo)
