@@ -100,7 +100,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     head = (
-        "model", "method", "budget MB", "peak MB", "extra FLOPs", "by hand: 1", "step time", "planned", "bound",
+        "model", "method", "budget MB", "peak MB", "extra FLOPs", "of hand", "step time", "planned", "bound",
     )  # fmt: skip
     hand = {r["model"]: r["extra_flops"] for r in rows if r["method"] in ("HF flag", "blocks wrapped")}
     cells = []
