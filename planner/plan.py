@@ -257,7 +257,11 @@ class Plan:
                 if model is None:
                     raise PlannerError("this plan was read from a file; pass the model it is for")
                 prepared = prepare_for(self, model)
-            program = emit(prepared.graph, prepared.steps(self.sequence))
+            program = emit(
+                prepared.graph,
+                prepared.steps(self.sequence),
+                boundary=prepared.forward_steps(self.sequence),
+            )
             step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
             object.__setattr__(self, "_made_step", step)
         made: Step = self.__dict__["_made_step"]

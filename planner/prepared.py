@@ -169,6 +169,11 @@ class Prepared:
             raise StalePlanError(f"the plan runs {missing[0]!r}, which the captured step does not have")
         return [position[name] for name in sequence if name in position]
 
+    def forward_steps(self, sequence: Sequence[str]) -> int:
+        """How many leading names of ``sequence`` run in the forward, before the loss."""
+        phase = {op.name: op.phase for op in self.graph.ops}
+        return next((t for t, name in enumerate(sequence) if phase.get(name) != "forward"), len(sequence))
+
     # -- plans -------------------------------------------------------------------------------------
 
     def plan(
@@ -313,7 +318,7 @@ class Prepared:
             cost_source=costs.source,
             cost_device=costs.device,
             device=str(graph.device),
-            torch_version=torch.__version__,
+            torch_version=str(torch.__version__),
             fingerprint=self.fingerprint,
             peak_op=peak_op,
             peak_module=peak_module,

@@ -82,13 +82,18 @@ class Program:
         return "\n".join(parts)
 
 
-def emit(graph: TrainingGraph, steps: list[int], *, segments: int | None = None) -> Program:
+def emit(
+    graph: TrainingGraph, steps: list[int], *, boundary: int | None = None, segments: int | None = None
+) -> Program:
     """Generate the program of ``steps`` (op positions, as ``simulate`` judged them).
 
-    ``segments``: into how many parts to cut the backward at most; ``None`` chooses by gradient bytes.
+    ``boundary``: how many steps belong to the forward; ``None``: those before the first of another
+    phase, which is right where ``graph`` has the loss.  ``segments``: into how many parts to cut the
+    backward at most; ``None`` chooses by gradient bytes.
     """
     writer = _Writer(graph, replayed_states(graph, steps))
-    boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+    if boundary is None:
+        boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
     for t in range(boundary):
         writer.run(steps[t], steps[t - 1] if t else None)
     outputs = [writer.operand(n) for n in graph.outputs]

@@ -54,7 +54,7 @@ def save(plan: Plan, path: str | Path) -> None:
     spec = plan.input_spec
     record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record), encoding="utf-8")
+    partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -64,8 +64,8 @@ def load(path: str | Path) -> Plan:
     The plan can be looked at at once; ``rewrite(model)`` and ``apply(model)`` capture the model again.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:  # not text, not JSON, or nested beyond reading
         raise InvalidPlanFileError(f"{path} is not a plan: not JSON, or cut short ({e})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InvalidPlanFileError(f"{path} is not a plan: its 'format' is not {FORMAT!r}")
@@ -79,8 +79,12 @@ def load(path: str | Path) -> Plan:
         raise InvalidPlanFileError(f"{path} lacks {', '.join(map(repr, missing))}")
     try:
         return _read(record)
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as e:
         raise InvalidPlanFileError(f"{path} holds something a plan does not: {e}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _read(record: dict[str, Any]) -> Plan:
@@ -103,7 +107,9 @@ def _read(record: dict[str, Any]) -> Plan:
         raise ValueError(f"'timeline' has {len(arrays['timeline'])} entries for {length} steps")
     by_kind = {str(k): _unpack(v, length) for k, v in record["timeline_by_kind"].items()}
     placements = tuple(_placement(row) for row in record["placements"])
-    decode(record["inputs"], None)  # an input structure that cannot be rebuilt is found now
+    inputs = decode(record["inputs"], FakeTensorMode())  # one that cannot be rebuilt is found now
+    if not (isinstance(inputs, tuple) and list(map(type, inputs)) == [tuple, dict]):
+        raise ValueError("'inputs' are not positional and keyword arguments")
     return Plan(
         **plain,
         **arrays,
@@ -170,15 +176,13 @@ def encode(tree: Any) -> Any:
     )
 
 
-def decode(record: Any, mode: FakeTensorMode | None) -> Any:
-    """The inverse of ``encode``; tensors are fake ones of ``mode``, or ``None`` without a mode."""
+def decode(record: Any, mode: FakeTensorMode) -> Any:
+    """The inverse of ``encode``; tensors are fake ones of ``mode``."""
     ((kind, body),) = record.items()
     if kind == "tensor":
         shape, stride, dtype, device, requires_grad = body
         if not dtype.startswith("torch.") or not isinstance(getattr(torch, dtype[6:], None), torch.dtype):
             raise ValueError(f"an input has dtype {dtype!r}")
-        if mode is None:
-            return None
         with mode:
             empty = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype[6:]), device=device)
             return empty.requires_grad_(requires_grad)
