@@ -34,7 +34,7 @@ EXACT_OPS = 40
 # Up to this many ops it asks no other.
 ALONE_OPS = 16
 # On larger graphs ``auto`` asks no further method about a gap below this share of the step.
-CLOSE_ENOUGH = 5e-4
+CLOSE_ENOUGH = 1e-3
 # Share of the time that ``auto`` spends on the bound of a larger graph: it says when to stop.
 BOUND_SHARE = 0.25
 

@@ -45,7 +45,7 @@ __all__ = ["minimum_peak", "solve"]
 log = logging.getLogger(__name__)
 
 # A plan this close to the bound, in units of step time, is not worth more search.
-CLOSE_ENOUGH = 5e-4
+CLOSE_ENOUGH = 1e-3
 MIP_GAP = 2e-4
 # Seconds for one stretch of the large-neighbourhood search.
 STRETCH_S = 2.0
