@@ -88,7 +88,7 @@ def test_budget_that_is_no_number(budget: object) -> None:
 
 
 def test_budget_below_the_least_names_the_least_and_what_fills_it() -> None:
-    model, inputs = tiny.seeded(tiny.blocks), (torch.randn(64, 32),)
+    model, inputs = tiny.seeded(lambda: tiny.blocks(2)), (torch.randn(64, 32),)
     prepared = prepare(model, inputs, costs="roofline")
     with pytest.raises(InfeasibleBudgetError) as caught:
         prepared.plan_bytes(1000)
