@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m planner demo
 
 test: lint
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,15 @@ class OutputTemplate:
         return pytree.tree_unflatten(flat, self.spec)
 
 
+def register_dataclasses(tree: Any) -> None:
+    """Make plain dataclasses in ``tree`` containers that pytree looks into, as ``torch.export`` does."""
+    while kinds := {
+        type(x) for x in pytree.tree_leaves(tree) if dataclasses.is_dataclass(x) and not isinstance(x, type)
+    }:
+        for kind in kinds:
+            torch.export.register_dataclass(kind)
+
+
 def template_of(
     model_name: str, output: Any, used: frozenset[int] | None
 ) -> tuple[OutputTemplate, list[torch.Tensor]]:
@@ -50,6 +60,7 @@ def template_of(
     ``used``: indices of the tensors that are differentiated; ``None``: the loss if there is one, else
     all that require grad.  Raises ``TraceError`` for an object that no graph can carry.
     """
+    register_dataclasses(output)
     paths, spec = pytree.tree_flatten_with_path(output)
     names = ["output" + pytree.keystr(path) for path, _ in paths]
     flat = [leaf for _, leaf in paths]
@@ -57,7 +68,7 @@ def template_of(
         if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
             raise TraceError(
                 f"{model_name} returns a {type(leaf).__name__} at {name}, which a graph cannot carry; "
-                "return tensors in tuples, lists, dicts or dataclasses registered with pytree "
+                "return tensors in tuples, lists, dicts or dataclasses "
                 "(for Hugging Face models pass use_cache=False)"
             )
     is_tensor = [isinstance(leaf, torch.Tensor) for leaf in flat]

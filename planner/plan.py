@@ -123,13 +123,21 @@ class Plan:
     @property
     def minimum_peak_bytes(self) -> int:
         """The least peak for which a plan was found; solved for when first asked."""
-        if self.known_minimum_bytes is not None:
-            return self.known_minimum_bytes
+        known = self.minimum_if_known
+        if known is not None:
+            return known
         if self._prepared is None:
             raise PlannerError(
                 "this plan was read from a file that does not say its minimum; plan the model again"
             )
         return self._prepared.minimum_peak_bytes
+
+    @property
+    def minimum_if_known(self) -> int | None:
+        """``minimum_peak_bytes`` if it was solved for before, else ``None``; never solves."""
+        if self.known_minimum_bytes is not None or self._prepared is None:
+            return self.known_minimum_bytes
+        return self._prepared.__dict__.get("minimum_peak_bytes")
 
     # -- looking -----------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def save(plan: Plan, path: str | Path) -> None:
     record |= {name: getattr(plan, name).tolist() for name in _ARRAYS}
     record["timeline_by_kind"] = {k: _pack(v) for k, v in plan.timeline_by_kind.items()}
     record["placements"] = [list(dataclasses.astuple(p)) for p in plan.placements]
-    record["minimum_peak_bytes"] = plan.minimum_peak_bytes
+    record["minimum_peak_bytes"] = plan.minimum_if_known
     spec = plan.input_spec
     record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
     partial = path.with_name(path.name + ".partial")
@@ -116,8 +116,14 @@ def _read(record: dict[str, Any]) -> Plan:
         timeline_by_kind=by_kind,
         placements=placements,
         input_spec=record["inputs"],
-        known_minimum_bytes=int(record["minimum_peak_bytes"]),
+        known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
     )
+
+
+def _optional_int(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"'minimum_peak_bytes' is {value!r}, want an integer or null")
+    return value
 
 
 def _placement(row: list[Any]) -> Placement:

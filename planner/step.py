@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ._compat import pytree
 from .errors import PlannerError
+from .outputs import register_dataclasses
 
 __all__ = [
     "Forward",
@@ -42,6 +43,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
     if isinstance(tree, Mapping):  # a tokenizer's BatchEncoding is one that pytree does not know
         tree = list(tree.values())
+    register_dataclasses(tree)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -7,6 +7,7 @@ twin without a plan: outputs, their type, gradients, buffers, random state.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import resource
 from collections import namedtuple
 from collections.abc import Callable
@@ -519,3 +520,32 @@ def test_one_capture_serves_many_budgets() -> None:
     for solver in ("keep_all", "recompute_all", "sqrt"):
         module = prepared.plan_bytes(10**9, solver=solver).rewrite()
         tiny.assert_same_bits(tiny.run(module, inputs), tiny.run(twin, inputs))
+
+
+@dataclasses.dataclass
+class Answer:
+    """An output type that pytree does not know of."""
+
+    scores: Tensor
+    hidden: Tensor
+    note: str | None = None
+
+
+def test_plain_dataclass_outputs_keep_their_type() -> None:
+    def body(self: Any, h: Tensor, x: Tensor) -> Answer:
+        return Answer(h.relu(), h, "as it was")
+
+    model = Wrap(body)
+    plan = tiny.planned(model, torch.randn(4, 8), lambda out: out.scores.square().sum() + out.hidden.sum())
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 8)
+    plan.apply(model)
+    ours, theirs = model(x), twin(x)
+    assert type(ours) is Answer
+    assert ours.note == "as it was"
+    for out in (ours, theirs):
+        (out.scores.square().sum() + out.hidden.sum()).backward()
+    assert torch.equal(ours.scores, theirs.scores)
+    for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert p.grad is not None, name
+        assert torch.equal(p.grad, q.grad), name
