@@ -11,26 +11,48 @@ from typing import Any
 
 import torch
 
-__all__ = ["dropout_apply", "dropout_scale", "gradient_like", "replay", "rng_state", "rng_state_bytes"]
+__all__ = [
+    "dropout_apply",
+    "dropout_mask",
+    "dropout_mask_again",
+    "dropout_scale",
+    "gradient_like",
+    "replay",
+    "rng_state",
+    "rng_state_bytes",
+]
+
+
+def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """The draw of eager's dropout on the CPU, kept as booleans: ``True`` where ``x`` is kept."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p)
+
+
+def dropout_mask_again(state: torch.Tensor, device: str, x: torch.Tensor, p: float) -> torch.Tensor:
+    """The draw that ``dropout_mask`` made when the generator was at ``state``, which is then put back."""
+    mask: torch.Tensor = replay(state, device, dropout_mask, x, p)
+    return mask
 
 
 def dropout_apply(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """What dropout returns for this mask: ``x * mask * scale``, in its order of operations."""
+    """``x * mask * scale`` in eager's order of operations: dropout, and its gradient.
+
+    On the CPU, where products of mixed dtypes are slow, the mask is first cast into the result.
+    """
+    if x.device.type == "cpu":
+        return torch.empty_like(x).copy_(mask).mul_(scale).mul_(x)
     return x.mul(mask).mul_(scale)
 
 
-def dropout_scale(p: float, dtype: torch.dtype, device: str) -> tuple[float, bool]:
-    """What eager's dropout multiplies the kept values by, and whether ``native_dropout`` does the same.
+def dropout_scale(p: float, dtype: torch.dtype, device: str) -> float:
+    """What eager's dropout multiplies the kept values by.
 
     Eager has no fused dropout on the CPU: it divides a mask of the input's dtype by ``1 - p``, which
     rounds the factor to that dtype, while ``native_dropout`` multiplies by ``1 / (1 - p)``.
     """
-    fused = 1.0 / (1.0 - p)
     if device.startswith("cuda"):
-        return fused, True
-    scale = float(torch.ones((), dtype=dtype).div_(1.0 - p))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32  # what the kernel computes in
-    return scale, scale == float(torch.tensor(fused, dtype=wide))
+        return 1.0 / (1.0 - p)
+    return float(torch.ones((), dtype=dtype).div_(1.0 - p))
 
 
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

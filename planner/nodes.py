@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner import _compat
+from planner import _compat, kernels
 
 aten = torch.ops.aten
 
@@ -46,6 +46,8 @@ def argument(node: fx.Node, name: str) -> Any:
 
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws from a generator, by torch's own tag and its probability."""
+    if node.target is kernels.dropout_mask:
+        return True
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     certain = argument(node, "dropout_p") == 0 or argument(node, "p") == 0 or argument(node, "train") is False

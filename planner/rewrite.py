@@ -190,13 +190,16 @@ class _Writer:
         self.ran.add(index)
         drawn: fx.Node | None = node.meta.get("draw")
         just_drawn = previous is not None and self.source.ops[previous].node is drawn
-        if drawn is not None and node.meta["fused"] and just_drawn and drawn in self.current:
+        if drawn is not None and just_drawn and drawn in self.current:
             call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
         elif again and "rng_state" in node.meta:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
             state = self.operand(node.meta["rng_state"])
             device = str(self.source.device)
-            call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
+            if node.target is kernels.dropout_mask:  # as an argument, generated code could not name it
+                call = self._call(kernels.dropout_mask_again, (state, device, *args), kwargs, node, again)
+            else:
+                call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
         elif node.target is kernels.rng_state and index not in self.replayed:
             return
         else:

@@ -273,7 +273,7 @@ class _Table:
                 reads + self._state(node),
                 tuple(outputs),
                 recomputable=pinned is not None and node not in pinned and not mutates,
-                fused_with_previous=node.meta.get("fused", False),
+                fused_with_previous=draw is not None,
             )
         )
         if draw is not None:
