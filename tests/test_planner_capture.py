@@ -540,7 +540,10 @@ def test_plain_dataclass_outputs_keep_their_type() -> None:
     twin = copy.deepcopy(model)
     x = torch.randn(4, 8)
     plan.apply(model)
-    ours, theirs = model(x), twin(x)
+    torch.manual_seed(1)
+    ours = model(x)
+    torch.manual_seed(1)
+    theirs = twin(x)
     assert type(ours) is Answer
     assert ours.note == "as it was"
     for out in (ours, theirs):
