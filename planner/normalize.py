@@ -166,8 +166,10 @@ class Normalized:
         for user in list(mask.users):
             if user.target is not aten.native_dropout_backward.default:
                 continue
-            user.args = (*user.args[:2], scale)
-            if user.meta["val"].stride() == torch.empty_like(user.args[0].meta["val"]).stride():
+            gradient = user.args[0]
+            assert isinstance(gradient, fx.Node)
+            user.args = (gradient, mask, scale)
+            if user.meta["val"].stride() == torch.empty_like(gradient.meta["val"]).stride():
                 user.target = kernels.dropout_apply
         mask.replace_all_uses_with(draw)
         self.graph.erase_node(mask)
