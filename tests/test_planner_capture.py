@@ -224,8 +224,10 @@ def test_hugging_face_output_keeps_its_class_and_its_dict_form() -> None:
 
 
 def test_a_loss_outside_the_model() -> None:
+    labels = tiny.batch(labels=True)["labels"]
+
     def loss_fn(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, tiny.batch(labels=True)["labels"])
+        return F.cross_entropy(logits, labels)
 
     plan = tiny.assert_steps_equal(tiny.seeded(tiny.Mlp), tiny.batch(), loss_fn)
     assert any(name.startswith("loss/") for name in plan.sequence)
