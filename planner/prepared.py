@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -229,9 +230,10 @@ class Prepared:
             if budget_bytes < floor
             else f"none was found between the proved floor of {floor / 1e9:.4g} GB and there"
         )
+        enough_gb = math.ceil(need / 1e3) / 1e6  # rounded up: the number in the message works as a budget
         return InfeasibleBudgetError(
             f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-            f"with a plan is {need / 1e9:.6g} GB, and {decided}. In GB at that plan's peak: {parts}. Raise "
+            f"with a plan is {enough_gb:.6f} GB, and {decided}. In GB at that plan's peak: {parts}. Raise "
             "the budget, or make the batch smaller",
             budget_bytes=budget_bytes,
             minimum_bytes=need,
