@@ -11,6 +11,7 @@ Weakness: every solve is a cold start; MathOpt does not pass HiGHS a basis or an
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from datetime import timedelta
 import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
+from ortools.math_opt.python.errors import InternalMathOptError
 
 __all__ = ["LinearAnswer", "LinearProgram"]
+
+log = logging.getLogger(__name__)
 
 _PROVED = (mathopt.TerminationReason.OPTIMAL,)
 _HAS_POINT = (mathopt.TerminationReason.OPTIMAL, mathopt.TerminationReason.FEASIBLE)
@@ -40,6 +44,21 @@ class LinearAnswer:
         if self.infeasible:
             return "LinearAnswer(infeasible)"
         return f"LinearAnswer(objective {self.objective:.9g}, bound {self.bound:.9g}, optimal={self.optimal})"
+
+
+def _solved(model: mathopt.Model, parameters: mathopt.SolveParameters) -> mathopt.SolveResult | None:
+    """HiGHS's answer; ``None`` where it was cut by the clock at a point that MathOpt's own checks refuse.
+
+    MathOpt means that to be an ``InternalMathOptError``; its 9.15 fails with an ``AttributeError`` while it
+    translates the status, which then is the context.
+    """
+    try:
+        return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+    except (InternalMathOptError, AttributeError) as error:
+        if isinstance(error, AttributeError) and "[INTERNAL]" not in str(error.__context__):
+            raise
+        log.debug("HiGHS gave no usable answer: %s", error.__context__ or error)
+        return None
 
 
 class LinearProgram:
@@ -116,7 +135,9 @@ class LinearProgram:
             absolute_gap_tolerance=absolute_gap,
             relative_gap_tolerance=relative_gap,
         )
-        result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+        result = _solved(model, parameters)
+        if result is None:
+            return LinearAnswer(None, math.inf, -math.inf, False, False)
         reason = result.termination.reason
         if reason == mathopt.TerminationReason.INFEASIBLE:
             return LinearAnswer(None, math.inf, math.inf, False, True)

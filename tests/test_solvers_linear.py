@@ -1,0 +1,58 @@
+"""The door to HiGHS: what comes back when MathOpt itself fails."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from ortools.math_opt.python import mathopt
+from ortools.math_opt.python.errors import InternalMathOptError
+
+from solvers.linear import LinearProgram
+
+
+def program(cost: float = 1.0) -> LinearProgram:
+    """Minimise ``cost * x`` for 0.5 <= x."""
+    lp = LinearProgram()
+    x = lp.column(cost)
+    lp.row([x], [1.0], lower=0.5)
+    return lp
+
+
+def refused(words: str) -> Any:
+    """What OR-tools 9.15 does with a status of its C++ side."""
+
+    class StatusNotOk(Exception):
+        pass
+
+    def solve(*_: Any, **__: Any) -> None:
+        try:
+            raise StatusNotOk(words)
+        except StatusNotOk:
+            raise AttributeError("canonical_code") from None
+
+    return solve
+
+
+def test_an_answer_that_mathopt_refuses_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens to relaxations that the clock cuts; the search then goes on with what it has."""
+    assert program().solve(time_limit_s=1.0).objective == pytest.approx(0.5)
+    monkeypatch.setattr(mathopt, "solve", refused("basis is dual feasible, but the dual is not [INTERNAL]"))
+    answer = program().solve(time_limit_s=1.0)
+    assert answer.x is None and not answer.optimal and not answer.infeasible
+    assert (answer.objective, answer.bound) == (math.inf, -math.inf)
+
+
+def test_the_same_once_mathopt_reports_it_as_it_means_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solve(*_: Any, **__: Any) -> None:
+        raise InternalMathOptError("basis is dual feasible, but the dual is not")
+
+    monkeypatch.setattr(mathopt, "solve", solve)
+    assert program().solve(time_limit_s=1.0).x is None
+
+
+def test_any_other_status_stays_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathopt, "solve", refused("lower_bounds: NaN [INVALID_ARGUMENT]"))
+    with pytest.raises(AttributeError):
+        program().solve(time_limit_s=1.0)
