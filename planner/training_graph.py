@@ -16,6 +16,7 @@ from torch import fx
 
 from planner import _compat
 from planner.capture import JointGraph, Traced
+from planner.inplace import write_in_place
 from planner.nodes import is_mutation, module_of, roots_of, tensors_of
 from planner.normalize import Normalized, normalize
 
@@ -131,6 +132,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
     """
     step = normalize(joint.step)
     forward, backward = step.order()
+    write_in_place(backward, {*step.gradients.values(), *step.outputs})
     table = _Table(step.device())
     for node, (kind, name) in step.sources.items():
         table.add_source(node, kind, str(name))
@@ -244,6 +246,10 @@ class _Table:
         """Number the storages ``node`` makes; a node that makes none and changes none is a view."""
         module = module_of(node)
         self._module = self._module if module is None else module
+        over = node.meta.get("over")
+        if over is not None:  # the fake result, and every view of it, has a storage of its own
+            self._by_storage[_compat.storage_key(node.meta["val"])] = self.value_of[over]
+            self._keep.append(node.meta["val"])
         tensors = tensors_of(node)
         fresh = [t for t in tensors if _compat.storage_key(t) not in self._by_storage]  # storages new here
         mutates = is_mutation(node)
