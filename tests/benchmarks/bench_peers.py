@@ -11,7 +11,9 @@ below it down to the least feasible, and above it.  Writes ``results/peers.json`
 * wrapping every block is not dominated (ResNet, ConvNeXt): at its peak or below, a plan recomputes
   no more FLOPs.
 
-Peaks and FLOPs are exact.  Times are medians over a few turns on one thread, and carry noise.
+Peaks and FLOPs are exact.  Plans minimise roofline seconds, which are the same on every machine; with
+profiled ones (the default elsewhere) they recompute more FLOPs and fewer slow elementwise kernels where
+that is faster.  Times are medians over a few turns on one thread, and carry noise.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def _budgets(case: Peer) -> dict[str, int]:
 
 
 def _bench(name: str) -> list[dict[str, Any]]:
-    case = peer(name, costs="profile")
+    case = peer(name)
     hand = "blocks wrapped" if name in BLOCKS else "HF flag"
     plans = {k: case.plan(b, time_limit_s=SOLVE_S) for k, b in _budgets(case).items() if b > 0}
     runners = [copy.deepcopy(case.model), by_hand(case.case)]
