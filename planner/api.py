@@ -7,6 +7,7 @@ Each arrow is a function in the module named after its result; this one only cal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
@@ -47,7 +48,8 @@ def plan(
     ``optimizer``     an instance or a class; its state and its step's temporaries count.
     ``costs``         "profile": measure every distinct op on the device; "roofline": work it out from
                       FLOPs and bytes; "auto": profile where that is quick.
-    ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds the search.
+    ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds its search, and again the
+                      search for the least budget where this one turns out to be too low.
     ``progress``      called with the name of each phase as it starts.
 
     Planning allocates no activation memory, runs no forward and changes nothing of the model.
@@ -63,6 +65,7 @@ def plan(
             "size and pad to it, or plan once per size"
         )
     step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
+    step = dataclasses.replace(step, least_limit_s=time_limit_s)
     return step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress)
 
 

@@ -24,6 +24,7 @@ from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
 from planner.training_graph import TrainingGraph, training_graph
+from planner.units import bytes_text
 from solvers import InfeasibleError, Problem, Solution, Timeline, minimum_peak, solve
 from solvers.bounds import peak_floor
 
@@ -224,7 +225,8 @@ class Prepared:
         """The error for a budget that no plan fits, with the least that one does and what fills it."""
         least = self._plan_of(self.least)
         need, floor = max(least.peak_bytes, self.optimizer_step_bytes), self.floor_bytes
-        parts = ", ".join(f"{k.replace('_', ' ')} {b / 1e9:.4g}" for k, b in least.breakdown.items() if b)
+        largest = sorted(least.breakdown.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{k.replace('_', ' ')} {bytes_text(b)}" for k, b in largest if b > need / 1000)
         decided = (
             f"it is proved that none needs less than {floor / 1e9:.4g} GB"
             if budget_bytes < floor
@@ -233,8 +235,8 @@ class Prepared:
         enough_gb = math.ceil(need / 1e3) / 1e6  # rounded up: the number in the message works as a budget
         return InfeasibleBudgetError(
             f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-            f"with a plan is {enough_gb:.6f} GB, and {decided}. In GB at that plan's peak: {parts}. Raise "
-            "the budget, or make the batch smaller",
+            f"with a plan is {enough_gb:.6f} GB, and {decided}. At that plan's peak: {parts}. Raise the "
+            "budget, or make the batch smaller",
             budget_bytes=budget_bytes,
             minimum_bytes=need,
             floor_bytes=floor,

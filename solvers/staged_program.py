@@ -21,8 +21,9 @@ of the stage and last read directly at slot d is resident
     with the larger of P[k, g'] and the R of its readers still to come      after d
 
 so every slot's bytes are linear in the columns, with one extra column where a maximum has several
-terms.  Integral R force integral P (each P is only ever pushed up to a difference of R's), so R alone
-is declared integer.
+terms.  Integral R force integral P (each P is only ever pushed up to a difference of R's); P is declared
+integer all the same, since HiGHS otherwise polishes each incumbent with a second solve that it announces
+on standard output.
 
 Peaks sit inside bursts of recomputation: of the thousands of slots a few dozen bind, and
 ``violated`` finds them for a fractional or integral point in one vectorised pass.
@@ -101,7 +102,7 @@ class StagedProgram:
             p = problem.values[v].producer
             again = made.get(p, ()) if p is not None else ()
             events = set(uses) | {g for g in again if g <= last}
-            self.resident[v] = {g: lp.column() for g in sorted(events)}
+            self.resident[v] = {g: lp.column(integer=True) for g in sorted(events)}
 
     def _add_logic(self) -> None:
         problem, lp, turn = self.facts.problem, self.lp, self.facts.turn

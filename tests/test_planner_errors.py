@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
 from planner.prepared import prepare
+from planner.units import bytes_text
 from tests import tiny
 
 X = tiny.batch()["x"]
@@ -100,7 +101,7 @@ def test_budget_below_the_least_names_the_least_and_what_fills_it() -> None:
     message = str(error)
     (said,) = re.findall(r"The least budget with a plan is ([0-9.]+) GB", message)
     assert error.minimum_bytes <= float(said) * 1e9 < error.minimum_bytes + 1001 and "Sequential" in message
-    assert "1e-06 GB" in message and f"parameters {resident / 1e9:.4g}" in message
+    assert "1e-06 GB" in message and f"parameters {bytes_text(resident)}" in message
     assert "Raise the budget" in message
 
     plan = prepared.plan_bytes(error.minimum_bytes)
