@@ -202,6 +202,7 @@ class Normalized:
 
     def update_buffers(self) -> None:
         """Copy each buffer's new value into it, after the last forward op that reads the old one."""
+        self._update_running_stats_in_place()
         position = {n: i for i, n in enumerate(self.graph.nodes)}
         reach = self._reaches((*self.outputs, *self.mutations.values()))
         for name, new in self.mutations.items():
@@ -229,6 +230,34 @@ class Normalized:
             self.updates.append(update)
         self.mutations = {}
         self._sweep()
+
+    def _update_running_stats_in_place(self) -> None:
+        """Batch norm's first execution updates its buffers itself, as eager's does.
+
+        A further execution normalizes by the batch's statistics alone (``meta["again"]``), so they move
+        once per step.
+        """
+        functional = aten._native_batch_norm_legit_functional.default
+        names = {node: name for name, node in self.buffers.items()}
+        for node in self.graph.find_nodes(op="call_function", target=functional):
+            x, weight, bias, mean, var, training, momentum, eps = node.args
+            parts = {user.args[1]: user for user in node.users}
+            fits = all(
+                buffer in names
+                and self.mutations.get(names[buffer]) is parts.get(index)
+                and all(ignores_running_stats(u) for u in (*readers_of(buffer), *parts[index].users))
+                for buffer, index in ((mean, 3), (var, 4))
+            )
+            if training is not True or not fits:
+                continue
+            for buffer, index in ((mean, 3), (var, 4)):
+                parts[index].replace_all_uses_with(buffer)
+                del self.mutations[names[buffer]]
+                self.graph.erase_node(parts[index])
+            node.target = aten._native_batch_norm_legit.default
+            again = (aten._native_batch_norm_legit.no_stats, (x, weight, bias, True, momentum, eps))
+            node.meta = {**node.meta, "val": node.meta["val"][:3], "again": again}
+            self.updates.append(node)
 
     def _reaches(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Everything the targets are computed from, themselves included."""

@@ -202,6 +202,9 @@ class _Writer:
                 call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
         elif node.target is kernels.rng_state and index not in self.replayed:
             return
+        elif again and "again" in node.meta:
+            target, args = node.meta["again"]
+            call = self._call(target, fx.map_arg(args, self.operand), {}, node, again)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
             call = self._call(node.target, args, kwargs, node, again)

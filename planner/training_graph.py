@@ -278,7 +278,9 @@ class _Table:
                 self._module,
                 reads + self._state(node),
                 tuple(outputs),
-                recomputable=pinned is not None and node not in pinned and not mutates,
+                recomputable=pinned is not None
+                and node not in pinned
+                and (not mutates or "again" in node.meta),
                 fused_with_previous=draw is not None,
             )
         )
