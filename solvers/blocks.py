@@ -91,9 +91,20 @@ class Chain:
                 self.crossing[i].add(v)
             if any(r >= turn and self.block_of[r] < home for r in readers):
                 self.late[home].add(v)
+        ends = self.backward_ends
+        self._just_late = [
+            sum(
+                problem.values[v].bytes
+                for h in range(b + 1, blocks)
+                if ends[h] == ends[b + 1]
+                for v in self.late[h]
+            )
+            for b in range(blocks)
+        ]
         self._fixed_bytes()
         # What the loops below ask of each op: the forward values it reads and makes that are not held,
-        # its scratch, and the final values that it makes a second copy of when it runs again.
+        # its scratch, and the held values that it makes anew when it runs again: a second copy of a
+        # final one, and of a tiny one whose readers may all be done.
         sizes, held = [value.bytes for value in problem.values], self.held
         self._bytes = sizes
         self._reads = [
@@ -103,9 +114,7 @@ class Chain:
         self._makes = [tuple(v for v in op.outputs if v not in held) for op in problem.ops[:turn]]
         self._makes += [()] * (n - turn)
         self._scratch = [op.workspace_bytes for op in problem.ops[:turn]] + [0] * (n - turn)
-        self._second_copy = [
-            sum(sizes[v] for v in op.outputs if problem.values[v].final) for op in problem.ops[:turn]
-        ]
+        self._second_copy = [sum(sizes[v] for v in op.outputs if v in held) for op in problem.ops[:turn]]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -130,6 +139,7 @@ class Chain:
         """``fixed_live``, ``fixed_kept``: bytes no decision changes, during and after each op, shape (n,)."""
         problem, n, turn = self.problem, len(self.problem), self.starts[-1]
         live, kept = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
+        again_in = self._last_blocks_again()
         for v, value in enumerate(problem.values):
             if value.producer is None:
                 continue
@@ -138,8 +148,8 @@ class Chain:
             if value.producer < turn:
                 home = self.block_of[value.producer]
                 if v in self.held:
-                    # A forward op that reads it may run again until its block's backward is over.
-                    again = [self.block_of[r] for r in readers if r < turn and problem.ops[r].recomputable]
+                    # A forward op that reads it may run again until that block's backward is over.
+                    again = [again_in[r] for r in readers if r < turn and problem.ops[r].recomputable]
                     last = max(last, self.backward_ends[min(again)] - 1) if again else last
                 elif v in self.late[home]:
                     begin = self.backward_ends[home]
@@ -153,6 +163,17 @@ class Chain:
         scratch = np.array([op.workspace_bytes if t >= turn else 0 for t, op in enumerate(problem.ops)])
         self.fixed_live = np.cumsum(live)[:n] + scratch
         self.fixed_kept = np.cumsum(kept)[:n]
+
+    def _last_blocks_again(self) -> list[int]:
+        """For each op, the last block, so the earliest in the chain, in whose backward it may run again.
+
+        It is the op's own, unless the backward of an earlier one reads what the op leads to.
+        """
+        last = list(self.block_of)
+        for i in reversed(range(self.starts[-1])):
+            made = (v for v in self.problem.ops[i].outputs if v not in self.held)
+            last[i] = min([last[i], *(last[r] for v in made for r in self.problem.consumers[v])])
+        return last
 
     def prelude(self, i: int) -> range:
         """The backward ops with which the backward of block ``i`` begins that read no forward value.
@@ -169,7 +190,14 @@ class Chain:
 
     def fixed_after_prelude(self, i: int) -> int:
         """Bytes no decision changes, alive when the backward of block ``i`` needs its first forward value."""
-        return int(self.fixed_kept[self.prelude(i).stop - 1])
+        return self._fixed_before(self.prelude(i).stop, i)
+
+    def _fixed_before(self, t: int, b: int) -> int:
+        """Bytes no decision changes, alive between ops ``t - 1`` and ``t`` while blocks up to ``b`` are due.
+
+        Late values of the blocks after ``b`` are there, even those whose own backward has just ended.
+        """
+        return int(self.fixed_kept[t - 1]) + (self._just_late[b] if t == self.backward_ends[b + 1] else 0)
 
     @cached_property
     def common_bytes(self) -> np.ndarray:
@@ -247,7 +275,7 @@ class Chain:
 
         Also each step's fixed bytes.
         """
-        present, live, kept = set(at_hand), self.fixed_live, self.fixed_kept
+        present, live = set(at_hand), self.fixed_live
         steps: list[int] = []
         fixed: list[int] = []
 
@@ -255,7 +283,7 @@ class Chain:
             missing = [v for v in targets if v not in present and self._is_inner(v, a, b)]
             for op in self.closure(missing, present) if missing else ():
                 steps.append(op)
-                fixed.append(int(kept[before - 1]) + self._second_copy[op])
+                fixed.append(self._fixed_before(before, b) + self._second_copy[op])
                 present.update(self._makes[op])
 
         for t in range(begin, self.backward_ends[a]):
