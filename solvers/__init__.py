@@ -1,5 +1,6 @@
 """Rematerialization solvers over plain DAGs: numpy, networkx and OR-tools, never torch."""
 
+from solvers.files import read_problem, write_problem
 from solvers.problem import Op, Problem, ProblemError, Value
 from solvers.schedule import Schedule
 from solvers.simulate import InvalidScheduleError, Timeline, simulate
@@ -19,7 +20,9 @@ __all__ = [
     "Timeline",
     "Value",
     "minimum_peak",
+    "read_problem",
     "simulate",
     "solution_of",
     "solve",
+    "write_problem",
 ]
