@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.graphs [NAME ...]
 
-Each model is built under fake tensors in bfloat16 (no weights, no activations) and its training step,
+Each model is built with fake tensors in bfloat16 (no weights, no activations) and its training step,
 loss and backward included, goes through the planner's own capture: views folded onto storages, in-place
 backward, generator states of dropout, buffers updated once.  What comes out is the ``solvers.Problem``
 that ``planner.plan`` would solve, written to ``graphs/NAME.json.gz``; ``graphs/captured.json`` has what
@@ -113,7 +113,7 @@ def _llama_1b() -> Step:
 
 def _llama_7b() -> Step:
     return _llama(
-        1,
+        2,
         4096,
         vocab_size=32000,
         hidden_size=4096,
@@ -171,9 +171,7 @@ def _resnet50() -> Step:
 
 
 def _convnext_base() -> Step:
-    config = _hf().ConvNextConfig(
-        hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], drop_path_rate=0.5, num_labels=1000
-    )
+    config = _hf().ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=1000)
     return _hf().ConvNextForImageClassification(config), _images(64, 224)
 
 
@@ -264,7 +262,7 @@ def _densenet121() -> Step:
 class GRU(nn.Module):
     """Gated recurrent units (Cho et al., EMNLP 2014) unrolled in plain tensor code: one module, no layers."""
 
-    def __init__(self, words: int = 10000, width: int = 1024, layers: int = 2) -> None:
+    def __init__(self, words: int = 1000, width: int = 1024, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(words, width))
         self.input = nn.Parameter(torch.empty(layers, width, 3 * width))
@@ -294,7 +292,7 @@ GRAPHS: Mapping[str, Callable[[], Step]] = {
     "gpt2-medium-b16x1024": _gpt2_medium,
     "bert-large-b16x512": _bert_large,
     "llama-1b-b2x2048": _llama_1b,
-    "llama-7b-b1x4096": _llama_7b,
+    "llama-7b-b2x4096": _llama_7b,
     "vit-large-b64x224": _vit_large,
     "internvl2-1b-b2x1792": _internvl2_1b,
     "resnet50-b64x224": _resnet50,
@@ -310,16 +308,43 @@ GRAPHS: Mapping[str, Callable[[], Step]] = {
 # ----------------------------------------------------------------------------------------- capture
 
 
-def capture_problem(build: Callable[[], Step], name: str) -> Problem:
-    """The problem of one training step of what ``build`` makes, without memory, in bfloat16."""
+def without_memory(build: Callable[[], Step]) -> Step:
+    """What ``build`` makes, its tensors fake and in bfloat16.
+
+    It is built on the meta device first: some constructors read numbers from small tensors that they make
+    on the CPU, which fake tensors do not have.
+    """
+    from transformers.initialization import no_init_weights
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"), no_init_weights():
             model, inputs = build()
     finally:
         torch.set_default_dtype(before)
-    step = prepare(model.train(), inputs, costs="roofline")
+    made: dict[int, Tensor] = {}  # a tied parameter stays one
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+            buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+            for name, tensor in [*parameters, *buffers]:
+                setattr(module, name, fake(tensor))
+        return model.train(), {name: fake(tensor) for name, tensor in inputs.items()}
+
+
+def capture_problem(build: Callable[[], Step], name: str) -> Problem:
+    """The problem of one training step of what ``build`` makes, without memory, in bfloat16."""
+    model, inputs = without_memory(build)
+    step = prepare(model, inputs, costs="roofline")
     step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=ATTAINED_H100))
     return dataclasses.replace(step.problem, name=name)
 
