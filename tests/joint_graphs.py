@@ -1,48 +1,27 @@
-"""Joint training graphs as data: three traced from real models, and a generator of small random ones.
+"""Joint training graphs as data: six traced from real models, and a generator of small random ones.
 
-``tests/data/joint_*.json.gz`` hold a ``Problem`` each, by columns: ``ops`` is ``[name, inputs, outputs,
-seconds, group]`` per op, ``values`` is ``[bytes, producer or -1, final]`` per value, and ``turn``.  They
-were traced in bfloat16 under fake tensors with random weights, without dropout, views folded onto
-their base; seconds are a roofline of an 800 TFLOP/s, 4 TB/s device with 3 us a launch.
+``tests/data/joint_*.json.gz`` hold a ``Problem`` each.  They were traced in bfloat16 under fake tensors
+with random weights, without dropout, views folded onto their base; seconds are a roofline of an 800
+TFLOP/s, 4 TB/s device with 3 us a launch.  Ops of the backward run exactly once, as in the planner's
+problems.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
-from solvers import Op, Problem, Schedule, Value, simulate
+from solvers import Op, Problem, Schedule, Value, read_problem, simulate
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("bert-base-b16x256", "resnet50-b8x224", "unet-d4c64-b4x256")
+LARGE = ("gpt2-b8x512", "gpt2-medium-b16x1024", "internvl2-1b-2x1792")
 
 
 def load(name: str) -> Problem:
-    """The graph called ``name``, one of ``NAMES``."""
-    with gzip.open(DATA / f"joint_{name}.json.gz", "rt") as file:
-        data = json.load(file)
-    ops = tuple(
-        Op(op_name, tuple(inputs), tuple(outputs), seconds, group=group)
-        for op_name, inputs, outputs, seconds, group in data["ops"]
-    )
-    values = tuple(
-        Value(f"v{k}", size, None if producer < 0 else producer, bool(final))
-        for k, (size, producer, final) in enumerate(data["values"])
-    )
-    return Problem(ops, values, turn=data["turn"], name=name)
-
-
-def dump(problem: Problem, path: Path) -> None:
-    """The inverse of ``load``; the same problem gives the same bytes."""
-    data = {
-        "turn": problem.turn,
-        "ops": [[o.name, o.inputs, o.outputs, o.seconds, o.group] for o in problem.ops],
-        "values": [[v.bytes, -1 if v.producer is None else v.producer, int(v.final)] for v in problem.values],
-    }
-    text = json.dumps(data, separators=(",", ":")).encode()
-    path.write_bytes(gzip.compress(text, 9, mtime=0))
+    """The graph called ``name``, one of ``NAMES`` or ``LARGE``."""
+    return read_problem(DATA / f"joint_{name}.json.gz")
 
 
 def keep_all_peak(problem: Problem) -> int:
@@ -98,4 +77,5 @@ def random_training_graph(seed: int, layers: int = 5, width: int = 3) -> Problem
             if v in gradient:
                 (g,) = add(f"{name}_sum{v}", [gradient[v], g], [(values[v].bytes, False)], group)
             gradient[v] = g
+    ops[turn:] = [replace(op, recomputable=False) for op in ops[turn:]]
     return Problem(tuple(ops), tuple(values), turn=turn, name=f"random{seed}")
