@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test lint bench check-cuda venv clean
+.PHONY: demo test lint bench bench-solvers check-cuda venv clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -18,7 +18,11 @@ lint: $(VENV)/.ready
 	$(RUN) -m mypy
 
 bench: $(VENV)/.ready
-	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN) "$$script"; done
+	set -e; for name in overhead peers; do echo "== bench_$$name"; $(RUN) tests/benchmarks/bench_$$name.py; done
+
+# Hours for all graphs; goes on where it was broken off. BENCH="--graphs unet --budgets 0.5" for a part of it.
+bench-solvers: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_solvers $(BENCH)
 
 # The interpreter as it is, with the packages it has: machines with a GPU often have no network.
 check-cuda:

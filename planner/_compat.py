@@ -37,6 +37,7 @@ __all__ = [
     "TorchDispatchMode",
     "checkpoint_calls",
     "descriptors",
+    "dp_knapsack",
     "export_joint",
     "fake_mode_of",
     "foreach_takes_fakes",
@@ -146,3 +147,14 @@ def foreach_takes_fakes() -> Iterator[None]:
         yield
     finally:
         types.remove(FakeTensor)
+
+
+def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -> list[int]:
+    """Items that torch's partitioner would save under ``max_memory``; a yardstick for benchmarks.
+
+    ``memory`` and ``max_memory`` in units of what its memory budget is a fraction of, so about 1.
+    """
+    from torch._functorch._activation_checkpointing.knapsack import dp_knapsack as solve  # 2.6+
+
+    _, saved, _ = solve(memory, runtimes, max_memory)
+    return saved

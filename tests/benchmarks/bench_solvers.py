@@ -1,35 +1,238 @@
-"""The staged solver on the joint graphs of ``tests/data``: overhead, bound and seconds, as a table.
+"""Every solver's answer on real graphs at many budgets, beside what people do without a solver.
 
-python -m tests.benchmarks.bench_solvers [time_limit_s]
+    python -m tests.benchmarks.bench_solvers [--graphs NAME ...] [--budgets 0.5 floor+2% ...]
+                                             [--time-limit SECONDS] [--again] [--table-only]
+
+Graphs: training steps of real models at real sizes (``tests/benchmarks/graphs.py``), the six of an
+earlier prototype (``traced/...``) and random layered DAGs (``tests/benchmarks/layered.py``).
+
+Budgets.  Parameters, buffers and inputs are resident whatever is decided, so a budget is a share of what
+the step adds to them when nothing is recomputed: activations, gradients and held outputs at their peak.
+90, 70, 50, 40 and 35 %, and 2 % above the proved floor of those bytes; 90 and 80 % for layered DAGs, in
+the given order and in free order.  Budgets below the least that any plan was found for are left out.
+
+Each row is a process of its own (``tests/benchmarks/solver_jobs.py``).  Rows are written to
+``results/solvers.json`` as they come, each with the run it is from: commit, date, machine, versions.  A
+row that is there already for the same solvers and the same time limit is not computed again, so a run
+that was broken off goes on where it stopped.  ``results/solvers.md`` is made from the JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-from solvers import bounds, staged
-from tests.joint_graphs import NAMES, keep_all_peak, load
+from solvers import Problem
+from solvers.bounds import peak_floor
+from tests.benchmarks.solver_jobs import Job, free_order_is_there, graph_names, keep_all_bytes, load_graph
+from tests.benchmarks.solver_table import PROTOTYPE, markdown
 
-FRACTIONS = (0.9, 0.7, 0.5, 0.4)
+__all__ = ["jobs_of", "main"]
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results" / "solvers.json"
+TABLE = RESULTS.with_suffix(".md")
+
+SHARES = ("0.9", "0.7", "0.5", "0.4", "0.35")
+LAYERED_SHARES = ("0.9", "0.8")
+NEAR_FLOOR = "floor+2%"
+TRAINING_LIMIT_S = 30.0
+PACKAGES = ("numpy", "networkx", "ortools", "torch")
 
 
-def rows(time_limit_s: float) -> list[str]:
-    """One line per graph and budget; overheads are percent of the step's time without recomputation."""
-    lines = [f"{'graph':20} {'budget':>6} {'overhead %':>10} {'bound %':>8} {'seconds':>8}  status"]
-    for name in NAMES:
-        problem = load(name)
-        top, percent = keep_all_peak(problem), problem.total_seconds / 100
-        for fraction in FRACTIONS:
-            budget = round(fraction * top)
-            found = staged.solve(problem, budget, time_limit_s=time_limit_s)
-            proved = bounds.time_bound(problem, budget, time_limit_s=time_limit_s) - problem.total_seconds
-            overhead = found.recompute_seconds / percent if found.fits else float("nan")
-            lines.append(
-                f"{name:20} {fraction:6.2f} {overhead:10.2f} {proved / percent:8.2f} "
-                f"{found.solve_seconds:8.2f}  {found.status}"
-            )
-    return lines
+def time_limit_of(graph: str) -> float:
+    """Seconds that a solver has for one budget of ``graph``."""
+    if not graph.startswith("layered-"):
+        return TRAINING_LIMIT_S
+    return 60.0 if int(graph.split("-")[1]) <= 500 else 180.0
+
+
+def budget_bytes_of(label: str, graph: str, problem: Problem) -> int:
+    """Bytes of a budget by its label, ``resident_bytes`` included."""
+    resident = problem.resident_bytes
+    if label == NEAR_FLOOR:
+        return resident + -(-102 * (peak_floor(problem).bytes - resident) // 100)
+    return resident + round(float(label) * keep_all_bytes(graph, problem))
+
+
+def jobs_of(graph: str, problem: Problem, labels: Sequence[str], time_limit_s: float | None) -> list[Job]:
+    """The rows of one graph, the least budget first; ``labels`` empty means all of its kind.
+
+    Budgets below the proved floor are left out here; those below the least found, when it is known.
+    """
+    limit_s = time_limit_s or time_limit_of(graph)
+    layered = graph.startswith("layered-")
+    usual = LAYERED_SHARES if layered else (*SHARES, *_published(graph), NEAR_FLOOR)
+    jobs = [Job("least", graph, min(limit_s, TRAINING_LIMIT_S)), Job("baselines", graph, limit_s)]
+    floor = peak_floor(problem).bytes
+    for label in usual:
+        budget_bytes = budget_bytes_of(label, graph, problem)
+        if labels and label not in labels:
+            continue
+        if budget_bytes < floor:
+            continue
+        jobs.append(Job("greedy", graph, limit_s, label, budget_bytes))
+        jobs.append(Job("plan", graph, limit_s, label, budget_bytes))
+        if layered and free_order_is_there():
+            jobs.append(Job("plan", graph, limit_s, label, budget_bytes, "free"))
+    return jobs
+
+
+def _published(graph: str) -> list[str]:
+    """Shares at which the earlier prototype has a figure, beyond the usual ones."""
+    return [share for share in PROTOTYPE.get(graph, {}) if share not in SHARES]
+
+
+def computed(job: Job) -> dict[str, Any]:
+    """The row of ``job`` from a process of its own; what went wrong, if it did."""
+    command = [sys.executable, "-m", "tests.benchmarks.solver_jobs", json.dumps(asdict(job))]
+    most_s = 120 + 3 * job.time_limit_s
+    try:
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=most_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {**asdict(job), "status": "hung", "error": f"killed after {most_s:.0f} s"}
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        return {**asdict(job), "status": "crashed", "error": f"exit code {ran.returncode}: {last}"}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def code_of_solvers() -> str:
+    """Hash of what is measured: the solvers' sources and the graphs are the same if it is."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "solvers").glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def this_run() -> dict[str, Any]:
+    """Commit, date, machine and versions."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "commit": asked.stdout.strip() or None,
+        "solvers": code_of_solvers(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+class Results:
+    """The JSON file: ``runs`` and, by key, ``rows`` that name the run they are from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        data = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": {}}
+        self.runs: list[dict[str, Any]] = data["runs"]
+        self.rows: dict[str, dict[str, Any]] = data["rows"]
+        self._run: int | None = None
+
+    def row(self, job: Job) -> dict[str, Any] | None:
+        """The row of ``job``, of whatever run."""
+        return self.rows.get(job.key)
+
+    def is_current(self, job: Job, code: str) -> bool:
+        """Whether the row is there, from the same solvers, the same limit and the same budget."""
+        row = self.rows.get(job.key)
+        return (
+            row is not None
+            and self.runs[row["run"]]["solvers"] == code
+            and all(row[field] == getattr(job, field) for field in ("time_limit_s", "budget_bytes"))
+        )
+
+    def add(self, job: Job, row: dict[str, Any], run: dict[str, Any]) -> None:
+        """File ``row`` and write the file; runs that no row is from any more are dropped."""
+        if self._run is None:
+            self.runs.append(run)
+            self._run = len(self.runs) - 1
+        self.rows[job.key] = {**row, "run": self._run}
+        used = sorted({r["run"] for r in self.rows.values()})
+        number = {old: new for new, old in enumerate(used)}
+        self.runs = [self.runs[old] for old in used]
+        self.rows = {key: {**r, "run": number[r["run"]]} for key, r in self.rows.items()}
+        self._run = number[self._run]
+        self.path.parent.mkdir(exist_ok=True)
+        data = {"runs": self.runs, "rows": dict(sorted(self.rows.items()))}
+        self.path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def measure(names: Sequence[str], labels: Sequence[str], limit_s: float | None, again: bool) -> Iterator[str]:
+    """Compute what is missing; one line per row."""
+    results, run = Results(RESULTS), this_run()
+    for graph in names:
+        problem = load_graph(graph)
+        for job in jobs_of(graph, problem, labels, limit_s):
+            least = results.row(Job("least", graph, 0.0))
+            below = least is not None and (least.get("peak_bytes") or 0) > job.budget_bytes
+            if job.budget and job.order == "fixed" and job.budget != NEAR_FLOOR and below:
+                continue
+            if again or not results.is_current(job, run["solvers"]):
+                row = computed(job)
+                results.add(job, row, run)
+                yield _line(job, row)
+
+
+def _line(job: Job, row: dict[str, Any]) -> str:
+    figures = [f"{row[k]:.2f} {k}" for k in ("overhead", "bound", "gap") if row.get(k) is not None]
+    rest = [str(row[k]) for k in ("status", "error") if row.get(k)]
+    return f"{job.key:60} {' '.join(figures)} {' '.join(rest)} {row.get('seconds', 0):.1f} s"
+
+
+def chosen(wanted: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that are wanted: by name, else by how they start; ``None`` wants all."""
+    if wanted is None:
+        return list(names)
+    starts = tuple(w for w in wanted if w not in names)
+    return [n for n in names if n in wanted or (starts and n.startswith(starts))]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is asked for, write the table, and say what does not hold; exit code 1 if anything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--graphs", nargs="+", metavar="NAME", help="graphs whose names start with one of these"
+    )
+    parser.add_argument("--budgets", nargs="+", metavar="SHARE", default=[], help="0.5, floor+2%%, ...")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="per budget; default by graph")
+    parser.add_argument("--again", action="store_true", help="compute rows that are there already")
+    parser.add_argument("--table-only", action="store_true", help="only make the table from the JSON")
+    given = parser.parse_args(arguments)
+    names = chosen(given.graphs, graph_names())
+    if not names:
+        parser.error(f"no graph is called {' or '.join(given.graphs)}; there are {', '.join(graph_names())}")
+    if not given.table_only:
+        for line in measure(names, given.budgets, given.time_limit, given.again):
+            print(line, flush=True)
+    results = Results(RESULTS)
+    text, failed = markdown(results.runs, results.rows)
+    TABLE.write_text(text)
+    print(f"{TABLE.relative_to(ROOT)}: {len(results.rows)} rows, {failed} claims not met")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(rows(float(sys.argv[1]) if len(sys.argv) > 1 else 10.0)) + "\n")
+    sys.exit(main(sys.argv[1:]))

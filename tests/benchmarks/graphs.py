@@ -321,6 +321,8 @@ def without_memory(build: Callable[[], Step]) -> Step:
     try:
         with torch.device("meta"), no_init_weights():
             model, inputs = build()
+            if isinstance(model, _hf().PreTrainedModel):
+                model.tie_weights()  # left out with the weights' values
     finally:
         torch.set_default_dtype(before)
     made: dict[int, Tensor] = {}  # a tied parameter stays one
