@@ -120,7 +120,7 @@ def _least(problem: Problem, job: Job) -> dict[str, Any]:
 
 
 def _plan(problem: Problem, job: Job) -> dict[str, Any]:
-    extra = {"order": "free"} if job.order == "free" else {}
+    extra: dict[str, Any] = {"order": "free"} if job.order == "free" else {}
     began = time.perf_counter()
     try:
         found = solve(problem, job.budget_bytes, time_limit_s=job.time_limit_s, **extra)

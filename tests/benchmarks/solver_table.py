@@ -197,11 +197,11 @@ def _lower_budgets(row: Row, rows: Rows) -> Iterator[Row]:
 
 
 _HEAD = (
-    "Made by `python -m tests.benchmarks.bench_solvers`; do not edit. Overheads and bounds are percent of the "
-    "step's time without recomputation, gaps are points of it. A budget is a share of what a step adds to "
-    "parameters, buffers and inputs when nothing is recomputed; `GB` is that share. A baseline that has no "
-    "plan within the budget is blank. Rows are what this program found on this machine in the time given; "
-    "bounds are proved."
+    "Made by `python -m tests.benchmarks.bench_solvers`; do not edit. Overheads and bounds are percent of "
+    "the step's time without recomputation, gaps are points of it. A budget is a share of what a step adds "
+    "to parameters, buffers and inputs when nothing is recomputed; `GB` is that share. A baseline that has "
+    "no plan within the budget is blank. Rows are what was found on this machine in the time given; bounds "
+    "are proved."
 )
 _LEAST_HEAD = (
     "graph", "ops", "keep all GB", "floor GB", "least GB", "over the floor %", "overhead", "s", "not met",
