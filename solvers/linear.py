@@ -118,13 +118,14 @@ class LinearProgram:
         absolute_gap: float | None = None,
         relative_gap: float | None = None,
         fixed: dict[int, float] | None = None,
+        node_limit: int | None = None,
         seed: int = 0,
     ) -> LinearAnswer:
         """Hand the program to HiGHS.
 
         ``relax`` drops integrality; ``absolute_gap`` and ``relative_gap`` stop a search that
         close to its bound (HiGHS stops at 1e-4 relative unless told otherwise);
-        ``fixed`` pins columns to values, for this solve only.
+        ``fixed`` pins columns to values, for this solve only; ``node_limit`` bounds the search tree.
         """
         if not self.cost:
             return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
@@ -134,6 +135,7 @@ class LinearProgram:
             random_seed=seed,
             absolute_gap_tolerance=absolute_gap,
             relative_gap_tolerance=relative_gap,
+            node_limit=node_limit,
         )
         result = _solved(model, parameters)
         if result is None:

@@ -1,0 +1,148 @@
+"""The best schedule so far, the best bound so far, and whether to go on.
+
+Every method offers what it finds here, and every offer goes through the simulator, so plans found by
+one method are what the next one starts from, and nothing that is found is ever lost: whoever stops the
+search, a time limit, a callback, Ctrl-C or the proof that no more than ``ENOUGH`` of a step is to be
+gained, gets the best of all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from solvers.problem import Problem
+from solvers.schedule import Schedule
+from solvers.simulate import Timeline, simulate_steps
+from solvers.solution import Solution, solution_of
+
+__all__ = ["ENOUGH", "Incumbent", "Progress"]
+
+log = logging.getLogger(__name__)
+
+# A gap below this share of the time without recomputation is not worth more search.
+ENOUGH = 5e-4
+
+Progress = Callable[[Solution], object]
+
+
+class Incumbent:
+    """Shared by all the methods of one solve, from several threads.
+
+    ``steps``      the best schedule so far as op positions: the least bytes above the budget, summed over its
+                   steps, then the fewest seconds, then the lowest peak.
+    ``bound_s``    no schedule within the budget takes fewer seconds in total.
+    ``progress``   called with a ``Solution`` for each better schedule or bound; returning ``True`` stops
+                   the search.
+    ``enough_s``   a gap that ends the search.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        budget_bytes: int,
+        *,
+        deadline: float = math.inf,
+        enough_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.problem, self.budget_bytes = problem, budget_bytes
+        self.started, self.deadline = time.perf_counter(), deadline
+        self.total_s = problem.total_seconds
+        self.enough_s = ENOUGH * self.total_s if enough_s is None else enough_s
+        self.progress = progress
+        self.steps: list[int] = list(range(len(problem)))
+        self.line = simulate_steps(problem, self.steps)
+        self.over_bytes = self._over(self.line)
+        self.solver = "keep_all"
+        # Of lowest peak, for an answer where nothing fits.
+        self.lowest = self.line.peak_bytes, self.steps, self.solver
+        self.bound_s = self.total_s
+        self.stopped = False
+        self.lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return (
+            f"Incumbent({self.recompute_s / (self.total_s or 1.0):.4%} by {self.solver}, bound "
+            f"{self.bound_s / (self.total_s or 1.0) - 1:.4%}, peak {self.peak_bytes} of {self.budget_bytes})"
+        )
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; 0 once stopped."""
+        return 0.0 if self.stopped else max(0.0, self.deadline - time.perf_counter())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best schedule is within the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds by which the best schedule may exceed the best possible."""
+        return self.total_s + self.recompute_s - self.bound_s
+
+    @property
+    def done(self) -> bool:
+        """Out of time, stopped, or close enough to the bound."""
+        return self.left_s <= 0 or (self.fits and self.gap_s <= self.enough_s)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the best schedule."""
+        return self.line.peak_bytes
+
+    @property
+    def recompute_s(self) -> float:
+        """Of the best schedule."""
+        return self.line.recompute_seconds
+
+    def offer(self, steps: Sequence[int], solver: str) -> bool:
+        """Take ``steps`` if they are better than what is there; whether they were."""
+        line = simulate_steps(self.problem, list(steps))
+        rank = self._over(line), line.recompute_seconds, line.peak_bytes
+        with self.lock:
+            if line.peak_bytes < self.lowest[0]:
+                self.lowest = line.peak_bytes, list(steps), solver
+            better = rank < (self.over_bytes, self.recompute_s, self.peak_bytes)
+            if better:
+                self.steps, self.solver, self.line, self.over_bytes = list(steps), solver, line, rank[0]
+                self._tell()
+        return better
+
+    def _over(self, line: Timeline) -> int:
+        return int(np.maximum(line.live_bytes - self.budget_bytes, 0).sum())
+
+    def raise_bound(self, bound_s: float) -> None:
+        """``bound_s``: proved lower bound on the total seconds of any schedule within the budget."""
+        with self.lock:
+            if bound_s > self.bound_s:
+                self.bound_s = bound_s
+                self._tell()
+
+    def stop(self) -> None:
+        """Nothing new is begun from now on."""
+        self.stopped = True
+
+    def solution(self) -> Solution:
+        """The best so far; the one of lowest peak while none fits."""
+        with self.lock:
+            _, steps, solver = (0, self.steps, self.solver) if self.fits else self.lowest
+            return solution_of(
+                self.problem,
+                Schedule.of(self.problem, steps),
+                self.budget_bytes,
+                solver=solver,
+                bound_seconds=self.bound_s,
+                solve_seconds=time.perf_counter() - self.started,
+            )
+
+    def _tell(self) -> None:
+        log.debug("%.2f s: %r", time.perf_counter() - self.started, self)
+        if self.progress is not None and not self.stopped and self.progress(self.solution()) is True:
+            self.stop()

@@ -1,0 +1,268 @@
+"""Large-neighbourhood search: open a window of the best schedule and solve it exactly.
+
+Whatever schedule is at hand, from the chain program, a rounded relaxation or a heuristic, everything in
+it is kept but a window of consecutive first runs: there every op that may be worth it gets a slot to
+run again (``template``), and what is kept across the window is free too.  The cheapest schedule in that
+template is a mixed-integer program of a few hundred to a few thousand columns, with a row that asks for
+less than the best so far: most windows are refuted by the relaxation in milliseconds, and those that
+are not often bring whole points.  Windows overlap by half and go over the schedule in random order; when
+a sweep brings nothing the windows, and how long before its use a value may be made again, grow.
+
+While nothing fits the budget the same windows, around the place where the schedule peaks, minimise the
+peak instead.
+
+Papers: Shaw, "Using constraint programming and local search methods" (1998); the program inside is
+Checkmate's (Jain et al., MLSys 2020) on the slots of the template.
+Optimal: when a window spans the whole schedule and is solved to the end, within its template.
+Weakness: what needs two distant places to change at once is found only when one window spans both.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.incumbent import Incumbent
+from solvers.problem import Problem
+from solvers.template import Template, template_around
+from solvers.template_emit import trim
+from solvers.template_program import TemplateProgram
+
+__all__ = ["Window", "improve"]
+
+log = logging.getLogger(__name__)
+
+# What an improvement must bring, as a share of the time without recomputation.
+LEAST_GAIN = 2e-5
+# One window is given up after this many seconds, or, without a time limit, this many nodes.
+WINDOW_S = 2.0
+WINDOW_NODES = 400
+ROUNDS = 8
+# What a window must take off the most bytes above the budget in it, as a share of the budget.
+LEAST_FALL = 1e-4
+# Windows with more optional slots than this are cut into fewer stages.
+MOST_SLOTS = 2500
+CLOSURES = 6
+# Once this share of a sweep's windows is given up, wider ones are not tried.
+GIVE_UP = 0.6
+
+
+@dataclass(frozen=True)
+class Window:
+    """First runs ``begin`` up to ``end`` are opened; what is read up to ``ahead`` ops later may be made."""
+
+    begin: int
+    end: int
+    ahead: int
+
+
+class Reach:
+    """For each op, the ops that a recomputation of it can serve: ``targets``, ascending.
+
+    With a turn, those are backward ops: its readers, or those of its readers if it has none there.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        n, turn = len(problem), problem.turn or 0
+        self.first = turn
+        self.targets: list[list[int]] = [[] for _ in range(n)]
+        for i in range(n - 1, -1, -1):
+            op = problem.ops[i]
+            if not op.recomputable:
+                continue
+            direct: set[int] = set()
+            later: set[int] = set()
+            for v in op.outputs:
+                if problem.values[v].final:
+                    continue
+                for c in problem.consumers[v]:
+                    if c >= turn:
+                        direct.add(c)
+                    else:
+                        later.update(self.targets[c])
+            self.targets[i] = sorted(direct or later)
+
+    def allowed(self, begin: int, end: int, ahead: int) -> set[int]:
+        """Ops that may run again among first runs ``begin`` up to ``end``."""
+        out = set()
+        for i in range(end):
+            targets = self.targets[i]
+            k = bisect_left(targets, max(begin, i + 1))
+            if k < len(targets) and targets[k] < end + ahead:
+                out.add(i)
+        return out
+
+
+def window_template(problem: Problem, reach: Reach, steps: list[int], window: Window) -> Template:
+    """The template that opens ``window`` of ``steps``, in stages as fine as ``MOST_SLOTS`` allows."""
+    begin, end = max(window.begin, reach.first), min(window.end, len(problem))
+    cuts = [
+        t
+        for t in range(begin, end)
+        if t == begin or any(reach.targets[p] for p in _producers(problem, t))
+    ]
+    while True:
+        first = sorted({0, *cuts, end} - {len(problem)})
+        ends = [*first[1:], len(problem)]
+        allowed = [
+            reach.allowed(a, b, window.ahead) if begin <= a < end else frozenset[int]()
+            for a, b in zip(first, ends, strict=True)
+        ]
+        template = template_around(problem, steps, first, allowed)
+        if len(template) - len(steps) <= MOST_SLOTS or len(cuts) <= 4:
+            return template
+        cuts = cuts[::2]
+
+
+def _producers(problem: Problem, t: int) -> Iterator[int]:
+    for v in problem.counted_inputs[t]:
+        p = problem.values[v].producer
+        if p is not None and p < t:
+            yield p
+
+
+class _Search:
+    """What the windows of one search share."""
+
+    def __init__(self, run: Incumbent, seed: int, workers: int) -> None:
+        self.run, self.workers = run, workers
+        self.problem = run.problem
+        self.reach = Reach(run.problem)
+        self.rng = random.Random(seed)
+        self.limited = run.deadline < float("inf")
+
+    def solve_window(self, window: Window, seed: int) -> bool | None:
+        """Whether the window brought something; ``None`` if it was given up before that was settled."""
+        run = self.run
+        with run.lock:
+            steps, line, fits = run.steps, run.line, run.fits
+        template = window_template(self.problem, self.reach, steps, window)
+        stages = [g for g, (a, b) in enumerate(zip(template.starts, template.ends, strict=True)) if b > a]
+        closures = stages[1 :: max(1, len(stages) // CLOSURES)]
+        resident = self.problem.resident_bytes
+        if fits:
+            program = TemplateProgram(template, run.budget_bytes - resident, closures=closures)
+            program.below(line.recompute_seconds - LEAST_GAIN * run.total_s)
+        else:
+            # Nothing may get worse outside the window; inside, the most bytes above the budget count.
+            limit = np.full(len(template), run.budget_bytes - resident)
+            of_step = np.asarray(template.of_step)
+            np.maximum.at(limit, of_step, line.live_bytes - resident)
+            inside = _slots_of(template, window)
+            over = int(limit[inside.start : inside.stop].max()) + resident - run.budget_bytes
+            limit[inside.start : inside.stop] = run.budget_bytes - resident
+            program = TemplateProgram(template, limit, closures=closures, over=inside)
+            program.over_below(over - min(over, max(1, LEAST_FALL * run.budget_bytes)))
+        return self._solve(program, seed)
+
+    def _solve(self, program: TemplateProgram, seed: int) -> bool | None:
+        run, lp = self.run, program.lp
+        end = time.perf_counter() + min(WINDOW_S, run.left_s)
+        gap = LEAST_GAIN * run.total_s / program.seconds_scale if program.over is None else 1e-4
+        program.add_first_rows()
+        relax = True
+        gained = False
+        for _ in range(ROUNDS):
+            left_s = end - time.perf_counter()
+            if left_s <= 0.02:
+                return True if gained else None
+            answer = lp.solve(
+                time_limit_s=left_s,
+                relax=relax,
+                absolute_gap=None if relax else gap,
+                node_limit=None if relax or self.limited else WINDOW_NODES,
+                seed=seed,
+            )
+            if answer.infeasible:
+                return gained
+            if answer.x is None:
+                return True if gained else None
+            if not relax:
+                gained |= run.offer(trim(self.problem, program.steps(answer.x)), "local search")
+            if not program.add_violated(answer.x):
+                if not relax:
+                    return gained
+                relax = False
+        return True if gained else None
+
+    def windows(self, width: int, ahead: int) -> list[Window]:
+        """Windows of ``width`` first runs, overlapping by half, in random order."""
+        first, n = self.reach.first, len(self.problem)
+        if self.run.fits:
+            begins = list(range(first - width // 2, n, max(1, width // 2)))
+            self.rng.shuffle(begins)
+        else:
+            over = first_runs_over(self.run)
+            shares = (0.5, 0.9, 0.1, 0.7, 0.3)
+            begins = [self.rng.choice(over) - round(width * share) for share in shares]
+        spans = ((max(first, b), min(n, b + width)) for b in begins)
+        return [Window(a, b, ahead) for a, b in dict.fromkeys(spans) if b > a]
+
+    def sweep(self, width: int, ahead: int) -> tuple[bool, float]:
+        """Solve all windows of a width; whether that brought something, and the share given up."""
+        outcomes: list[bool | None] = []
+        windows = self.windows(width, ahead)
+        fits = self.run.fits
+        with ThreadPoolExecutor(self.workers) as pool:
+            for k in range(0, len(windows), self.workers):
+                if self.run.done or self.run.fits != fits:
+                    break
+                batch = windows[k : k + self.workers]
+                seeds = [self.rng.randrange(2**30) for _ in batch]
+                outcomes += pool.map(self.solve_window, batch, seeds)
+        log.debug("width %d, %d ahead: %s; %r", width, ahead, outcomes, self.run)
+        given_up = sum(x is None for x in outcomes) / max(1, len(outcomes))
+        return any(outcomes), given_up
+
+
+def _slots_of(template: Template, window: Window) -> range:
+    """The slots from the first stage that ``window`` opens to the last."""
+    required = np.flatnonzero(template.required)
+    begin = int(required[window.begin - 1]) + 1 if window.begin else 0
+    return range(begin, int(required[window.end - 1]) + 1)
+
+
+def first_runs_over(run: Incumbent) -> list[int]:
+    """The first runs during which, or on the way to which, the best schedule is over the budget."""
+    seen = np.zeros(len(run.problem), dtype=bool)
+    pending = 0
+    out: dict[int, None] = {}
+    for i, live in zip(run.steps, run.line.live_bytes.tolist(), strict=True):
+        if live > run.budget_bytes:
+            out[min(pending, len(seen) - 1)] = None
+        if not seen[i]:
+            seen[i] = True
+            pending += 1
+    return list(out)
+
+
+def improve(run: Incumbent, *, seed: int = 0, workers: int = 1, layer: int | None = None) -> None:
+    """Better the best schedule of ``run`` until no window brings anything, or ``run`` is done.
+
+    ``layer``  ops that make up a layer of the backward: the scale that windows start from.
+    """
+    search = _Search(run, seed, workers)
+    n = len(run.problem) - search.reach.first
+    if n <= 0:
+        return
+    scale = max(4, min(n, layer or max(8, n // 24)))
+    aheads = sorted({min(n, scale), min(n, 3 * scale), n})
+    level, width = 0, scale
+    while not run.done:
+        gained, given_up = search.sweep(min(width, n), aheads[level])
+        if gained:
+            continue
+        if level + 1 < len(aheads):
+            level += 1
+        elif width < n and given_up <= GIVE_UP:
+            level, width = 0, 2 * width
+        else:
+            return
