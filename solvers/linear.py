@@ -32,13 +32,17 @@ _HAS_POINT = (mathopt.TerminationReason.OPTIMAL, mathopt.TerminationReason.FEASI
 
 @dataclass(frozen=True, eq=False)
 class LinearAnswer:
-    """``x``: the best point found or ``None``; ``bound``: no point is below it; ``optimal``: proved."""
+    """``x``: the best point found or ``None``; ``bound``: no point is below it; ``optimal``: proved.
+
+    ``reduced_costs``: per column, what a unit more of it costs; only of a relaxation solved to the end.
+    """
 
     x: np.ndarray | None
     objective: float
     bound: float
     optimal: bool
     infeasible: bool
+    reduced_costs: np.ndarray | None = None
 
     def __repr__(self) -> str:
         if self.infeasible:
@@ -131,7 +135,7 @@ class LinearProgram:
             return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
         model = mathopt.Model.from_model_proto(self._proto(relax, fixed or {}))
         parameters = mathopt.SolveParameters(
-            time_limit=timedelta(seconds=max(time_limit_s, 0.01)),
+            time_limit=timedelta(seconds=min(max(time_limit_s, 0.01), 1e6)),
             random_seed=seed,
             absolute_gap_tolerance=absolute_gap,
             relative_gap_tolerance=relative_gap,
@@ -148,8 +152,11 @@ class LinearProgram:
         if reason in _HAS_POINT and result.solutions and result.solutions[0].primal_solution is not None:
             x = np.asarray(result.variable_values(list(model.variables())))
             objective = result.objective_value()
+        reduced = None
+        if relax and result.has_dual_feasible_solution():
+            reduced = np.asarray(result.reduced_costs(list(model.variables())))
         bound = result.termination.objective_bounds.dual_bound
-        return LinearAnswer(x, objective, bound, reason in _PROVED, False)
+        return LinearAnswer(x, objective, bound, reason in _PROVED, False, reduced)
 
     def _proto(self, relax: bool, fixed: dict[int, float]) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()

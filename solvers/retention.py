@@ -29,13 +29,16 @@ __all__ = ["solve"]
 log = logging.getLogger(__name__)
 
 # Candidates of the first program, and of a neighbourhood besides the plan's own.
-FIRST_CANDIDATES = 1200
-NEAR_CANDIDATES = 350
+WIDE_CANDIDATES = 6000
+FIRST_CANDIDATES = 600
+NEAR_CANDIDATES = 150
+RELAXED_ROUNDS = 12
+RELAXED_SHARE = 0.4
 # Shares of the time for the first program (and, beside it, the bound), and for one neighbourhood.
 FIRST_SHARE = 0.35
-NEAR_SHARE = 0.12
+NEAR_SHARE = 0.06
 # Rounds of two neighbourhoods without a better plan after which the search ends.
-IDLE_ROUNDS = 12
+IDLE_ROUNDS = 30
 # How often one program is solved again with the rows its plan breaks.
 REPAIRS = 6
 CLOSURES = 6
@@ -115,6 +118,8 @@ class _Search:
         self.rng = random.Random(seed)
         self.bound = problem.total_seconds
         self.tight: set[Candidate] = set()
+        self.price: dict[Candidate, float] = {}
+        self.size = float(NEAR_CANDIDATES)
         self.closures = tight_instants(problem, budget, CLOSURES)
         live = simulate_steps(problem, list(range(len(problem)))).live_bytes
         over = np.cumsum(np.concatenate([[0], live > budget]))
@@ -141,6 +146,7 @@ class _Search:
         )
 
     def run(self) -> tuple[_Plan, float]:
+        near_s = min(max(2.0, NEAR_SHARE * self.left_s()), LONGEST_S)
         with ThreadPoolExecutor(2) as pool:
             share_s = min(LONGEST_S, FIRST_SHARE * self.left_s())
             bound = pool.submit(
@@ -157,27 +163,50 @@ class _Search:
             while idle < IDLE_ROUNDS and not self.done():
                 idle += 1
                 tries = [self._near() for _ in range(2)]
-                limit_s = min(LONGEST_S, max(1.0, NEAR_SHARE * self.left_s()), self.left_s())
-                found = pool.map(lambda c: self._solved(c, limit_s), tries)
-                for plan, tight in list(found):
+                limit_s = min(near_s, self.left_s())
+                settled = 0
+                for plan, tight, optimal in pool.map(lambda near: self._solved(*near, limit_s), tries):
                     self.tight |= tight
+                    settled += optimal
                     if plan is not None and plan.rank < self.plan.rank:
                         log.debug("%s: %r", self.problem.name, plan.timeline)
                         self.plan, idle = plan, 0
+                self.size *= (0.7, 1.0, 1.3)[settled]
         return self.plan, self.bound
 
     def _first(self, limit_s: float) -> None:
-        """Every gap that may matter, as deep as the candidates stay few."""
-        candidates: set[Candidate] = set()
+        """The relaxation of a wide program prices the candidates; the cheapest make the first whole one."""
+        begun = time.perf_counter()
+        wide: set[Candidate] = set()
         for depth in (1, 2, 3):
             more = {(i, t) for t in self.first for i in self._chain(t, depth)}
-            if depth > 1 and len(more) > FIRST_CANDIDATES:
+            if depth > 1 and len(more) > WIDE_CANDIDATES:
                 break
-            candidates = more
-        plan, tight = self._solved(candidates.union(self.plan.reruns()), limit_s, relaxed_rounds=8)
+            wide = more
+        self._price(wide, limit_s * RELAXED_SHARE)
+        few = sorted(wide, key=lambda c: (self.price[c], c))[:FIRST_CANDIDATES]
+        plan, tight, _ = self._solved(
+            {*few, *self.plan.reruns()}, set(), limit_s - (time.perf_counter() - begun)
+        )
         self.tight |= tight
         if plan is not None and plan.rank < self.plan.rank:
             self.plan = plan
+
+    def _price(self, candidates: set[Candidate], limit_s: float) -> None:
+        """Solve the relaxation, with the memory rows that its points break; keep its reduced costs."""
+        deadline = time.perf_counter() + limit_s
+        program = RetentionProgram(self.problem, self.budget, candidates, closures=self.closures)
+        for t in self.closures:
+            program.limit_op(t)
+        self.price = dict.fromkeys(candidates, 0.0)
+        for _ in range(RELAXED_ROUNDS):
+            answer = program.solve(time_limit_s=deadline - time.perf_counter(), relax=True)
+            if answer.x is None or answer.reduced_costs is None:
+                break
+            costs = answer.reduced_costs
+            self.price = {c: float(costs[column]) for c, column in program.rerun.items()}
+            if not self._add_broken(program, answer.x, self.tight):
+                break
 
     def _chain(self, t: int, depth: int) -> set[int]:
         """Ops that may run again in stage ``t``: producers of what it reads, and ``depth - 1`` steps up."""
@@ -193,44 +222,49 @@ class _Search:
             found = found | front
         return found
 
-    def _near(self) -> set[Candidate]:
-        """The plan's own candidates and a random choice of others."""
-        rng, size = self.rng, NEAR_CANDIDATES
+    def _near(self) -> tuple[set[Candidate], set[Candidate]]:
+        """A random choice of candidates, those of the plan included, and which of the plan's stay chosen."""
+        rng = self.rng
         kind = rng.choice(("window", "peak", "any"))
         stages = sorted(self.first)
+        plan = self.plan.reruns()
         if kind == "window":
-            centre = rng.choice(stages)
+            centre = rng.choice([t for _, t in plan] or stages)
             stages.sort(key=lambda t: (abs(t - centre), t))
         else:
             rng.shuffle(stages)
             if kind == "peak":
                 peak = int(rng.choice(self.over))
                 stages = [t for t in stages if t >= peak]
-        near = set(self.plan.reruns())
-        goal = len(near) + size
-        depth = rng.choice((1, 2, 3))
+        near: set[Candidate] = set()
+        depth = rng.choice((1, 2, 2, 3))
+        dearest = rng.choice((0.01, 0.1, 0.3, 1.0))
+        seen = set()
         for t in stages:
-            near.update((i, t) for i in self._chain(t, depth))
-            if len(near) >= goal:
+            if len(near) >= self.size:
                 break
-        return near
+            seen.add(t)
+            near.update((i, t) for i in self._chain(t, depth) if self.price.get((i, t), 0.5) <= dearest)
+        pinned = {(i, t) for i, t in plan if t not in seen and (i, t) not in near}
+        if kind != "window":
+            pinned = {c for c in sorted(pinned) if rng.random() < 0.7}
+        return near.union(plan), pinned
 
     def _solved(
-        self, candidates: Iterable[Candidate], limit_s: float, *, relaxed_rounds: int = 0
-    ) -> tuple[_Plan | None, set[Candidate]]:
-        """The best plan of one program, and the rows it turned out to need."""
+        self, candidates: set[Candidate], pinned: set[Candidate], limit_s: float
+    ) -> tuple[_Plan | None, set[Candidate], bool]:
+        """The best plan of one program, the rows it turned out to need, and whether nothing is better."""
         deadline = time.perf_counter() + limit_s
         problem, budget = self.problem, self.budget
         program = RetentionProgram(problem, budget, candidates, closures=self.closures)
+        program.pin(pinned)
+        if pinned:
+            program.beat(self.plan.excess_bytes, self.plan.timeline.recompute_seconds)
         tight = set(self.tight)
         for t in self.closures:
             program.limit_op(t)
-        for i, t in sorted(tight):
+        for i, t in sorted(tight.union(self.plan.reruns())):
             program.limit_op(t) if i == t else program.limit_rerun(i, t)
-        for _ in range(relaxed_rounds):
-            answer = program.solve(time_limit_s=deadline - time.perf_counter(), relax=True)
-            if answer.x is None or not self._add_broken(program, answer.x, tight):
-                break
         best: _Plan | None = None
         for _ in range(REPAIRS):
             left_s = deadline - time.perf_counter()
@@ -238,7 +272,7 @@ class _Search:
                 break
             answer = program.solve(time_limit_s=left_s, seed=self.seed)
             if answer.x is None:
-                break
+                return best, tight, answer.infeasible
             plan = _Plan.of(problem, budget, _trimmed(problem, _steps(problem, program.chosen(answer.x))))
             best = plan if best is None or plan.rank < best.rank else best
             added = self._add_broken(program, answer.x, tight)
@@ -250,14 +284,14 @@ class _Search:
                         tight.add((i, t))
                         added |= program.limit_op(t) if i == t else program.limit_rerun(i, t)
             if not added:
-                break
-        return best, tight
+                return best, tight, answer.optimal
+        return best, tight, False
 
     def _add_broken(self, program: RetentionProgram, x: np.ndarray, tight: set[Candidate]) -> bool:
         use = program.use_bytes(x)
         broken = [t for t in np.argsort(-use, kind="stable").tolist() if use[t] > self.budget * (1 + 1e-6)]
         added = False
-        for t in broken[: max(20, len(broken) // 3)]:
+        for t in broken:
             tight.add((t, t))
             added |= program.limit_op(t)
         return added

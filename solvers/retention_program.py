@@ -28,7 +28,7 @@ often an op runs again; rows as in Jain et al., "Checkmate" (MLSys 2020), on the
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -299,6 +299,18 @@ class RetentionProgram:
     def solve(self, *, time_limit_s: float, relax: bool = False, seed: int = 0) -> LinearAnswer:
         """Hand it to HiGHS; objective and bound in units of ``unit_s``."""
         return self.linear.solve(time_limit_s=time_limit_s, relax=relax, relative_gap=1e-4, seed=seed)
+
+    def pin(self, candidates: Iterable[Candidate]) -> None:
+        """``candidates`` run."""
+        for candidate in candidates:
+            self.linear.lower[self.rerun[candidate]] = 1.0
+
+    def beat(self, excess_bytes: int, recompute_s: float) -> None:
+        """Only answers of no more excess than this and, if that is none, of fewer seconds."""
+        self.linear.upper[self.excess] = excess_bytes / max(1, self.budget)
+        if not excess_bytes:
+            costs = [self.linear.cost[column] for column in self.rerun.values()]
+            self.linear.row(list(self.rerun.values()), costs, upper=recompute_s / self.unit_s * (1 - 1e-4))
 
     def chosen(self, x: np.ndarray) -> list[Candidate]:
         """The candidates that the point ``x`` runs."""
