@@ -1,6 +1,7 @@
 """Rematerialization solvers over plain DAGs: numpy, networkx and OR-tools, never torch."""
 
 from solvers.files import read_problem, write_problem
+from solvers.frontier import frontier
 from solvers.problem import Op, Problem, ProblemError, Value
 from solvers.schedule import Schedule
 from solvers.simulate import InvalidScheduleError, Timeline, simulate
@@ -19,6 +20,7 @@ __all__ = [
     "Status",
     "Timeline",
     "Value",
+    "frontier",
     "minimum_peak",
     "read_problem",
     "simulate",

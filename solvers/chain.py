@@ -36,12 +36,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from solvers.blocks import Chain, Option, check_chain, cut_into_blocks
+from solvers.incumbent import Incumbent
 from solvers.problem import Problem
-from solvers.schedule import Schedule
 from solvers.simulate import simulate_steps
-from solvers.solution import Solution, solution_of
+from solvers.solution import Solution
 
-__all__ = ["ChainTable", "minimum_peak", "solve"]
+__all__ = ["ChainTable", "Chains", "solve"]
 
 log = logging.getLogger(__name__)
 
@@ -250,63 +250,11 @@ class ChainTable:
         return self._again[a, j]
 
 
-class _Best:
-    """The best schedule seen: least seconds within the budget, else least peak."""
-
-    def __init__(self, problem: Problem, budget_bytes: int) -> None:
-        self.problem, self.budget_bytes = problem, budget_bytes
-        self.steps: list[int] = []
-        self.rank: tuple[bool, float, float] = (True, np.inf, np.inf)
-
-    def offer(self, steps: list[int]) -> int:
-        """Take note of a schedule and return its peak."""
-        timeline = simulate_steps(self.problem, steps)
-        peak = timeline.peak_bytes
-        fits = peak <= self.budget_bytes
-        rank = (False, timeline.seconds, peak) if fits else (True, peak, timeline.seconds)
-        if rank < self.rank:
-            self.steps, self.rank = steps, rank
-        return peak
-
-    @property
-    def fits(self) -> bool:
-        return not self.rank[0]
-
-    def solution(self, started: float) -> Solution:
-        """The best schedule, judged once more; ``started`` is the ``perf_counter`` of the solve's start."""
-        return solution_of(
-            self.problem,
-            Schedule.of(self.problem, self.steps),
-            self.budget_bytes,
-            solver="chain",
-            solve_seconds=time.perf_counter() - started,
-        )
-
-
 def _slot_bytes(capacity: int) -> int:
     return max(1, -(-capacity // SLOTS))
 
 
-def _ways(problem: Problem, deadline: float) -> Iterator[Ways]:
-    """The problem cut in several ways, the most promising first, while another may fit the time."""
-    turn = problem.turn or 0
-    seen: set[tuple[int, ...]] = set()
-    begun = time.perf_counter()
-    for blocks in (turn, *BLOCKS) if turn <= EVERY_OP else BLOCKS:
-        chain = cut_into_blocks(problem, blocks)
-        if chain.starts in seen:
-            continue
-        now = time.perf_counter()
-        if seen and now + (now - begun) > deadline:
-            return
-        begun = now
-        seen.add(chain.starts)
-        # The tables and the simulator get the other half of the time.
-        yield Ways(chain, deadline=now + (deadline - now) / 2)
-        log.debug("%r: %.2f s", chain, time.perf_counter() - begun)
-
-
-def _search(best: _Best, table: ChainTable, deadline: float) -> None:
+def _search(run: Incumbent, table: ChainTable, deadline: float) -> None:
     """Offer the plans of ``table`` around the point where their simulated peak crosses the budget."""
     points = table.breakpoints()
     low, high = 0, len(points)
@@ -314,7 +262,7 @@ def _search(best: _Best, table: ChainTable, deadline: float) -> None:
 
     def fits(k: int) -> bool:
         tried.add(k)
-        return best.offer(table.steps(int(points[k]))) <= best.budget_bytes
+        return run.offer(table.steps(int(points[k])), "chain").peak_bytes <= run.budget_bytes
 
     while low < high and time.perf_counter() < deadline:
         middle = (low + high) // 2
@@ -325,50 +273,77 @@ def _search(best: _Best, table: ChainTable, deadline: float) -> None:
             fits(k)
 
 
-def _lowest(best: _Best, ways: Ways, capacity: int, seed: int, deadline: float) -> None:
+def _lowest(run: Incumbent, ways: Ways, capacity: int, seed: int, deadline: float) -> None:
     """Offer the plans of least memory: find the floor of the chain coarsely, then with fine slots."""
     for _ in range(3):
         table = ChainTable(ways, _slot_bytes(capacity), seed=seed)
         points = table.breakpoints()
         for m in points[:6]:
-            best.offer(table.steps(int(m)))
+            run.offer(table.steps(int(m)), "chain")
         if not len(points) or points[0] > 0.8 * SLOTS or time.perf_counter() > deadline:
             return
         capacity = int(points[0] * table.slot_bytes * HEADROOM)
 
 
+class Chains:
+    """The problem cut into chains in several ways, each with the options of its runs, built once.
+
+    Raises ``ProblemError`` if the problem has no turn, no backward, or nothing to cut.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        check_chain(problem)
+        self.problem = problem
+        keep_all = simulate_steps(problem, list(range(len(problem))))
+        self._keep_all_bytes = keep_all.peak_bytes - problem.resident_bytes
+        self._ways: list[Ways] = []
+
+    def offer_plans(self, run: Incumbent, *, time_limit_s: float = 30.0, seed: int = 0) -> None:
+        """Offer ``run`` the plans around its budget, and if none fits those of least memory.
+
+        ``time_limit_s`` is looked at between tables; one way of cutting is always tried.
+        """
+        resident = self.problem.resident_bytes
+        deadline = time.perf_counter() + min(time_limit_s, run.left_s)
+        capacity = min(int(HEADROOM * (run.budget_bytes - resident)), self._keep_all_bytes)
+        for ways in self._each_way(deadline):
+            if run.stopped:
+                return
+            if capacity > 0:
+                _search(run, ChainTable(ways, _slot_bytes(capacity), seed=seed), deadline)
+            if not run.fits:
+                _lowest(run, ways, self._keep_all_bytes, seed, deadline)
+
+    def _each_way(self, deadline: float) -> Iterator[Ways]:
+        """The most promising first, while another may fit the time."""
+        known = list(self._ways)
+        yield from known
+        turn = self.problem.turn or 0
+        seen = {ways.chain.starts for ways in known}
+        begun = time.perf_counter()
+        for blocks in (turn, *BLOCKS) if turn <= EVERY_OP else BLOCKS:
+            chain = cut_into_blocks(self.problem, blocks)
+            if chain.starts in seen:
+                continue
+            now = time.perf_counter()
+            if seen and now + (now - begun) > deadline:
+                return
+            begun = now
+            seen.add(chain.starts)
+            # The tables and the simulator get the other half of the time.
+            self._ways.append(Ways(chain, deadline=now + (deadline - now) / 2))
+            yield self._ways[-1]
+            log.debug("%r: %.2f s", chain, time.perf_counter() - begun)
+
+
 def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
     """The fastest plan of the chain program that the simulator finds within ``budget_bytes``.
 
-    ``time_limit_s`` is looked at between tables; one way of cutting is always tried.  If no plan fits,
-    the status is ``unsettled`` and the schedule is the one of lowest peak that was found.  Raises
-    ``ProblemError`` if the problem has no turn, no backward, or nothing to cut.
+    If no plan fits, the status is ``unsettled`` and the schedule is the one of lowest peak that was
+    found.  Raises as :class:`Chains`.
     """
-    started = time.perf_counter()
-    deadline = started + time_limit_s
-    check_chain(problem)
-    best = _Best(problem, budget_bytes)
-    keep_all_bytes = best.offer(list(range(len(problem)))) - problem.resident_bytes
-    if not best.fits:
-        capacity = min(int(HEADROOM * (budget_bytes - problem.resident_bytes)), keep_all_bytes)
-        for ways in _ways(problem, deadline):
-            if capacity > 0:
-                _search(best, ChainTable(ways, _slot_bytes(capacity), seed=seed), deadline)
-            if not best.fits:
-                _lowest(best, ways, keep_all_bytes, seed, deadline)
-    return best.solution(started)
-
-
-def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
-    """The plan of lowest peak that the chain program finds; its ``budget_bytes`` is that peak.
-
-    Errors and time limit as for ``solve``.
-    """
-    started = time.perf_counter()
-    check_chain(problem)
-    best = _Best(problem, -1)
-    capacity = best.offer(list(range(len(problem)))) - problem.resident_bytes
-    for ways in _ways(problem, started + time_limit_s):
-        _lowest(best, ways, capacity, seed, started + time_limit_s)
-    best.budget_bytes = int(best.rank[1])
-    return best.solution(started)
+    chains = Chains(problem)
+    run = Incumbent(problem, budget_bytes, deadline=time.perf_counter() + time_limit_s)
+    if not run.fits:
+        chains.offer_plans(run, time_limit_s=time_limit_s, seed=seed)
+    return run.solution()

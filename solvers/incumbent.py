@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from solvers.schedule import Schedule
 from solvers.simulate import Timeline, simulate_steps
 from solvers.solution import Solution, solution_of
 
-__all__ = ["ENOUGH", "Incumbent", "Progress"]
+__all__ = ["ENOUGH", "Incumbent", "Progress", "Verdict"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ log = logging.getLogger(__name__)
 ENOUGH = 5e-4
 
 Progress = Callable[[Solution], object]
+
+
+class Verdict(NamedTuple):
+    """``taken``: it is the best schedule now; ``peak_bytes``: its peak."""
+
+    taken: bool
+    peak_bytes: int
 
 
 class Incumbent:
@@ -102,18 +110,18 @@ class Incumbent:
         """Of the best schedule."""
         return self.line.recompute_seconds
 
-    def offer(self, steps: Sequence[int], solver: str) -> bool:
-        """Take ``steps`` if they are better than what is there; whether they were."""
+    def offer(self, steps: Sequence[int], solver: str) -> Verdict:
+        """Take ``steps`` if they are better than what is there."""
         line = simulate_steps(self.problem, list(steps))
         rank = self._over(line), line.recompute_seconds, line.peak_bytes
         with self.lock:
             if line.peak_bytes < self.lowest[0]:
                 self.lowest = line.peak_bytes, list(steps), solver
-            better = rank < (self.over_bytes, self.recompute_s, self.peak_bytes)
-            if better:
+            taken = rank < (self.over_bytes, self.recompute_s, self.peak_bytes)
+            if taken:
                 self.steps, self.solver, self.line, self.over_bytes = list(steps), solver, line, rank[0]
                 self._tell()
-        return better
+        return Verdict(taken, line.peak_bytes)
 
     def _over(self, line: Timeline) -> int:
         return int(np.maximum(line.live_bytes - self.budget_bytes, 0).sum())

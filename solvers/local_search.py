@@ -20,10 +20,11 @@ Weakness: what needs two distant places to change at once is found only when one
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ import numpy as np
 
 from solvers.incumbent import Incumbent
 from solvers.problem import Problem
+from solvers.simulate import Timeline
 from solvers.template import Template, template_around
 from solvers.template_emit import trim
 from solvers.template_program import TemplateProgram
@@ -105,9 +107,7 @@ def window_template(problem: Problem, reach: Reach, steps: list[int], window: Wi
     """The template that opens ``window`` of ``steps``, in stages as fine as ``MOST_SLOTS`` allows."""
     begin, end = max(window.begin, reach.first), min(window.end, len(problem))
     cuts = [
-        t
-        for t in range(begin, end)
-        if t == begin or any(reach.targets[p] for p in _producers(problem, t))
+        t for t in range(begin, end) if t == begin or any(reach.targets[p] for p in _producers(problem, t))
     ]
     while True:
         first = sorted({0, *cuts, end} - {len(problem)})
@@ -129,69 +129,52 @@ def _producers(problem: Problem, t: int) -> Iterator[int]:
             yield p
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """``found``: schedules, each better than the one before; ``settled``: the window holds no more."""
+
+    found: tuple[tuple[int, ...], ...]
+    settled: bool
+
+
 class _Search:
     """What the windows of one search share."""
 
-    def __init__(self, run: Incumbent, seed: int, workers: int) -> None:
-        self.run, self.workers = run, workers
+    def __init__(self, run: Incumbent, seed: int) -> None:
+        self.run = run
         self.problem = run.problem
         self.reach = Reach(run.problem)
         self.rng = random.Random(seed)
-        self.limited = run.deadline < float("inf")
+        # Without a time limit windows are given up by nodes, so that the same seed gives the same answer.
+        self.window_s = WINDOW_S if run.deadline < math.inf else math.inf
+        self.nodes = WINDOW_NODES if run.deadline == math.inf else None
 
-    def solve_window(self, window: Window, seed: int) -> bool | None:
-        """Whether the window brought something; ``None`` if it was given up before that was settled."""
-        run = self.run
-        with run.lock:
-            steps, line, fits = run.steps, run.line, run.fits
-        template = window_template(self.problem, self.reach, steps, window)
-        stages = [g for g, (a, b) in enumerate(zip(template.starts, template.ends, strict=True)) if b > a]
-        closures = stages[1 :: max(1, len(stages) // CLOSURES)]
-        resident = self.problem.resident_bytes
-        if fits:
-            program = TemplateProgram(template, run.budget_bytes - resident, closures=closures)
-            program.below(line.recompute_seconds - LEAST_GAIN * run.total_s)
-        else:
-            # Nothing may get worse outside the window; inside, the most bytes above the budget count.
-            limit = np.full(len(template), run.budget_bytes - resident)
-            of_step = np.asarray(template.of_step)
-            np.maximum.at(limit, of_step, line.live_bytes - resident)
-            inside = _slots_of(template, window)
-            over = int(limit[inside.start : inside.stop].max()) + resident - run.budget_bytes
-            limit[inside.start : inside.stop] = run.budget_bytes - resident
-            program = TemplateProgram(template, limit, closures=closures, over=inside)
-            program.over_below(over - min(over, max(1, LEAST_FALL * run.budget_bytes)))
-        return self._solve(program, seed)
+    def sweep(self, width: int, ahead: int, workers: Callable[[], int]) -> tuple[bool, float]:
+        """Solve all windows of a width; whether that brought something, and the share given up.
 
-    def _solve(self, program: TemplateProgram, seed: int) -> bool | None:
-        run, lp = self.run, program.lp
-        end = time.perf_counter() + min(WINDOW_S, run.left_s)
-        gap = LEAST_GAIN * run.total_s / program.seconds_scale if program.over is None else 1e-4
-        program.add_first_rows()
-        relax = True
-        gained = False
-        for _ in range(ROUNDS):
-            left_s = end - time.perf_counter()
-            if left_s <= 0.02:
-                return True if gained else None
-            answer = lp.solve(
-                time_limit_s=left_s,
-                relax=relax,
-                absolute_gap=None if relax else gap,
-                node_limit=None if relax or self.limited else WINDOW_NODES,
-                seed=seed,
-            )
-            if answer.infeasible:
-                return gained
-            if answer.x is None:
-                return True if gained else None
-            if not relax:
-                gained |= run.offer(trim(self.problem, program.steps(answer.x)), "local search")
-            if not program.add_violated(answer.x):
-                if not relax:
-                    return gained
-                relax = False
-        return True if gained else None
+        Windows are solved in batches, each from the same schedule; one that found something which another
+        of its batch outdid is solved again.
+        """
+        run, fits = self.run, self.run.fits
+        windows = self.windows(width, ahead)[::-1]
+        gained, solved, given_up = False, 0, 0
+        with ThreadPoolExecutor(2) as pool:
+            while windows and not run.done and run.fits == fits:
+                batch = [windows.pop() for _ in range(min(len(windows), workers()))]
+                start = run.steps, run.line
+                tasks = [
+                    pool.submit(self.solve_window, window, *start, self.rng.randrange(2**30))
+                    for window in batch
+                ]
+                for window, outcome in zip(batch, [task.result() for task in tasks], strict=True):
+                    taken = [run.offer(steps, "local search").taken for steps in outcome.found]
+                    gained |= any(taken)
+                    if outcome.found and not taken[-1]:
+                        windows.append(window)
+                    solved += 1
+                    given_up += not (outcome.settled or outcome.found)
+        log.debug("width %d, %d ahead: %d solved, %d given up; %r", width, ahead, solved, given_up, run)
+        return gained, given_up / max(1, solved)
 
     def windows(self, width: int, ahead: int) -> list[Window]:
         """Windows of ``width`` first runs, overlapping by half, in random order."""
@@ -206,21 +189,53 @@ class _Search:
         spans = ((max(first, b), min(n, b + width)) for b in begins)
         return [Window(a, b, ahead) for a, b in dict.fromkeys(spans) if b > a]
 
-    def sweep(self, width: int, ahead: int) -> tuple[bool, float]:
-        """Solve all windows of a width; whether that brought something, and the share given up."""
-        outcomes: list[bool | None] = []
-        windows = self.windows(width, ahead)
-        fits = self.run.fits
-        with ThreadPoolExecutor(self.workers) as pool:
-            for k in range(0, len(windows), self.workers):
-                if self.run.done or self.run.fits != fits:
-                    break
-                batch = windows[k : k + self.workers]
-                seeds = [self.rng.randrange(2**30) for _ in batch]
-                outcomes += pool.map(self.solve_window, batch, seeds)
-        log.debug("width %d, %d ahead: %s; %r", width, ahead, outcomes, self.run)
-        given_up = sum(x is None for x in outcomes) / max(1, len(outcomes))
-        return any(outcomes), given_up
+    def solve_window(self, window: Window, steps: list[int], line: Timeline, seed: int) -> Outcome:
+        """The cheapest schedules found that differ from ``steps`` in ``window``; ``line`` is its timeline."""
+        run, resident = self.run, self.problem.resident_bytes
+        template = window_template(self.problem, self.reach, steps, window)
+        stages = [g for g, (a, b) in enumerate(zip(template.starts, template.ends, strict=True)) if b > a]
+        closures = stages[1 :: max(1, len(stages) // CLOSURES)]
+        if line.peak_bytes <= run.budget_bytes:
+            program = TemplateProgram(template, run.budget_bytes - resident, closures=closures)
+            program.below(line.recompute_seconds - LEAST_GAIN * run.total_s)
+        else:
+            # Nothing may get worse outside the window; inside, the most bytes above the budget count.
+            limit = np.full(len(template), run.budget_bytes - resident)
+            np.maximum.at(limit, np.asarray(template.of_step), line.live_bytes - resident)
+            inside = _slots_of(template, window)
+            over = int(limit[inside.start : inside.stop].max()) + resident - run.budget_bytes
+            limit[inside.start : inside.stop] = run.budget_bytes - resident
+            program = TemplateProgram(template, limit, closures=closures, over=inside)
+            program.over_below(over - min(over, max(1, LEAST_FALL * run.budget_bytes)))
+        return self._solve(program, seed)
+
+    def _solve(self, program: TemplateProgram, seed: int) -> Outcome:
+        run, lp = self.run, program.lp
+        end = time.perf_counter() + min(self.window_s, run.left_s)
+        gap = LEAST_GAIN * run.total_s / program.seconds_scale if program.over is None else 1e-4
+        program.add_first_rows()
+        relax = True
+        found: list[tuple[int, ...]] = []
+        for _ in range(ROUNDS):
+            left_s = end - time.perf_counter()
+            if left_s <= 0.02:
+                break
+            answer = lp.solve(
+                time_limit_s=left_s,
+                relax=relax,
+                absolute_gap=None if relax else gap,
+                node_limit=None if relax else self.nodes,
+                seed=seed,
+            )
+            if answer.x is None:
+                return Outcome(tuple(found), answer.infeasible)
+            if not relax:
+                found.append(tuple(trim(self.problem, program.steps(answer.x))))
+            if not program.add_violated(answer.x):
+                if not relax:
+                    return Outcome(tuple(found), answer.optimal)
+                relax = False
+        return Outcome(tuple(found), False)
 
 
 def _slots_of(template: Template, window: Window) -> range:
@@ -244,23 +259,33 @@ def first_runs_over(run: Incumbent) -> list[int]:
     return list(out)
 
 
-def improve(run: Incumbent, *, seed: int = 0, workers: int = 1, layer: int | None = None) -> None:
+def improve(
+    run: Incumbent,
+    *,
+    seed: int = 0,
+    workers: Callable[[], int] = lambda: 2,
+    layer: int | None = None,
+    until_fits: bool = False,
+) -> None:
     """Better the best schedule of ``run`` until no window brings anything, or ``run`` is done.
 
-    ``layer``  ops that make up a layer of the backward: the scale that windows start from.
+    ``workers``     how many windows to solve at a time, asked before each batch.
+    ``layer``       ops that make up a layer of the backward: the scale that windows start from.
+    ``until_fits``  stop once the best schedule is within the budget.
     """
-    search = _Search(run, seed, workers)
+    search = _Search(run, seed)
     n = len(run.problem) - search.reach.first
     if n <= 0:
         return
     scale = max(4, min(n, layer or max(8, n // 24)))
     aheads = sorted({min(n, scale), min(n, 3 * scale), n})
     level, width = 0, scale
-    while not run.done:
-        gained, given_up = search.sweep(min(width, n), aheads[level])
-        if gained:
-            continue
-        if level + 1 < len(aheads):
+    while not run.done and not (until_fits and run.fits):
+        fits = run.fits
+        gained, given_up = search.sweep(min(width, n), aheads[level], workers)
+        if gained or run.fits != fits:
+            level, width = (level, width) if run.fits == fits else (0, scale)
+        elif level + 1 < len(aheads):
             level += 1
         elif width < n and given_up <= GIVE_UP:
             level, width = 0, 2 * width

@@ -50,26 +50,14 @@ class Choice:
 
 
 class StagedProgram:
-    """The program over ``stages``; ``budget_bytes`` leaves out ``Problem.resident_bytes``.
+    """The program over ``stages``; ``budget_bytes`` leaves out ``Problem.resident_bytes``."""
 
-    With ``minimise_peak`` the budget is a column too, and seconds only break ties.
-    """
-
-    def __init__(
-        self,
-        stages: Stages,
-        budget_bytes: float,
-        *,
-        closures: tuple[int, ...] = (0,),
-        minimise_peak: bool = False,
-    ) -> None:
+    def __init__(self, stages: Stages, budget_bytes: float) -> None:
         self.stages = stages
         self.facts = stages.facts
         self.budget_bytes = budget_bytes
         self.lp = LinearProgram()
         self.seconds_scale = sum(op.again_s for op in self.facts.problem.ops[: self.facts.turn]) or 1.0
-        self.peak = self.lp.column(1.0, upper=np.inf) if minimise_peak else None
-        self._price = 1e-3 if minimise_peak else 1.0
         self._bytes_unit = max(1.0, float(budget_bytes))
         self._largest: dict[tuple[int, ...], int] = {}
         self._row_at: dict[int, int] = {}
@@ -77,8 +65,7 @@ class StagedProgram:
         self.resident: dict[int, dict[int, int]] = {}
         self._add_columns()
         self._add_logic()
-        for g in closures:
-            self._add_closure(g)
+        self._add_closure()
         self._lay_out()
 
     def __repr__(self) -> str:
@@ -88,7 +75,7 @@ class StagedProgram:
         problem, stages, lp = self.facts.problem, self.stages, self.lp
         for g in range(len(stages)):
             for i in sorted(stages.allowed[g]):
-                cost = self._price * problem.ops[i].again_s / self.seconds_scale
+                cost = problem.ops[i].again_s / self.seconds_scale
                 self.again[g][i] = lp.column(cost, integer=True)
         made: dict[int, list[int]] = {}
         for g, row in enumerate(self.again):
@@ -124,27 +111,23 @@ class StagedProgram:
                         lp.row([self.again[g][i], *available], [1.0] + [-1.0] * len(available), upper=0.0)
                 previous = available
 
-    def _add_closure(self, start: int) -> None:
+    def _add_closure(self) -> None:
         """Rows every integral point satisfies and half-recomputations do not.
 
-        S[i] says that i runs again in stage ``start`` or later.  S[i] <= sum of R[i, g]; what i reads
-        was resident when ``start`` began or runs again too; so it is with what the backward reads.
+        S[i] says that i runs again in some stage.  S[i] <= sum of R[i, g]; what i reads was saved from
+        the forward or runs again too; so it is with what the backward reads.
         """
         problem, lp, turn = self.facts.problem, self.lp, self.facts.turn
-        at_start: dict[int, int] = {}
-        for v, events in self.resident.items():
-            column = next((c for g, c in events.items() if g >= start), None)
-            if column is not None:
-                at_start[v] = column
+        saved = {v: next(iter(events.values())) for v, events in self.resident.items()}
         runs: dict[int, list[int]] = {}
-        for row in self.again[start:]:
+        for row in self.again:
             for i, column in row.items():
                 runs.setdefault(i, []).append(column)
         ever = {i: columns[0] if len(columns) == 1 else lp.column() for i, columns in runs.items()}
 
         def sources(v: int) -> list[int]:
             p = problem.values[v].producer
-            return [at_start[v], *([ever[p]] if p in ever else [])]
+            return [saved[v], *([ever[p]] if p in ever else [])]
 
         for i, column in ever.items():
             if len(runs[i]) > 1:
@@ -152,8 +135,8 @@ class StagedProgram:
             for v in problem.counted_inputs[i]:
                 if self.facts.is_decided[v]:
                     lp.row([column, *sources(v)], [1.0] + [-1.0] * len(sources(v)), upper=0.0)
-        for v in at_start:
-            if any(c >= turn and self.stages.stage_of[c] >= start for c in problem.consumers[v]):
+        for v in saved:
+            if any(c >= turn for c in problem.consumers[v]):
                 lp.row(sources(v), [1.0] * len(sources(v)), lower=1.0)
 
     def _lay_out(self) -> None:
@@ -270,14 +253,11 @@ class StagedProgram:
             _, _, size, adds, columns = self._segment[n]
             for column in columns if adds else (self._larger(columns),):
                 weight[column] = weight.get(column, 0.0) + size / self._bytes_unit
-        if self.peak is not None:
-            weight[self.peak] = -1.0
         self._row_at[slot] = self.lp.row(list(weight), weight.values(), upper=self._room(slot))
         return True
 
     def _room(self, slot: int) -> float:
-        budget = self.budget_bytes if self.peak is None else 0.0
-        return float(budget - self.base[slot]) / self._bytes_unit
+        return float(self.budget_bytes - self.base[slot]) / self._bytes_unit
 
     def retarget(self, budget_bytes: float) -> None:
         """Change the budget of the rows there are and of those to come."""
@@ -302,8 +282,7 @@ class StagedProgram:
 
     def add_violated(self, x: np.ndarray, *, tolerance: float = 1e-6, per_stage: int = 2) -> int:
         """Add rows where ``x`` is over the budget, the worst ``per_stage`` of each; how many were new."""
-        limit = self.budget_bytes if self.peak is None else x[self.peak] * self._bytes_unit
-        over = self.bytes_at(x) - limit
+        over = self.bytes_at(x) - self.budget_bytes
         added = 0
         for a, b in zip(self.offset[:-1], self.offset[1:], strict=True):
             worst = a + np.argsort(-over[a:b], kind="stable")[: 4 * per_stage]

@@ -1,0 +1,133 @@
+"""Which methods to ask, in which order, and what they share.
+
+No method is best everywhere, so plans flow from one to the next through the :class:`Incumbent`: first
+what costs nothing (the baselines, so that no answer is ever worse than theirs), then the rounded
+relaxations of the staged program, which at generous budgets are all but optimal, then the chain program
+where these leave a gap or find nothing, and then local search, from whichever plan is best.  The bound
+is proved on the other core meanwhile and ends the search when it is close.  Graphs of a few dozen ops
+go to the exact program first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from solvers import bounds, checkmate, local_search
+from solvers.baselines import BASELINES
+from solvers.chain import Chains
+from solvers.incumbent import Incumbent
+from solvers.problem import Problem
+from solvers.schedule import Schedule
+from solvers.staged import Relaxations, ops_per_layer
+
+__all__ = ["EXACT_OPS", "Methods"]
+
+log = logging.getLogger(__name__)
+
+# Up to this many ops the exact method is asked: on training chains of 37 ops it proves the optimum in 0.2 to
+# 3 s for budgets away from the floor, and nearer to it still has the better bound.
+EXACT_OPS = 40
+# Up to this many ops no other is.
+ALONE_OPS = 16
+# The chain program is asked where the staged program leaves a gap of this share of the step, or no plan.
+CHAIN_GAP = 0.02
+CHAIN_SHARE = 0.25
+BOUND_SHARE = 0.5
+# By how much each target of the search for the least peak is below what is known, at first and at last.
+FIRST_STEP, LAST_STEP = 0.02, 5e-4
+
+
+class Methods:
+    """The methods for one problem; what they build is kept for the next budget."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.layer = ops_per_layer(problem)
+        self._relaxations: Relaxations | None = None
+        self._chains: Chains | None = None
+
+    @property
+    def splits(self) -> bool:
+        """Whether the problem has a forward of two ops at least and a backward."""
+        return self.problem.turn is not None and 2 <= self.problem.turn < len(self.problem)
+
+    def search(self, run: Incumbent, seed: int = 0) -> None:
+        """Better ``run`` by every method that suits, until it is done."""
+        self.offer_baselines(run, "every_block", "sqrt", "recompute_all")
+        if run.done:
+            return
+        if len(self.problem) <= EXACT_OPS:
+            run.enough_s = 0.0
+            found = checkmate.solve(
+                self.problem, run.budget_bytes, time_limit_s=_limit_s(run, 0.5), seed=seed
+            )
+            run.offer(found.schedule.steps(self.problem), "exact")
+            run.raise_bound(found.bound_seconds)
+            if run.done or len(self.problem) <= ALONE_OPS:
+                return
+        with ThreadPoolExecutor(1) as pool:
+            bound = pool.submit(self._bound, run)
+            if run.deadline == math.inf:
+                bound.result()
+            self.offer_plans(run, seed)
+            local_search.improve(run, seed=seed, workers=lambda: _free_cores(bound), layer=self.layer)
+            bound.result()
+
+    def offer_baselines(self, run: Incumbent, *names: str) -> None:
+        """What the baselines called ``names`` answer, where they suit the problem."""
+        for name in names:
+            if not run.done and BASELINES[name].suits(self.problem):
+                schedule = BASELINES[name].run(self.problem, run.budget_bytes)
+                run.offer(schedule.steps(self.problem), name)
+
+    def offer_plans(self, run: Incumbent, seed: int) -> None:
+        """Plans to start from, the cheapest to make first."""
+        if self.splits:
+            self._relaxations = self._relaxations or Relaxations(self.problem)
+            self._relaxations.offer_plans(run, seed=seed)
+        self.offer_baselines(run, "greedy")
+        if self.splits and not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
+            self._chains = self._chains or Chains(self.problem)
+            self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+
+    def _bound(self, run: Incumbent) -> None:
+        limit_s = _limit_s(run, BOUND_SHARE)
+        run.raise_bound(bounds.time_bound(self.problem, run.budget_bytes, time_limit_s=limit_s))
+
+    def lower(self, run: Incumbent, seed: int = 0) -> None:
+        """Lower the least peak that ``run`` knows, whatever its budget, towards the proved floor."""
+        problem = self.problem
+        floor = bounds.peak_floor(problem).bytes
+        for name, baseline in BASELINES.items():
+            if baseline.suits(problem) and run.left_s > 0 and run.lowest[0] > floor:
+                run.offer(baseline.run(problem, floor).steps(problem), name)
+        if len(problem) <= EXACT_OPS and run.lowest[0] > floor:
+            hint = Schedule.of(problem, run.lowest[1])
+            found, floor = checkmate.minimum_peak(
+                problem, time_limit_s=_limit_s(run, 0.5), seed=seed, hint=hint
+            )
+            run.offer(found.steps(problem), "exact")
+        if self.splits and run.left_s > 0 and run.lowest[0] > floor:
+            self._chains = self._chains or Chains(problem)
+            self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+        share = FIRST_STEP
+        while run.left_s > 0 and share > LAST_STEP and run.lowest[0] > floor:
+            least, steps, solver = run.lowest
+            target = max(floor, least - max(1, math.floor(share * (least - problem.resident_bytes))))
+            lower = Incumbent(problem, target, deadline=run.deadline)
+            lower.offer(steps, solver)
+            local_search.improve(lower, seed=seed, layer=self.layer, until_fits=True)
+            run.offer(lower.lowest[1], lower.lowest[2])
+            if not lower.fits:
+                share /= 2
+            log.debug("%s: least peak %d, floor %d", problem.name, run.lowest[0], floor)
+
+
+def _limit_s(run: Incumbent, share: float) -> float:
+    return max(0.1, min(share * run.left_s, 1e6))
+
+
+def _free_cores(bound: Future[None]) -> int:
+    return 2 if bound.done() else 1
