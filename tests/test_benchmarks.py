@@ -71,7 +71,7 @@ def _tiny_gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def test_a_capture_without_memory_is_the_planners_problem() -> None:
-    problem = graphs.capture_problem(_tiny_gpt2, "tiny")
+    problem, modules = graphs.capture_problem(_tiny_gpt2, "tiny")
     with torch.device("cpu"):
         model, inputs = _tiny_gpt2()
     parameters_bytes = 2 * sum(p.numel() for p in model.parameters())  # bfloat16; the tied one once
@@ -83,6 +83,7 @@ def test_a_capture_without_memory_is_the_planners_problem() -> None:
     assert not any(op.recomputable for op in problem.ops[problem.turn :])
     assert any("dropout" in op.name for op in problem.ops)
     assert torch.get_default_dtype() == torch.float32
+    assert len(modules) == problem.turn and "transformer.h.1.mlp.c_fc" in modules
 
 
 @pytest.mark.parametrize("name", graphs.GRAPHS)
@@ -160,7 +161,7 @@ def test_names_of_ops_that_torch_does_not_recompute() -> None:
 def _row(graph: str = "m", budget: str = "0.5", **changes: Any) -> dict[str, Any]:
     row = {
         "graph": graph, "kind": "plan", "order": "fixed", "budget": budget, "budget_bytes": 50,
-        "ops": 9, "turn": 4,
+        "ops": 9, "turn": 4, "resident_bytes": 10,
         "status": "feasible", "solver": "staged", "overhead": 2.0, "bound": 1.9, "gap": 0.1, "seconds": 3.0,
         "time_limit_s": 30.0, "peak_rss_bytes": 10**8, "run": 0,
     }  # fmt: skip
@@ -171,10 +172,7 @@ def _keyed(*rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"|".join((r["graph"], r["kind"], r["order"], r["budget"])): r for r in rows}
 
 
-LEAST = _row(
-    kind="least", budget="", budget_bytes=0, peak_bytes=30, floor_bytes=30, resident_bytes=10,
-    keep_all_bytes=90,
-)  # fmt: skip
+LEAST = _row(kind="least", budget="", budget_bytes=0, peak_bytes=30, floor_bytes=30, keep_all_bytes=90)
 BASELINES = _row(kind="baselines", budget="", budget_bytes=0, plans={"sqrt": [[40, 2.5]], "knapsack": []})
 
 
@@ -246,7 +244,7 @@ def test_the_table_shows_every_row_and_counts_what_is_not_met() -> None:
     assert len(lines) == 3
     assert "| 0.5 | 4e-08 | 2.00 | 1.90 | 0.40 |" in lines[0] and "gap (0.40)" in lines[0]
     assert "| 2.50 |" in lines[0]  # sqrt fits; no other baseline does
-    assert "| 2e-08 |  |" not in lines[1] and "unsettled" in lines[1]
+    assert "| 0.4 | 1e-08 |  | 1.90 |  | unsettled |" in lines[1]
     assert len({line.count("|") for line in lines[:2]}) == 1
     assert run["date"] in text
 
@@ -279,6 +277,19 @@ def test_every_kind_of_job_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"answer", "plan", "baselines", "limit"} & set(_failed(*rows.values()))
     refused = solver_jobs.run(replace(job, budget_bytes=1))
     assert refused["status"] == "infeasible" and refused["floor_bytes"] > 1
+
+
+def test_blocks_of_several_sizes() -> None:
+    problem = random_training_graph(0, layers=4)
+    paths = ["stem", "stages.0.layers.0.conv", "stages.0.layers.1", "stages.1.pool"]
+    assert problem.turn is not None
+    modules = (paths * problem.turn)[: problem.turn]
+    coarse, fine = solver_jobs.blockings(problem, modules)
+    assert [op.group for op in coarse.ops[:4]] == [None, "stages.0", "stages.0", "stages.1"]
+    assert [op.group for op in fine.ops[:4]] == [None, "stages.0.layers.0", "stages.0.layers.1", "stages.1"]
+    assert all(op.group is None for op in fine.ops[problem.turn :])
+    assert solver_jobs.blockings(problem, []) == []
+    assert solver_jobs.blockings(problem, ["stem"] * problem.turn) == []
 
 
 def test_results_are_merged_and_resumed(tmp_path: Path) -> None:

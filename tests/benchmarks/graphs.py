@@ -6,7 +6,8 @@ Each model is built with fake tensors in bfloat16 (no weights, no activations) a
 loss and backward included, goes through the planner's own capture: views folded onto storages, in-place
 backward, generator states of dropout, buffers updated once.  What comes out is the ``solvers.Problem``
 that ``planner.plan`` would solve, written to ``graphs/NAME.json.gz``; ``graphs/captured.json`` has what
-it took.  Each capture runs in a process of its own, so that seconds and peak RSS are its own.
+it took, ``graphs/modules/NAME.json.gz`` the module of each forward op, from which baselines make blocks
+of several sizes.  Each capture runs in a process of its own, so that seconds and peak RSS are its own.
 
 Seconds are the roofline of a device that attains 800 TFLOP/s in bfloat16 and 3.35 TB/s, with 3 us a
 launch: an H100 as it behaves rather than as its data sheet has it.
@@ -23,6 +24,7 @@ fractions of what a step adds to them when nothing is recomputed (see ``activati
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import resource
 import subprocess
@@ -343,20 +345,26 @@ def without_memory(build: Callable[[], Step]) -> Step:
         return model.train(), {name: fake(tensor) for name, tensor in inputs.items()}
 
 
-def capture_problem(build: Callable[[], Step], name: str) -> Problem:
-    """The problem of one training step of what ``build`` makes, without memory, in bfloat16."""
+def capture_problem(build: Callable[[], Step], name: str) -> tuple[Problem, list[str]]:
+    """One training step of what ``build`` makes, without memory, in bfloat16.
+
+    The problem, and the path of the module that each of its forward ops is called in.
+    """
     model, inputs = without_memory(build)
     step = prepare(model, inputs, costs="roofline")
     step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=ATTAINED_H100))
-    return dataclasses.replace(step.problem, name=name)
+    forward = step.graph.ops[: step.graph.turn]
+    return dataclasses.replace(step.problem, name=name), [op.module for op in forward]
 
 
 def _capture(name: str) -> dict[str, Any]:
     """Capture and write one graph; what it took and what it is."""
     began = time.perf_counter()
-    problem = capture_problem(GRAPHS[name], name)
+    problem, modules = capture_problem(GRAPHS[name], name)
     seconds = time.perf_counter() - began
     write_problem(problem, FOLDER / f"{name}.json.gz")
+    text = json.dumps(modules, separators=(",", ":")).encode()
+    (FOLDER / "modules" / f"{name}.json.gz").write_bytes(gzip.compress(text, 9, mtime=0))
     return {
         "ops": len(problem),
         "turn": problem.turn,

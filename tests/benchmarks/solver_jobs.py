@@ -11,13 +11,14 @@ baseline at one budget), ``baselines`` (all that do not look at the budget, and 
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from solvers import InfeasibleError, Problem, Schedule, minimum_peak, read_probl
 from solvers.baselines import BASELINES
 from solvers.bounds import peak_floor
 
-__all__ = ["Job", "graph_names", "keep_all_bytes", "load_graph", "run"]
+__all__ = ["Job", "blockings", "graph_names", "keep_all_bytes", "load_graph", "run"]
 
 CAPTURED = Path(__file__).parent / "graphs"
 TRACED = Path(__file__).parent.parent / "data"
@@ -90,7 +91,8 @@ def run(job: Job) -> dict[str, Any]:
     problem = load_graph(job.graph)
     began, cpu_began = time.perf_counter(), time.process_time()
     found = _KINDS[job.kind](problem, job)
-    row = {**asdict(job), "ops": len(problem), "turn": problem.turn, **found}
+    about = {"ops": len(problem), "turn": problem.turn, "resident_bytes": problem.resident_bytes}
+    row = {**asdict(job), **about, **found}
     row.setdefault("seconds", time.perf_counter() - began)
     row["cpu_seconds"] = time.process_time() - cpu_began
     own, below = (
@@ -109,7 +111,6 @@ def _least(problem: Problem, job: Job) -> dict[str, Any]:
     found = minimum_peak(problem, time_limit_s=job.time_limit_s)
     return {
         "keep_all_bytes": keep_all_bytes(job.graph, problem),
-        "resident_bytes": problem.resident_bytes,
         "floor_bytes": floor.bytes,
         "floor_op": floor.op_name,
         "peak_bytes": found.peak_bytes,
@@ -149,6 +150,10 @@ def _baselines(problem: Problem, job: Job) -> dict[str, Any]:
         if name != "greedy" and baseline.suits(problem):
             line = simulate(problem, baseline.run(problem, 0))
             plans[name] = [(line.peak_bytes, _percent(line.recompute_seconds, problem))]
+    for blocked in blockings(problem, modules_of(job.graph)):
+        line = simulate(blocked, BASELINES["every_block"].run(blocked, 0))
+        point = line.peak_bytes, _percent(line.recompute_seconds, problem)
+        plans["every_block"] = _best_of([*plans.get("every_block", []), point])
     if problem.turn is not None:
         from tests.benchmarks.knapsack import sweep
 
@@ -157,6 +162,47 @@ def _baselines(problem: Problem, job: Job) -> dict[str, Any]:
             [(plan.peak_bytes, _percent(plan.recompute_seconds, problem)) for plan in swept]
         )
     return {"plans": plans}
+
+
+def modules_of(graph: str) -> list[str]:
+    """The module of each forward op of a captured graph; empty for graphs of which that is not known."""
+    path = CAPTURED / "modules" / f"{graph}.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else []
+
+
+def blockings(problem: Problem, modules: Sequence[str]) -> list[Problem]:
+    """The problem with each meaning of "block" that somebody may wrap by hand as ``Op.group``.
+
+    A block is what lies in one entry of a list of modules (``stages.2``), or of a list in such an entry
+    (``stages.2.layers.0``), and so on.  Ops outside such a list are in no block.
+    """
+    labels: list[tuple[str | None, ...]] = []
+    for depth in range(1, max((_entries(m) for m in modules), default=0) + 1):
+        found = tuple(_block(module, depth) for module in modules)
+        if found not in labels:
+            labels.append(found)
+    backward = problem.ops[len(modules) :]
+    return [
+        replace(
+            problem,
+            ops=(
+                *(replace(op, group=group) for op, group in zip(problem.ops, of, strict=False)),
+                *(replace(op, group=None) for op in backward),
+            ),
+        )
+        for of in labels
+    ]
+
+
+def _entries(module: str) -> int:
+    return sum(part.isdigit() for part in module.split("."))
+
+
+def _block(module: str, depth: int) -> str | None:
+    """The path up to its ``depth``-th number, or to its last where it has fewer."""
+    parts = module.split(".")
+    numbers = [k for k, part in enumerate(parts) if part.isdigit()][:depth]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else None
 
 
 def _best_of(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -272,7 +272,6 @@ def _plan_table(plans: Sequence[Row], rows: Rows, found: Sequence[Check]) -> str
 
 
 def _plan_line(row: Row, rows: Rows, found: Sequence[Check]) -> tuple[str, ...]:
-    resident = rows.get(f"{row['graph']}|least|fixed|", {}).get("resident_bytes", 0)
     others = baselines_of(row, rows) if row["order"] == "fixed" else dict.fromkeys(BASELINES)
     shown = fits(row)
     return (
@@ -280,7 +279,7 @@ def _plan_line(row: Row, rows: Rows, found: Sequence[Check]) -> tuple[str, ...]:
         str(row.get("ops", "")),
         row["order"],
         row["budget"],
-        f"{(row['budget_bytes'] - resident) / 1e9:.3g}",
+        f"{(row['budget_bytes'] - row['resident_bytes']) / 1e9:.3g}" if "resident_bytes" in row else "",
         _number(row.get("overhead") if shown else None),
         _number(row.get("bound")),
         _number(row.get("gap") if shown else None),
