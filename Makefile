@@ -20,7 +20,7 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	set -e; for name in overhead peers; do echo "== bench_$$name"; $(RUN) tests/benchmarks/bench_$$name.py; done
 
-# Hours for all graphs; goes on where it was broken off. BENCH="--graphs unet --budgets 0.5" for a part of it.
+# An hour or two for all graphs; goes on where it was broken off. BENCH="--graphs unet --budgets 0.5" for a part of it.
 bench-solvers: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_solvers $(BENCH)
 
