@@ -64,7 +64,10 @@ class Relaxations:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._cuts = _cuts(problem)
+        layer = ops_per_layer(problem)
+        if layer is None:
+            raise ProblemError(f"{problem.name}: the staged program needs problem.turn and a backward after it")
+        self._cuts = _cuts(problem, layer)
         self._programs: list[StagedProgram] = []
         # What the slowest program took: another is not begun in less.
         self._took_s = 0.0
@@ -97,11 +100,8 @@ def ops_per_layer(problem: Problem) -> int | None:
     return math.ceil(length / max(2, layers))
 
 
-def _cuts(problem: Problem) -> Iterator[Stages]:
+def _cuts(problem: Problem, layer: int) -> Iterator[Stages]:
     """Ways to cut: by layers and evenly, from the narrowest window to the widest."""
-    layer = ops_per_layer(problem)
-    if layer is None:
-        raise ProblemError(f"{problem.name}: the staged program needs problem.turn and a backward after it")
     facts = Facts.of(problem)
     if not facts.decided:
         return
