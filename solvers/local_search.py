@@ -169,7 +169,7 @@ class _Search:
                 for window, outcome in zip(batch, [task.result() for task in tasks], strict=True):
                     taken = [run.offer(steps, "local search").taken for steps in outcome.found]
                     gained |= any(taken)
-                    if outcome.found and not taken[-1]:
+                    if outcome.found and not taken[-1] and run.steps is not start[0]:
                         windows.append(window)
                     solved += 1
                     given_up += not (outcome.settled or outcome.found)
