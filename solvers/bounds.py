@@ -8,33 +8,38 @@ made before, and every value that a pinned op made before and an op not yet exec
 largest of these sums over i is a floor.  Exact in practice where one op is the bottleneck (the loss
 of a language model), weak where the inputs of a recomputation are.
 
-*Time.*  A linear relaxation over a few instants of the run, in which the values resident at an instant
-must account, with recomputations, for everything that is still to be read (:func:`time_bound`).  With
-one instant it is the saved-set closure: its row of bytes apart, a minimum cut.
+*Time.*  A mixed-integer program over a few instants of the run, in which the values resident at an instant
+must account, with recomputations, for everything that is still to be read; its rows and the proof are in
+:mod:`solvers.instants`, the choice of instants in :mod:`solvers.refine`.  The same program with the budget
+as its unknown gives a higher floor than the sums above (:func:`proved_floor`).
 
-Sources: the program is this project's; its single-instant form is a knapsack over the closures of
-Picard, "Maximal closure of a graph" (1976).  Weakness: it does not see the memory that a burst of
-recomputation takes between two instants, so close to the floor it lies some points of step time below
-the best plans known; on DAGs without a turn that recompute in many short bursts it is weak everywhere.
+Sources and weaknesses: of the programs, see there.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from solvers.linear import LinearProgram
+from solvers.instants import InstantProgram
 from solvers.problem import Problem
+from solvers.reduction import Reduction
+from solvers.refine import SAFETY, refine
 from solvers.simulate import simulate_steps
 from solvers.staged_stages import Facts
 
-__all__ = ["PeakFloor", "closure_bound", "least_recompute", "peak_floor", "pressure_instants", "time_bound"]
-
-# HiGHS solves to feasibility tolerances of 1e-7; bounds give up ten times that.
-_SAFETY = 1e-6
+__all__ = [
+    "PeakFloor",
+    "closure_bound",
+    "least_recompute",
+    "peak_floor",
+    "pressure_instants",
+    "proved_floor",
+    "time_bound",
+]
 
 
 @dataclass(frozen=True)
@@ -76,52 +81,49 @@ def peak_floor(problem: Problem) -> PeakFloor:
     return PeakFloor(problem.resident_bytes + int(need[worst]), problem.ops[worst].name)
 
 
+def proved_floor(problem: Problem, *, time_limit_s: float = 10.0) -> PeakFloor:
+    """A higher floor than :func:`peak_floor`'s, by the program of :mod:`solvers.instants` with a free budget.
+
+    Anytime; stops early where a schedule is known that peaks at the floor.
+    """
+    floor = peak_floor(problem)
+    top = int(simulate_steps(problem, list(range(len(problem)))).peak_bytes)
+    if top == floor.bytes:
+        return floor
+    instants = [problem.index(floor.op_name)]
+    found = refine(
+        problem, None, instants, time_limit_s=time_limit_s, enough=top, known=floor.bytes, most_bytes=top
+    )
+    least = math.ceil(found.bound)
+    return PeakFloor(least, problem.ops[found.tightest].name) if least > floor.bytes else floor
+
+
 def closure_bound(problem: Problem, budget_bytes: int, *, time_limit_s: float = 5.0) -> float:
-    """:func:`time_bound` with a single instant: tens of milliseconds for thousands of ops."""
+    """:func:`time_bound` by one linear relaxation with a single instant: tens of milliseconds."""
     if peak_floor(problem).bytes > budget_bytes:
-        return float("inf")
+        return math.inf
     instants = pressure_instants(problem, 1)
     return problem.total_seconds + least_recompute(problem, budget_bytes, instants, time_limit_s=time_limit_s)
 
 
-def time_bound(problem: Problem, budget_bytes: int, *, time_limit_s: float = 10.0) -> float:
+def time_bound(
+    problem: Problem,
+    budget_bytes: int,
+    *,
+    time_limit_s: float = 10.0,
+    enough_seconds: float = math.inf,
+) -> float:
     """Seconds that no schedule within ``budget_bytes`` goes below; ``inf`` if none can be within it.
 
-    Take instants t_1 < ... < t_N, each the first run of an op, and call an op or value *past* at t_n if
-    its first run is before t_n.  Of a schedule within the budget let P[k, n] say that past value k is
-    resident when t_n runs, R[i, n] that past op i is run again between t_n and t_(n+1), S[i, n] that it
-    is run again after t_n.  Then, p(k) being the op that makes k,
-
-        P[k, n+1] <= P[k, n] + R[p(k), n]       what is there was there or was made
-        R[i, n]   <= P[j, n] + R[p(j), n]       i reads j: so was what it read
-        1         <= P[k, n] + R[p(k), n]       an op from t_n up to t_(n+1) reads k
-        S[i, n]   <= R[i, n] + S[i, n+1]
-        S[i, n]   <= P[j, n] + S[p(j), n]       i reads j
-        1         <= P[k, n] + S[p(k), n]       an op from t_n on reads k
-        P[k, n]   =  1                          t_n reads k
-        bytes of P[., n] <= budget - outputs and workspace of t_n - final values made before it
-
-    and the schedule takes at least sum again_s[i] R[i, n] beyond one run of every op.  So every schedule
-    is a feasible point and the least of the linear relaxation is below them all.  More instants give a
-    higher bound; they are added while time lasts, and a relaxation that is not solved to the end is
-    not used.
+    Anytime: higher the more time there is, and never past ``time_limit_s``.  Stops early where the best
+    possible is proved, or where the bound has reached ``enough_seconds`` (total; those of a plan at hand).
     """
     if peak_floor(problem).bytes > budget_bytes:
-        return float("inf")
-    deadline = time.monotonic() + time_limit_s
-    best = took_s = 0.0
-    previous: list[int] = []
-    for count in (1, 4, 12):
-        instants = pressure_instants(problem, count)
-        begun = time.monotonic()
-        # Three to four times the instants take about four times as long.
-        if begun + 4 * took_s >= deadline or len(instants) <= len(previous):
-            break
-        left_s = deadline - begun
-        best = max(best, least_recompute(problem, budget_bytes, instants, time_limit_s=left_s))
-        took_s = time.monotonic() - begun
-        previous = instants
-    return problem.total_seconds + best
+        return math.inf
+    total = problem.total_seconds
+    instants = pressure_instants(problem, 1)
+    enough = enough_seconds - total
+    return total + refine(problem, budget_bytes, instants, time_limit_s=time_limit_s, enough=enough).bound
 
 
 def pressure_instants(problem: Problem, count: int) -> list[int]:
@@ -130,10 +132,11 @@ def pressure_instants(problem: Problem, count: int) -> list[int]:
     With a turn they are backward ops and what counts is the bytes that no choice changes plus the op's
     own inputs; without one, the bytes when nothing is dropped.
     """
-    n, start = len(problem), problem.turn or 0
-    if start >= n:
+    n = len(problem)
+    if not n:
         return []
-    if problem.turn is None:
+    start = 0 if problem.turn is None or problem.turn >= n else problem.turn
+    if not start:
         need = simulate_steps(problem, list(range(n))).live_bytes
     else:
         facts = Facts.of(problem)
@@ -147,87 +150,9 @@ def pressure_instants(problem: Problem, count: int) -> list[int]:
 def least_recompute(
     problem: Problem, budget_bytes: int, instants: list[int], *, time_limit_s: float
 ) -> float:
-    """Optimum, in seconds, of the relaxation at ``instants``; 0 if it was not solved to the end."""
-    scale = sum(op.again_s for op in problem.ops) or 1.0
-    lp = LinearProgram()
-    later: _Instant | None = None
-    ends = (*instants[1:], len(problem))
-    for t, end in zip(reversed(instants), reversed(ends), strict=True):
-        now = _Instant.of(problem, lp, t, scale)
-        now.link(lp, end, later)
-        now.bound_bytes(lp, budget_bytes)
-        later = now
-    answer = lp.solve(time_limit_s=time_limit_s, relax=True)
+    """Optimum, in seconds, of the linear relaxation at ``instants``; 0 if it was not solved to the end."""
+    program = InstantProgram(Reduction.of(problem), instants, budget_bytes)
+    answer = program.lp.solve(time_limit_s=time_limit_s, relax=True)
     if answer.infeasible:
-        return float("inf")
-    return max(0.0, answer.objective * (1 - _SAFETY)) * scale if answer.optimal else 0.0
-
-
-@dataclass(frozen=True)
-class _Instant:
-    """Columns of one instant: P by value, R and S by op (see ``time_bound``)."""
-
-    problem: Problem
-    t: int
-    resident: dict[int, int]
-    between: dict[int, int]
-    ever: dict[int, int]
-
-    @classmethod
-    def of(cls, problem: Problem, lp: LinearProgram, t: int, scale: float) -> _Instant:
-        """Columns for the past values and ops that what is still to run may need."""
-        resident: dict[int, int] = {}
-        again: set[int] = set()
-        stack = list(range(t, len(problem)))
-        while stack:
-            for v in problem.counted_inputs[stack.pop()]:
-                p = problem.values[v].producer
-                if p is not None and p < t and v not in resident and not problem.values[v].final:
-                    resident[v] = lp.column()
-                    if problem.ops[p].recomputable and p not in again:
-                        again.add(p)
-                        stack.append(p)
-        between = {i: lp.column(problem.ops[i].again_s / scale) for i in sorted(again)}
-        return cls(problem, t, resident, between, {i: lp.column() for i in between})
-
-    def link(self, lp: LinearProgram, end: int, later: _Instant | None) -> None:
-        """All rows but the bytes'; ``end`` is the ``later`` instant's op, or one past the last."""
-        problem, resident = self.problem, self.resident
-        for i, column in self.ever.items():
-            after = [later.ever[i]] if later is not None and i in later.ever else []
-            _covered(lp, column, [self.between[i], *after])
-        for runs, stop in ((self.between, end), (self.ever, len(problem))):
-            for i, column in runs.items():
-                for v in problem.counted_inputs[i]:
-                    if v in resident:
-                        _covered(lp, column, self._sources(v, runs))
-            read = {v for t in range(self.t, stop) for v in problem.counted_inputs[t] if v in resident}
-            for v in sorted(read):
-                sources = self._sources(v, runs)
-                lp.row(sources, [1.0] * len(sources), lower=1.0)
-        if later is not None:
-            for v, column in later.resident.items():
-                if v in resident:
-                    _covered(lp, column, self._sources(v, self.between))
-        for v in problem.counted_inputs[self.t]:
-            if v in resident:
-                lp.lower[resident[v]] = 1.0
-
-    def _sources(self, v: int, runs: dict[int, int]) -> list[int]:
-        p = self.problem.values[v].producer
-        return [self.resident[v], *([runs[p]] if p in runs else [])]
-
-    def bound_bytes(self, lp: LinearProgram, budget_bytes: int) -> None:
-        """What is resident at this instant fits the budget."""
-        problem, unit = self.problem, float(max(1, budget_bytes))
-        op = problem.ops[self.t]
-        fixed = problem.resident_bytes + op.workspace_bytes + sum(problem.values[v].bytes for v in op.outputs)
-        for value in problem.values:
-            if value.final and value.producer is not None and value.producer < self.t:
-                fixed += value.bytes
-        sizes = [problem.values[v].bytes / unit for v in self.resident]
-        lp.row(list(self.resident.values()), sizes, upper=(budget_bytes - fixed) / unit)
-
-
-def _covered(lp: LinearProgram, column: int, by: list[int]) -> None:
-    lp.row([column, *by], [1.0] + [-1.0] * len(by), upper=0.0)
+        return math.inf
+    return max(0.0, answer.objective * (1 - SAFETY)) * program.unit_s if answer.optimal else 0.0
