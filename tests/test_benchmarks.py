@@ -197,6 +197,8 @@ def test_a_row_that_holds() -> None:
         ({"overhead": 2.6, "budget_bytes": 39}, []),
         ({"status": "unsettled"}, ["plan", "gap"]),
         ({"status": "unsettled", "budget_bytes": 29}, ["gap"]),
+        ({"status": "infeasible", "budget_bytes": 29, "gap": None}, []),
+        ({"status": "infeasible", "gap": None}, ["plan"]),
         ({"status": "crashed", "error": "exit code 1"}, ["answer"]),
         ({"seconds": 33.1}, ["limit"]),
     ],
@@ -228,8 +230,10 @@ def test_a_lower_budget_is_never_faster() -> None:
 def test_claims_on_layered_dags() -> None:
     row = _row("layered-1000", "0.9", ops=1000, turn=None, overhead=0.7, seconds=179.0, time_limit_s=180.0)
     free = row | {"order": "free", "overhead": 0.05}
+    row |= {"bound": 0.1}
     assert _failed(row, free) == []
     assert _failed(row | {"overhead": 0.71}, free) == ["layered"]
+    assert _failed(row | {"overhead": 0.71, "bound": 0.65}, free) == []
     assert _failed(row, free | {"overhead": 0.2}) == ["free order"]
     assert _failed(row, free | {"overhead": 0.8}) == ["free order", "free order"]
     assert _failed(row | {"seconds": 181.0}) == ["layered speed"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import json
+import math
 import resource
 import sys
 import time
@@ -128,13 +129,14 @@ def _plan(problem: Problem, job: Job) -> dict[str, Any]:
     except InfeasibleError as error:
         return {"status": "infeasible", "floor_bytes": error.floor_bytes, "peak_bytes": None}
     total_s = problem.total_seconds
+    refuted = math.isinf(found.bound_seconds)  # the bound's own program has no solution: no plan exists
     return {
-        "status": found.status,
+        "status": "infeasible" if refuted else found.status,
         "solver": found.solver,
         "peak_bytes": found.peak_bytes,
         "overhead": _percent(found.recompute_seconds, problem),
-        "bound": _percent(found.bound_seconds - total_s, problem),
-        "gap": _percent(found.gap_seconds, problem),
+        "bound": None if refuted else _percent(found.bound_seconds - total_s, problem),
+        "gap": None if refuted else _percent(found.gap_seconds, problem),
         "seconds": time.perf_counter() - began,
     }
 

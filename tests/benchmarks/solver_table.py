@@ -41,6 +41,7 @@ MOCCASIN: Mapping[int, Mapping[str, float]] = {
 }
 BASELINES = ("keep_all", "every_block", "sqrt", "greedy", "recompute_all", "knapsack")
 FREE_AT_MOST = 0.1
+OF_THE_PROVED = 0.1
 GIB = 2**30
 
 CLAIMS: Mapping[str, str] = {
@@ -54,7 +55,8 @@ CLAIMS: Mapping[str, str] = {
     "limit": "a time limit is exceeded by 10 % at most",
     "speed": "InternVL2-1B: 10 s at 50 %, 30 s at any budget; 7B Llama: 30 s at 50 %",
     "memory": "InternVL2-1B: at most 2 GiB of resident memory",
-    "layered": "layered DAGs, given order: no more than MOCCASIN's increase at that size",
+    "layered": "layered DAGs, given order: no more than MOCCASIN's increase at that size, or, where an "
+    f"instance of ours is proved to need more, no more than {OF_THE_PROVED} points above that",
     "layered speed": "layered DAGs: 60 s up to 500 ops, 180 s for 1000",
     "free order": f"layered DAGs, free order: at most {FREE_AT_MOST} % at 90 %, never slower than given",
 }
@@ -110,7 +112,7 @@ def _of_plan(row: Row, rows: Rows) -> Iterator[Finding]:
         yield "plan", fits(row), row["status"]
     if row["turn"] is not None:
         most = _gap_allowed(row["budget"])
-        if most is not None:
+        if most is not None and row["status"] != "infeasible":  # that is a proof
             yield "gap", fits(row) and row["gap"] <= most, f"{row['gap']:.2f}" if fits(row) else "no plan"
         yield from _speed(row)
     if not fits(row):
@@ -157,9 +159,10 @@ def _layered(row: Row, rows: Rows) -> Iterator[Finding]:
     yield "layered speed", row["seconds"] <= most_s, f"{row['seconds']:.1f} s"
     figure = f"{row['overhead']:.2f}"
     if row["order"] == "fixed":
-        most = MOCCASIN[row["ops"]][row["budget"]]
-        proved = f"; at least {row['bound']:.2f} on this instance" if row["bound"] > most else ""
-        yield "layered", row["overhead"] <= most, f"{figure}, {most} published{proved}"
+        published = MOCCASIN[row["ops"]][row["budget"]]
+        most = max(published, row["bound"] + OF_THE_PROVED)
+        said = f"{figure}, {published} published, at least {row['bound']:.2f} on this instance"
+        yield "layered", row["overhead"] <= most, said
         return
     given = rows.get(f"{row['graph']}|plan|fixed|{row['budget']}")
     if given is not None and fits(given):
