@@ -9,9 +9,10 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,19 +29,22 @@ __all__ = ["solve"]
 
 log = logging.getLogger(__name__)
 
-# Candidates of the first program, and of a neighbourhood besides the plan's own.
+# Candidates of the relaxation that prices them, of the first whole program, and of a neighbourhood.
 WIDE_CANDIDATES = 6000
 FIRST_CANDIDATES = 600
-NEAR_CANDIDATES = 150
-RELAXED_ROUNDS = 12
+NEAR_CANDIDATES = 150.0
+MIN_CANDIDATES = 30.0
+# By what a neighbourhood grows when none, one or both of a round were solved to the end.
+SIZE_STEPS = (0.7, 1.0, 1.3)
+# Share of the plan's own recomputations outside a scattered neighbourhood that stay.
+PINNED_SHARE = 0.7
+# Shares of the time for the first program (and, beside it, the bound), of that for prices, and for a round.
+FIRST_SHARE = 0.4
 RELAXED_SHARE = 0.4
-# Shares of the time for the first program (and, beside it, the bound), and for one neighbourhood.
-FIRST_SHARE = 0.35
 NEAR_SHARE = 0.06
 # Rounds of two neighbourhoods without a better plan after which the search ends.
 IDLE_ROUNDS = 30
-# How often one program is solved again with the rows its plan breaks.
-REPAIRS = 6
+# Stages with closure rows.
 CLOSURES = 6
 # HiGHS takes no infinite limit.
 LONGEST_S = 1e6
@@ -111,44 +115,34 @@ def solve(
 
 
 class _Search:
-    """The best plan so far, the memory rows that plans broke, and what to try next."""
+    """The best plan so far, what the candidates are worth, and what to try next."""
 
     def __init__(self, problem: Problem, budget: int, plan: _Plan, deadline: float, seed: int) -> None:
         self.problem, self.budget, self.plan, self.deadline, self.seed = problem, budget, plan, deadline, seed
         self.rng = random.Random(seed)
         self.bound = problem.total_seconds
-        self.tight: set[Candidate] = set()
         self.price: dict[Candidate, float] = {}
-        self.size = float(NEAR_CANDIDATES)
+        self.size = NEAR_CANDIDATES
         self.closures = tight_instants(problem, budget, CLOSURES)
         live = simulate_steps(problem, list(range(len(problem)))).live_bytes
-        over = np.cumsum(np.concatenate([[0], live > budget]))
+        self.over = np.flatnonzero(live > budget)
+        before = np.cumsum([0, *(live > budget)])
         # Per op, the ops whose values it reads across a stretch where keeping everything is too much.
         self.first: dict[int, list[int]] = {}
         for v in range(len(problem.values)):
             if can_be_dropped(problem, v):
                 uses = (problem.values[v].producer or 0, *problem.consumers[v])
-                for a, b in zip(uses, uses[1:], strict=False):
-                    if over[b] > over[a + 1]:
+                for a, b in pairwise(uses):
+                    if before[b] > before[a + 1]:
                         self.first.setdefault(b, []).append(uses[0])
-        self.over = np.flatnonzero(live > budget)
-
-    def left_s(self) -> float:
-        return max(0.0, self.deadline - time.perf_counter())
-
-    def _known_s(self) -> float:
-        return math.inf if self.plan.excess_bytes else self.plan.timeline.seconds
-
-    def done(self) -> bool:
-        return self.left_s() < 0.05 or (
-            not self.plan.excess_bytes
-            and self.plan.timeline.seconds - self.bound <= OPTIMAL_RTOL * self.plan.timeline.seconds
-        )
 
     def run(self) -> tuple[_Plan, float]:
-        near_s = min(max(2.0, NEAR_SHARE * self.left_s()), LONGEST_S)
+        """The best plan found, and a bound on every plan's seconds."""
+        total_s = self.left_s()
+        if not self.first or not total_s:
+            return self.plan, self.bound
         with ThreadPoolExecutor(2) as pool:
-            share_s = min(LONGEST_S, FIRST_SHARE * self.left_s())
+            share_s = min(LONGEST_S, FIRST_SHARE * total_s)
             bound = pool.submit(
                 instants_bound,
                 self.problem,
@@ -162,51 +156,55 @@ class _Search:
             idle = 0
             while idle < IDLE_ROUNDS and not self.done():
                 idle += 1
+                limit_s = min(max(2.0, NEAR_SHARE * total_s), self.left_s(), LONGEST_S)
                 tries = [self._near() for _ in range(2)]
-                limit_s = min(near_s, self.left_s())
+                both = [pool.submit(self._solved, *near, limit_s, better=True) for near in tries]
                 settled = 0
-                for plan, tight, optimal in pool.map(lambda near: self._solved(*near, limit_s), tries):
-                    self.tight |= tight
+                for plan, optimal in [future.result() for future in both]:
                     settled += optimal
                     if plan is not None and plan.rank < self.plan.rank:
                         log.debug("%s: %r", self.problem.name, plan.timeline)
                         self.plan, idle = plan, 0
-                self.size *= (0.7, 1.0, 1.3)[settled]
+                self.size = max(MIN_CANDIDATES, self.size * SIZE_STEPS[settled])
         return self.plan, self.bound
+
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.perf_counter())
+
+    def done(self) -> bool:
+        """Whether time is up or the plan proved optimal."""
+        return self.left_s() < 0.05 or self._known_s() - self.bound <= OPTIMAL_RTOL * self.bound
+
+    def _known_s(self) -> float:
+        return math.inf if self.plan.excess_bytes else self.plan.timeline.seconds
 
     def _first(self, limit_s: float) -> None:
         """The relaxation of a wide program prices the candidates; the cheapest make the first whole one."""
-        begun = time.perf_counter()
-        wide: set[Candidate] = set()
-        for depth in (1, 2, 3):
-            more = {(i, t) for t in self.first for i in self._chain(t, depth)}
-            if depth > 1 and len(more) > WIDE_CANDIDATES:
-                break
-            wide = more
-        self._price(wide, limit_s * RELAXED_SHARE)
+        deadline = time.perf_counter() + limit_s
+        by_depth = [{(i, t) for t in self.first for i in self._chain(t, depth)} for depth in (1, 2, 3)]
+        wide = max((c for c in by_depth if len(c) <= WIDE_CANDIDATES), key=len, default=by_depth[0])
+        self.price = {c: float(c not in by_depth[0]) for c in sorted(wide)}
+        self._set_prices(limit_s * RELAXED_SHARE)
         few = sorted(wide, key=lambda c: (self.price[c], c))[:FIRST_CANDIDATES]
-        plan, tight, _ = self._solved(
-            {*few, *self.plan.reruns()}, set(), limit_s - (time.perf_counter() - begun)
-        )
-        self.tight |= tight
+        plan, _ = self._solved({*few, *self.plan.reruns()}, set(), deadline - time.perf_counter())
         if plan is not None and plan.rank < self.plan.rank:
             self.plan = plan
 
-    def _price(self, candidates: set[Candidate], limit_s: float) -> None:
+    def _set_prices(self, limit_s: float) -> None:
         """Solve the relaxation, with the memory rows that its points break; keep its reduced costs."""
         deadline = time.perf_counter() + limit_s
-        program = RetentionProgram(self.problem, self.budget, candidates, closures=self.closures)
-        for t in self.closures:
-            program.limit_op(t)
-        self.price = dict.fromkeys(candidates, 0.0)
-        for _ in range(RELAXED_ROUNDS):
+        program = RetentionProgram(self.problem, self.budget, self.price, closures=self.closures)
+        rows = self.closures
+        while rows:
+            for t in rows:
+                program.limit_op(t)
             answer = program.solve(time_limit_s=deadline - time.perf_counter(), relax=True)
             if answer.x is None or answer.reduced_costs is None:
-                break
+                return
             costs = answer.reduced_costs
             self.price = {c: float(costs[column]) for c, column in program.rerun.items()}
-            if not self._add_broken(program, answer.x, self.tight):
-                break
+            rows = np.flatnonzero(program.use_bytes(answer.x) > self.budget * (1 + 1e-6)).tolist()
+            rows = [t for t in rows if not program.limits(t)]
 
     def _chain(self, t: int, depth: int) -> set[int]:
         """Ops that may run again in stage ``t``: producers of what it reads, and ``depth - 1`` steps up."""
@@ -236,65 +234,34 @@ class _Search:
             if kind == "peak":
                 peak = int(rng.choice(self.over))
                 stages = [t for t in stages if t >= peak]
-        near: set[Candidate] = set()
         depth = rng.choice((1, 2, 2, 3))
         dearest = rng.choice((0.01, 0.1, 0.3, 1.0))
-        seen = set()
+        near: set[Candidate] = set()
+        freed: set[int] = set()
         for t in stages:
             if len(near) >= self.size:
                 break
-            seen.add(t)
+            freed.add(t)
             near.update((i, t) for i in self._chain(t, depth) if self.price.get((i, t), 0.5) <= dearest)
-        pinned = {(i, t) for i, t in plan if t not in seen and (i, t) not in near}
-        if kind != "window":
-            pinned = {c for c in sorted(pinned) if rng.random() < 0.7}
+        pinned = {c for c in plan if c[1] not in freed and (kind == "window" or rng.random() < PINNED_SHARE)}
         return near.union(plan), pinned
 
     def _solved(
-        self, candidates: set[Candidate], pinned: set[Candidate], limit_s: float
-    ) -> tuple[_Plan | None, set[Candidate], bool]:
-        """The best plan of one program, the rows it turned out to need, and whether nothing is better."""
+        self, candidates: set[Candidate], pinned: set[Candidate], limit_s: float, *, better: bool = False
+    ) -> tuple[_Plan | None, bool]:
+        """The plan of one program (a better one, or none), and whether the program was solved to the end."""
         deadline = time.perf_counter() + limit_s
-        problem, budget = self.problem, self.budget
-        program = RetentionProgram(problem, budget, candidates, closures=self.closures)
+        problem = self.problem
+        program = RetentionProgram(problem, self.budget, candidates, closures=self.closures)
+        program.limit_all()
         program.pin(pinned)
-        if pinned:
+        if better:
             program.beat(self.plan.excess_bytes, self.plan.timeline.recompute_seconds)
-        tight = set(self.tight)
-        for t in self.closures:
-            program.limit_op(t)
-        for i, t in sorted(tight.union(self.plan.reruns())):
-            program.limit_op(t) if i == t else program.limit_rerun(i, t)
-        best: _Plan | None = None
-        for _ in range(REPAIRS):
-            left_s = deadline - time.perf_counter()
-            if left_s < 0.02:
-                break
-            answer = program.solve(time_limit_s=left_s, seed=self.seed)
-            if answer.x is None:
-                return best, tight, answer.infeasible
-            plan = _Plan.of(problem, budget, _trimmed(problem, _steps(problem, program.chosen(answer.x))))
-            best = plan if best is None or plan.rank < best.rank else best
-            added = self._add_broken(program, answer.x, tight)
-            if plan.excess_bytes:
-                steps = plan.timeline.steps
-                for s, t in enumerate(plan.stages()):
-                    if plan.timeline.live_bytes[s] > budget:
-                        i = int(steps[s])
-                        tight.add((i, t))
-                        added |= program.limit_op(t) if i == t else program.limit_rerun(i, t)
-            if not added:
-                return best, tight, answer.optimal
-        return best, tight, False
-
-    def _add_broken(self, program: RetentionProgram, x: np.ndarray, tight: set[Candidate]) -> bool:
-        use = program.use_bytes(x)
-        broken = [t for t in np.argsort(-use, kind="stable").tolist() if use[t] > self.budget * (1 + 1e-6)]
-        added = False
-        for t in broken:
-            tight.add((t, t))
-            added |= program.limit_op(t)
-        return added
+        answer = program.solve(time_limit_s=deadline - time.perf_counter(), seed=self.seed)
+        if answer.x is None:
+            return None, answer.infeasible
+        steps = _trimmed(problem, _steps(problem, program.chosen(answer.x)))
+        return _Plan.of(problem, self.budget, steps), answer.optimal
 
 
 def _steps(problem: Problem, candidates: Iterable[Candidate]) -> list[int]:
@@ -323,6 +290,3 @@ def _trimmed(problem: Problem, steps: list[int]) -> list[int]:
         if len(kept) == len(steps):
             return steps
         steps = kept
-
-
-_Try = Callable[[], tuple[_Plan | None, set[Candidate]]]

@@ -1,10 +1,9 @@
 """A lower bound on seconds for any DAG in its order: an integer program over a few instants of the run.
 
-Take instants t_1 < ... < t_N, each the first run of an op.  For a schedule within the budget whose first
-executions keep the order, and the ops and values first run before t_n, let K[v, n] say that v is resident
-when stage t_n starts (the stage: what runs between the first runs of op t_n - 1 and op t_n, then t_n), R[i, n]
-that op i runs again in stages t_n to t_(n+1) - 1, and S[i, n] that it does so in any stage from t_n on.  Then,
-p(v) being the op that makes v,
+Take instants t_1 < ... < t_N, each the first run of an op, and call an op or value *past* at t_n if its first
+run is before t_n.  Of a schedule within the budget whose first executions keep the order let K[v, n] say that
+past value v is resident while t_n first runs, R[i, n] that past op i runs again between the first runs of t_n
+and t_(n+1), S[i, n] that it runs again after that of t_n.  Then, p(v) being the op that makes v,
 
     K[v, n+1] <= K[v, n] + R[p(v), n]      what is there was there or was made
     R[i, n]   <= K[u, n] + R[p(u), n]      i reads u: so was what it read
@@ -12,16 +11,10 @@ p(v) being the op that makes v,
     S[i, n]   <= R[i, n] + S[i, n+1]
     S[i, n]   <= K[u, n] + S[p(u), n]      i reads u
     1         <= K[v, n] + S[p(v), n]      an op from t_n on reads v
+    K[v, n]    = 1                         t_n reads v
+    bytes of K[., n] <= budget - outputs and workspace of t_n - what stays whatever is decided
 
-and the schedule takes at least sum again_s[i] R[i, n] beyond one run of every op.  For the bytes, the count
-is taken while op t_n itself runs, after the reruns of its stage.  With H[v, n] that v is resident then,
-
-    H[v, n] >= K[v, n+1] - (R of p(v) after t_n's first run),   H[v, n] = 1 if t_n reads v
-
-would need a column more; here K is read off at that moment instead: stages are cut right before the first
-run of t_n, its reruns belong to the interval before, K[v, n] = 1 where t_n reads v, and
-
-    bytes of K[., n] <= budget - outputs and workspace of t_n - what stays whatever is decided.
+and the schedule takes at least sum again_s[i] R[i, n] beyond one run of every op.
 
 Every schedule within the budget is a feasible point of the integer program, so its optimum, or any bound that
 branch and bound has on it when time is up, is below every schedule's seconds.  Rows 4 to 6 follow from the
@@ -97,7 +90,7 @@ def instants_bound(
 
 
 def tight_instants(problem: Problem, budget_bytes: int, count: int) -> list[int]:
-    """At most ``count`` ops, ascending, where keeping everything exceeds the budget most, spread over those."""
+    """At most ``count`` ops, ascending, spread over those at which keeping everything exceeds the budget."""
     live = simulate_steps(problem, list(range(len(problem)))).live_bytes
     over = np.flatnonzero(live > budget_bytes)
     parts = np.array_split(over, min(count, len(over))) if len(over) else []
@@ -125,7 +118,7 @@ def _bound(
     if relax:
         return max(0.0, answer.objective * (1 - _SAFETY)) * unit_s if answer.optimal else 0.0
     if answer.optimal and answer.x is not None:
-        # What lies between the bound and the point is HiGHS's tolerance; plans are as far apart as ops' seconds.
+        # Between bound and point lies HiGHS's tolerance; plans are as far apart as the seconds of ops.
         runs = (ops.items() for ops in reruns)
         return math.fsum(problem.ops[i].again_s for op in runs for i, c in op if answer.x[c] > 0.5)
     return max(0.0, answer.bound * (1 - _SAFETY)) * unit_s
