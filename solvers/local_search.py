@@ -58,7 +58,10 @@ GIVE_UP = 0.6
 
 @dataclass(frozen=True)
 class Window:
-    """First runs ``begin`` up to ``end`` are opened; what is read up to ``ahead`` ops later may be made."""
+    """First runs ``begin`` up to ``end`` are opened; what is read up to ``ahead`` ops later may be made.
+
+    What the schedule recomputes there, and as far again after it, may be left out.
+    """
 
     begin: int
     end: int
@@ -109,14 +112,16 @@ def window_template(problem: Problem, reach: Reach, steps: list[int], window: Wi
     cuts = [
         t for t in range(begin, end) if t == begin or any(reach.targets[p] for p in _producers(problem, t))
     ]
+    after = min(len(problem), 2 * end - begin)
     while True:
-        first = sorted({0, *cuts, end} - {len(problem)})
+        first = sorted({0, *cuts, end, after} - {len(problem)})
         ends = [*first[1:], len(problem)]
         allowed = [
             reach.allowed(a, b, window.ahead) if begin <= a < end else frozenset[int]()
             for a, b in zip(first, ends, strict=True)
         ]
-        template = template_around(problem, steps, first, allowed)
+        opened = {g for g, a in enumerate(first) if begin <= a < after}
+        template = template_around(problem, steps, first, allowed, opened)
         if len(template) - len(steps) <= MOST_SLOTS or len(cuts) <= 4:
             return template
         cuts = cuts[::2]
@@ -239,10 +244,9 @@ class _Search:
 
 
 def _slots_of(template: Template, window: Window) -> range:
-    """The slots from the first stage that ``window`` opens to the last."""
-    required = np.flatnonzero(template.required)
-    begin = int(required[window.begin - 1]) + 1 if window.begin else 0
-    return range(begin, int(required[window.end - 1]) + 1)
+    """The slots from the first stage that ``window`` opens to its last first run."""
+    begin = template.slots.index(window.begin - 1) + 1 if window.begin else 0
+    return range(begin, template.slots.index(window.end - 1) + 1)
 
 
 def first_runs_over(run: Incumbent) -> list[int]:

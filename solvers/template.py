@@ -1,16 +1,16 @@
 """Templates: a long sequence of steps of which a schedule is a part.
 
-A template lists every op's first run, which is *required*, and between them *optional* runs: places
-where an op may run again.  Every sub-sequence that holds the required slots and makes what it reads
-before it reads it is a schedule, and the cheapest one within a budget is a mixed-integer program
+A template lists slots that are *required*, every op's first run among them, and between them *optional*
+ones: places where an op may run again.  Every sub-sequence that holds the required slots and makes what
+it reads before it reads it is a schedule, and the cheapest one within a budget is a mixed-integer program
 (``template_program``).  So a template is a neighbourhood: all the schedules one is willing to look at.
 
-Templates are made around a schedule, which stays a sub-sequence of its own template.  The required
-slots are cut into contiguous *stages*; for each stage a set of ops says what may run again in it, and
-each of those ops gets one slot there, placed as late as a just-in-time executor would: before the first
-step of the stage that reads what it makes, inputs first.  Around the schedule that recomputes nothing
-this is a template of the whole problem; around a good one, with few stages opened, it is a
-neighbourhood for local search.
+Templates are made around a schedule, which stays a sub-sequence of its own template.  The first runs
+are cut into contiguous *stages*; for each stage a set of ops says what may run again in it, and each of
+those ops gets one slot there, placed as late as a just-in-time executor would: before the first step of
+the stage that reads what it makes, inputs first.  What the schedule recomputes in a stage that is not
+opened stays required.  Around the schedule that recomputes nothing this is a template of the whole
+problem; around a good one, with few stages opened, it is a neighbourhood for local search.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Template", "template_around"]
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """``slots``: an op position per slot; ``required``: whether it is the op's first run.
+    """``slots``: an op position per slot; ``required``: whether it always runs, as first runs do.
 
     ``starts``   the slot at which each stage begins, ascending, the first 0.
     ``of_step``  the slot of each step of the schedule that the template was made around.
@@ -40,7 +40,7 @@ class Template:
     of_step: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if sum(self.required) != len(self.problem) or len(self.slots) != len(self.required):
+        if sum(self.required) < len(self.problem) or len(self.slots) != len(self.required):
             raise ValueError(
                 f"{len(self.slots)} slots, {sum(self.required)} of {len(self.required)} required, "
                 f"for {len(self.problem)} ops"
@@ -50,7 +50,7 @@ class Template:
         return len(self.slots)
 
     def __repr__(self) -> str:
-        optional = len(self.slots) - len(self.problem)
+        optional = len(self.slots) - sum(self.required)
         return f"Template({len(self.slots)} slots, {optional} optional, {len(self.starts)} stages)"
 
     @property
@@ -60,13 +60,18 @@ class Template:
 
 
 def template_around(
-    problem: Problem, steps: Sequence[int], first: Sequence[int], allowed: Sequence[Collection[int]]
+    problem: Problem,
+    steps: Sequence[int],
+    first: Sequence[int],
+    allowed: Sequence[Collection[int]],
+    opened: Collection[int],
 ) -> Template:
     """The template whose stages begin at the ops ``first`` (ascending, the first 0) around ``steps``.
 
     ``steps`` is a valid schedule as op positions with first runs in the problem's order.  ``allowed[g]``
-    are the ops that may run again in stage ``g`` besides the recomputations of ``steps``.  A step that
-    runs again belongs to the stage of the first run that follows it.
+    are the ops that may run again in stage ``g`` besides the recomputations of ``steps``, and these may be
+    left out in the stages ``opened``.  A step that runs again belongs to the stage of the first run that
+    follows it.
     """
     values, reads = problem.values, problem.counted_inputs
     ends = (*first[1:], len(problem))
@@ -108,7 +113,7 @@ def template_around(
         is_first = i == pending
         of_step.append(len(slots))
         slots.append(i)
-        required.append(is_first)
+        required.append(is_first or stage not in opened)
         if is_first:
             pending += 1
         else:

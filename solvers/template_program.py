@@ -32,6 +32,7 @@ all the same, since HiGHS otherwise polishes incumbents with a second solve.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable
 
@@ -140,6 +141,7 @@ class TemplateProgram:
             forced[k], useful[k] = must, wanted
             if makes[k]:
                 must = False
+                wanted = wanted and use[touches[k]] is not None
             else:
                 wanted = True
                 must = must or use[touches[k]] is None
@@ -284,9 +286,13 @@ class TemplateProgram:
         return added
 
     def below(self, recompute_s: float) -> None:
-        """Ask for at most ``recompute_s`` of recomputation."""
+        """Ask for at most ``recompute_s`` of recomputation in all, that of required slots included."""
+        ops = self.problem.ops
+        of_slots = math.fsum(ops[i].again_s for i, c in zip(self.template.slots, self.use, strict=True) if c is None)
+        of_first_runs = math.fsum(op.again_s for op in ops)
+        room_s = recompute_s - (of_slots - of_first_runs)
         priced = [c for c, cost in enumerate(self.lp.cost) if cost]
-        self.lp.row(priced, [self.lp.cost[c] for c in priced], upper=recompute_s / self.seconds_scale)
+        self.lp.row(priced, [self.lp.cost[c] for c in priced], upper=room_s / self.seconds_scale)
 
     def over_below(self, most_bytes: float) -> None:
         """Ask for less than ``most_bytes`` above the limit."""
