@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hypothesis import strategies as st
 
-from solvers import Op, Problem, Value
+from solvers import Op, Problem, Schedule, Value, simulate
 
 # Passes that stand for "any sequence whose first executions keep the order".
 ANY = None
@@ -51,6 +51,34 @@ def random_problem(rng: random.Random, max_ops: int = 6, *, rich: bool = True) -
 def problems(max_ops: int = 6, *, rich: bool = True) -> st.SearchStrategy[Problem]:
     """``random_problem`` as a hypothesis strategy."""
     return st.randoms(use_true_random=False).map(lambda rng: random_problem(rng, max_ops, rich=rich))
+
+
+def tense_problem(rng: random.Random, max_ops: int = 6) -> Problem:
+    """Ops that mostly read the one before and one long before; recomputation lowers its peak.
+
+    Drawn again until it does: in one of six draws.
+    """
+    while True:
+        n = rng.randint(4, max_ops)
+        ops: list[Op] = []
+        values: list[Value] = []
+        for i in range(n):
+            inputs = {i - 1} if i and rng.random() < 0.8 else set()
+            inputs |= {rng.randrange(i) for _ in range(rng.randint(0, 1 + (i > 2))) if i}
+            pinned = rng.random() < 0.07
+            ops.append(
+                Op(f"op{i}", tuple(sorted(inputs)), (i,), rng.randint(1, 8) / 4, recomputable=not pinned)
+            )
+            values.append(Value(f"v{i}", rng.randint(1, 9), i, rng.random() < 0.06))
+        turn = rng.choice([None, rng.randint(2, n - 1)])
+        problem = Problem(tuple(ops), tuple(values), turn=turn, name="tense")
+        if least_peak(problem)[0] < simulate(problem, Schedule.keep_all(problem)).peak_bytes:
+            return problem
+
+
+def from_seeds(make: Callable[[random.Random], Problem]) -> st.SearchStrategy[Problem]:
+    """What ``make`` draws from random seeds: nearly all examples differ, none is shrunk."""
+    return st.binary(min_size=8, max_size=8).map(lambda seed: make(random.Random(seed)))
 
 
 State = tuple[int, int, int, frozenset[int]]

@@ -355,7 +355,7 @@ def test_every_solver_name_is_served() -> None:
     for solver in SOLVERS:
         solution = solve(problem, round(0.7 * top), solver=solver, time_limit_s=5)
         assert solution.solver in mixed.get(solver, {solver})
-        assert solution.fits or solver in BASELINES and solver != "greedy"
+        assert solution.fits or (solver in BASELINES and solver != "greedy")
         assert problem.total_seconds <= solution.bound_seconds
         assert solution.bound_seconds <= solution.seconds or not solution.fits
         keeps = solve(problem, top, solver=solver, time_limit_s=5)
