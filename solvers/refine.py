@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,33 +105,55 @@ def refine(
     return found
 
 
-def emitted(program: InstantProgram, x: np.ndarray) -> tuple[list[int], list[int]]:
-    """Steps of the schedule that the point ``x`` describes, and for each the op before whose first run, or at
-    it, it stands (the number of ops at the end).  Reruns stand right before the first that reads them."""
+def emitted(program: InstantProgram, x: np.ndarray) -> list[int]:
+    """Steps of the schedule with the residents of ``x``: what is missing runs again when it is first read,
+    or before the next instant if it is resident there; what nobody reads does not run again."""
     red, problem = program.reduction, program.problem
-    first = program.instants[0] if program.instants else len(problem)
-    steps, where = list(range(first)), list(range(first))
+    resident = [program.resident_at(x, n) for n in range(len(program.instants))] + [set()]
+    steps = list(range(program.instants[0] if program.instants else len(problem)))
     for n, (start, end) in enumerate(zip(program.instants, program.ends, strict=True)):
-        resident, again = program.decisions(x, n)
-        for i in [*range(start, end), *sorted(again)]:
-            # A rerun that no first run asked for serves the next instants.
-            rerun = i < start
-            stack = [(i, iter(red.inputs[i] if rerun else red.reads[i]))] if not rerun or i in again else []
-            while stack:
-                j, pending = stack[-1]
-                for v in pending:
-                    p = problem.values[v].producer
-                    if p is not None and p < start and v not in resident and p in again:
-                        again.discard(p)
-                        stack.append((p, iter(red.inputs[p])))
-                        break
-                else:
-                    stack.pop()
-                    ran = red.members[j] if j < start else (j,)
-                    again.discard(j)
-                    steps.extend(ran)
-                    where.extend([end if rerun else i] * len(ran))
-    return steps, where
+        there = set(resident[n])
+        for t in range(start, end):
+            _run_again(red, start, there, red.reads[t], steps)
+            steps.append(t)
+        _run_again(red, start, there, sorted(resident[n + 1]), steps)
+    return trim(problem, steps)
+
+
+def _run_again(red: Reduction, start: int, there: set[int], wanted: Sequence[int], steps: list[int]) -> None:
+    """Append what makes the ``wanted`` values that are past at ``start`` and not ``there``, inputs first."""
+    values = red.problem.values
+
+    def missing(wanted: Sequence[int]) -> Iterator[int]:
+        for v in wanted:
+            p = values[v].producer
+            if p is not None and p < start and v not in there and red.problem.ops[p].recomputable:
+                there.update(red.outputs[p])
+                yield p
+
+    stack = [(-1, missing(wanted))]
+    while stack:
+        i, pending = stack[-1]
+        p = next(pending, None)
+        if p is not None:
+            stack.append((p, missing(red.inputs[p])))
+            continue
+        stack.pop()
+        if i >= 0:
+            steps.extend(red.members[i])
+
+
+def _next_first_runs(steps: list[int], n: int) -> list[int]:
+    """Per step, the op that is the first to run for the first time from there on."""
+    where, ran, firsts = [n] * len(steps), -1, []
+    for i in steps:
+        firsts.append(i > ran)
+        ran = max(ran, i)
+    following = n - 1
+    for s in reversed(range(len(steps))):
+        following = steps[s] if firsts[s] else following
+        where[s] = following
+    return where
 
 
 class _Search:
@@ -143,7 +165,6 @@ class _Search:
         share_of = most_bytes if budget is None else budget
         self.reduction = Reduction.of(problem, int(FREE_SHARE * share_of))
         self.found = Refinement(instants=sorted(set(instants)))
-        self.windows: set[tuple[int, int]] = set()
         self.bursts: set[int] = set()
         self.gap = COARSE_GAP
 
@@ -157,7 +178,6 @@ class _Search:
             self.reduction,
             found.instants,
             self.budget,
-            windows=sorted(self.windows),
             bursts=self.bursts,
             most_bytes=self.most_bytes,
         )
@@ -165,6 +185,7 @@ class _Search:
         program.at_least(found.bound / unit)
         share = 1.0 if not found.rounds else ROUND_SHARE
         first = not found.rounds and self.budget is not None
+        began = time.monotonic()
         answer = program.lp.solve(time_limit_s=share * self.left_s(), relax=first, relative_gap=self.gap)
         found.rounds += 1
         if answer.infeasible:
@@ -174,22 +195,21 @@ class _Search:
             found.bound = max(
                 found.bound, (answer.bound * (1 - SAFETY) - (self.budget is None) * SAFETY) * unit
             )
-        log.debug("%s: %r, %r", self.problem.name, program, answer)
+        log.debug("%s: %r, %r, %.1f", self.problem.name, program, answer, time.monotonic() - began)
         return answer.x is not None and (first or self._learn(program, answer))
 
     def _learn(self, program: InstantProgram, answer: LinearAnswer) -> bool:
         """Run the answer; add instants and rows where it overflows, or ask for a finer answer."""
         found, x = self.found, answer.x
         assert x is not None
-        steps, where = emitted(program, x)
+        steps = emitted(program, x)
         line = simulate_steps(self.problem, steps)
+        where = _next_first_runs(steps, len(self.problem))
         found.tightest = min(where[line.peak_step], len(self.problem) - 1)
         limit = self.budget if self.budget is not None else int(found.bound * (1 + FINE_GAP)) + 1
-        shorter = trim(self.problem, steps)
-        better = simulate_steps(self.problem, shorter)
-        cost = float(better.peak_bytes) if self.budget is None else better.recompute_seconds
-        if cost < found.best and (self.budget is None or better.peak_bytes <= self.budget):
-            found.best, found.steps = cost, shorter
+        cost = float(line.peak_bytes) if self.budget is None else line.recompute_seconds
+        if cost < found.best and (self.budget is None or line.peak_bytes <= self.budget):
+            found.best, found.steps = cost, steps
         found.settled = found.best <= found.bound * (1 + 2 * SAFETY)
         if found.settled:
             return False
@@ -219,11 +239,5 @@ class _Search:
         heads = {j for j, members in enumerate(self.reduction.members) if bursts & set(members)}
         fresh = heads - self.bursts
         self.bursts |= heads
-        for t in new:
-            before = max((u for u in instants if u < t), default=None)
-            after = min((u for u in instants if u > t), default=len(self.problem))
-            if before is not None:
-                self.windows.add((before, after))
-            instants.add(t)
-        found.instants = sorted(instants)
+        found.instants = sorted({*instants, *new})
         return bool(new or fresh)
