@@ -122,9 +122,9 @@ class TemplateProgram:
             if value.final:
                 self._put(touches[v][0], len(slots), value.bytes, ALWAYS)
                 for s in touches[v][1:]:
-                    column = self.use[s]
-                    if slots[s] == value.producer and column is not None:
-                        self._put(s, s + 1, value.bytes, column)
+                    if slots[s] == value.producer:
+                        column = self.use[s]
+                        self._put(s, s + 1, value.bytes, ALWAYS if column is None else column)
             else:
                 self._lay_out_value(v, touches[v])
 
