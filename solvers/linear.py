@@ -132,6 +132,8 @@ class LinearProgram:
         ``fixed`` pins columns to values, for this solve only; ``node_limit`` bounds the search tree.
         """
         if not self.cost:
+            if any(low > 0 for low in self.row_lower) or any(high < 0 for high in self.row_upper):
+                return LinearAnswer(None, math.inf, math.inf, False, True)
             return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
         model = mathopt.Model.from_model_proto(self._proto(relax, fixed or {}))
         parameters = mathopt.SolveParameters(

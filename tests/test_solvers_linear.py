@@ -56,3 +56,11 @@ def test_any_other_status_stays_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mathopt, "solve", refused("lower_bounds: NaN [INVALID_ARGUMENT]"))
     with pytest.raises(AttributeError):
         program().solve(time_limit_s=1.0)
+
+
+def test_a_program_without_columns_is_no_better_than_its_rows() -> None:
+    lp = LinearProgram()
+    lp.row([], [], lower=-1.0, upper=0.0)
+    assert lp.solve(time_limit_s=1.0).optimal
+    lp.row([], [], upper=-1.0)
+    assert lp.solve(time_limit_s=1.0).infeasible
