@@ -52,6 +52,8 @@ LEAST_FALL = 1e-4
 # Windows with more optional slots than this are cut into fewer stages.
 MOST_SLOTS = 2500
 CLOSURES = 6
+# How many recomputations of the schedule, in and around a window, it may leave out.
+NEAR_SLOTS = 300
 # Once this share of a sweep's windows is given up, wider ones are not tried.
 GIVE_UP = 0.6
 
@@ -60,7 +62,7 @@ GIVE_UP = 0.6
 class Window:
     """First runs ``begin`` up to ``end`` are opened; what is read up to ``ahead`` ops later may be made.
 
-    What the schedule recomputes there, and as far again after it, may be left out.
+    What the schedule recomputes there and around, up to ``NEAR_SLOTS`` steps, may be left out.
     """
 
     begin: int
@@ -112,19 +114,33 @@ def window_template(problem: Problem, reach: Reach, steps: list[int], window: Wi
     cuts = [
         t for t in range(begin, end) if t == begin or any(reach.targets[p] for p in _producers(problem, t))
     ]
-    after = min(len(problem), 2 * end - begin)
+    low, high = _around(steps, begin, end)
     while True:
-        first = sorted({0, *cuts, end, after} - {len(problem)})
+        first = sorted({0, low, *cuts, end, high} - {len(problem)})
         ends = [*first[1:], len(problem)]
         allowed = [
             reach.allowed(a, b, window.ahead) if begin <= a < end else frozenset[int]()
             for a, b in zip(first, ends, strict=True)
         ]
-        opened = {g for g, a in enumerate(first) if begin <= a < after}
+        opened = {g for g, a in enumerate(first) if low <= a < high}
         template = template_around(problem, steps, first, allowed, opened)
         if len(template) - len(steps) <= MOST_SLOTS or len(cuts) <= 4:
             return template
         cuts = cuts[::2]
+
+
+def _around(steps: list[int], begin: int, end: int) -> tuple[int, int]:
+    """First runs from before ``begin`` to after ``end`` with about ``NEAR_SLOTS`` recomputations between."""
+    pending = 0
+    where: list[int] = []
+    for i in steps:
+        if i == pending:
+            pending += 1
+        else:
+            where.append(pending)
+    distance = sorted(max(begin - t, t - end + 1, 0) for t in where)
+    radius = distance[NEAR_SLOTS] if len(distance) > NEAR_SLOTS else pending
+    return max(0, begin - radius), min(pending, end + radius)
 
 
 def _producers(problem: Problem, t: int) -> Iterator[int]:
