@@ -98,7 +98,12 @@ class Incumbent:
     @property
     def done(self) -> bool:
         """Out of time, stopped, or close enough to the bound."""
-        return self.left_s <= 0 or (self.fits and self.gap_s <= self.enough_s)
+        return self.left_s <= 0 or self.settled
+
+    @property
+    def settled(self) -> bool:
+        """Close enough to the bound."""
+        return self.fits and self.gap_s <= self.enough_s
 
     @property
     def peak_bytes(self) -> int:

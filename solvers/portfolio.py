@@ -54,10 +54,7 @@ class Methods:
         return self.problem.turn is not None and 2 <= self.problem.turn < len(self.problem)
 
     def search(self, run: Incumbent, seed: int = 0) -> None:
-        """Better ``run`` by every method that suits, until it is done."""
-        self.offer_baselines(run, "every_block", "sqrt", "recompute_all")
-        if run.done:
-            return
+        """Better ``run`` by every method that suits but the cheapest, until it is done."""
         if len(self.problem) <= EXACT_OPS:
             run.enough_s = 0.0
             found = checkmate.solve(
@@ -75,10 +72,14 @@ class Methods:
             local_search.improve(run, seed=seed, workers=lambda: _free_cores(bound), layer=self.layer)
             bound.result()
 
+    def offer_cheapest(self, run: Incumbent) -> None:
+        """Offer what takes milliseconds on thousands of ops, whether there is time left or not."""
+        self.offer_baselines(run, "every_block", "sqrt", "recompute_all")
+
     def offer_baselines(self, run: Incumbent, *names: str) -> None:
         """What the baselines called ``names`` answer, where they suit the problem."""
         for name in names:
-            if not run.done and BASELINES[name].suits(self.problem):
+            if not (run.stopped or run.settled) and BASELINES[name].suits(self.problem):
                 schedule = BASELINES[name].run(self.problem, run.budget_bytes)
                 run.offer(schedule.steps(self.problem), name)
 
@@ -87,7 +88,8 @@ class Methods:
         if self.splits:
             self._relaxations = self._relaxations or Relaxations(self.problem)
             self._relaxations.offer_plans(run, seed=seed)
-        self.offer_baselines(run, "greedy")
+        if not run.done:
+            self.offer_baselines(run, "greedy")
         if self.splits and not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
             self._chains = self._chains or Chains(self.problem)
             self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)

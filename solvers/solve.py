@@ -62,10 +62,11 @@ def solve(
     ``order``         ``fixed``: first executions keep the problem's order.  ``free``: they may be permuted,
                       which lowers both peak and time (see ``reorder``); bounds and floors are then those
                       of any order.
-    ``time_limit_s``  0 answers with what needs no search; ``math.inf`` searches until nothing is found.
-    ``progress``      called with a ``Solution`` (``seconds``, ``bound_seconds``, ``gap_seconds``) whenever the
-                      plan or the bound gets better, from the searching thread; returning ``True`` ends
-                      the search (``auto`` only).
+    ``time_limit_s``  0 answers with the best of the baselines that take no search; ``math.inf`` searches
+                      until nothing better is found.
+    ``progress``      called with a ``Solution`` (``seconds``, ``bound_seconds``, ``gap_seconds``) whenever
+                      the plan or the bound gets better, from the searching thread; returning ``True``
+                      ends the search (``auto`` only).
     ``hint``          a schedule to start from (``auto`` only).
     ``methods``       ``Methods(problem)`` of an earlier call, to build nothing twice (``auto`` only).
 
@@ -90,8 +91,10 @@ def solve(
         run = Incumbent(problem, budget, deadline=started + ENDS_AT * limit_s, progress=progress)
         if hint is not None:
             run.offer(hint.steps(problem), "hint")
+        methods = methods or Methods(problem)
+        methods.offer_cheapest(run)
         if not run.done:
-            search = (methods or Methods(problem)).search
+            search = methods.search
             _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
         solution = run.solution()
     else:
