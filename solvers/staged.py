@@ -32,7 +32,7 @@ from solvers.problem import Problem, ProblemError
 from solvers.solution import Solution
 from solvers.staged_emit import in_template_order, just_in_time, trim
 from solvers.staged_program import Choice, StagedProgram
-from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly
+from solvers.staged_stages import Facts, Stages, cut_after_pressure, cut_by_groups, cut_evenly
 
 __all__ = ["Relaxations", "ops_per_layer", "solve"]
 
@@ -66,7 +66,7 @@ class Relaxations:
     def __init__(self, problem: Problem) -> None:
         layer = ops_per_layer(problem)
         if layer is None:
-            raise ProblemError(f"{problem.name}: the staged program needs problem.turn and a backward after it")
+            raise ProblemError(f"{problem.name}: the staged program needs problem.turn and ops after it")
         self._cuts = _cuts(problem, layer)
         self._programs: list[StagedProgram] = []
         # What the slowest program took: another is not begun in less.
@@ -111,6 +111,8 @@ def _cuts(problem: Problem, layer: int) -> Iterator[Stages]:
     yield Stages(facts, cut_evenly(facts, layers), int(1.1 * layer))
     yield Stages(facts, cut_evenly(facts, 2 * layers), int(1.1 * layer))
     yield Stages(facts, cut_evenly(facts, layers), 3 * layer)
+    cuts, wide = cut_after_pressure(facts, cut_evenly(facts, layers), layer)
+    yield Stages(facts, cuts, int(1.1 * layer), (wide,))
 
 
 def _relax(run: Incumbent, program: StagedProgram, seed: int) -> None:

@@ -11,13 +11,14 @@ the choice (see ``staged_program``).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from solvers.problem import Problem
 
-__all__ = ["Facts", "Stages", "cut_by_groups", "cut_evenly"]
+__all__ = ["Facts", "Stages", "cut_after_pressure", "cut_by_groups", "cut_evenly"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +117,24 @@ def cut_evenly(facts: Facts, count: int) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-def cut_finely(facts: Facts) -> tuple[int, ...]:
-    """First positions of the finest useful stages: one for each backward op that reads a decided value."""
-    reads = [t for t in facts.backward if any(facts.is_decided[v] for v in facts.problem.counted_inputs[t])]
-    return (facts.turn, *(t for t in reads if t > facts.turn))
+def cut_after_pressure(facts: Facts, first: tuple[int, ...], length: int) -> tuple[tuple[int, ...], int]:
+    """``first`` with one more cut, and which stage it begins: where the tightest place is over.
+
+    The tightest place is where the bytes that no choice changes and what an op reads are most; within
+    ``length`` ops after it, the cut is where the former are least.  For a language model that is the
+    loss: next to it hardly anything can be saved, and right after it there is room to run it all again.
+    """
+    problem = facts.problem
+    need = facts.fixed_live.copy()
+    for t in facts.backward:
+        need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
+    tightest = facts.turn + int(need[facts.turn :].argmax())
+    after = facts.fixed_before[tightest + 1 : tightest + 1 + length]
+    if not len(after):
+        return first, len(first) - 1
+    cut = tightest + 1 + int(after.argmin())
+    cuts = tuple(sorted({*first, cut}))
+    return cuts, cuts.index(cut)
 
 
 class Stages:
@@ -128,16 +143,20 @@ class Stages:
     ``first``     first position of each stage, ascending.
     ``window``    an op may run again in a stage that reads its outputs, and up to ``window``
                   backward ops before one where something else needs it.
+    ``wide``      stages in which any op may run again that a later one needs.
     ``allowed``   per stage, the ops that may run again.
     ``template``  per stage, op positions in the order of the template.
     ``slot``      per stage, op position -> index into the template.
     ``uses``      per decided value, stage -> ops that may read it there, in template order.
     """
 
-    def __init__(self, facts: Facts, first: tuple[int, ...], window: int) -> None:
+    def __init__(
+        self, facts: Facts, first: tuple[int, ...], window: int, wide: Collection[int] = ()
+    ) -> None:
         self.facts = facts
         self.first = first
         self.window = window
+        self.wide = wide
         self.stage_of = np.zeros(len(facts.problem), dtype=int)
         for start in first[1:]:
             self.stage_of[start:] += 1
@@ -180,6 +199,7 @@ class Stages:
                         later |= targets[c]
             targets[i] = direct or later
             near = {g for s in targets[i] for g in range(self._nearest[s], s + 1)}
+            near.update(g for g in self.wide if g <= max(targets[i], default=-1))
             reach[i] = (reach[i] | direct) & near if problem.ops[i].recomputable else set()
             for g in reach[i]:
                 allowed[g].add(i)
