@@ -25,6 +25,9 @@ import networkx as nx
 
 __all__ = ["Op", "Problem", "ProblemError", "Value"]
 
+# The simulator counts in 64 bits, and may have two copies of a value at once.
+_MOST_BYTES = 2**62
+
 
 class ProblemError(ValueError):
     """The problem is malformed; the message names the op or value and what is wrong with it."""
@@ -140,19 +143,18 @@ class Problem:
             return ProblemError(f"{self.name}: {what}")
 
         if len(self._index) != len(self.ops):
-            names = [op.name for op in self.ops]
-            twice = next(name for name in names if names.count(name) > 1)
+            # The index keeps the last op of each name.
+            twice = next(op.name for i, op in enumerate(self.ops) if self._index[op.name] != i)
             raise bad(f"two ops are called {twice!r}")
         if not _is_bytes(self.resident_bytes):
             raise bad(f"resident_bytes is {self.resident_bytes!r}, want an int >= 0")
         if self.turn is not None and not 0 <= self.turn <= len(self.ops):
             raise bad(f"turn is {self.turn}, want 0..{len(self.ops)}")
+        makes = {(i, v) for i, op in enumerate(self.ops) for v in op.outputs}
         for v, value in enumerate(self.values):
             if not _is_bytes(value.bytes):
                 raise bad(f"value {value.name!r} has bytes={value.bytes!r}, want an int >= 0")
-            if value.producer is not None and not (
-                0 <= value.producer < len(self.ops) and v in self.ops[value.producer].outputs
-            ):
+            if value.producer is not None and (value.producer, v) not in makes:
                 raise bad(f"value {value.name!r} names producer {value.producer}, which does not make it")
         made: set[int] = {v for v, value in enumerate(self.values) if value.producer is None}
         for i, op in enumerate(self.ops):
@@ -176,6 +178,10 @@ class Problem:
                 if self.values[v].producer != i:
                     raise bad(f"op {op.name!r} makes {self.values[v].name!r}, whose producer is another")
             made.update(op.outputs)
+        total = self.resident_bytes + sum(value.bytes for value in self.values)
+        total += max((op.workspace_bytes for op in self.ops), default=0)
+        if total > _MOST_BYTES:
+            raise bad(f"its values take {total} bytes in all, more than can be counted (2**62)")
 
     def with_resident_bytes(self, resident_bytes: int) -> Problem:
         """The same problem with another constant; values and ops are shared."""
@@ -217,17 +223,20 @@ class Problem:
         ``order`` (all nodes, topological; default: a topological sort that keeps the nodes'
         insertion order where it can), ``turn``, ``resident_bytes``.
 
-        Raises ``ProblemError`` for a cycle, a missing attribute, an incomplete order, or two nodes
-        whose ``str()`` is the same.
+        Raises ``ProblemError`` for a graph without directions, a cycle, a missing attribute, an incomplete
+        order, or two nodes whose ``str()`` is the same.
         """
         label = name or graph.graph.get("name") or "dag"
+        if not graph.is_directed():
+            raise ProblemError(f"{label}: the graph is not directed")
         order = graph.graph.get("order")
         if order is None:
             rank = {n: i for i, n in enumerate(graph)}
             try:
                 order = list(nx.lexicographical_topological_sort(graph, key=rank.__getitem__))
             except nx.NetworkXUnfeasible:
-                cycle = " -> ".join(str(a) for a, _ in nx.find_cycle(graph))
+                edges = nx.find_cycle(graph)
+                cycle = " -> ".join(str(node) for node in (*(a for a, _ in edges), edges[-1][1]))
                 raise ProblemError(f"{label}: the graph has a cycle: {cycle}") from None
         order = list(order)
         if set(order) != set(graph) or len(order) != len(graph):
