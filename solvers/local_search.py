@@ -27,6 +27,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -54,6 +55,9 @@ MOST_SLOTS = 2500
 CLOSURES = 6
 # How many recomputations of the schedule, in and around a window, it may leave out.
 NEAR_SLOTS = 300
+# Where windows of a layer are too hard they are halved down to this many first runs, and those that lower a
+# peak begin no wider than that many.
+NARROWEST, WIDEST_OVER = 4, 16
 # Once this share of a sweep's windows is given up, wider ones are not tried.
 GIVE_UP = 0.6
 
@@ -298,16 +302,46 @@ def improve(
     if n <= 0:
         return
     scale = max(4, min(n, layer or max(8, n // 24)))
-    aheads = sorted({min(n, scale), min(n, 3 * scale), n})
-    level, width = 0, scale
     while not run.done and not (until_fits and run.fits):
         fits = run.fits
-        gained, given_up = search.sweep(min(width, n), aheads[level], workers)
-        if gained or run.fits != fits:
-            level, width = (level, width) if run.fits == fits else (0, scale)
-        elif level + 1 < len(aheads):
-            level += 1
-        elif width < n and given_up <= GIVE_UP:
-            level, width = 0, 2 * width
-        else:
+        scale = scale if fits else min(scale, WIDEST_OVER)
+        outcome = _all_sizes(search, scale, workers)
+        if outcome == "given up" and scale > NARROWEST:
+            scale = max(NARROWEST, scale // 2)
+        elif outcome != "gained" and run.fits == fits:
             return
+
+
+def _all_sizes(
+    search: _Search, scale: int, workers: Callable[[], int]
+) -> Literal["gained", "nothing", "given up"]:
+    """Sweep with windows from ``scale`` up, as long as each size brings something, then the next larger.
+
+    ``given up`` says that already the smallest windows were too hard to settle.
+    """
+    run, n = search.run, len(search.problem) - search.reach.first
+    sizes = [(w, a) for w in _doubled(scale, n) for a in sorted({min(n, w), min(n, 3 * scale), n})]
+    sizes.sort(key=lambda size: (size[0] * math.sqrt(size[1]), size))
+    too_hard: list[tuple[int, int]] = []
+    any_gained, fits = False, run.fits
+    for width, ahead in sizes:
+        if any(width >= w and ahead >= a for w, a in too_hard):
+            continue
+        gained, given_up = True, 0.0
+        while gained and not run.done and run.fits == fits:
+            gained, given_up = search.sweep(width, ahead, workers)
+            any_gained |= gained
+        if run.done or run.fits != fits:
+            return "gained"
+        if given_up > GIVE_UP:
+            too_hard.append((width, ahead))
+            if (width, ahead) == sizes[0]:
+                return "gained" if any_gained else "given up"
+    return "gained" if any_gained else "nothing"
+
+
+def _doubled(least: int, most: int) -> list[int]:
+    out = [min(least, most)]
+    while out[-1] < most:
+        out.append(min(most, 2 * out[-1]))
+    return out
