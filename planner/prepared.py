@@ -26,6 +26,7 @@ from planner.plan import Decision, Placement, Plan
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
 from solvers import InfeasibleError, Problem, Solution, Timeline, minimum_peak, solve
+from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
 
 __all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
@@ -262,19 +263,26 @@ class Prepared:
             budgets = [round(low + (high - low) * k / max(1, points - 1)) for k in range(points)]
         else:
             budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
+        (progress or _silent)("solve")
+        known = self.__dict__.get("least")
+        answers = solve_frontier(
+            self.problem,
+            [b for b in budgets if b >= self.optimizer_step_bytes],
+            solver=solver,
+            time_limit_s=time_limit_s,
+            hint=None if known is None else known.schedule,
+        )
         found: list[FrontierPoint] = []
-        best: Plan | None = None
         for budget in budgets:
-            try:
-                plan = self.plan_bytes(budget, solver=solver, time_limit_s=time_limit_s, progress=progress)
-            except InfeasibleBudgetError as e:
-                found.append(FrontierPoint(budget, e.minimum_bytes, None, None, "infeasible"))
+            answer = answers.get(budget)
+            if not isinstance(answer, Solution) or not answer.fits:
+                error = self.infeasible(budget)
+                found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))
                 continue
-            if best is None or plan.overhead <= best.overhead:
-                best = plan
-            status: Any = "optimal" if best is plan and plan.status == "optimal" else "feasible"
-            bound = min(plan.overhead_bound, best.overhead)
-            found.append(FrontierPoint(budget, best.peak_bytes, best.overhead, bound, status))
+            plan = self._plan_of(answer)
+            bound = min(plan.overhead_bound, plan.overhead)
+            status: Any = "optimal" if plan.status == "optimal" else "feasible"
+            found.append(FrontierPoint(budget, plan.peak_bytes, plan.overhead, bound, status))
         return Frontier(type(self.model).__name__, self.baseline.peak_bytes, self.floor_bytes, tuple(found))
 
     def _plan_of(self, solution: Solution) -> Plan:

@@ -14,8 +14,8 @@ from solvers.incumbent import Progress
 from solvers.portfolio import Methods
 from solvers.problem import Problem
 from solvers.schedule import Schedule
-from solvers.solution import InfeasibleError, Solution, solution_of
-from solvers.solve import solve
+from solvers.solution import InfeasibleError, Solution, fits_better, solution_of
+from solvers.solve import checked_budget, solve
 
 __all__ = ["frontier"]
 
@@ -24,34 +24,42 @@ def frontier(
     problem: Problem,
     budgets_bytes: Iterable[int | float],
     *,
+    solver: str = "auto",
     time_limit_s: float = 10.0,
     seed: int = 0,
     progress: Progress | None = None,
+    hint: Schedule | None = None,
 ) -> dict[int, Solution | InfeasibleError]:
     """The solution at each budget, in order of budget; an ``InfeasibleError`` where none can be.
 
-    ``time_limit_s`` is per budget.  Among the solutions that fit, ``seconds`` and ``bound_seconds`` never
-    rise with the budget.  Raises as :func:`solvers.solve`.
+    ``time_limit_s`` is per budget; ``hint`` is a schedule to start from, such as that of the least peak.
+    Among the solutions that fit, ``seconds`` never rises with the budget, and no bound does.  Raises as
+    :func:`solvers.solve`.
     """
     methods = Methods(problem)
     answers: dict[int, Solution | InfeasibleError] = {}
-    hint: Schedule | None = None
-    for budget in sorted(set(budgets_bytes)):
+    best = hint
+    for budget in sorted(set(map(checked_budget, budgets_bytes))):
         try:
             found = solve(
                 problem,
                 budget,
+                solver=solver,
                 time_limit_s=time_limit_s,
                 seed=seed,
                 progress=progress,
-                hint=hint,
+                hint=best,
                 methods=methods,
             )
         except InfeasibleError as error:
-            answers[error.budget_bytes] = error
+            answers[budget] = error
             continue
-        answers[found.budget_bytes] = found
-        hint = found.schedule
+        if best is not None:
+            # The methods asked for by name do not start from the hint.
+            before = solution_of(problem, best, budget, solver="hint", bound_seconds=found.bound_seconds)
+            found = before if fits_better(before, found) else found
+        answers[budget] = found
+        best = found.schedule
     bound_s = 0.0
     for budget, answer in reversed(answers.items()):
         if isinstance(answer, Solution):
