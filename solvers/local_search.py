@@ -58,8 +58,10 @@ NEAR_SLOTS = 300
 # Where windows of a layer are too hard they are halved down to this many first runs, and those that lower a
 # peak begin no wider than that many.
 NARROWEST, WIDEST_OVER = 4, 16
-# Once this share of a sweep's windows is given up, wider ones are not tried.
+# Once this share of a sweep's windows is given up, wider ones are not tried; a sweep that begins with so many
+# and gains nothing is left.
 GIVE_UP = 0.6
+HOPELESS = 4
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class _Search:
         gained, solved, given_up = False, 0, 0
         with ThreadPoolExecutor(2) as pool:
             while windows and not run.done and run.fits == fits:
+                if given_up >= HOPELESS and not gained and given_up > GIVE_UP * solved:
+                    break
                 batch = [windows.pop() for _ in range(min(len(windows), workers()))]
                 start = run.steps, run.line
                 tasks = [

@@ -88,11 +88,10 @@ class Methods:
         if self.splits:
             self._relaxations = self._relaxations or Relaxations(self.problem)
             self._relaxations.offer_plans(run, seed=seed)
-        if not run.done:
-            self.offer_baselines(run, "greedy")
         if self.splits and not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
             self._chains = self._chains or Chains(self.problem)
             self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+        self.offer_baselines(run, "greedy")
 
     def _bound(self, run: Incumbent) -> None:
         limit_s = _limit_s(run, BOUND_SHARE)

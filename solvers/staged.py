@@ -96,7 +96,7 @@ def ops_per_layer(problem: Problem) -> int | None:
     if not length:
         return None
     labels = len({op.group for op in problem.ops[problem.turn :]})
-    layers = min(labels, length // 4) if labels > 3 else min(24, length // 8)
+    layers = min(labels, length // 10) if labels > 3 else min(24, length // 10)
     return math.ceil(length / max(2, layers))
 
 
