@@ -102,6 +102,8 @@ def _bound(
 ) -> float:
     """Bound on the seconds of recomputation with ``count`` instants; 0 if nothing is proved in time."""
     instants = tight_instants(problem, budget_bytes, count)
+    if not instants:
+        return 0.0
     unit_s = max((op.again_s for op in problem.ops), default=0.0) or 1.0
     linear = LinearProgram()
     later: _Instant | None = None
