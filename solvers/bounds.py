@@ -20,16 +20,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from solvers.instants import InstantProgram
 from solvers.problem import Problem
 from solvers.reduction import Reduction
-from solvers.refine import SAFETY, refine
+from solvers.refine import SAFETY, pressure_instants, refine
 from solvers.simulate import simulate_steps
-from solvers.staged_stages import Facts
 
 __all__ = [
     "PeakFloor",
@@ -40,6 +38,9 @@ __all__ = [
     "proved_floor",
     "time_bound",
 ]
+
+# No more is asked of a bound once a plan is known that is slower by less than this share of a step.
+CLOSE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -115,36 +116,22 @@ def time_bound(
 ) -> float:
     """Seconds that no schedule within ``budget_bytes`` goes below; ``inf`` if none can be within it.
 
-    Anytime: higher the more time there is, and never past ``time_limit_s``.  Stops early where the best
-    possible is proved, or where the bound has reached ``enough_seconds`` (total; those of a plan at hand).
+    Anytime: higher the more time there is, and never past ``time_limit_s``.  Stops early where it cannot
+    rise by more than ``CLOSE`` of a step, or has reached ``enough_seconds`` (total; those of a plan at hand).
     """
     if peak_floor(problem).bytes > budget_bytes:
         return math.inf
     total = problem.total_seconds
     instants = pressure_instants(problem, 1)
-    enough = enough_seconds - total
-    return total + refine(problem, budget_bytes, instants, time_limit_s=time_limit_s, enough=enough).bound
-
-
-def pressure_instants(problem: Problem, count: int) -> list[int]:
-    """At most ``count`` ops, ascending, spread over the run, around whose first run memory is tightest.
-
-    With a turn they are backward ops and what counts is the bytes that no choice changes plus the op's
-    own inputs; without one, the bytes when nothing is dropped.
-    """
-    n = len(problem)
-    if not n:
-        return []
-    start = 0 if problem.turn is None or problem.turn >= n else problem.turn
-    if not start:
-        need = simulate_steps(problem, list(range(n))).live_bytes
-    else:
-        facts = Facts.of(problem)
-        need = facts.fixed_live.copy()
-        for t in facts.backward:
-            need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
-    edges = np.unique(np.linspace(start, n, count + 1).astype(int))
-    return [int(a + need[a:b].argmax()) for a, b in pairwise(edges)]
+    found = refine(
+        problem,
+        budget_bytes,
+        instants,
+        time_limit_s=time_limit_s,
+        enough=enough_seconds - total,
+        close=CLOSE * total,
+    )
+    return total + found.bound
 
 
 def least_recompute(

@@ -90,7 +90,7 @@ class InstantProgram:
         self.ends = [*self.instants[1:], len(self.problem)][: len(self.instants)]
         self.budget_bytes = budget_bytes
         self.lp = LinearProgram()
-        self.unit_s = (sum(reduction.again_s) or 1.0) / 100
+        self.unit_s = (sum(op.again_s for op in self.problem.ops) or 1.0) / 100
         self.unit_bytes = float(max(1, most_bytes if budget_bytes is None else budget_bytes))
         self._budget = self.lp.column(1.0) if budget_bytes is None else -1
         self.resident: list[dict[int, int]] = []
@@ -135,14 +135,14 @@ class InstantProgram:
                 needed.add(v)
                 if self.problem.ops[p].recomputable and p not in again:
                     again.add(p)
-                    stack.extend(red.inputs[p])
+                    stack.extend(red.reads[p])
         priced = self.budget_bytes is not None
         stays = {v for v in needed if red.stays(v, t)} | needed.intersection(red.reads[t])
         resident = {v: self.lp.column(lower=float(v in stays), integer=True) for v in sorted(needed)}
         self.resident.append(resident)
         self.again.append(
             {
-                i: self.lp.column(red.again_s[i] / self.unit_s if priced else 0.0, integer=True)
+                i: self.lp.column(self.problem.ops[i].again_s / self.unit_s if priced else 0.0, integer=True)
                 for i in sorted(again)
             }
         )
@@ -163,7 +163,7 @@ class InstantProgram:
     def _add_closure(self, n: int, runs: dict[int, int], read: Iterable[int]) -> None:
         """Rows 2 and 3 for the columns ``runs`` and the values ``read``."""
         for i, column in runs.items():
-            for v in self.reduction.inputs[i]:
+            for v in self.reduction.reads[i]:
                 if v in self.resident[n]:
                     self._covered(column, self._sources(n, v, runs))
         for v in sorted(read):
@@ -256,11 +256,9 @@ class InstantProgram:
         self._fits(terms, fixed)
 
     def _add_burst(self, n: int, i: int) -> None:
-        """The first member of a chain stands for it: the others may run in a later interval."""
         red, problem = self.reduction, self.problem
-        head = red.members[i][0]
-        op = problem.ops[head]
-        touched = {*problem.counted_inputs[head], *op.outputs}
+        op = problem.ops[i]
+        touched = {*problem.counted_inputs[i], *op.outputs}
         moments = range(self.instants[n] + 1, min(self.ends[n], len(problem) - 1) + 1)
         fixed = min((int(red.entering[t]) for t in moments), default=problem.resident_bytes)
         own = op.workspace_bytes + sum(self._bytes(v) for v in touched if red.stays_until[v] < 0)

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,10 +29,13 @@ from solvers.instants import InstantProgram
 from solvers.linear import LinearAnswer
 from solvers.problem import Problem
 from solvers.reduction import Reduction
+from solvers.schedule import Schedule
 from solvers.simulate import simulate_steps
+from solvers.solution import InfeasibleError, Solution, solution_of
 from solvers.staged_emit import trim
+from solvers.staged_stages import Facts
 
-__all__ = ["Refinement", "emitted", "refine"]
+__all__ = ["Refinement", "emitted", "pressure_instants", "refine", "solve"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Refinement:
     ``bound``      proved: extra seconds beyond one run of every op, or bytes if no budget was given.
     ``steps``      the best schedule that was met, op positions (``None``: none fits); extra seconds, or peak
                    bytes, are ``best``.
+    ``lowest``     the schedule of lowest peak that was met, and its peak.
     ``instants``   the program's, ascending.
     ``tightest``   the op at whose first run, or for which, the last answer's schedule peaks.
     ``settled``    ``best`` is proved to be the optimum, to ``FINE_GAP``.
@@ -63,6 +68,7 @@ class Refinement:
     bound: float = 0.0
     steps: list[int] | None = None
     best: float = math.inf
+    lowest: tuple[list[int] | None, float] = (None, math.inf)
     instants: list[int] = field(default_factory=list)
     settled: bool = False
     rounds: int = 0
@@ -75,6 +81,55 @@ class Refinement:
         )
 
 
+def solve(
+    problem: Problem,
+    budget_bytes: int,
+    *,
+    time_limit_s: float = 30.0,
+    on_round: Callable[[Refinement], None] | None = None,
+) -> Solution:
+    """The best schedule that the rounds met, with their bound; if none fits, the one of lowest peak.
+
+    Raises ``InfeasibleError`` if a round proves that no schedule fits.
+    """
+    started = time.perf_counter()
+    found = refine(
+        problem, budget_bytes, pressure_instants(problem, 1), time_limit_s=time_limit_s, on_round=on_round
+    )
+    if found.bound == math.inf:
+        raise InfeasibleError(budget_bytes, budget_bytes + 1, problem.ops[found.tightest].name)
+    steps = found.steps or found.lowest[0] or list(range(len(problem)))
+    return solution_of(
+        problem,
+        Schedule.of(problem, steps),
+        budget_bytes,
+        solver="instants",
+        bound_seconds=problem.total_seconds + min(found.bound, found.best),
+        solve_seconds=time.perf_counter() - started,
+    )
+
+
+def pressure_instants(problem: Problem, count: int) -> list[int]:
+    """At most ``count`` ops, ascending, spread over the run, around whose first run memory is tightest.
+
+    With a turn they are backward ops and what counts is the bytes that no choice changes plus the op's
+    own inputs; without one, the bytes when nothing is dropped.
+    """
+    n = len(problem)
+    if not n:
+        return []
+    start = 0 if problem.turn is None or problem.turn >= n else problem.turn
+    if not start:
+        need = simulate_steps(problem, list(range(n))).live_bytes
+    else:
+        facts = Facts.of(problem)
+        need = facts.fixed_live.copy()
+        for t in facts.backward:
+            need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
+    edges = np.unique(np.linspace(start, n, count + 1).astype(int))
+    return [int(a + need[a:b].argmax()) for a, b in pairwise(edges)]
+
+
 def refine(
     problem: Problem,
     budget_bytes: int | None,
@@ -82,21 +137,24 @@ def refine(
     *,
     time_limit_s: float,
     enough: float = math.inf,
+    close: float = 0.0,
     known: float = 0.0,
     most_bytes: int = 1,
     on_round: Callable[[Refinement], None] | None = None,
 ) -> Refinement:
     """Raise the bound on extra seconds within ``budget_bytes`` (``None``: on the peak) until time is up.
 
-    Starts at ``instants`` and a bound ``known`` to hold.  Stops early once the bound is ``enough``, or proved
-    to be reached, or where no instant or row is left to add.  ``most_bytes`` is the peak of some schedule,
-    where no budget is given.  ``on_round`` is told after every round.  A bound of ``inf`` says that nothing
-    fits the budget.
+    Starts at ``instants`` and a bound ``known`` to hold.  Stops early once the bound is ``enough``, or a
+    schedule is known that is off it by no more than ``close``, or where no instant or row is left to add.
+    ``most_bytes`` is the peak of some schedule, where no budget is given.  ``on_round`` is told after every
+    round.  A bound of ``inf`` says that nothing fits the budget.
     """
     search = _Search(problem, budget_bytes, instants, time.monotonic() + time_limit_s, most_bytes)
     found = search.found
     found.bound = known
-    while search.left_s() > 0 and not found.settled and found.bound < enough:
+    while problem.ops and search.left_s() > 0 and not found.settled and found.bound < enough:
+        if found.best - found.bound <= close:
+            break
         more = search.round()
         if on_round is not None:
             on_round(found)
@@ -105,42 +163,49 @@ def refine(
     return found
 
 
-def emitted(program: InstantProgram, x: np.ndarray) -> list[int]:
+def emitted(program: InstantProgram, x: np.ndarray, *, ascending: bool = False) -> list[int]:
     """Steps of the schedule with the residents of ``x``: what is missing runs again when it is first read,
-    or before the next instant if it is resident there; what nobody reads does not run again."""
+    or before the next instant if it is resident there; what nobody reads does not run again.
+
+    Reruns between two first runs are in the order in which they are asked for, or ``ascending``.
+    """
     red, problem = program.reduction, program.problem
     resident = [program.resident_at(x, n) for n in range(len(program.instants))] + [set()]
     steps = list(range(program.instants[0] if program.instants else len(problem)))
     for n, (start, end) in enumerate(zip(program.instants, program.ends, strict=True)):
         there = set(resident[n])
         for t in range(start, end):
-            _run_again(red, start, there, red.reads[t], steps)
+            burst = _missing(red, start, there, red.reads[t])
+            steps.extend(sorted(burst) if ascending else burst)
             steps.append(t)
-        _run_again(red, start, there, sorted(resident[n + 1]), steps)
+        burst = _missing(red, start, there, sorted(resident[n + 1]))
+        steps.extend(sorted(burst) if ascending else burst)
     return trim(problem, steps)
 
 
-def _run_again(red: Reduction, start: int, there: set[int], wanted: Sequence[int], steps: list[int]) -> None:
-    """Append what makes the ``wanted`` values that are past at ``start`` and not ``there``, inputs first."""
-    values = red.problem.values
+def _missing(red: Reduction, start: int, there: set[int], wanted: Sequence[int]) -> list[int]:
+    """Ops that make the ``wanted`` values that are past at ``start`` and not ``there`` (which then are),
+    inputs first."""
+    problem, order = red.problem, []
 
-    def missing(wanted: Sequence[int]) -> Iterator[int]:
+    def makers(wanted: Sequence[int]) -> Iterator[int]:
         for v in wanted:
-            p = values[v].producer
-            if p is not None and p < start and v not in there and red.problem.ops[p].recomputable:
-                there.update(red.outputs[p])
+            p = problem.values[v].producer
+            if p is not None and p < start and v not in there and problem.ops[p].recomputable:
+                there.update(problem.ops[p].outputs)
                 yield p
 
-    stack = [(-1, missing(wanted))]
+    stack = [(-1, makers(wanted))]
     while stack:
         i, pending = stack[-1]
         p = next(pending, None)
         if p is not None:
-            stack.append((p, missing(red.inputs[p])))
+            stack.append((p, makers(red.reads[p])))
             continue
         stack.pop()
         if i >= 0:
-            steps.extend(red.members[i])
+            order.append(i)
+    return order
 
 
 def _next_first_runs(steps: list[int], n: int) -> list[int]:
@@ -185,7 +250,6 @@ class _Search:
         program.at_least(found.bound / unit)
         share = 1.0 if not found.rounds else ROUND_SHARE
         first = not found.rounds and self.budget is not None
-        began = time.monotonic()
         answer = program.lp.solve(time_limit_s=share * self.left_s(), relax=first, relative_gap=self.gap)
         found.rounds += 1
         if answer.infeasible:
@@ -195,23 +259,27 @@ class _Search:
             found.bound = max(
                 found.bound, (answer.bound * (1 - SAFETY) - (self.budget is None) * SAFETY) * unit
             )
-        log.debug("%s: %r, %r, %.1f", self.problem.name, program, answer, time.monotonic() - began)
+        log.debug("%s: %r, %r", self.problem.name, program, answer)
         return answer.x is not None and (first or self._learn(program, answer))
 
     def _learn(self, program: InstantProgram, answer: LinearAnswer) -> bool:
         """Run the answer; add instants and rows where it overflows, or ask for a finer answer."""
         found, x = self.found, answer.x
         assert x is not None
-        steps = emitted(program, x)
+        both = [emitted(program, x, ascending=order) for order in (False, True)]
+        steps = min(both, key=lambda steps: simulate_steps(self.problem, steps).peak_bytes)
         line = simulate_steps(self.problem, steps)
         where = _next_first_runs(steps, len(self.problem))
         found.tightest = min(where[line.peak_step], len(self.problem) - 1)
         limit = self.budget if self.budget is not None else int(found.bound * (1 + FINE_GAP)) + 1
+        if line.peak_bytes < found.lowest[1]:
+            found.lowest = steps, line.peak_bytes
         cost = float(line.peak_bytes) if self.budget is None else line.recompute_seconds
         if cost < found.best and (self.budget is None or line.peak_bytes <= self.budget):
             found.best, found.steps = cost, steps
         found.settled = found.best <= found.bound * (1 + 2 * SAFETY)
         if found.settled:
+            found.bound = max(found.bound, found.best)
             return False
         if int(line.peak_bytes) > limit and self._add(program, steps, where, line.live_bytes - limit):
             return True
@@ -236,8 +304,7 @@ class _Search:
                 t = t - 1
             if t not in instants and all(abs(t - u) >= SPREAD for u in new):
                 new.append(t)
-        heads = {j for j, members in enumerate(self.reduction.members) if bursts & set(members)}
-        fresh = heads - self.bursts
-        self.bursts |= heads
+        fresh = bursts - self.bursts
+        self.bursts |= bursts
         found.instants = sorted({*instants, *new})
         return bool(new or fresh)
