@@ -53,6 +53,8 @@ LEAST_FALL = 1e-4
 # Windows with more optional slots than this are cut into fewer stages.
 MOST_SLOTS = 2500
 CLOSURES = 6
+# Up to this many ops without a turn, whole chains may run again in a window; with more it opens too much.
+CHAIN_OPS = 100
 # How many recomputations of the schedule, in and around a window, it may leave out.
 NEAR_SLOTS = 300
 # Where windows of a layer are too hard they are halved down to this many first runs, and those that lower a
@@ -80,12 +82,14 @@ class Reach:
     """For each op, the ops that a recomputation of it can serve: ``targets``, ascending.
 
     With a turn, those are backward ops: its readers, or those of its readers if it has none there.
+    Without one, those are its readers, and in graphs of up to ``CHAIN_OPS`` ops those of its readers too.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         n, turn = len(problem), problem.turn or 0
         self.first = turn
+        chains = problem.turn is None and n <= CHAIN_OPS
         self.targets: list[list[int]] = [[] for _ in range(n)]
         for i in range(n - 1, -1, -1):
             op = problem.ops[i]
@@ -99,9 +103,9 @@ class Reach:
                 for c in problem.consumers[v]:
                     if c >= turn:
                         direct.add(c)
-                    else:
+                    if c < turn or chains:
                         later.update(self.targets[c])
-            self.targets[i] = sorted(direct or later)
+            self.targets[i] = sorted(direct | later if chains else direct or later)
 
     def allowed(self, begin: int, end: int, ahead: int) -> set[int]:
         """Ops that may run again among first runs ``begin`` up to ``end``."""
