@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test lint bench bench-solvers check-cuda venv clean
+.PHONY: demo test test-nightly lint bench bench-solvers check-cuda venv clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -11,6 +11,13 @@ demo: $(VENV)/.ready
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
+
+# The solvers' tests with five times the examples (some 20,000 graphs against all their schedules), and two
+# reports: how well time limits are kept, for which no other work should run, and how often the optimum is found.
+test-nightly: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --hypothesis-profile nightly tests/test_solvers_*.py
+	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_exactness
+	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_time_limits
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

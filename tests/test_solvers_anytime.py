@@ -1,0 +1,272 @@
+"""Searches that are watched, ended early, limited or repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from solvers import Problem, Schedule, Solution, frontier, minimum_peak, simulate, solve
+from solvers.incumbent import ENOUGH, Incumbent
+from tests import joint_graphs
+from tests.joint_graphs import keep_all_peak, random_training_graph
+from tests.solver_graphs import training_chain
+
+ROOT = Path(__file__).parent.parent
+# Nothing here measures a clock: where a search is ended, its limit is so far away that coming back before
+# HANG_S shows that it was.  `make test-nightly` measures how well limits are kept.
+FAR_S, HANG_S = 600.0, 120.0
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Problem:
+    return joint_graphs.load("resnet50-b8x224")
+
+
+def half(problem: Problem) -> int:
+    return round(0.5 * keep_all_peak(problem))
+
+
+def assert_only_gets_better(problem: Problem, budget: int, seen: list[Solution]) -> None:
+    """Every report true, none worse than the one before, each better in something."""
+    assert seen
+    for solution in seen:
+        line = simulate(problem, solution.schedule)
+        assert (line.seconds, line.peak_bytes) == (solution.seconds, solution.peak_bytes)
+        assert solution.budget_bytes == budget
+        if solution.fits:
+            assert solution.gap_seconds == pytest.approx(solution.seconds - solution.bound_seconds)
+            assert solution.gap_seconds >= 0
+    for before, after in pairwise(seen):
+        assert after.bound_seconds >= before.bound_seconds or after.bound_seconds == after.seconds
+        assert after.solve_seconds >= before.solve_seconds
+        if before.fits:
+            assert after.fits and after.seconds <= before.seconds
+            assert after.gap_seconds <= before.gap_seconds
+        else:
+            assert after.fits or after.peak_bytes <= before.peak_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reports_only_get_better(seed: int) -> None:
+    problem = random_training_graph(seed, layers=6)
+    budget = round(0.55 * keep_all_peak(problem))
+    seen: list[Solution] = []
+    best = solve(problem, budget, time_limit_s=4, seed=seed, progress=seen.append)
+    assert_only_gets_better(problem, budget, seen)
+    assert best.fits
+    assert (best.seconds, best.schedule) == (seen[-1].seconds, seen[-1].schedule)
+    assert best.bound_seconds == seen[-1].bound_seconds
+
+
+def test_reports_of_a_real_graph(resnet: Problem) -> None:
+    seen: list[Solution] = []
+    solve(resnet, half(resnet), time_limit_s=6, progress=seen.append)
+    assert_only_gets_better(resnet, half(resnet), seen)
+    assert len({solution.solver for solution in seen}) > 1
+
+
+def test_a_callback_that_returns_true_ends_the_search(resnet: Problem) -> None:
+    seen: list[Solution] = []
+
+    def enough(solution: Solution) -> bool:
+        seen.append(solution)
+        return solution.fits and solution.solver not in ("every_block", "sqrt", "recompute_all")
+
+    started = time.perf_counter()
+    best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=enough)
+    assert time.perf_counter() - started < HANG_S
+    assert best.fits
+    assert best.schedule == seen[-1].schedule
+    assert best.seconds == min(solution.seconds for solution in seen if solution.fits)
+
+
+def test_a_callback_that_returns_true_at_once(resnet: Problem) -> None:
+    best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=lambda _: True)
+    assert best.solve_seconds < HANG_S
+    assert best.schedule != Schedule.keep_all(resnet)
+
+
+def test_an_error_in_a_callback_comes_out() -> None:
+    problem = random_training_graph(0)
+
+    def broken(solution: Solution) -> None:
+        raise LookupError(f"no place for {solution.solver}")
+
+    with pytest.raises(LookupError, match="no place for"):
+        solve(problem, half(problem) + 20, time_limit_s=5, progress=broken)
+
+
+def test_frontier_hands_its_callback_on() -> None:
+    problem = random_training_graph(0)
+    top = keep_all_peak(problem)
+    seen: list[Solution] = []
+    frontier(problem, [0.7 * top, 0.9 * top], time_limit_s=1, progress=seen.append)
+    assert {solution.budget_bytes for solution in seen} == {math.floor(0.7 * top), math.floor(0.9 * top)}
+
+
+# Ctrl-C comes with the first plan that takes a search, so always in the middle of one.
+INTERRUPTED = """
+import json, os, signal, sys, time
+from solvers import minimum_peak, simulate, solve
+from solvers.incumbent import Incumbent
+from tests import joint_graphs
+
+name, what = sys.argv[1:]
+problem = joint_graphs.load(name)
+budget = round(0.6 * joint_graphs.keep_all_peak(problem))
+sent, offer = [], Incumbent.offer
+
+def offer_and_interrupt(self, steps, solver):
+    verdict = offer(self, steps, solver)
+    if solver in ("staged", "chain", "local search") and not sent:
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+    return verdict
+
+Incumbent.offer = offer_and_interrupt
+if what == "solve":
+    best = solve(problem, budget, time_limit_s=600)
+else:
+    best = minimum_peak(problem, time_limit_s=600)
+back = time.perf_counter()
+line = simulate(problem, best.schedule)
+print(json.dumps({
+    "answered_after_s": back - sent[0],
+    "fits": best.fits,
+    "status": best.status,
+    "as_simulated": (line.seconds, line.peak_bytes) == (best.seconds, best.peak_bytes),
+    "lower": best.peak_bytes < joint_graphs.keep_all_peak(problem),
+}))
+"""
+
+
+@pytest.mark.parametrize("what", ["solve", "minimum_peak"])
+@pytest.mark.parametrize("name", ["unet-d4c64-b4x256", "gpt2-b8x512"])
+def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
+    """In the middle of a search; the process ends soon after as well."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, name, what],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=True,
+    )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["answered_after_s"] >= 0
+    assert answer["fits"] and answer["as_simulated"] and answer["lower"]
+    assert answer["status"] == "feasible"
+    assert "interrupted: answering with the best schedule so far" in done.stderr
+
+
+@pytest.mark.parametrize("name", joint_graphs.NAMES)
+def test_no_time_at_all_answers_with_a_baseline(name: str) -> None:
+    problem = joint_graphs.load(name)
+    names = ("keep_all", "recompute_all", "every_block", "sqrt")
+    baselines = [solve(problem, half(problem), solver=baseline) for baseline in names]
+    best = min((s for s in baselines if s.fits), key=lambda s: s.seconds)
+    answer = solve(problem, half(problem), time_limit_s=0)
+    assert (answer.seconds, answer.solver) == (best.seconds, best.solver)
+    assert answer.status == "feasible"
+    assert solve(problem, keep_all_peak(problem), time_limit_s=0).status == "optimal"
+
+
+@pytest.mark.parametrize("limit_s", [0, 1e-9, 1e-3])
+def test_hardly_any_time_is_no_error(limit_s: float) -> None:
+    for problem in (random_training_graph(1), training_chain(2, 2), Problem((), ())):
+        budget = max(1, round(0.8 * keep_all_peak(problem)))
+        assert simulate(problem, solve(problem, budget, time_limit_s=limit_s).schedule).seconds >= 0
+        least = minimum_peak(problem, time_limit_s=limit_s)
+        assert least.fits and least.peak_bytes <= keep_all_peak(problem)
+
+
+@pytest.mark.parametrize("solver", ["auto", "staged", "chain", "exact"])
+def test_a_limit_ends_the_search(resnet: Problem, solver: str) -> None:
+    """Only that it comes back: the search itself would take minutes."""
+    answer = solve(resnet, half(resnet), solver=solver, time_limit_s=2)
+    assert answer.solve_seconds < HANG_S
+    assert answer.fits
+
+
+def test_without_a_limit_the_search_ends_by_itself() -> None:
+    for seed in range(3):
+        problem = random_training_graph(seed, layers=3, width=2)
+        budget = round(0.7 * keep_all_peak(problem))
+        answer = solve(problem, budget, time_limit_s=math.inf, seed=seed)
+        least = minimum_peak(problem, time_limit_s=math.inf, seed=seed)
+        assert answer.fits and least.peak_bytes <= answer.peak_bytes
+        assert answer.gap_seconds <= ENOUGH * problem.total_seconds
+
+
+REPEATED = """
+import hashlib, math, sys
+from solvers import minimum_peak, solve
+from tests.joint_graphs import keep_all_peak, random_training_graph
+
+words = hashlib.sha256()
+for graph in (random_training_graph(5, layers=3), random_training_graph(6, layers=4)):
+    budget = round(0.7 * keep_all_peak(graph))
+    found = solve(graph, budget, time_limit_s=math.inf, seed=int(sys.argv[1]))
+    assert found.fits and found.recompute_seconds > 0
+    words.update(repr((found.schedule.sequence, found.bound_seconds, found.solver)).encode())
+print(words.hexdigest())
+"""
+
+
+def repeated(hash_seed: int, seed: int = 3) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed)}
+    return subprocess.run(
+        [sys.executable, "-c", REPEATED, str(seed)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=FAR_S,
+        check=True,
+    ).stdout
+
+
+def test_same_seed_same_schedule_whatever_else_runs() -> None:
+    """In processes that hash names differently, and with every core busy."""
+    quiet = repeated(0)
+    spin = "while True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(os.cpu_count() or 1)]
+    try:
+        loud = repeated(12345)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert quiet == loud
+    assert len(quiet.split()) == 1
+
+
+def test_offers_are_ranked_by_bytes_over_the_budget_then_seconds_then_peak() -> None:
+    problem = training_chain(3, 2)
+    top = keep_all_peak(problem)
+    run = Incumbent(problem, top - 1)
+    assert not run.fits and not run.settled and run.solver == "keep_all"
+    keep_all = list(range(len(problem)))
+    useless = [0, *keep_all]
+    assert not run.offer(useless, "hand").taken
+    assert run.offer(keep_all, "hand").peak_bytes == top
+    assert (run.lowest[0], run.solver) == (top, "keep_all")
+    dropped = solve(problem, top - 1).schedule.steps(problem)
+    assert run.offer(dropped, "hand").taken and run.fits
+    assert repr(run).startswith("Incumbent(")
+    assert not run.offer(keep_all, "hand").taken
+    run.raise_bound(run.total_s + run.recompute_s)
+    run.raise_bound(0.0)
+    assert run.settled and run.done and run.gap_s == 0
+    assert run.solution().status == "optimal"
+    run.stop()
+    assert run.left_s == 0
