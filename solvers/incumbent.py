@@ -97,8 +97,8 @@ class Incumbent:
 
     @property
     def done(self) -> bool:
-        """Out of time, stopped, or close enough to the bound."""
-        return self.left_s <= 0 or self.settled
+        """Out of time, stopped, close enough to the bound, or proved to have no answer."""
+        return self.left_s <= 0 or self.settled or math.isinf(self.bound_s)
 
     @property
     def settled(self) -> bool:

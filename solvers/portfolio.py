@@ -19,6 +19,7 @@ from solvers.baselines import BASELINES
 from solvers.chain import Chains
 from solvers.incumbent import Incumbent
 from solvers.problem import Problem
+from solvers.refine import Refinement, pressure_instants, refine
 from solvers.schedule import Schedule
 from solvers.staged import Relaxations, ops_per_layer
 
@@ -35,6 +36,8 @@ ALONE_OPS = 16
 CHAIN_GAP = 0.02
 CHAIN_SHARE = 0.25
 BOUND_SHARE = 0.5
+# Share of the time for the least peak that goes to proving how low it can be.
+FLOOR_SHARE = 0.5
 # By how much each target of the search for the least peak is below what is known, at first and at last.
 FIRST_STEP, LAST_STEP = 0.02, 5e-4
 
@@ -94,36 +97,99 @@ class Methods:
         self.offer_baselines(run, "greedy")
 
     def _bound(self, run: Incumbent) -> None:
-        limit_s = _limit_s(run, BOUND_SHARE)
-        run.raise_bound(bounds.time_bound(self.problem, run.budget_bytes, time_limit_s=limit_s))
+        """Prove what can be proved; the schedules that are met on the way are offered too."""
+        problem, total_s = self.problem, run.total_s
 
-    def lower(self, run: Incumbent, seed: int = 0) -> None:
-        """Lower the least peak that ``run`` knows, whatever its budget, towards the proved floor."""
+        def tell(found: Refinement) -> bool:
+            run.raise_bound(total_s + found.bound)
+            for steps in (found.steps, found.lowest[0]):
+                if steps is not None:
+                    run.offer(steps, "instants")
+            return run.done
+
+        refine(
+            problem,
+            run.budget_bytes,
+            pressure_instants(problem, 1),
+            time_limit_s=_limit_s(run, BOUND_SHARE),
+            close=run.enough_s,
+            on_round=tell,
+        )
+
+    def lower(self, run: Incumbent, seed: int = 0) -> int:
+        """Lower the least peak that ``run`` knows, whatever its budget; returns a proved floor, in bytes.
+
+        The floor is proved on one core while the other searches; the schedules that either meets serve both.
+        """
         problem = self.problem
-        floor = bounds.peak_floor(problem).bytes
+        floor = _Floor(run)
         for name, baseline in BASELINES.items():
-            if baseline.suits(problem) and run.left_s > 0 and run.lowest[0] > floor:
-                run.offer(baseline.run(problem, floor).steps(problem), name)
-        if len(problem) <= EXACT_OPS and run.lowest[0] > floor:
+            if baseline.suits(problem) and floor.open:
+                run.offer(baseline.run(problem, floor.bytes).steps(problem), name)
+        if len(problem) <= EXACT_OPS and floor.open:
             hint = Schedule.of(problem, run.lowest[1])
-            found, floor = checkmate.minimum_peak(
-                problem, time_limit_s=_limit_s(run, 0.5), seed=seed, hint=hint
-            )
+            limit_s = _limit_s(run, 0.5)
+            found, proved = checkmate.minimum_peak(problem, time_limit_s=limit_s, seed=seed, hint=hint)
             run.offer(found.steps(problem), "exact")
-        if self.splits and run.left_s > 0 and run.lowest[0] > floor:
-            self._chains = self._chains or Chains(problem)
-            self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
-        share = FIRST_STEP
-        while run.left_s > 0 and share > LAST_STEP and run.lowest[0] > floor:
-            least, steps, solver = run.lowest
-            target = max(floor, least - max(1, math.floor(share * (least - problem.resident_bytes))))
-            lower = Incumbent(problem, target, deadline=run.deadline)
-            lower.offer(steps, solver)
-            local_search.improve(lower, seed=seed, layer=self.layer, until_fits=True)
-            run.offer(lower.lowest[1], lower.lowest[2])
-            if not lower.fits:
-                share /= 2
-            log.debug("%s: least peak %d, floor %d", problem.name, run.lowest[0], floor)
+            floor.bytes = max(floor.bytes, proved)
+        with ThreadPoolExecutor(1) as pool:
+            proof = pool.submit(floor.prove)
+            if run.deadline == math.inf:
+                proof.result()
+            if self.splits and floor.open:
+                self._chains = self._chains or Chains(problem)
+                self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+            share = FIRST_STEP
+            while share > LAST_STEP and floor.open:
+                least, steps, solver = run.lowest
+                step = max(1, math.floor(share * (least - problem.resident_bytes)))
+                lower = Incumbent(problem, max(floor.bytes, least - step), deadline=run.deadline)
+                lower.offer(steps, solver)
+                local_search.improve(
+                    lower, seed=seed, workers=lambda: _free_cores(proof), layer=self.layer, until_fits=True
+                )
+                run.offer(lower.lowest[1], lower.lowest[2])
+                if not lower.fits:
+                    share /= 2
+                log.debug("%s: least peak %d, floor %d", problem.name, run.lowest[0], floor.bytes)
+            proof.result()
+        return floor.bytes
+
+
+class _Floor:
+    """``bytes``: proved to be below no schedule's peak; ``open``: whether it is worth to go on."""
+
+    def __init__(self, run: Incumbent) -> None:
+        self.run = run
+        self.op_name = bounds.peak_floor(run.problem).op_name
+        self.bytes = bounds.peak_floor(run.problem).bytes
+
+    @property
+    def open(self) -> bool:
+        return self.run.left_s > 0 and self.run.lowest[0] > self.bytes
+
+    def prove(self) -> None:
+        """Raise the floor for a share of the time, and offer the schedules met on the way."""
+        run, problem = self.run, self.run.problem
+        if not self.open:
+            return
+
+        def tell(found: Refinement) -> bool:
+            self.bytes = max(self.bytes, math.ceil(found.bound))
+            if found.lowest[0] is not None:
+                run.offer(found.lowest[0], "instants")
+            return not self.open
+
+        refine(
+            problem,
+            None,
+            [problem.index(self.op_name)],
+            time_limit_s=_limit_s(run, FLOOR_SHARE),
+            enough=run.lowest[0],
+            known=self.bytes,
+            most_bytes=run.lowest[0],
+            on_round=tell,
+        )
 
 
 def _limit_s(run: Incumbent, share: float) -> float:

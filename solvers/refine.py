@@ -140,14 +140,14 @@ def refine(
     close: float = 0.0,
     known: float = 0.0,
     most_bytes: int = 1,
-    on_round: Callable[[Refinement], None] | None = None,
+    on_round: Callable[[Refinement], object] | None = None,
 ) -> Refinement:
     """Raise the bound on extra seconds within ``budget_bytes`` (``None``: on the peak) until time is up.
 
     Starts at ``instants`` and a bound ``known`` to hold.  Stops early once the bound is ``enough``, or a
     schedule is known that is off it by no more than ``close``, or where no instant or row is left to add.
     ``most_bytes`` is the peak of some schedule, where no budget is given.  ``on_round`` is told after every
-    round.  A bound of ``inf`` says that nothing fits the budget.
+    round, and ends the search by returning ``True``.  A bound of ``inf`` says that nothing fits the budget.
     """
     search = _Search(problem, budget_bytes, instants, time.monotonic() + time_limit_s, most_bytes)
     found = search.found
@@ -156,9 +156,7 @@ def refine(
         if found.best - found.bound <= close:
             break
         more = search.round()
-        if on_round is not None:
-            on_round(found)
-        if not more:
+        if (on_round is not None and on_round(found) is True) or not more:
             break
     return found
 

@@ -96,6 +96,9 @@ def solve(
         if not run.done:
             search = methods.search
             _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
+        if math.isinf(run.bound_s):
+            floor = bounds.peak_floor(problem)
+            raise InfeasibleError(budget, max(floor.bytes, budget + 1), floor.op_name)
         solution = run.solution()
     else:
         solution = _named(problem, budget, solver, limit_s, seed)

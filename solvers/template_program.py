@@ -288,7 +288,8 @@ class TemplateProgram:
     def below(self, recompute_s: float) -> None:
         """Ask for at most ``recompute_s`` of recomputation in all, that of required slots included."""
         ops = self.problem.ops
-        of_slots = math.fsum(ops[i].again_s for i, c in zip(self.template.slots, self.use, strict=True) if c is None)
+        pairs = zip(self.template.slots, self.use, strict=True)
+        of_slots = math.fsum(ops[i].again_s for i, column in pairs if column is None)
         of_first_runs = math.fsum(op.again_s for op in ops)
         room_s = recompute_s - (of_slots - of_first_runs)
         priced = [c for c, cost in enumerate(self.lp.cost) if cost]
