@@ -129,7 +129,7 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     return replace(run.solution(), solve_seconds=time.perf_counter() - started)
 
 
-def _interruptible(work: Callable[[], None], run: Incumbent, give_up_at: float) -> None:
+def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float) -> None:
     """Do ``work`` in a thread, so that Ctrl-C is heard while a linear program runs; then ``run`` is stopped.
 
     A thread that is still in a linear program by ``give_up_at`` (or at Ctrl-C) is left to end on its own.
