@@ -6,9 +6,10 @@ the next instants go.  If it breaks it nowhere, it is a plan whose time is the p
 schedule beats: an optimal one.  The bound of every round is valid, also of one that the clock cut, and each
 round is told what those before it proved, so the bound never falls.
 
-Works best where few instants decide: U-Net and BERT sized graphs in seconds.  Weakness: the program grows
-with the instants and every round starts cold, so on graphs of many like layers near the floor the last
-point of the gap is not closed in a minute.
+Works best where few instants decide.  On one core it proves optimal plans of U-Net (244 ops) at 50 % of its
+memory in 1 s and at 40 % in 18 s, ResNet-50 at 50 % in 0.2 s and at 40 % in 4 s, GPT2-medium at 40 and 35 %
+in 1 s.  Weakness: the program grows with the instants and every round starts cold, so on graphs of many like
+layers near the floor the last point of the gap is not closed in a minute, and no plan may be met by then.
 
 Sources: this project's; adding what an answer violates is the cutting-plane method of Dantzig, Fulkerson
 and Johnson (1954).
@@ -42,13 +43,16 @@ log = logging.getLogger(__name__)
 # Values that together are this share of the budget count as free: what that costs is what this much more
 # budget would save.
 FREE_SHARE = 1e-4
-# HiGHS works to tolerances of 1e-7 on costs and rows; bounds give up ten times that.
+# HiGHS may leave rows open by 1e-7 and integers by 1e-6, which only widens the program, and takes reduced
+# costs within 1e-7 as right, which could lift a bound: it gives up ten times that.
 SAFETY = 1e-6
 # A round stops this close to its own bound, relative; once nothing overflows, at the finer one.
 COARSE_GAP, FINE_GAP = 2e-3, 1e-7
 # At most this share of the time left goes to one round.
 ROUND_SHARE = 0.6
-# New instants of one round are at least this many ops apart.
+# New instants of one round: one and this share of those there are; few, for time grows steeply with them.
+GROWTH = 0.125
+# They are at least this many ops apart.
 SPREAD = 4
 
 
@@ -62,7 +66,7 @@ class Refinement:
     ``lowest``     the schedule of lowest peak that was met, and its peak.
     ``instants``   the program's, ascending.
     ``tightest``   the op at whose first run, or for which, the last answer's schedule peaks.
-    ``settled``    ``best`` is proved to be the optimum, to ``FINE_GAP``.
+    ``settled``    ``best`` is the optimum, to twice ``SAFETY``; ``bound`` then equals it.
     """
 
     bound: float = 0.0
@@ -246,7 +250,7 @@ class _Search:
         )
         unit = program.unit_bytes if self.budget is None else program.unit_s
         program.at_least(found.bound / unit)
-        share = 1.0 if not found.rounds else ROUND_SHARE
+        share = ROUND_SHARE if found.rounds and self.gap == COARSE_GAP else 1.0
         first = not found.rounds and self.budget is not None
         answer = program.lp.solve(time_limit_s=share * self.left_s(), relax=first, relative_gap=self.gap)
         found.rounds += 1
@@ -293,7 +297,7 @@ class _Search:
         new: list[int] = []
         bursts = set()
         for s in np.argsort(-over, kind="stable").tolist():
-            if over[s] <= 0 or len(new) > size // 3:
+            if over[s] <= 0 or len(new) > size * GROWTH:
                 break
             t, i = where[s], steps[s]
             if i != t:
