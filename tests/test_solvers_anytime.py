@@ -84,8 +84,8 @@ def test_a_callback_that_returns_true_ends_the_search(resnet: Problem) -> None:
     best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=enough)
     assert time.perf_counter() - started < HANG_S
     assert best.fits
-    assert best.schedule == seen[-1].schedule
-    assert best.seconds == min(solution.seconds for solution in seen if solution.fits)
+    # What was in flight when the search was ended may still have come in, if it was better.
+    assert best.seconds <= min(solution.seconds for solution in seen if solution.fits)
 
 
 def test_a_callback_that_returns_true_at_once(resnet: Problem) -> None:
