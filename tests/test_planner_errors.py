@@ -134,7 +134,7 @@ def test_unknown_names_list_the_known() -> None:
 
 
 def test_time_limit_that_makes_no_sense() -> None:
-    for limit in (0, -1, float("nan")):
+    for limit in (-0.5, -1, float("nan")):
         refused(ValueError, mlp(), (X,), "time_limit_s", time_limit_s=limit)
 
 
