@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # A gap below this share of the time without recomputation is not worth more search.
 ENOUGH = 5e-4
+OVER_POWER = 4
 
 Progress = Callable[[Solution], object]
 
@@ -42,8 +43,8 @@ class Verdict(NamedTuple):
 class Incumbent:
     """Shared by all the methods of one solve, from several threads.
 
-    ``steps``      the best schedule so far as op positions: the least bytes above the budget, summed over its
-                   steps, then the fewest seconds, then the lowest peak.
+    ``steps``      the best schedule so far as op positions: the least above the budget (in the norm of
+                   ``OVER_POWER`` over its steps), then the fewest seconds, then the lowest peak.
     ``bound_s``    no schedule within the budget takes fewer seconds in total.
     ``progress``   called with a ``Solution`` for each better schedule or bound; returning ``True`` stops
                    the search.
@@ -66,7 +67,7 @@ class Incumbent:
         self.progress = progress
         self.steps: list[int] = list(range(len(problem)))
         self.line = simulate_steps(problem, self.steps)
-        self.over_bytes = self._over(self.line)
+        self.over = self._over(self.line)
         self.solver = "keep_all"
         # Of lowest peak, for an answer where nothing fits.
         self.lowest = self.line.peak_bytes, self.steps, self.solver
@@ -122,14 +123,16 @@ class Incumbent:
         with self.lock:
             if line.peak_bytes < self.lowest[0]:
                 self.lowest = line.peak_bytes, list(steps), solver
-            taken = rank < (self.over_bytes, self.recompute_s, self.peak_bytes)
+            taken = rank < (self.over, self.recompute_s, self.peak_bytes)
             if taken:
-                self.steps, self.solver, self.line, self.over_bytes = list(steps), solver, line, rank[0]
+                self.steps, self.solver, self.line, self.over = list(steps), solver, line, rank[0]
                 self._tell()
         return Verdict(taken, line.peak_bytes)
 
-    def _over(self, line: Timeline) -> int:
-        return int(np.maximum(line.live_bytes - self.budget_bytes, 0).sum())
+    def _over(self, line: Timeline) -> float:
+        """How far above the budget; a high power, since spreading a peak over more steps is progress."""
+        excess = np.maximum(line.live_bytes - self.budget_bytes, 0) / max(1, self.budget_bytes)
+        return float((excess**OVER_POWER).sum())
 
     def raise_bound(self, bound_s: float) -> None:
         """``bound_s``: proved lower bound on the total seconds of any schedule within the budget."""

@@ -14,7 +14,7 @@ import logging
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from solvers import bounds, checkmate, local_search
+from solvers import bounds, checkmate, local_search, retention
 from solvers.baselines import BASELINES
 from solvers.chain import Chains
 from solvers.incumbent import Incumbent
@@ -34,8 +34,11 @@ EXACT_OPS = 40
 ALONE_OPS = 16
 # The chain program is asked where the staged program leaves a gap of this share of the step, or no plan.
 CHAIN_GAP = 0.02
+# Greedy, which takes seconds on thousands of ops, where they all do.
+GREEDY_GAP = 1e-3
 CHAIN_SHARE = 0.25
 BOUND_SHARE = 0.5
+RETENTION_SHARE = 0.8
 # Share of the time for the least peak that goes to proving how low it can be.
 FLOOR_SHARE = 0.5
 # By how much each target of the search for the least peak is below what is known, at first and at last.
@@ -67,6 +70,10 @@ class Methods:
             run.raise_bound(found.bound_seconds)
             if run.done or len(self.problem) <= ALONE_OPS:
                 return
+        if self.problem.turn is None:
+            self._retention(run, seed)
+        if run.done:
+            return
         with ThreadPoolExecutor(1) as pool:
             bound = pool.submit(self._bound, run)
             if run.deadline == math.inf:
@@ -94,7 +101,23 @@ class Methods:
         if self.splits and not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
             self._chains = self._chains or Chains(self.problem)
             self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+        if not run.fits or run.gap_s > GREEDY_GAP * run.total_s:
+            self.offer_baselines(run, "greedy")
+
+    def _retention(self, run: Incumbent, seed: int) -> None:
+        """The method for graphs without a turn, from greedy's schedule; it uses both cores itself."""
         self.offer_baselines(run, "greedy")
+        if run.done:
+            return
+        found = retention.solve(
+            self.problem,
+            run.budget_bytes,
+            time_limit_s=_limit_s(run, RETENTION_SHARE),
+            seed=seed,
+            hint=Schedule.of(self.problem, run.steps),
+        )
+        run.offer(found.schedule.steps(self.problem), "retention")
+        run.raise_bound(found.bound_seconds)
 
     def _bound(self, run: Incumbent) -> None:
         """Prove what can be proved; the schedules that are met on the way are offered too."""

@@ -150,9 +150,7 @@ class Stages:
     ``uses``      per decided value, stage -> ops that may read it there, in template order.
     """
 
-    def __init__(
-        self, facts: Facts, first: tuple[int, ...], window: int, wide: Collection[int] = ()
-    ) -> None:
+    def __init__(self, facts: Facts, first: tuple[int, ...], window: int, wide: Collection[int] = ()) -> None:
         self.facts = facts
         self.first = first
         self.window = window

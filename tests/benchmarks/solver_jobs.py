@@ -12,7 +12,6 @@ baseline at one budget), ``baselines`` (all that do not look at the budget, and 
 from __future__ import annotations
 
 import gzip
-import inspect
 import json
 import math
 import resource
@@ -25,7 +24,7 @@ from typing import Any
 
 from solvers import InfeasibleError, Problem, Schedule, minimum_peak, read_problem, simulate, solve
 from solvers.baselines import BASELINES
-from solvers.bounds import peak_floor
+from solvers.bounds import peak_floor, proved_floor
 
 __all__ = ["Job", "blockings", "graph_names", "keep_all_bytes", "load_graph", "run"]
 
@@ -82,11 +81,6 @@ def keep_all_bytes(name: str, problem: Problem) -> int:
     )
 
 
-def free_order_is_there() -> bool:
-    """Whether ``solvers.solve`` takes ``order``."""
-    return "order" in inspect.signature(solve).parameters
-
-
 def run(job: Job) -> dict[str, Any]:
     """The row of ``job``."""
     problem = load_graph(job.graph)
@@ -108,12 +102,15 @@ def _percent(seconds: float, problem: Problem) -> float:
 
 
 def _least(problem: Problem, job: Job) -> dict[str, Any]:
-    floor = peak_floor(problem)
     found = minimum_peak(problem, time_limit_s=job.time_limit_s)
+    took_s = found.solve_seconds
+    floor = proved_floor(problem, time_limit_s=job.time_limit_s)
     return {
         "keep_all_bytes": keep_all_bytes(job.graph, problem),
         "floor_bytes": floor.bytes,
         "floor_op": floor.op_name,
+        "cheap_floor_bytes": peak_floor(problem).bytes,
+        "seconds": took_s,
         "peak_bytes": found.peak_bytes,
         "overhead": _percent(found.recompute_seconds, problem),
         "solver": found.solver,
