@@ -49,6 +49,7 @@ class Incumbent:
     ``progress``   called with a ``Solution`` for each better schedule or bound; returning ``True`` stops
                    the search.
     ``enough_s``   a gap that ends the search.
+    ``starts``     per method, the rank and the steps of the best it found.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Incumbent:
         self.lowest = self.line.peak_bytes, self.steps, self.solver
         self.bound_s = self.total_s
         self.stopped = False
+        self.parent: Incumbent | None = None
+        self.starts: dict[str, tuple[tuple[float, float, float], list[int]]] = {}
         self.lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -84,7 +87,21 @@ class Incumbent:
     @property
     def left_s(self) -> float:
         """Seconds until the deadline; 0 once stopped."""
-        return 0.0 if self.stopped else max(0.0, self.deadline - time.perf_counter())
+        if self.stopped or (self.parent is not None and self.parent.done):
+            return 0.0
+        return max(0.0, self.deadline - time.perf_counter())
+
+    def fork(self, steps: Sequence[int], share: float) -> Incumbent:
+        """A search of its own from ``steps``, for a share of the time left; ends when this one does."""
+        child = Incumbent(
+            self.problem,
+            self.budget_bytes,
+            deadline=min(self.deadline, time.perf_counter() + share * self.left_s),
+            enough_s=self.enough_s,
+        )
+        child.offer(steps, self.solver)
+        child.parent = self
+        return child
 
     @property
     def fits(self) -> bool:
@@ -121,6 +138,8 @@ class Incumbent:
         line = simulate_steps(self.problem, list(steps))
         rank = self._over(line), line.recompute_seconds, line.peak_bytes
         with self.lock:
+            if solver not in self.starts or rank < self.starts[solver][0]:
+                self.starts[solver] = rank, list(steps)
             if line.peak_bytes < self.lowest[0]:
                 self.lowest = line.peak_bytes, list(steps), solver
             taken = rank < (self.over, self.recompute_s, self.peak_bytes)

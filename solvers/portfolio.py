@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from solvers import bounds, checkmate, local_search, retention
 from solvers.baselines import BASELINES
 from solvers.chain import Chains
-from solvers.incumbent import Incumbent
+from solvers.incumbent import OVER_POWER, Incumbent
 from solvers.problem import Problem
 from solvers.refine import Refinement, pressure_instants, refine
 from solvers.schedule import Schedule
@@ -41,6 +41,13 @@ BOUND_SHARE = 0.5
 RETENTION_SHARE = 0.8
 # Share of the time for the least peak that goes to proving how low it can be.
 FLOOR_SHARE = 0.5
+# Where local search starts from several schedules: a gap above this share of the step; at most so many, and
+# none that exceeds the budget by more than this share of it.
+RESTART_GAP = 0.02
+MOST_STARTS = 4
+FAR_OVER = 0.5
+# Nor, once one fits, any that recomputes for this much longer than it.
+FAR_SLOWER = 1.5
 # By how much each target of the search for the least peak is below what is known, at first and at last.
 FIRST_STEP, LAST_STEP = 0.02, 5e-4
 
@@ -79,8 +86,31 @@ class Methods:
             if run.deadline == math.inf:
                 bound.result()
             self.offer_plans(run, seed)
-            local_search.improve(run, seed=seed, workers=lambda: _free_cores(bound), layer=self.layer)
+            self._search_locally(run, bound, seed)
             bound.result()
+
+    def _search_locally(self, run: Incumbent, bound: Future[None], seed: int) -> None:
+        """Local search from the best schedule; where that is far from the bound, from each method's first.
+
+        A schedule that barely fits by recomputing everything is a poor start, however near the budget.
+        """
+
+        def improve(one: Incumbent) -> None:
+            local_search.improve(one, seed=seed, workers=lambda: _free_cores(bound), layer=self.layer)
+
+        if not run.fits or run.gap_s > RESTART_GAP * run.total_s:
+            starts = sorted(run.starts.items(), key=lambda item: item[1][0][1])
+            most_over = 0.0 if run.fits else FAR_OVER**OVER_POWER
+            starts = [(name, start) for name, start in starts if start[0][0] <= most_over]
+            for k, (name, (rank, steps)) in enumerate(starts[:MOST_STARTS]):
+                if run.fits and rank[1] > FAR_SLOWER * run.recompute_s:
+                    break
+                child = run.fork(steps, 1 / (min(len(starts), MOST_STARTS) - k + 1))
+                improve(child)
+                log.debug("from %s: %r", name, child)
+                run.offer(child.steps, "local search")
+                run.offer(child.lowest[1], "local search")
+        improve(run)
 
     def offer_cheapest(self, run: Incumbent) -> None:
         """Offer what takes milliseconds on thousands of ops, whether there is time left or not."""
