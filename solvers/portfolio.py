@@ -33,7 +33,7 @@ EXACT_OPS = 40
 # Up to this many ops no other is.
 ALONE_OPS = 16
 # The chain program is asked where the staged program leaves a gap of this share of the step, or no plan.
-CHAIN_GAP = 0.02
+CHAIN_GAP = 0.003
 # Greedy, which takes seconds on thousands of ops, where they all do.
 GREEDY_GAP = 1e-3
 CHAIN_SHARE = 0.25

@@ -256,15 +256,20 @@ def test_the_table_shows_every_row_and_counts_what_is_not_met() -> None:
 def test_budgets_are_shares_of_activations() -> None:
     problem = replace(random_training_graph(3), resident_bytes=1000)
     top = keep_all_peak(problem) - 1000
-    assert bench_solvers.budget_bytes_of("0.5", "m", problem) == 1000 + round(0.5 * top)
-    jobs = bench_solvers.jobs_of("m", problem, [], None)
-    floor = next(j for j in jobs if j.budget == "floor+2%").budget_bytes - 1000
-    assert floor == pytest.approx(1.02 * (solver_jobs.peak_floor(problem).bytes - 1000), abs=1)
-    assert all(j.budget_bytes >= 1000 + floor / 1.02 - 1 for j in jobs if j.budget)
-    assert [j.kind for j in jobs[:2]] == ["least", "baselines"]
+    floor = 1000 + (top * 2) // 5
+    assert bench_solvers.budget_bytes_of("0.5", "m", problem, floor) == 1000 + round(0.5 * top)
+    jobs = bench_solvers.jobs_of("m", problem, [], None, floor)
+    near = next(j for j in jobs if j.budget == "floor+2%")
+    assert near.budget_bytes - 1000 == pytest.approx(1.02 * (floor - 1000), abs=1)
+    assert {j.budget for j in jobs} == {"0.9", "0.7", "0.5", "0.4", "floor+2%"} or floor > 1000 + 0.4 * top
+    assert all(j.budget_bytes >= floor for j in jobs)
+    assert [j.kind for j in bench_solvers.first_jobs_of("m", None)] == ["least", "baselines"]
     assert len({j.key for j in jobs}) == len(jobs)
-    some = bench_solvers.jobs_of("m", problem, ["0.9"], 7.0)
-    assert {(j.budget, j.time_limit_s) for j in some} == {("", 7.0), ("0.9", 7.0)}
+    some = bench_solvers.jobs_of("m", problem, ["0.9"], 7.0, floor)
+    assert {(j.kind, j.budget, j.time_limit_s) for j in some} == {
+        ("greedy", "0.9", 7.0),
+        ("plan", "0.9", 7.0),
+    }
 
 
 def test_every_kind_of_job_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ SHARES = ("0.9", "0.7", "0.5", "0.4", "0.35")
 LAYERED_SHARES = ("0.9", "0.8")
 NEAR_FLOOR = "floor+2%"
 TRAINING_LIMIT_S = 10.0
-NEAR_FLOOR_LIMIT_S = 30.0
+NEAR_FLOOR_LIMIT_S = 25.0
 PACKAGES = ("numpy", "networkx", "ortools", "torch")
 
 

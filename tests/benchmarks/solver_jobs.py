@@ -104,7 +104,7 @@ def _percent(seconds: float, problem: Problem) -> float:
 def _least(problem: Problem, job: Job) -> dict[str, Any]:
     found = minimum_peak(problem, time_limit_s=job.time_limit_s)
     took_s = found.solve_seconds
-    floor = proved_floor(problem, time_limit_s=job.time_limit_s)
+    floor = proved_floor(problem, time_limit_s=job.time_limit_s / 3)
     return {
         "keep_all_bytes": keep_all_bytes(job.graph, problem),
         "floor_bytes": floor.bytes,
