@@ -24,7 +24,15 @@ from collections.abc import Collection, Iterable, Sequence
 from solvers.problem import Problem, ProblemError
 from solvers.schedule import Schedule
 
-__all__ = ["Gap", "can_be_dropped", "gaps_of_values", "just_in_time", "just_in_time_steps", "runs_of_groups"]
+__all__ = [
+    "Gap",
+    "can_be_dropped",
+    "gaps_of_values",
+    "just_in_time",
+    "just_in_time_steps",
+    "runs_of_groups",
+    "trim",
+]
 
 Gap = tuple[int, int]
 
@@ -136,3 +144,19 @@ def turn_of(problem: Problem, what: str) -> int:
     if problem.turn is None:
         raise ProblemError(f"{problem.name}: {what} needs problem.turn, the number of forward ops")
     return problem.turn
+
+
+def trim(problem: Problem, steps: Sequence[int]) -> list[int]:
+    """Leave out recomputations none of whose outputs is read before it is made again."""
+    ran: set[int] = set()
+    first = [not (i in ran or ran.add(i)) for i in steps]  # type: ignore[func-returns-value]
+    wanted: set[int] = set()
+    kept: list[int] = []
+    for i, required in zip(reversed(steps), reversed(first), strict=True):
+        outputs = problem.ops[i].outputs
+        if required or any(v in wanted for v in outputs):
+            kept.append(i)
+            wanted.difference_update(outputs)
+            wanted.update(problem.counted_inputs[i])
+    kept.reverse()
+    return kept

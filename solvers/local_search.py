@@ -31,11 +31,11 @@ from typing import Literal
 
 import numpy as np
 
+from solvers.emit import trim
 from solvers.incumbent import Incumbent
 from solvers.problem import Problem
 from solvers.simulate import Timeline
 from solvers.template import Template, template_around
-from solvers.template_emit import trim
 from solvers.template_program import TemplateProgram
 
 __all__ = ["Window", "improve"]

@@ -34,20 +34,26 @@ EXACT_OPS = 40
 ALONE_OPS = 16
 # The chain program is asked where the staged program leaves a gap of this share of the step, or no plan.
 CHAIN_GAP = 0.003
+# So many cuts of the staged program come before it.
+FIRST_CUTS = 2
 # Greedy, which takes seconds on thousands of ops, where they all do.
 GREEDY_GAP = 1e-3
-CHAIN_SHARE = 0.25
+# Above this many ops it comes last.
+GREEDY_OPS = 2000
+CHAIN_SHARE = 0.4
 BOUND_SHARE = 0.5
 RETENTION_SHARE = 0.8
 # Share of the time for the least peak that goes to proving how low it can be.
 FLOOR_SHARE = 0.5
-# Where local search starts from several schedules: a gap above this share of the step; at most so many, and
-# none that exceeds the budget by more than this share of it.
+# Where local search starts from several schedules: a gap above this share of the step; at most so many; none
+# that exceeds the budget by more than this share of it, less if something fits, and then none that recomputes
+# for so much longer.
 RESTART_GAP = 0.02
 MOST_STARTS = 4
-FAR_OVER = 0.5
-# Nor, once one fits, any that recomputes for this much longer than it.
+FAR_OVER, NEAR_OVER = 0.5, 0.1
 FAR_SLOWER = 1.5
+# Share of the time left that each start gets.
+START_SHARE = 0.5
 # By how much each target of the search for the least peak is below what is known, at first and at last.
 FIRST_STEP, LAST_STEP = 0.02, 5e-4
 
@@ -87,6 +93,7 @@ class Methods:
                 bound.result()
             self.offer_plans(run, seed)
             self._search_locally(run, bound, seed)
+            self._offer_greedy(run)
             bound.result()
 
     def _search_locally(self, run: Incumbent, bound: Future[None], seed: int) -> None:
@@ -99,13 +106,9 @@ class Methods:
             local_search.improve(one, seed=seed, workers=lambda: _free_cores(bound), layer=self.layer)
 
         if not run.fits or run.gap_s > RESTART_GAP * run.total_s:
-            starts = sorted(run.starts.items(), key=lambda item: item[1][0][1])
-            most_over = 0.0 if run.fits else FAR_OVER**OVER_POWER
-            starts = [(name, start) for name, start in starts if start[0][0] <= most_over]
-            for k, (name, (rank, steps)) in enumerate(starts[:MOST_STARTS]):
-                if run.fits and rank[1] > FAR_SLOWER * run.recompute_s:
-                    break
-                child = run.fork(steps, 1 / (min(len(starts), MOST_STARTS) - k + 1))
+            starts = _worth_starting_from(run)
+            for name, steps in starts:
+                child = run.fork(steps, START_SHARE)
                 improve(child)
                 log.debug("from %s: %r", name, child)
                 run.offer(child.steps, "local search")
@@ -127,11 +130,18 @@ class Methods:
         """Plans to start from, the cheapest to make first."""
         if self.splits:
             self._relaxations = self._relaxations or Relaxations(self.problem)
-            self._relaxations.offer_plans(run, seed=seed)
-        if self.splits and not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
-            self._chains = self._chains or Chains(self.problem)
-            self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
-        if not run.fits or run.gap_s > GREEDY_GAP * run.total_s:
+            self._relaxations.offer_plans(run, last=FIRST_CUTS, seed=seed)
+            if not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
+                self._chains = self._chains or Chains(self.problem)
+                self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+            # Relaxations that are far from a plan are the slowest to solve.
+            if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:
+                self._relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
+        if len(self.problem) <= GREEDY_OPS:
+            self._offer_greedy(run)
+
+    def _offer_greedy(self, run: Incumbent) -> None:
+        if run.left_s > 0 and (not run.fits or run.gap_s > GREEDY_GAP * run.total_s):
             self.offer_baselines(run, "greedy")
 
     def _retention(self, run: Incumbent, seed: int) -> None:
@@ -243,6 +253,20 @@ class _Floor:
             most_bytes=run.lowest[0],
             on_round=tell,
         )
+
+
+def _worth_starting_from(run: Incumbent) -> list[tuple[str, list[int]]]:
+    """Methods and their schedules, the fastest first: a fast one a little over the budget is a good start."""
+    chosen = []
+    for name, ((over, recompute_s, _), steps) in run.starts.items():
+        if not over:
+            worth = recompute_s <= FAR_SLOWER * run.recompute_s
+        else:
+            near = over <= (NEAR_OVER if run.fits else FAR_OVER) ** OVER_POWER
+            worth = near and (not run.fits or recompute_s < run.recompute_s)
+        if worth:
+            chosen.append((recompute_s, name, steps))
+    return [(name, steps) for _, name, steps in sorted(chosen)[:MOST_STARTS]]
 
 
 def _limit_s(run: Incumbent, share: float) -> float:

@@ -26,6 +26,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from solvers.emit import trim
 from solvers.instants import InstantProgram
 from solvers.linear import LinearAnswer
 from solvers.problem import Problem
@@ -33,7 +34,6 @@ from solvers.reduction import Reduction
 from solvers.schedule import Schedule
 from solvers.simulate import simulate_steps
 from solvers.solution import InfeasibleError, Solution, solution_of
-from solvers.staged_emit import trim
 from solvers.staged_stages import Facts
 
 __all__ = ["Refinement", "emitted", "pressure_instants", "refine", "solve"]

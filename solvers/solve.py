@@ -32,7 +32,19 @@ __all__ = ["SOLVERS", "minimum_peak", "solve"]
 
 log = logging.getLogger(__name__)
 
-SOLVERS = ("auto", "exact", "staged", "chain", "keep_all", "recompute_all", "greedy", "every_block", "sqrt")
+SOLVERS = (
+    "auto",
+    "exact",
+    "instants",
+    "staged",
+    "chain",
+    "retention",
+    "keep_all",
+    "recompute_all",
+    "greedy",
+    "every_block",
+    "sqrt",
+)
 
 # The search is told to end a little early, since a linear program in flight overruns its limit by some.
 ENDS_AT = 0.97
@@ -158,12 +170,14 @@ def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float
 
 def _named(problem: Problem, budget: int, solver: str, limit_s: float, seed: int) -> Solution:
     """One method by its name."""
-    from solvers import baselines, chain, checkmate, staged
+    from solvers import baselines, chain, checkmate, refine, retention, staged
 
     if solver in baselines.BASELINES:
         return baselines.solve(problem, budget, solver)
-    method = {"exact": checkmate.solve, "staged": staged.solve, "chain": chain.solve}[solver]
-    return method(problem, budget, time_limit_s=limit_s, seed=seed)
+    if solver == "instants":
+        return refine.solve(problem, budget, time_limit_s=limit_s)
+    seeded = {"exact": checkmate, "staged": staged, "chain": chain, "retention": retention}
+    return seeded[solver].solve(problem, budget, time_limit_s=limit_s, seed=seed)
 
 
 def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:

@@ -24,13 +24,15 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from solvers import local_search
 from solvers.bounds import time_bound
+from solvers.emit import trim
 from solvers.incumbent import Incumbent
 from solvers.problem import Problem, ProblemError
 from solvers.solution import Solution
-from solvers.staged_emit import in_template_order, just_in_time, trim
+from solvers.staged_emit import in_template_order, just_in_time
 from solvers.staged_program import Choice, StagedProgram
 from solvers.staged_stages import Facts, Stages, cut_after_pressure, cut_by_groups, cut_evenly
 
@@ -72,9 +74,9 @@ class Relaxations:
         # What the slowest program took: another is not begun in less.
         self._took_s = 0.0
 
-    def offer_plans(self, run: Incumbent, *, seed: int = 0) -> None:
-        """Offer ``run`` the roundings of every cut's relaxation, until it is done."""
-        for program in self._for_budget(run.budget_bytes - run.problem.resident_bytes):
+    def offer_plans(self, run: Incumbent, *, first: int = 0, last: int | None = None, seed: int = 0) -> None:
+        """Offer ``run`` the roundings of the cuts ``first`` up to ``last``, until it is done."""
+        for program in islice(self._for_budget(run.budget_bytes - run.problem.resident_bytes), first, last):
             begun = time.perf_counter()
             _relax(run, program, seed)
             self._took_s = max(self._took_s, time.perf_counter() - begun)

@@ -1,4 +1,4 @@
-"""From a choice of what is kept at each stage's start to a sequence of steps, and its polish.
+"""From a choice of what is kept at each stage's start to a sequence of steps.
 
 Two orders are emitted and the simulator picks: just in time, where every recomputation runs right
 before the first step that needs it and what nobody needs never runs; and the template's, which is
@@ -7,11 +7,10 @@ what the program's memory rows describe.
 
 from __future__ import annotations
 
-from solvers.problem import Problem
 from solvers.staged_program import Choice
 from solvers.staged_stages import Stages
 
-__all__ = ["in_template_order", "just_in_time", "trim"]
+__all__ = ["in_template_order", "just_in_time"]
 
 
 def just_in_time(stages: Stages, choice: Choice) -> list[int]:
@@ -69,19 +68,3 @@ def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) ->
             if i != t:
                 steps.append(i)
                 resident.update(problem.ops[i].outputs)
-
-
-def trim(problem: Problem, steps: list[int]) -> list[int]:
-    """Leave out recomputations none of whose outputs is read before it is made again."""
-    ran: set[int] = set()
-    first = [not (i in ran or ran.add(i)) for i in steps]  # type: ignore[func-returns-value]
-    wanted: set[int] = set()
-    kept: list[int] = []
-    for i, required in zip(reversed(steps), reversed(first), strict=True):
-        outputs = problem.ops[i].outputs
-        if required or any(v in wanted for v in outputs):
-            kept.append(i)
-            wanted.difference_update(outputs)
-            wanted.update(problem.counted_inputs[i])
-    kept.reverse()
-    return kept

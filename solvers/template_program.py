@@ -305,14 +305,6 @@ class TemplateProgram:
         """The schedule that an integral point describes."""
         return [i for i, runs in zip(self.template.slots, self.used(x), strict=True) if runs]
 
-    def kept(self, x: np.ndarray, threshold: float = 0.5) -> list[set[int]]:
-        """Per stage, the values resident when it starts, the columns rounded at ``threshold``."""
-        out: list[set[int]] = []
-        for q in self.template.starts:
-            here = ((v, self.gap_at(v, q)) for v in self._gaps)
-            out.append({v for v, gap in here if gap == ALWAYS or (gap >= 0 and x[gap] > threshold)})
-        return out
-
     def used(self, x: np.ndarray, threshold: float = 0.5) -> list[bool]:
         """Per slot, whether it runs."""
         return [column is None or bool(x[column] > threshold) for column in self.use]

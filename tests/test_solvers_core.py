@@ -277,7 +277,7 @@ def test_budgets_of_the_wrong_type(budget: object) -> None:
 
 
 def test_other_arguments_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="solver is 'magic', want one of auto, exact, staged, chain"):
+    with pytest.raises(ValueError, match="solver is 'magic', want one of auto, exact, instants, staged"):
         solve(chain(1), 5, solver="magic")
     with pytest.raises(ValueError, match="order is 'loose', want 'fixed' or 'free'"):
         solve(chain(1), 5, order="loose")  # type: ignore[arg-type]

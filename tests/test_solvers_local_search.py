@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from solvers import Op, Problem, Schedule, Value, local_search, simulate, staged
+from solvers.emit import trim
 from solvers.incumbent import OVER_POWER, Incumbent
 from solvers.simulate import simulate_steps
 from solvers.template import Template, template_around
-from solvers.template_emit import in_order, just_in_time, trim
 from solvers.template_program import TemplateProgram
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, random_problem, tense_problem, training_chain
@@ -180,22 +180,6 @@ def test_closure_rows_cut_no_integral_point_off(case: Case, rng: random.Random) 
     template = case.template
     for used in case.sensible_choices(rng, 16):
         assert tightest(TemplateProgram(template, 1e9, closures=all_closures(template)), used) is not None
-
-
-@quick
-@given(cases, st.randoms(use_true_random=False))
-def test_emission_repairs_whatever_it_is_given(case: Case, rng: random.Random) -> None:
-    """Valid, first runs in order, whatever is kept and used; with all kept nothing is run again."""
-    problem, template = case.problem, case.template
-    values = [v for v, value in enumerate(problem.values) if value.producer is not None]
-    kept = [{v for v in values if rng.random() < 0.5} for _ in template.starts]
-    used = [required or rng.random() < 0.5 for required in template.required]
-    for steps in (in_order(template, kept, used), just_in_time(template, kept)):
-        simulate_steps(problem, steps)
-        simulate_steps(problem, trim(problem, steps))
-        assert list(dict.fromkeys(steps)) == list(range(len(problem)))
-    required = [i for i, runs in zip(template.slots, template.required, strict=True) if runs]
-    assert just_in_time(template, [set(values)] * len(kept)) == required
 
 
 def test_a_template_must_hold_every_first_run_once() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from solvers import InfeasibleError, ProblemError, bounds, checkmate, simulate, solve, staged
+from solvers.emit import trim
 from solvers.incumbent import Incumbent
 from solvers.simulate import simulate_steps
-from solvers.staged_emit import in_template_order, just_in_time, trim
+from solvers.staged_emit import in_template_order, just_in_time
 from solvers.staged_program import StagedProgram
 from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly
 from tests import joint_graphs
