@@ -280,9 +280,9 @@ class Prepared:
                 found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))
                 continue
             plan = self._plan_of(answer)
-            bound = min(plan.overhead_bound, plan.overhead)
-            status: Any = "optimal" if plan.status == "optimal" else "feasible"
-            found.append(FrontierPoint(budget, plan.peak_bytes, plan.overhead, bound, status))
+            found.append(
+                FrontierPoint(budget, plan.peak_bytes, plan.overhead, plan.overhead_bound, plan.status)
+            )
         return Frontier(type(self.model).__name__, self.baseline.peak_bytes, self.floor_bytes, tuple(found))
 
     def _plan_of(self, solution: Solution) -> Plan:
@@ -303,6 +303,9 @@ class Prepared:
             breakdown = self._optimizer_breakdown(breakdown)
             peak_op, peak_module = "optimizer.step", ""
         total = problem.total_seconds
+        overhead = timeline.recompute_seconds / total if total else 0.0
+        # The two are equal for an optimal plan, but are rounded differently.
+        proved = min(overhead, max(0.0, solution.bound_seconds / total - 1.0)) if total else 0.0
         flops = [costs.flops.get(op.name, 0) for op in graph.ops]
         template = self.joint.template
         return Plan(
@@ -310,8 +313,8 @@ class Prepared:
             budget_bytes=solution.budget_bytes,
             peak_bytes=max(timeline.peak_bytes, self.optimizer_step_bytes),
             baseline_peak_bytes=max(self.baseline.peak_bytes, self.optimizer_step_bytes),
-            overhead=timeline.recompute_seconds / total if total else 0.0,
-            overhead_bound=max(0.0, solution.bound_seconds / total - 1.0) if total else 0.0,
+            overhead=overhead,
+            overhead_bound=proved,
             status="optimal" if solution.status == "optimal" else "feasible",
             placements=self._placements(steps, copies),
             breakdown=breakdown,
