@@ -307,7 +307,7 @@ class Chains:
         deadline = time.perf_counter() + min(time_limit_s, run.left_s)
         capacity = min(int(HEADROOM * (run.budget_bytes - resident)), self._keep_all_bytes)
         for ways in self._each_way(deadline):
-            if run.done:
+            if run.stopped or run.settled:
                 return
             if capacity > 0:
                 _search(run, ChainTable(ways, _slot_bytes(capacity), seed=seed), deadline)
