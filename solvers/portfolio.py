@@ -38,7 +38,7 @@ CHAIN_GAP = 0.003
 FIRST_CUTS = 2
 # Greedy, which takes seconds on thousands of ops, where they all do.
 GREEDY_GAP = 1e-3
-# Above this many ops it comes last.
+# Above this many ops it comes last, unless nothing that is worth bettering fits yet.
 GREEDY_OPS = 2000
 CHAIN_SHARE = 0.4
 BOUND_SHARE = 0.5
@@ -137,7 +137,7 @@ class Methods:
             # Relaxations that are far from a plan are the slowest to solve.
             if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:
                 self._relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
-        if len(self.problem) <= GREEDY_OPS:
+        if len(self.problem) <= GREEDY_OPS or not run.fits or run.recompute_s > run.total_s:
             self._offer_greedy(run)
 
     def _offer_greedy(self, run: Incumbent) -> None:
