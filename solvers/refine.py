@@ -94,6 +94,7 @@ def solve(
 ) -> Solution:
     """The best schedule that the rounds met, with their bound; if none fits, the one of lowest peak.
 
+    That may be so below the time limit too, where no instant is left to add; ``auto`` searches on from there.
     Raises ``InfeasibleError`` if a round proves that no schedule fits.
     """
     started = time.perf_counter()

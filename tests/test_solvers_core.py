@@ -352,10 +352,12 @@ def test_every_solver_name_is_served() -> None:
     problem = training_chain(layers=3, ops_per_layer=2)
     top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     mixed = {"auto": set(SOLVERS), "staged": {"staged", "local search"}}
+    # The one schedule of a baseline may not fit, and instants may end with a bound and no plan.
+    may_fail = {*BASELINES, "instants"} - {"greedy"}
     for solver in SOLVERS:
         solution = solve(problem, round(0.7 * top), solver=solver, time_limit_s=5)
         assert solution.solver in mixed.get(solver, {solver})
-        assert solution.fits or (solver in BASELINES and solver != "greedy")
+        assert solution.fits or solver in may_fail
         assert problem.total_seconds <= solution.bound_seconds
         assert solution.bound_seconds <= solution.seconds or not solution.fits
         keeps = solve(problem, top, solver=solver, time_limit_s=5)
