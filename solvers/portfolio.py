@@ -1,11 +1,14 @@
 """Which methods to ask, in which order, and what they share.
 
 No method is best everywhere, so plans flow from one to the next through the :class:`Incumbent`: first
-what costs nothing (the baselines, so that no answer is ever worse than theirs), then the rounded
-relaxations of the staged program, which at generous budgets are all but optimal, then the chain program
-where these leave a gap or find nothing, and then local search, from whichever plan is best.  The bound
-is proved on the other core meanwhile and ends the search when it is close.  Graphs of a few dozen ops
-go to the exact program first.
+the baselines that cost nothing, then the rounded relaxations of the staged program, which at generous
+budgets are all but optimal, then the chain program where these leave a gap or find nothing, and then
+local search, from whichever plan is best, or from each method's where that is far from the bound.  The
+bound is proved on the other core meanwhile, offers the schedules it meets, and ends the search when it is
+close.  Graphs of a few dozen ops go to the exact program first, graphs without a turn to ``retention``.
+
+Weakness: greedy takes seconds on thousands of ops and there comes last, so that a time limit may leave an
+answer worse than greedy's.
 """
 
 from __future__ import annotations
