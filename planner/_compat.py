@@ -43,6 +43,7 @@ __all__ = [
     "foreach_takes_fakes",
     "is_data_dependent",
     "pytree",
+    "reads_a_number",
     "size_hint",
     "storage_key",
     "writes_arguments",
@@ -158,3 +159,8 @@ def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -
 
     _, saved, _ = solve(memory, runtimes, max_memory)
     return saved
+
+
+def reads_a_number(func: object) -> bool:
+    """Whether the op ``func`` is the one below ``Tensor.item()``."""
+    return func is torch.ops.aten._local_scalar_dense.default

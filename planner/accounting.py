@@ -33,6 +33,7 @@ from ._compat import (
     FakeTensorMode,
     TorchDispatchMode,
     foreach_takes_fakes,
+    reads_a_number,
     storage_key,
 )
 from .errors import PlannerError
@@ -232,7 +233,7 @@ class _AnyValue(TorchDispatchMode):
         try:
             return func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            if func is not torch.ops.aten._local_scalar_dense.default:
+            if not reads_a_number(func):
                 raise
             dtype = args[0].dtype
             if dtype == torch.bool:

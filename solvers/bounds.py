@@ -31,7 +31,6 @@ from solvers.simulate import simulate_steps
 
 __all__ = [
     "PeakFloor",
-    "closure_bound",
     "least_recompute",
     "peak_floor",
     "pressure_instants",
@@ -97,14 +96,6 @@ def proved_floor(problem: Problem, *, time_limit_s: float = 10.0) -> PeakFloor:
     )
     least = math.ceil(found.bound)
     return PeakFloor(least, problem.ops[found.tightest].name) if least > floor.bytes else floor
-
-
-def closure_bound(problem: Problem, budget_bytes: int, *, time_limit_s: float = 5.0) -> float:
-    """:func:`time_bound` by one linear relaxation with a single instant: tens of milliseconds."""
-    if peak_floor(problem).bytes > budget_bytes:
-        return math.inf
-    instants = pressure_instants(problem, 1)
-    return problem.total_seconds + least_recompute(problem, budget_bytes, instants, time_limit_s=time_limit_s)
 
 
 def time_bound(
