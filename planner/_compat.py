@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.config as _functorch_config  # settings of the tracer
 import torch.optim.optimizer as _optimizer
 import torch.utils._pytree as pytree  # public-to-be container flattening; 2.0+
 import torch.utils.checkpoint as _checkpoint
@@ -52,14 +53,17 @@ __all__ = [
 
 @contextlib.contextmanager
 def _tracing_flags() -> Iterator[None]:
-    """Tell libraries that a compiler is looking; both settings are process-global and put back."""
+    """Tell libraries that a compiler is looking, and trace the backward as it runs: outside autocast.
+
+    The settings are process-global and put back.
+    """
     from torch._export.utils import _compiling_state_context  # 2.7+
 
     key = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(key)
     os.environ[key] = "1"
     try:
-        with _compiling_state_context():
+        with _compiling_state_context(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
             yield
     finally:
         if before is None:

@@ -41,7 +41,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak, tensors_in
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
-from planner.step import forward, undone
+from planner.step import backward, forward, undone
 from planner.trials import copies_of, prepare_example, race
 from planner.zoo import MODELS, Example
 
@@ -374,7 +374,7 @@ def kernel_counts(example: Example, device: torch.device) -> Counter[str]:
     def step() -> None:
         with undone(example.model, example.inputs):
             passed = forward(example.model, example.inputs, example.loss_fn)
-            torch.autograd.backward(passed.roots)
+            backward(passed)
 
     if device.type != "cuda":
         with op_counts() as counts:

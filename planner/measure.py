@@ -31,6 +31,7 @@ from .meter import StorageMeter
 from .step import (
     Inputs,
     LossFn,
+    backward,
     call,
     cuda_devices,
     device_of,
@@ -112,7 +113,7 @@ def step_peak(
         meter.register(*given or ())
         resident_bytes += meter.live_bytes - before_bytes
         with meter:
-            torch.autograd.backward(passed.roots, given)
+            backward(passed, given)
     return meter.peak_bytes - (0 if include_resident else resident_bytes)
 
 
@@ -163,13 +164,13 @@ def cuda_step_peak(
     with undone(module, inputs):
         passed = forward(module, inputs, loss_fn)
         given = tangents_for(passed, tangents)
-        torch.autograd.backward(passed.roots, given)
+        backward(passed, given)
         del passed
     with undone(module, inputs), _cuda_window(where) as peak:
         passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
-        torch.autograd.backward(passed.roots, given)
+        backward(passed, given)
         return peak()
 
 
@@ -232,7 +233,7 @@ def step_flops(
         if isinstance(fn_or_module, nn.Module):
             with undone(fn_or_module, inputs):
                 passed = forward(fn_or_module, inputs, loss_fn)
-                torch.autograd.backward(passed.roots, tangents_for(passed, tangents))
+                backward(passed, tangents_for(passed, tangents))
         else:
             call(fn_or_module, inputs)
     return counter.get_total_flops()
@@ -284,7 +285,7 @@ def run_step(
     with undone(model, inputs):
         torch.manual_seed(seed)
         passed = forward(model, inputs, loss_fn)
-        torch.autograd.backward(passed.roots, tangents_for(passed, tangents))
+        backward(passed, tangents_for(passed, tangents))
         sources = [
             *model.named_parameters(),
             *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)) if t.is_leaf),

@@ -1,6 +1,7 @@
 """Passes that restate the joint graph for memory; none changes a number that it computes.
 
 * aliases and views that change nothing are removed;
+* a weight that autocast casts several times is cast once, as its cache does in eager;
 * a gradient that autograd would have to copy (two parameters sharing it, another layout than its
   parameter's, a view into something larger) is copied in the graph, so that the engine always
   takes it as it is and memory is known to the byte;
@@ -20,6 +21,7 @@ import torch
 from torch import fx
 
 from planner import _compat, kernels
+from planner.autocast import share_weight_casts
 from planner.capture import Traced
 from planner.errors import TraceError
 from planner.nodes import (
@@ -40,6 +42,7 @@ aten = torch.ops.aten
 def normalize(traced: Traced) -> Normalized:
     """All passes, in order."""
     graph = Normalized(traced)
+    graph.cast_weights_once()
     graph.copy_gradients()
     graph.split_dropout()
     graph.note_random_state()
@@ -115,6 +118,16 @@ class Normalized:
                 self.graph.erase_node(node)
 
     # -- passes ----------------------------------------------------------------------------------
+
+    def cast_weights_once(self) -> None:
+        """See :mod:`planner.autocast`; runs under the autocast state of the capture."""
+        weights = {
+            n: self.gradients.get(name) for n, (kind, name) in self.sources.items() if kind == "parameter"
+        }
+        gradient_of = {n: g for n, g in weights.items() if g is not None}
+        replaced = share_weight_casts(self.graph, weights, gradient_of)
+        self.gradients = {name: replaced.get(node, node) for name, node in self.gradients.items()}
+        self._sweep()
 
     def copy_gradients(self) -> None:
         """Copy, where the engine would, so that it never has to (AccumulateGrad's layout contract)."""

@@ -24,6 +24,7 @@ __all__ = [
     "Forward",
     "Inputs",
     "LossFn",
+    "backward",
     "call",
     "cuda_devices",
     "device_of",
@@ -99,6 +100,20 @@ def forward(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> Forward
             "check requires_grad of the parameters and that gradients are enabled"
         )
     return Forward(outputs, loss, roots)
+
+
+def backward(passed: Forward, given: list[Tensor] | None = None) -> None:
+    """Run the backward as a training loop does: behind the autocast context the forward ran in, if any.
+
+    Leaving that context also drops its cache of cast weights.
+    """
+    device = passed.roots[0].device.type
+    if not torch.is_autocast_enabled(device):
+        torch.autograd.backward(passed.roots, given)
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device, enabled=False):
+        torch.autograd.backward(passed.roots, given)
 
 
 def tangents_for(passed: Forward, tangents: Iterable[Tensor] | None) -> list[Tensor] | None:

@@ -25,7 +25,7 @@ from torch import nn
 from planner.measure import Comparison, StepRecord, compare, run_step, step_flops, step_peak
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared, prepare
-from planner.step import Inputs, LossFn, forward
+from planner.step import Inputs, LossFn, backward, forward
 from planner.zoo import Example
 
 __all__ = [
@@ -185,7 +185,7 @@ class _Step:
 
     def __call__(self) -> None:
         passed = forward(self.model, self.inputs, self.loss_fn)
-        torch.autograd.backward(passed.roots)
+        backward(passed)
         self.loss = passed.roots[0].detach()
 
 
