@@ -7,6 +7,7 @@ p.apply()          # or module = p.rewrite()
 
 from planner import measure
 from planner.api import frontier, plan
+from planner.enable import disable, enable, plan_of
 from planner.errors import (
     InfeasibleBudgetError,
     InvalidPlanFileError,
@@ -31,8 +32,11 @@ __all__ = [
     "Report",
     "StalePlanError",
     "TraceError",
+    "disable",
+    "enable",
     "frontier",
     "load",
     "measure",
     "plan",
+    "plan_of",
 ]

@@ -77,8 +77,10 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's own forward, whether or not a plan stands in for it."""
-    forward: Callable[..., Any] = getattr(vars(model).get("forward"), "original", model.forward)
+    """The model's own forward, whatever plan or switch stands in for it."""
+    forward: Callable[..., Any] = model.forward
+    while (beneath := getattr(forward, "original", None)) is not None:
+        forward = beneath
     return forward
 
 

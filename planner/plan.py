@@ -195,7 +195,7 @@ class Plan:
     @property
     def code(self) -> str:
         """The rewritten step as Python; recomputed calls are named ``..._recomputed``."""
-        return self._step(None).program.code
+        return self.step(None).program.code
 
     # -- using -------------------------------------------------------------------------------------
 
@@ -206,12 +206,12 @@ class Plan:
         structure, ``PlannerError`` if the plan came from a file and no model is given.
         """
         model = self._model(model)
-        return CheckpointedModule(model, self._step(model))
+        return CheckpointedModule(model, self.step(model))
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
         """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model."""
         model = self._model(model)
-        step = self._step(model)
+        step = self.step(model)
         applied = planned_forward_of(model)
         if applied is not None:
             if applied.step is step:
@@ -255,7 +255,7 @@ class Plan:
             raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
         return self._prepared.model
 
-    def _step(self, model: nn.Module | None) -> Step:
+    def step(self, model: nn.Module | None = None) -> Step:
         """The generated program; made on first use and shared by every model it is applied to."""
         if "_made_step" not in self.__dict__:
             prepared = self._prepared

@@ -25,7 +25,7 @@ from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
-from solvers import InfeasibleError, Problem, Solution, Timeline, minimum_peak, solve
+from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
 
@@ -199,13 +199,20 @@ class Prepared:
         solver: str = "auto",
         time_limit_s: float = 30.0,
         progress: Progress | None = None,
+        hint: Plan | None = None,
     ) -> Plan:
-        """``plan`` for a budget in bytes."""
+        """``plan`` for a budget in bytes; ``hint``, a plan of a like step, is where the search starts."""
         (progress or _silent)("solve")
         if budget_bytes < self.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
         try:
-            solution = solve(self.problem, budget_bytes, solver=solver, time_limit_s=time_limit_s)
+            solution = solve(
+                self.problem,
+                budget_bytes,
+                solver=solver,
+                time_limit_s=time_limit_s,
+                hint=None if hint is None else self._schedule_of(hint),
+            )
         except InfeasibleError:
             raise self.infeasible(budget_bytes) from None
         if not solution.fits and budget_bytes >= self.minimum_peak_bytes:
@@ -221,6 +228,11 @@ class Prepared:
         if not solution.fits:
             raise self.infeasible(budget_bytes)
         return self._plan_of(solution)
+
+    def _schedule_of(self, plan: Plan) -> Schedule | None:
+        """The schedule of a plan made for other sizes, if it runs the same ops."""
+        names = {op.name for op in self.problem.ops}
+        return Schedule(tuple(plan.sequence)) if names == set(plan.sequence) else None
 
     def infeasible(self, budget_bytes: int) -> InfeasibleBudgetError:
         """The error for a budget that no plan fits, with the least that one does and what fills it."""

@@ -172,8 +172,7 @@ class PlannedForward:
         ):
             return self.original(*args, **kwargs)
         leaves, in_spec = Inputs(args, kwargs).flatten()
-        self.guard.check_inputs(leaves, in_spec)
-        self.guard.check_modules()
+        self.check(leaves, in_spec)
         given = self._given(leaves)
         program = self.step.program
         boxed = [given[a] for a in program.arguments]
@@ -190,6 +189,12 @@ class PlannedForward:
         for position, tensor in zip(call.tracked, token, strict=True):
             flat[position] = tensor
         return self.step.template.rebuild(flat)
+
+    def check(self, leaves: list[Any], in_spec: Any) -> None:
+        """``StalePlanError`` if the arguments or the model differ from what was planned."""
+        self.guard.check_inputs(leaves, in_spec)
+        self.guard.check_modules()
+        self.guard.tensors()
 
     @staticmethod
     def _leaf(gradient: str | int) -> Argument:

@@ -1,0 +1,76 @@
+"""One call of a module's forward, and what a plan for it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planner._compat import FakeTensor
+from planner.guards import TensorSpec, autocast_state
+from planner.inputs import Inputs
+
+__all__ = ["Call", "Signature"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What tells calls apart that need plans of their own.  Compared and hashed once per step.
+
+    ``leaves``         tensor specs and constants of the arguments; ``in_spec`` their structure.
+    ``autocast``       whether autocast is on, and to which dtype.
+    ``has_gradients``  gradients of earlier batches are held: the step adds to them.
+    """
+
+    in_spec: Any
+    leaves: tuple[Hashable, ...]
+    autocast: tuple[bool, str]
+    has_gradients: bool
+
+    def __str__(self) -> str:
+        shapes = [str(leaf) for leaf in self.leaves if isinstance(leaf, TensorSpec)]
+        parts = [", ".join(shapes) or "no tensors"]
+        parts += [f"autocast to {self.autocast[1].removeprefix('torch.')}"] if self.autocast[0] else []
+        parts += ["gradients accumulated"] if self.has_gradients else []
+        return ", ".join(parts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each tensor."""
+        shapes = [leaf.shape for leaf in self.leaves if isinstance(leaf, TensorSpec)]
+        return tuple(int(torch.Size(shape).numel()) for shape in shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of one call, flattened."""
+
+    inputs: Inputs
+    leaves: list[Any]
+    in_spec: Any
+    signature: Signature
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, has_gradients: bool
+    ) -> Call:
+        inputs = Inputs(args, kwargs)
+        leaves, in_spec = inputs.flatten()
+        specs = tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else _constant(x) for x in leaves)
+        return cls(inputs, leaves, in_spec, Signature(in_spec, specs, autocast_state(device), has_gradients))
+
+    @property
+    def fake(self) -> bool:
+        """Whether somebody is tracing or counting, so that nothing is to be planned."""
+        return any(isinstance(x, FakeTensor) for x in self.leaves)
+
+
+def _constant(leaf: Any) -> Hashable:
+    """``1``, ``1.0`` and ``True`` are equal but not the same constant; what has no hash is itself only."""
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), id(leaf)
+    return type(leaf), leaf

@@ -1,0 +1,102 @@
+"""Hugging Face's own switch, made to mean "plan for this budget".
+
+transformers' ``Trainer`` calls ``activation_checkpointing_enable`` on the model it was given, or, where
+that is missing, the older ``gradient_checkpointing_enable``; sentence-transformers' models have only the
+older one, and a plain module has neither.  All four names are put on the instance, so the class, by which
+saving and loading find their way, stays what it was.
+
+What is planned is one module whose forward is one graph: the model itself, or the transformer inside a
+sentence-transformers model, whose ``forward`` takes and changes a dict of features and calls the
+transformer's ``forward`` by name.
+
+Layers that carry a ``gradient_checkpointing`` flag would checkpoint themselves inside the plan, so raised
+flags are lowered while the switch is on and raised again when it goes off.
+
+Known limit: of the arguments of transformers' switch only ``budget_gb`` and the options of
+:func:`planner.enable` mean something to a plan.  ``every_n_layers``, ``offload`` and the arguments of
+``torch.utils.checkpoint`` are left aside, with a warning where that changes what was asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["NAMES", "arguments_of", "flags_raised", "planned_module", "set_flags", "training_arguments"]
+
+log = logging.getLogger(__name__)
+
+NAMES = {
+    "activation_checkpointing_enable": True,
+    "gradient_checkpointing_enable": True,
+    "activation_checkpointing_disable": False,
+    "gradient_checkpointing_disable": False,
+}
+
+_CHECKPOINT_ARGUMENTS = frozenset(
+    {"use_reentrant", "preserve_rng_state", "determinism_check", "context_fn", "debug", "early_stop"}
+)
+
+
+def planned_module(root: nn.Module) -> nn.Module:
+    """The module whose forward is planned when ``root`` is enabled."""
+    library = sys.modules.get("sentence_transformers")
+    if library is None:
+        return root
+    from sentence_transformers.base.model import BaseModel
+
+    if not isinstance(root, BaseModel):
+        return root
+    inner = root.transformers_model
+    if not isinstance(inner, nn.Module):
+        raise TypeError(
+            f"this {type(root).__name__} holds no transformers model to plan; enable the module that does "
+            "the work, e.g. planner.enable(model[0], ...)"
+        )
+    return inner
+
+
+def flags_raised(root: nn.Module) -> list[nn.Module]:
+    """Modules below ``root`` that would checkpoint themselves."""
+    return [m for m in root.modules() if getattr(m, "gradient_checkpointing", False) is True]
+
+
+def set_flags(modules: list[nn.Module], value: bool) -> None:
+    """Raise or lower the ``gradient_checkpointing`` flag of each of ``modules``."""
+    for module in modules:
+        module.gradient_checkpointing = value  # type: ignore[assignment]
+
+
+def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The planner's options among the arguments of one of ``NAMES``.
+
+    Both names of the dict, its positional form and its keys as plain keywords are understood.
+    """
+    given = dict(kwargs)
+    inner: dict[str, Any] = {}
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        inner |= given.pop(name, None) or {}
+    if args:
+        inner |= args[0] or {}
+    given |= inner
+    for name, default in (("every_n_layers", 1), ("offload", False)):
+        if given.pop(name, default) != default:
+            log.warning("%s is left aside: the plan decides what to keep and what to recompute", name)
+    return {k: v for k, v in given.items() if k not in _CHECKPOINT_ARGUMENTS}
+
+
+def training_arguments(forward: Callable[..., Any], config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` with ``use_cache=False`` where the config would have the step return a cache of keys.
+
+    transformers' checkpointing layers do the same: nothing in training reads that cache.
+    """
+    if not getattr(config, "use_cache", False) or kwargs.get("use_cache") is False:
+        return kwargs
+    if "use_cache" not in inspect.signature(forward).parameters:
+        return kwargs
+    return {**kwargs, "use_cache": False}

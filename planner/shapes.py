@@ -1,0 +1,50 @@
+"""Which plan serves a call: the one place that knows that batches come in many shapes.
+
+:class:`PerShape` is the plain answer: a plan per signature, the least recently used dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from planner.calls import Call, Signature
+from planner.plan import Plan
+from planner.runtime import PlannedForward
+
+__all__ = ["PerShape"]
+
+Kept = tuple[Plan, PlannedForward]
+
+
+class PerShape:
+    """One plan per signature, ``most`` of them.
+
+    ``largest``  the signature with most elements that has been planned.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.largest: Signature | None = None
+        self._kept: OrderedDict[Signature, Kept] = OrderedDict()
+
+    def find(self, call: Call) -> Kept | None:
+        """The plan for this call and what runs it, if there is one."""
+        kept = self._kept.get(call.signature)
+        if kept is not None:
+            self._kept.move_to_end(call.signature)
+        return kept
+
+    def keep(self, call: Call, plan: Plan, runner: PlannedForward) -> None:
+        """From now on this serves calls like ``call``."""
+        self._kept[call.signature] = (plan, runner)
+        if len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        if self.largest is None or sum(call.signature.sizes) > sum(self.largest.sizes):
+            self.largest = call.signature
+
+    def exceeds(self, call: Call) -> bool:
+        """Whether the call has a tensor larger than the same one of ``largest``."""
+        if self.largest is None:
+            return False
+        sizes = call.signature.sizes, self.largest.sizes
+        return len(sizes[0]) != len(sizes[1]) or any(a > b for a, b in zip(*sizes, strict=True))

@@ -1,0 +1,285 @@
+"""The switch on any module: nothing changes until it is thrown, then training fits the budget bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import planner
+from planner.prepared import prepare
+from tests import tiny
+
+FAST: dict[str, Any] = {"costs": "roofline", "solver": "greedy", "time_limit_s": 1.0}
+INPUTS = tiny.batch(64, labels=True)
+
+
+def budget_gb(model: nn.Module, inputs: Any, share: float = 0.4, **options: Any) -> float:
+    """Between the least peak greedy reaches (0) and the peak of the step as it is (1)."""
+    step = prepare(model, inputs, costs="roofline", **options)
+    low, high = step.plan_bytes(10**9, solver="recompute_all").peak_bytes, step.baseline.peak_bytes
+    low = min(low, high)
+    return (low + share * (high - low)) / 1e9
+
+
+def pair(share: float = 0.4, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """An enabled model, its switch not thrown, and its twin without."""
+    model = tiny.seeded(tiny.bert)
+    twin = copy.deepcopy(model)
+    planner.enable(model, budget_gb(model, tiny.bert_batch(), share), **FAST, **options)
+    return model, twin
+
+
+def train(model: nn.Module, seeds: tuple[int, ...] = (0, 1, 2), seed: int = 5) -> dict[str, Tensor]:
+    """Losses, parameters and the generator's state after a step per seed."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen: dict[str, Tensor] = {}
+    for i, batch_seed in enumerate(seeds):
+        optimizer.zero_grad()
+        loss = model(**tiny.bert_batch(batch_seed)).loss
+        loss.backward()
+        optimizer.step()
+        seen[f"loss {i}"] = loss.detach()
+    seen |= {n: p.detach().clone() for n, p in model.named_parameters()}
+    seen["rng"] = torch.get_rng_state()
+    return seen
+
+
+def plain(model: nn.Module) -> set[str]:
+    return {name for name in vars(model) if "checkpointing" in name or name in ("forward", "_planner_switch")}
+
+
+# -- on and off -----------------------------------------------------------------------------------
+
+
+def test_nothing_changes_until_the_switch_is_thrown() -> None:
+    model, twin = pair()
+    assert "forward" not in vars(model)
+    tiny.assert_same_bits(train(model), train(twin))
+    assert planner.plan_of(model) is None
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+def test_the_switch_plans_at_the_first_batch(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, twin = pair()
+    with caplog.at_level(logging.INFO, logger="planner"):
+        getattr(model, name)()
+        assert planner.plan_of(model) is None
+        tiny.assert_same_bits(train(model), train(twin))
+    plan = planner.plan_of(model)
+    assert plan is not None and plan.recompute_flops > 0
+    assert plan.peak_bytes <= plan.budget_bytes < plan.baseline_peak_bytes
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "BertForSequenceClassification planned to" in caplog.text and "\n" not in caplog.records[0].message
+
+
+def test_a_class_without_the_method_gets_a_switch() -> None:
+    # 'CrossEncoder' object has no attribute 'gradient_checkpointing_enable'
+    model = tiny.seeded(tiny.Mlp)
+    with pytest.raises(AttributeError, match="gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable()
+    twin = copy.deepcopy(model)
+    planner.enable(model, budget_gb(model, INPUTS), **FAST)
+    model.gradient_checkpointing_enable()
+    tiny.assert_same_bits(tiny.run(model, INPUTS), tiny.run(twin, INPUTS))
+    plan = planner.plan_of(model)
+    assert plan is not None and plan.recompute_flops > 0
+
+
+def test_now_and_off_again() -> None:
+    model, twin = pair(now=True)
+    got, want = train(model), train(twin)
+    tiny.assert_same_bits(got, want)
+    model.gradient_checkpointing_disable()
+    assert "forward" not in vars(model)
+    tiny.assert_same_bits(train(model), train(twin))
+    planner.disable(model)
+    assert not plain(model) and planner.plan_of(model) is None
+    assert model.gradient_checkpointing_enable.__func__ is type(model).gradient_checkpointing_enable
+
+
+def test_the_instance_keeps_its_class_and_signature() -> None:
+    model, twin = pair(now=True)
+    assert type(model) is type(twin)
+    assert inspect.signature(model.forward) == inspect.signature(twin.forward)
+    assert list(model.state_dict()) == list(twin.state_dict())
+
+
+def test_flags_below_are_lowered_and_put_back() -> None:
+    model, twin = pair()
+    type(model).gradient_checkpointing_enable(model)
+    raised = [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)]
+    assert raised
+    model.gradient_checkpointing_enable()
+    assert not model.is_gradient_checkpointing
+    tiny.assert_same_bits(train(model), train(twin))
+    model.gradient_checkpointing_disable()
+    assert [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)] == raised
+
+
+def test_the_optimizer_is_found_and_counts() -> None:
+    model, _ = pair(share=0.6)
+    model.gradient_checkpointing_enable({"budget_gb": 1})
+    held = torch.optim.AdamW(model.parameters())
+    model(**tiny.bert_batch()).loss.backward()
+    plan = planner.plan_of(model)
+    assert plan is not None
+    moments = 2 * sum(p.nbytes for p in model.parameters())
+    counters = 4 * len(held.param_groups[0]["params"])
+    assert plan.breakdown["optimizer_state"] == moments + counters
+
+
+# -- calls the plan is not for --------------------------------------------------------------------
+
+
+def test_evaluation_in_the_middle_of_training() -> None:
+    model, twin = pair(now=True)
+    for m in (model, twin):
+        torch.manual_seed(0)
+        m(**tiny.bert_batch(0)).loss.backward()
+        with torch.no_grad():
+            m(**tiny.bert_batch(1))  # draws dropout, in training mode
+        m.eval()
+        m(**tiny.bert_batch(2)).loss.backward()
+        m.train()
+        m(**tiny.bert_batch(3)).loss.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_frozen_model_runs_as_it_is() -> None:
+    model, _ = pair(now=True)
+    model.requires_grad_(False)
+    assert not model(**tiny.bert_batch()).loss.requires_grad
+    assert planner.plan_of(model) is None
+
+
+# -- many shapes ----------------------------------------------------------------------------------
+
+
+def test_each_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner import switch
+
+    captured = []
+    monkeypatch.setattr(switch, "prepare", lambda *a, **k: captured.append(1) or prepare(*a, **k))
+    model, twin = pair(now=True)
+    whole = tiny.bert_batch()
+    parts = [whole, {k: v[:, :9] if v.dim() > 1 else v for k, v in whole.items()}]
+    parts += [{k: v[:1] for k, v in whole.items()}]
+    for m in (model, twin):
+        torch.manual_seed(0)
+        for _ in range(2):
+            for part in parts:
+                m.zero_grad()
+                m(**part).loss.backward()
+    assert all(
+        torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+    assert len(captured) == len(parts)
+
+
+def test_a_larger_batch_may_be_refused() -> None:
+    model, _ = pair(now=True, on_larger="raise")
+    whole = tiny.bert_batch()
+    small = {k: v[:1] for k, v in whole.items()}
+    model(**small).loss.backward()
+    with pytest.raises(planner.StalePlanError, match=r"int64\[2x16\].*int64\[1x16\].*on_larger"):
+        model(**whole)
+    model(**small).loss.backward()
+
+
+def test_gradients_of_earlier_batches_count() -> None:
+    model, twin = pair(share=1.0, now=True)
+    for m in (model, twin):
+        torch.manual_seed(0)
+        for seed in range(3):
+            m(**tiny.bert_batch(seed)).loss.backward()
+    assert all(
+        torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+    plan = planner.plan_of(model)
+    assert plan is not None and plan.recompute_flops > 0  # the first batch alone would have fitted as it is
+    assert plan.peak_bytes <= plan.budget_bytes
+
+
+# -- use it was not made for ----------------------------------------------------------------------
+
+
+def test_enabling_twice_changes_the_budget_without_a_new_capture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from planner import switch
+
+    model, twin = pair(share=0.8, now=True)
+    first, want = train(model), train(twin)
+    tiny.assert_same_bits(first, want)
+    loose = planner.plan_of(model)
+    assert planner.enable(model, loose.budget_bytes / 1e9, **FAST) is model  # the same again: nothing
+    monkeypatch.setattr(switch, "prepare", lambda *a, **k: pytest.fail("captured again"))
+    tiny.assert_same_bits(train(model), train(twin))
+    assert planner.plan_of(model) is loose
+    planner.enable(model, loose.budget_bytes / 1e9 * 0.8, **FAST)
+    tiny.assert_same_bits(train(model), train(twin))
+    tight = planner.plan_of(model)
+    assert tight.peak_bytes <= tight.budget_bytes < loose.budget_bytes
+    assert tight.recompute_flops > loose.recompute_flops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"budget_gb": 0}, ValueError),
+        ({"budget_gb": "8"}, TypeError),
+        ({"on_larger": "ignore"}, ValueError),
+        ({"max_plans": 0}, ValueError),
+        ({"optimizer": "adam"}, TypeError),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        planner.enable(tiny.seeded(tiny.Mlp), **{"budget_gb": 1, **arguments})
+
+
+def test_options_of_the_switch_that_make_no_sense() -> None:
+    model = planner.enable(tiny.seeded(tiny.Mlp))
+    with pytest.raises(ValueError, match="no budget"):
+        model.gradient_checkpointing_enable()
+    with pytest.raises(TypeError, match="'budget' is no option"):
+        model.gradient_checkpointing_enable({"budget": 8})
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        planner.enable("model", 1)
+    model.gradient_checkpointing_enable({"budget_gb": 8, "use_reentrant": False})  # as with torch's own
+
+
+def test_a_budget_too_low_says_so_and_leaves_the_model_alone() -> None:
+    model, twin = pair(now=True)
+    planner.enable(model, 1e-6, **FAST)
+    with pytest.raises(planner.InfeasibleBudgetError, match="least budget"):
+        model(**tiny.bert_batch())
+    planner.enable(model, 1, **FAST)
+    tiny.assert_same_bits(train(model), train(twin))
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_enabled_too_and_trains_its_own_parameters(copied: Any) -> None:
+    model, twin = pair(now=True)
+    train(model), train(twin)
+    other = copied(model)
+    assert planner.plan_of(other) is None
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    got, want = train(other), train(copy.deepcopy(twin))
+    tiny.assert_same_bits(got, want)
+    assert planner.plan_of(other) is not None
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    other.gradient_checkpointing_disable()
+    assert "forward" in vars(model) and "forward" not in vars(other)
