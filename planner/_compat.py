@@ -43,6 +43,7 @@ __all__ = [
     "fake_mode_of",
     "foreach_takes_fakes",
     "is_data_dependent",
+    "modes_set_aside",
     "pytree",
     "reads_a_number",
     "size_hint",
@@ -107,6 +108,13 @@ def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
     finally:
         _checkpoint._checkpoint_without_reentrant_generator = generator
         del _checkpoint.CheckpointFunction.apply  # the class inherits it
+
+
+def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
+    """Meters and counters that watch ops see none of those inside; 2.0+."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -22,12 +22,14 @@ class Signature:
     ``leaves``         tensor specs and constants of the arguments; ``in_spec`` their structure.
     ``autocast``       whether autocast is on, and to which dtype.
     ``has_gradients``  gradients of earlier batches are held: the step adds to them.
+    ``place``          which call of its step it is, where there are several.
     """
 
     in_spec: Any
     leaves: tuple[Hashable, ...]
     autocast: tuple[bool, str]
     has_gradients: bool
+    place: int = 1
 
     def __str__(self) -> str:
         shapes = [str(leaf) for leaf in self.leaves if isinstance(leaf, TensorSpec)]
@@ -54,12 +56,20 @@ class Call:
 
     @classmethod
     def of(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, has_gradients: bool
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        device: torch.device,
+        has_gradients: bool = False,
+        place: int = 1,
     ) -> Call:
+        """Of ``module(*args, **kwargs)`` for a module on ``device``."""
         inputs = Inputs(args, kwargs)
         leaves, in_spec = inputs.flatten()
         specs = tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else _constant(x) for x in leaves)
-        return cls(inputs, leaves, in_spec, Signature(in_spec, specs, autocast_state(device), has_gradients))
+        signature = Signature(in_spec, specs, autocast_state(device), has_gradients, place)
+        return cls(inputs, leaves, in_spec, signature)
 
     @property
     def fake(self) -> bool:

@@ -19,9 +19,10 @@ from planner.accounting import OptimizerLike, budget_bytes_of
 from planner.capture import LossFn
 from planner.errors import PlannerError
 from planner.integrations import huggingface
+from planner.ondemand import OnLarger, Settings
 from planner.plan import Plan
 from planner.prepared import CostSource
-from planner.switch import OnLarger, Settings, Switch
+from planner.switch import Switch
 
 __all__ = ["disable", "enable", "plan_of"]
 
@@ -40,6 +41,7 @@ def enable(
     time_limit_s: float = 30.0,
     on_larger: OnLarger = "replan",
     max_plans: int = 64,
+    calls_per_step: int | None = None,
     now: bool = False,
 ) -> nn.Module:
     """Let the checkpointing switch of ``model`` plan its training step for ``budget_gb``.  Returns ``model``.
@@ -60,6 +62,8 @@ def enable(
     ``on_larger``  what happens when a batch is larger than the largest planned for: "replan", or "raise"
                    a ``StalePlanError``.
     ``max_plans``  plans kept at once, one for each kind of batch.
+    ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
+                   By default 1, and for sentence-transformers models what the first step shows.
 
     ``costs``, ``solver`` and ``time_limit_s`` as for :func:`planner.plan`.
 
@@ -79,6 +83,7 @@ def enable(
         time_limit_s,
         on_larger,
         max_plans,
+        calls_per_step,
     )
     root = _unwrapped(model)
     switch = vars(root).get(_KEY)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,6 +115,13 @@ class Plan:
     def gap(self) -> float:
         """``overhead - overhead_bound``: how much of the step's time could at most still be won."""
         return max(0.0, self.overhead - self.overhead_bound)
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """Bytes held between the forward and the backward: saved values, outputs and inputs."""
+        kinds = self.timeline_by_kind
+        turn = int(kinds["saved"].argmax())  # saved values pile up in the forward and go in the backward
+        return int(kinds["saved"][turn] + kinds["outputs"].max() + kinds["inputs"].max())
 
     @property
     def recompute_s(self) -> float:

@@ -229,6 +229,10 @@ class Prepared:
             raise self.infeasible(budget_bytes)
         return self._plan_of(solution)
 
+    def least_plan(self) -> Plan:
+        """The plan of the lowest peak that was found; its budget is that peak."""
+        return self._plan_of(self.least)
+
     def _schedule_of(self, plan: Plan) -> Schedule | None:
         """The schedule of a plan made for other sizes, if it runs the same ops."""
         names = {op.name for op in self.problem.ops}

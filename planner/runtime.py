@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,11 @@ class _Call:
                 elif argument.kind in ("buffer", "constant"):
                     self.direct[argument] = given[argument]
             self.keep.append(kept)
+
+    @property
+    def waits(self) -> bool:
+        """Whether some of its backward is still to come."""
+        return not all(self.spent)
 
     def arguments(
         self, index: int, saved: tuple[torch.Tensor, ...], tangents: tuple[Any, ...]
@@ -160,6 +166,7 @@ class PlannedForward:
     def __init__(self, model: nn.Module, step: Step, original: Callable[..., Any] | None = None) -> None:
         self.model, self.step, self._late = model, step, False
         self.original = original if original is not None else model.forward
+        self.last_call: weakref.ref[_Call] | None = None
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         self.guard = Guard(model, step.expected)
 
@@ -180,6 +187,7 @@ class PlannedForward:
             results = program.forward.forward(boxed)
         flat = list(results[: program.outputs])
         call = _Call(self.step, given, results)
+        self.last_call = weakref.ref(call)
         del results
         token = None
         for index in reversed(range(len(program.segments))):
@@ -228,7 +236,7 @@ class PlannedForward:
         twin.original = (
             original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
         )
-        twin.before = None
+        twin.before = twin.last_call = None
         twin._late = True  # the copy's modules are filled in after this returns
         return twin
 

@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from planner.calls import Call, Signature
 from planner.plan import Plan
 from planner.runtime import PlannedForward
 
-__all__ = ["PerShape"]
+__all__ = ["Kept", "PerShape"]
 
-Kept = tuple[Plan, PlannedForward]
+
+class Kept(NamedTuple):
+    """A plan, what runs it, and the room it was made for: bytes at its peak, and while it waits."""
+
+    plan: Plan
+    runner: PlannedForward
+    left_bytes: int
+    most_held_bytes: int | None
 
 
 class PerShape:
@@ -34,9 +42,9 @@ class PerShape:
             self._kept.move_to_end(call.signature)
         return kept
 
-    def keep(self, call: Call, plan: Plan, runner: PlannedForward) -> None:
+    def keep(self, call: Call, kept: Kept) -> None:
         """From now on this serves calls like ``call``."""
-        self._kept[call.signature] = (plan, runner)
+        self._kept[call.signature] = kept
         if len(self._kept) > self.most:
             self._kept.popitem(last=False)
         if self.largest is None or sum(call.signature.sizes) > sum(self.largest.sizes):

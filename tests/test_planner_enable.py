@@ -165,10 +165,10 @@ def test_a_frozen_model_runs_as_it_is() -> None:
 
 
 def test_each_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import switch
+    from planner import ondemand
 
     captured = []
-    monkeypatch.setattr(switch, "prepare", lambda *a, **k: captured.append(1) or prepare(*a, **k))
+    monkeypatch.setattr(ondemand, "prepare", lambda *a, **k: captured.append(1) or prepare(*a, **k))
     model, twin = pair(now=True)
     whole = tiny.bert_batch()
     parts = [whole, {k: v[:, :9] if v.dim() > 1 else v for k, v in whole.items()}]
@@ -215,14 +215,14 @@ def test_gradients_of_earlier_batches_count() -> None:
 def test_enabling_twice_changes_the_budget_without_a_new_capture(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from planner import switch
+    from planner import ondemand
 
     model, twin = pair(share=0.8, now=True)
     first, want = train(model), train(twin)
     tiny.assert_same_bits(first, want)
     loose = planner.plan_of(model)
     assert planner.enable(model, loose.budget_bytes / 1e9, **FAST) is model  # the same again: nothing
-    monkeypatch.setattr(switch, "prepare", lambda *a, **k: pytest.fail("captured again"))
+    monkeypatch.setattr(ondemand, "prepare", lambda *a, **k: pytest.fail("captured again"))
     tiny.assert_same_bits(train(model), train(twin))
     assert planner.plan_of(model) is loose
     planner.enable(model, loose.budget_bytes / 1e9 * 0.8, **FAST)

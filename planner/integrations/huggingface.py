@@ -27,7 +27,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["NAMES", "arguments_of", "flags_raised", "planned_module", "set_flags", "training_arguments"]
+__all__ = [
+    "NAMES",
+    "arguments_of",
+    "calls_per_step",
+    "flags_raised",
+    "outside_bytes",
+    "planned_module",
+    "set_flags",
+    "training_arguments",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +52,31 @@ _CHECKPOINT_ARGUMENTS = frozenset(
 )
 
 
-def planned_module(root: nn.Module) -> nn.Module:
-    """The module whose forward is planned when ``root`` is enabled."""
-    library = sys.modules.get("sentence_transformers")
-    if library is None:
-        return root
+def _is_sentence_model(root: nn.Module) -> bool:
+    if "sentence_transformers" not in sys.modules:  # then nobody can have made one
+        return False
     from sentence_transformers.base.model import BaseModel
 
-    if not isinstance(root, BaseModel):
+    return isinstance(root, BaseModel)
+
+
+def calls_per_step(root: nn.Module) -> int | None:
+    """How often a step calls the planned module, ``None`` if its first step has to tell.
+
+    The losses of sentence-transformers call their model once per column of texts, or per negative.
+    """
+    return None if _is_sentence_model(root) else 1
+
+
+def outside_bytes(root: nn.Module, outputs_bytes: int) -> int:
+    """What the layers behind the planned module take: pooling makes a masked copy of its output."""
+    pools = _is_sentence_model(root) and any(type(m).__name__ == "Pooling" for m in root.children())
+    return outputs_bytes if pools else 0
+
+
+def planned_module(root: nn.Module) -> nn.Module:
+    """The module whose forward is planned when ``root`` is enabled."""
+    if not _is_sentence_model(root):
         return root
     inner = root.transformers_model
     if not isinstance(inner, nn.Module):
