@@ -1,19 +1,37 @@
-"""Tiny sentence-transformers models and the pairs they are trained on, made on the spot.
+"""Tiny sentence-transformers models, the texts they are trained on, and their trainers, made on the spot.
 
-``python -m tests.rerankers FOLDER`` trains a CrossEncoder in a process of its own (see ``main``).
+``python -m tests.rerankers FOLDER BUDGET_GB`` trains a CrossEncoder in a process of its own and kills it.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import losses as cross_losses
+from sentence_transformers.sentence_transformer import losses as sentence_losses
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, TrainerCallback
 
-__all__ = ["cross_encoder", "lists", "pairs", "sentence_encoder"]
+import planner
+from tests.hf import FAST, QUIET, Peaks, losses_of
+
+__all__ = ["TASKS", "Run", "Task", "cross_encoder", "lists", "pairs", "sentence_encoder", "train"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = 60
@@ -55,26 +73,131 @@ def _text(random: torch.Generator, least: int, most: int) -> str:
     return " ".join(f"w{i}" for i in torch.randint(0, WORDS, (length,), generator=random).tolist())
 
 
-def pairs(rows: int = 11, seed: int = 0, *, labels: bool = True) -> Dataset:
-    """Queries, passages of 5 to 40 words and a label each; batches come in as many shapes."""
+def pairs(rows: int = 7, seed: int = 0) -> Dataset:
+    """Queries, passages of 5 to 40 words, a label each: batches of many lengths, the last of fewer rows."""
     random = torch.Generator().manual_seed(seed)
-    columns: dict[str, Any] = {
-        "query": [_text(random, 2, 6) for _ in range(rows)],
-        "passage": [_text(random, 5, 40) for _ in range(rows)],
-    }
-    if labels:
-        columns["label"] = [float(i % 2) for i in range(rows)]
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(
+        {
+            "query": [_text(random, 2, 6) for _ in range(rows)],
+            "passage": [_text(random, 5, 40) for _ in range(rows)],
+            "label": [float(i % 2) for i in range(rows)],
+        }
+    )
 
 
-def lists(rows: int = 5, seed: int = 0) -> Dataset:
-    """Queries with two to four passages and as many grades each."""
+def lists(rows: int = 3, seed: int = 0) -> Dataset:
+    """Queries with two or three passages and as many grades each."""
     random = torch.Generator().manual_seed(seed)
-    sizes = [2 + i % 3 for i in range(rows)]
+    sizes = [2 + i % 2 for i in range(rows)]
     return Dataset.from_dict(
         {
             "query": [_text(random, 2, 6) for _ in range(rows)],
             "docs": [[_text(random, 5, 20) for _ in range(n)] for n in sizes],
             "labels": [[float(j % 2) for j in range(n)] for n in sizes],
         }
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, a loss and its data, and the trainer for them."""
+
+    model: Callable[[], Any]
+    loss: Callable[[Any], nn.Module]
+    data: Callable[[], Dataset]
+    trainer: type[Any]
+    arguments: type[Any]
+    batch: int = 4
+
+
+def _texts() -> Dataset:
+    return pairs().remove_columns("label")
+
+
+TASKS: Mapping[str, Task] = {
+    "binary": Task(
+        cross_encoder,
+        cross_losses.BinaryCrossEntropyLoss,
+        pairs,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    ),
+    "list": Task(
+        cross_encoder, cross_losses.ListNetLoss, lists, CrossEncoderTrainer, CrossEncoderTrainingArguments, 2
+    ),
+    "negatives": Task(
+        cross_encoder,
+        lambda model: cross_losses.MultipleNegativesRankingLoss(model, num_negatives=1),
+        _texts,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    ),
+    "sentences": Task(
+        sentence_encoder,
+        sentence_losses.MultipleNegativesRankingLoss,
+        _texts,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: the model, what its trainer logged, and the peak of each whole step."""
+
+    model: Any
+    trainer: Any
+    losses: list[float]
+    peaks: list[int]
+
+
+def train(
+    name: str,
+    folder: str | Path,
+    budget_gb: float | None = None,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
+) -> Run:
+    """Train a task, with the switch on if there is a budget."""
+    task = TASKS[name]
+    model = task.model()
+    if budget_gb is not None:
+        planner.enable(model, budget_gb, **FAST)
+        arguments = {"gradient_checkpointing": True, **arguments}
+    peaks = Peaks()
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": task.batch, **QUIET, **arguments}
+    trainer = task.trainer(
+        model,
+        task.arguments(str(folder), **settings),
+        train_dataset=task.data(),
+        eval_dataset=task.data(),
+        loss=task.loss(model),
+        callbacks=[peaks, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return Run(model, trainer, losses_of(trainer), peaks.bytes)
+
+
+class Killed(TrainerCallback):
+    """The process is gone after a step, as if the machine had failed: no handler runs, nothing is flushed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":  # FOLDER BUDGET_GB: train and be killed in the third step, after a checkpoint
+    train(
+        "binary",
+        sys.argv[1],
+        float(sys.argv[2]),
+        save_strategy="steps",
+        save_steps=2,
+        callbacks=[Killed(3)],
     )

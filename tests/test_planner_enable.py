@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import planner
 from planner.prepared import prepare
 from tests import tiny
+from tests.hf import FAST
 
-FAST: dict[str, Any] = {"costs": "roofline", "solver": "greedy", "time_limit_s": 1.0}
 INPUTS = tiny.batch(64, labels=True)
 
 

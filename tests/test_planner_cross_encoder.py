@@ -1,0 +1,96 @@
+"""sentence-transformers' own trainers with the switch on: the bits of a run without it, within the budget.
+
+Nothing is simulated: real trainers, losses, tokenizers and checkpoints; dropout on; every batch padded to
+its own longest text; a smaller last batch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import planner
+from tests import rerankers, tiny
+from tests.hf import FAST, files_below, parameters_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("binary", 0.75), ("list", 0.85), ("negatives", 0.75), ("sentences", 0.75)]
+)
+def test_training_within_the_budget_bit_for_bit(name: str, share: float, tmp_path: Path) -> None:
+    without = rerankers.train(name, tmp_path / "a", eval_strategy="epoch")
+    budget = share * max(without.peaks) / 1e9
+    ours = rerankers.train(name, tmp_path / "b", budget, eval_strategy="epoch")
+    assert ours.losses == without.losses and len(ours.losses) == 6  # four steps, two evaluations
+    tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
+    assert max(ours.peaks) <= budget * 1e9 < max(without.peaks)
+    plan = planner.plan_of(ours.model)
+    assert plan is not None and plan.model_name.startswith("Bert")
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    without = rerankers.train("binary", tmp_path / "a")
+    budget = 0.75 * max(without.peaks) / 1e9
+    folder = tmp_path / "b"
+    command = [sys.executable, "-m", "tests.rerankers", str(folder), str(budget)]
+    child = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert child.returncode == -9, child.stderr[-2000:]
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    ours = rerankers.train("binary", folder, budget, resume=True)
+    assert ours.losses[2:] == without.losses[2:] and len(ours.peaks) == 2
+    tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
+    assert max(ours.peaks) <= budget * 1e9
+
+
+def test_a_release_without_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sentence_transformers.base.model import BaseModel
+
+    monkeypatch.delattr(BaseModel, "gradient_checkpointing_enable")
+    stock = {"gradient_checkpointing": True}
+    with pytest.raises(AttributeError, match="'CrossEncoder' object has no attribute"):
+        rerankers.train("binary", tmp_path / "a", **stock)
+    ours = rerankers.train("binary", tmp_path / "b", 1.0, num_train_epochs=1, **stock)
+    assert planner.plan_of(ours.model) is not None
+
+
+def test_saving_loading_and_predicting(tmp_path: Path) -> None:
+    texts = [("w1 w2", "w3 w4 w5"), ("w6", "w7 w8")]
+    model, twin = rerankers.cross_encoder(), rerankers.cross_encoder()
+    planner.enable(model, 1.0, **FAST, now=True)
+    for m in (model, twin):
+        torch.manual_seed(0)
+        m.train()
+        m(m.preprocess(texts))["scores"].sum().backward()
+    assert planner.plan_of(model) is not None
+    assert (model.predict(texts) == twin.predict(texts)).all()
+    model.save_pretrained(str(tmp_path / "a"))
+    twin.save_pretrained(str(tmp_path / "b"))
+    names = files_below(tmp_path / "a")
+    assert names == files_below(tmp_path / "b")
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes()
+        for n in names
+        if n.endswith((".safetensors", ".json"))
+    )
+    loaded = rerankers.CrossEncoder(str(tmp_path / "a"), device="cpu")
+    assert (loaded.predict(texts) == twin.predict(texts)).all()
+    assert planner.plan_of(loaded) is None
+
+
+def test_only_the_transformer_is_planned() -> None:
+    model = planner.enable(rerankers.cross_encoder(), 1.0, **FAST, now=True)
+    assert "forward" in vars(model[0].model) and "forward" not in vars(model)
+    model.train()
+    model(model.preprocess([("w1", "w2")]))["scores"].sum().backward()
+    plan = planner.plan_of(model)
+    assert plan is not None and plan.model_name == "BertForSequenceClassification"
+    model[0].model.gradient_checkpointing_disable()  # the same switch, by another name
+    assert "forward" not in vars(model[0].model)
