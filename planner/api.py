@@ -14,10 +14,11 @@ from torch import nn
 
 from planner.accounting import OptimizerLike, budget_bytes_of
 from planner.capture import LossFn
-from planner.errors import PlannerError
 from planner.frontier import Frontier
 from planner.plan import Plan
 from planner.prepared import CostSource, Progress, prepare
+from planner.sizes import Dynamic
+from planner.variants import OnLarger
 
 __all__ = ["frontier", "plan"]
 
@@ -32,7 +33,8 @@ def plan(
     costs: CostSource = "auto",
     solver: str = "auto",
     time_limit_s: float = 30.0,
-    dynamic: bool = False,
+    dynamic: Dynamic = False,
+    on_larger: OnLarger = "replan",
     progress: Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -50,6 +52,11 @@ def plan(
                       FLOPs and bytes; "auto": profile where that is quick.
     ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds its search, and again the
                       search for the least budget where this one turns out to be too low.
+    ``dynamic``       True: sizes may differ from batch to batch (batch, sequence, number of tiles); one
+                      trace and one plan, made for ``inputs`` as the largest, serve them all.  A mapping
+                      names what varies: ``{"input_ids": (0, 1)}``, argument -> dimensions.
+    ``on_larger``     with ``dynamic``: for a batch that the plan cannot serve within the budget,
+                      "replan" for its sizes, or "raise" ``StalePlanError``.
     ``progress``      called with the name of each phase as it starts.
 
     Planning allocates no activation memory, runs no forward and changes nothing of the model.
@@ -59,12 +66,21 @@ def plan(
     graph; ``PlannerError`` for what cannot be planned.
     """
     budget_bytes = budget_bytes_of(budget_gb)
-    if dynamic:
-        raise PlannerError(
-            "dynamic=True (one plan for varying sizes) is not available in this version; plan at the largest "
-            "size and pad to it, or plan once per size"
-        )
-    step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
+    if on_larger not in ("replan", "raise"):
+        raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
+    step = prepare(
+        model,
+        inputs,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        costs=costs,
+        dynamic=dynamic,
+        on_larger=on_larger,
+        progress=progress,
+    )
+    if step.varying is not None:
+        asked = dataclasses.replace(step.varying, solver=solver, time_limit_s=time_limit_s)
+        step = dataclasses.replace(step, varying=asked)
     step = dataclasses.replace(step, least_limit_s=time_limit_s)
     return step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress)
 

@@ -13,17 +13,20 @@ Loss.  Three cases, decided here and carried on as which outputs are *differenti
   are differentiated;
 * neither: every output that requires grad is, and output gradients are given from outside.
 
-Known limits: one graph, so control flow that reads tensor values cannot be captured; sizes are
-fixed at those given; hooks that act on the side are not part of a graph and are refused.
+Sizes are those given, or symbols (:mod:`planner.sizes`) that are then evaluated at those given.
+
+Known limits: one graph, so control flow that reads tensor values cannot be captured; hooks that act
+on the side are not part of a graph and are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ from planner.effects import attributes_kept, hooks_on_submodules, original_forwa
 from planner.errors import PlannerError, TraceError
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
+from planner.sizes import Dims, Sizes, evaluate
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
@@ -53,6 +57,7 @@ class Traced:
     ``mutations``                 name of a buffer -> node that holds its new value.
     ``gradients``                 name of a parameter -> node of its gradient.
     ``input_gradients``           position of an input -> node of its gradient.
+    ``storage_bytes``             storage -> expression of its bytes, where they vary.
     """
 
     module: fx.GraphModule
@@ -64,6 +69,27 @@ class Traced:
     mutations: dict[str, fx.Node]
     gradients: dict[str, fx.Node]
     input_gradients: dict[int, fx.Node]
+    storage_bytes: dict[int, Any] = field(default_factory=dict)
+
+    def at(self, values: Mapping[Any, int]) -> Traced:
+        """A copy of a symbolic graph at the sizes that ``values`` gives its symbols."""
+        module, nodes, storage_bytes = evaluate(self.module, values)
+
+        def moved(named: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
+            return {name: nodes[node] for name, node in named.items()}
+
+        return Traced(
+            module,
+            moved(self.parameters),
+            moved(self.buffers),
+            moved(self.inputs),
+            moved(self.tangents),
+            moved(self.outputs),
+            moved(self.mutations),
+            moved(self.gradients),
+            moved(self.input_gradients),
+            storage_bytes,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -81,6 +107,10 @@ class JointGraph:
     ``template``   how to rebuild the model's output.
     ``in_spec``    pytree spec of ``(args, kwargs)``.
     ``sees_loss``  the first differentiated output is a scalar loss of the model itself.
+    ``sizes``      symbols of the sizes that vary, ``None`` if all are fixed; ``symbolic`` is then
+                   ``step`` as traced.
+    ``loss_at``    traces the loss for inputs of given sizes: it runs in the user's hands, so what it
+                   does to sizes is no condition on the step.
     """
 
     step: Traced
@@ -90,6 +120,17 @@ class JointGraph:
     inputs: Inputs
     sees_loss: bool
     module_types: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes | None = None
+    symbolic: Traced | None = None
+    loss_at: Callable[[Inputs], Traced] | None = None
+
+    def at(self, values: Sequence[int]) -> JointGraph:
+        """The same capture at other sizes, for which its guards hold; the step is not traced again."""
+        assert self.sizes is not None and self.symbolic is not None
+        step = self.symbolic.at(dict(zip(self.sizes.symbols, values, strict=True)))
+        inputs = self.sizes.inputs_at(self.inputs, values)
+        loss = None if self.loss_at is None else self.loss_at(inputs)
+        return replace(self, step=step, loss=loss, inputs=inputs)
 
     def __repr__(self) -> str:
         return f"JointGraph(step={self.step!r}, loss={self.loss!r}, outputs={len(self.template.leaves)})"
@@ -101,10 +142,12 @@ def capture(
     loss_fn: LossFn | None = None,
     *,
     used: frozenset[int] | None = None,
+    dims: Dims | None = None,
 ) -> JointGraph:
     """Trace one training step of ``model`` at ``inputs``.
 
     ``used``: which of the model's output tensors are differentiated, where that is known already.
+    ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state.  Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do
@@ -114,9 +157,7 @@ def capture(
     _refuse(model)
     given.check(model)
     flat, in_spec = given.flatten()
-    mode = _fake_mode_of(model, flat)
-    fake = [_fake(mode, x) if isinstance(x, torch.Tensor) else x for x in flat]
-
+    mode, fake, sizes = _fakes(model, flat, dims)
     found: list[None] = []
     with (
         torch.inference_mode(False),
@@ -127,7 +168,7 @@ def capture(
     ):
         loss = None
         if loss_fn is not None:
-            loss, used = _trace_loss(model, mode, fake, in_spec, loss_fn)
+            loss, used = _trace_loss(model, given, loss_fn)
         step = _Step(model, fake, in_spec, used)
         with _module_paths(model):
             module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
@@ -158,7 +199,14 @@ def capture(
         and traced.outputs[chosen[0]].meta["val"].numel() == 1
     )
     types = {name: type(m).__name__ for name, m in model.named_modules()}
-    return JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
+    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
+    if sizes is None:
+        return joint
+    with _explained(model, found):
+        sizes = sizes.guarded(mode)
+    bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
+    loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
+    return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
 
 
 class _Step(nn.Module):
@@ -246,10 +294,15 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
-def _trace_loss(
-    model: nn.Module, mode: FakeTensorMode, fake: list[Any], spec: Any, loss_fn: LossFn
-) -> tuple[Traced, frozenset[int]]:
-    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads."""
+def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), _explained(model, []):
+        return _trace_loss(model, inputs, loss_fn)[0]
+
+
+def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:
+    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads; sizes are fixed."""
+    flat, spec = inputs.flatten()
+    mode, fake, _ = _fakes(model, flat, None)
     state = {n: _fake(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode:
@@ -368,6 +421,32 @@ def _fake_mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fakes(
+    model: nn.Module, flat: list[Any], dims: Dims | None
+) -> tuple[FakeTensorMode, list[Any], Sizes | None]:
+    """The inputs as fake tensors, of symbolic sizes where ``dims`` says so."""
+    if dims is None or not any(dims):
+        mode = _fake_mode_of(model, flat)
+        return mode, [_fake(mode, x) if isinstance(x, torch.Tensor) else x for x in flat], None
+    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
+        raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
+    mode = _compat.symbolic_mode()
+    named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
+    fake = [
+        _compat.symbolic_fake(mode, _no_fake(x), *next(named)) if isinstance(x, torch.Tensor) else x
+        for x in flat
+    ]
+    return mode, fake, Sizes.of([x for x in fake if isinstance(x, torch.Tensor)], dims)
+
+
+def _no_fake(tensor: torch.Tensor) -> torch.Tensor:
+    """Another mode's fakes are not taken for inputs; inputs are small."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return real.requires_grad_(tensor.requires_grad)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

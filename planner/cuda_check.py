@@ -444,7 +444,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _batch_of(example: Example) -> str:
-    """Shapes of the inputs: ``input_ids 8x1024``."""
+    """Variants of the inputs: ``input_ids 8x1024``."""
     shapes = {
         k: "x".join(map(str, v.shape)) for k, v in example.inputs.items() if isinstance(v, torch.Tensor)
     }

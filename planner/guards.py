@@ -174,8 +174,8 @@ class Guard:
             if modules.get(key) is not child:
                 raise StalePlanError(f"submodule {key!r} was replaced after planning; make a new plan")
 
-    def check_inputs(self, leaves: Sequence[Any], in_spec: Any) -> None:
-        """Same structure, sizes, strides, dtypes, devices and constants."""
+    def check_inputs(self, leaves: Sequence[Any], in_spec: Any, *, sized: bool = True) -> None:
+        """Same structure, sizes, strides, dtypes, devices and constants; all but sizes if not ``sized``."""
         expected = self.expected
         if in_spec != expected.in_spec:
             raise StalePlanError(
@@ -185,12 +185,14 @@ class Guard:
             )
         for i, (leaf, want) in enumerate(zip(leaves, expected.leaves, strict=True)):
             if isinstance(want, TensorSpec):
-                if isinstance(leaf, torch.Tensor) and TensorSpec.of(leaf) == want:
+                if isinstance(leaf, torch.Tensor) and (
+                    TensorSpec.of(leaf) == want if sized else _same_kind(leaf, want)
+                ):
                     continue
                 got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
                 raise StalePlanError(
-                    f"input {self._label(i)} is {got}; the plan was made for {_described(want)}. Plan once "
-                    "per shape, or pad the batch to the planned size"
+                    f"input {self._label(i)} is {got}; the plan was made for {_described(want)}. Plan "
+                    "with dynamic=True, plan once per shape, or pad the batch to the planned size"
                 )
             if leaf is not want and (type(leaf) is not type(want) or leaf != want):
                 got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
@@ -214,6 +216,16 @@ class Guard:
 
 def _sizes(module: nn.Module) -> tuple[int, int, int]:
     return len(module._modules), len(module._parameters), len(module._buffers)
+
+
+def _same_kind(tensor: torch.Tensor, want: TensorSpec) -> bool:
+    """Equal in all but sizes."""
+    return (tensor.dim(), tensor.dtype, tensor.device, tensor.requires_grad) == (
+        len(want.shape),
+        want.dtype,
+        want.device,
+        want.requires_grad,
+    )
 
 
 def _described(spec: TensorSpec) -> str:

@@ -97,7 +97,8 @@ def _overwritable(node: fx.Node) -> list[fx.Node]:
         places = IN_PLACE[node.target][1]
     elif node.target in OUT or (node.target in OUT_ON_CPU and node.meta["val"].device.type == "cpu"):
         places = (0,)
-    return [n for p in places if isinstance(n := node.args[p], fx.Node)]
+    operands = [n for p in places if isinstance(n := node.args[p], fx.Node)]
+    return [n for n in operands if isinstance(n.meta["val"], torch.Tensor)]
 
 
 def _same_place(operand: fx.Node, node: fx.Node) -> bool:

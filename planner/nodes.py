@@ -84,14 +84,20 @@ def changes_nothing(node: fx.Node) -> bool:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)) or is_mutation(node):
         return False
+    return _compat.storage_key(before) == _compat.storage_key(after) and _same_view(
+        node.args[0].meta.get("symbolic", before), node.meta.get("symbolic", after)
+    )
+
+
+def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors look at one storage in the same way, at whatever sizes they have."""
+    express = _compat.expression_of
     return (
-        _compat.storage_key(before) == _compat.storage_key(after)
-        and before.shape == after.shape
-        and before.stride() == after.stride()
-        and before.storage_offset() == after.storage_offset()
-        and before.dtype == after.dtype
-        and before.is_conj() == after.is_conj()
-        and before.is_neg() == after.is_neg()
+        [*map(express, (*a.shape, *a.stride()))] == [*map(express, (*b.shape, *b.stride()))]
+        and express(a.storage_offset()) == express(b.storage_offset())
+        and a.dtype == b.dtype
+        and a.is_conj() == b.is_conj()
+        and a.is_neg() == b.is_neg()
     )
 
 

@@ -8,6 +8,7 @@
 * ``native_dropout`` becomes the draw of a mask and its application, so that either can be repeated
   without the other;
 * each random op is preceded by a note of the generator's state, from which it can be replayed;
+* a size that varies becomes an argument, and whatever computed it goes;
 * a buffer's new value is copied into it in the forward, once, whatever is recomputed;
 * forward work that only the backward reads moves to where the backward first reads it.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,6 +34,7 @@ from planner.nodes import (
     last_of,
     readers_of,
     same_layout,
+    tensors_of,
 )
 
 __all__ = ["Normalized", "normalize"]
@@ -62,6 +65,8 @@ class Normalized:
         self.gradients: dict[str | int, fx.Node] = {}
         self.mutations: dict[str, fx.Node] = {}
         self.buffers: dict[str, fx.Node] = {}
+        self.sizes: dict[str, fx.Node] = {}
+        self.storage_bytes = traced.storage_bytes
         self.pinned: set[fx.Node] = set()
         self.updates: list[fx.Node] = []
         self.states: list[fx.Node] = []
@@ -71,7 +76,7 @@ class Normalized:
 
     def _load(self, traced: Traced) -> None:
         """Copy the graph without its no-ops; constants become placeholders."""
-        new: dict[fx.Node, fx.Node] = {}
+        new: dict[fx.Node, Any] = {}  # a node, or a number
         kinds: dict[fx.Node, tuple[str, str | int]] = {}
         kinds.update({n: ("parameter", k) for k, n in traced.parameters.items()})
         kinds.update({n: ("buffer", k) for k, n in traced.buffers.items()})
@@ -87,10 +92,14 @@ class Normalized:
                 self.constants[new[node].name] = tensor
                 self.sources[new[node]] = ("constant", new[node].name)
                 continue
+            if "size" in node.meta:
+                new[node] = self._size(node)
+                continue
             if node.op == "call_function" and changes_nothing(node):
                 new[node] = new[node.args[0]]
                 continue
             new[node] = self.graph.node_copy(node, new.__getitem__)
+            new[node].meta.pop("symbolic", None)  # a pass may give the copy another value
             if node in kinds:
                 self.sources[new[node]] = kinds[node]
         self.buffers = {k: new[n] for k, n in traced.buffers.items()}
@@ -100,6 +109,17 @@ class Normalized:
         self.gradients.update({i: new[n] for i, n in traced.input_gradients.items()})
         self.mutations = {k: new[n] for k, n in traced.mutations.items()}
         self._sweep()
+
+    def _size(self, node: fx.Node) -> Any:
+        """A size that varies is an argument of the program, by its expression; others are numbers."""
+        key = str(node.meta["size"])
+        if not getattr(node.meta["size"], "free_symbols", None):
+            return node.meta["val"]
+        if key not in self.sizes:
+            self.sizes[key] = self.graph.placeholder(f"size{len(self.sizes)}")
+            self.sizes[key].meta = {"val": node.meta["val"], "size": node.meta["size"]}
+            self.sources[self.sizes[key]] = ("size", key)
+        return self.sizes[key]
 
     def _roots(self) -> set[fx.Node]:
         return {
@@ -132,7 +152,7 @@ class Normalized:
     def copy_gradients(self) -> None:
         """Copy, where the engine would, so that it never has to (AccumulateGrad's layout contract)."""
         by_name = {name: n for n, (kind, name) in self.sources.items() if kind in ("parameter", "input")}
-        taken = {_compat.storage_key(n.meta["val"]) for n in (*self.sources, *self.outputs)}
+        taken = {_compat.storage_key(t) for n in (*self.sources, *self.outputs) for t in tensors_of(n)}
         for name, node in self.gradients.items():
             grad, leaf = node.meta["val"], by_name[name].meta["val"]
             key = _compat.storage_key(grad)

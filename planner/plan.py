@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,8 @@ from torch import fx, nn
 from planner.errors import PlannerError
 from planner.rewrite import Program, emit
 from planner.runtime import PlannedForward, Step, planned_forward_of
+from planner.sizes import Dims
+from planner.variants import Variants
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -74,6 +76,9 @@ class Plan:
     ``floor_bytes``          proved: no plan has a lower peak.
     ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
     ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
+    ``varying_dims``         for each input tensor its dimensions that may vary; ``None`` if none may.
+
+    Where sizes vary, all figures are for the sizes planned for.
     """
 
     model_name: str
@@ -107,6 +112,7 @@ class Plan:
     differentiated: tuple[int, ...]
     input_spec: Any
     known_minimum_bytes: int | None = None
+    varying_dims: Dims | None = None
     _prepared: Prepared | None = field(default=None, repr=False)
 
     # -- numbers derived from the fields -----------------------------------------------------------
@@ -205,6 +211,11 @@ class Plan:
         """The rewritten step as Python; recomputed calls are named ``..._recomputed``."""
         return self.step(None).program.code
 
+    @property
+    def variants(self) -> Variants | None:
+        """The programs at hand for batches of other sizes; ``None`` where sizes are fixed."""
+        return self.step(None).variants
+
     # -- using -------------------------------------------------------------------------------------
 
     def rewrite(self, model: nn.Module | None = None) -> CheckpointedModule:
@@ -273,12 +284,16 @@ class Plan:
                 if model is None:
                     raise PlannerError("this plan was read from a file; pass the model it is for")
                 prepared = prepare_for(self, model)
-            program = emit(
-                prepared.graph,
-                prepared.steps(self.sequence),
-                boundary=prepared.forward_steps(self.sequence),
-            )
-            step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
+            if prepared.varying is not None:
+                variants = Variants(self, prepared, prepared.varying)
+                step = replace(variants.all[0].step, variants=variants)
+            else:
+                program = emit(
+                    prepared.graph,
+                    prepared.steps(self.sequence),
+                    boundary=prepared.forward_steps(self.sequence),
+                )
+                step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
             object.__setattr__(self, "_made_step", step)
         made: Step = self.__dict__["_made_step"]
         return made

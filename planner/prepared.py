@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,19 +19,24 @@ from planner._compat import storage_key
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
 from planner.capture import JointGraph, LossFn, capture
 from planner.costs import Costs
-from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
 from planner.frontier import Frontier, FrontierPoint
 from planner.guards import Expectation, expectation_of
+from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
+from planner.sizes import Dims, Dynamic, varying_dims
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
+from planner.variants import OnLarger, Varying
 from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
 
-__all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
+__all__ = ["CostSource", "Prepared", "Progress", "capture_varying", "prepare", "prepare_for"]
+
+log = logging.getLogger(__name__)
 
 CostSource = Literal["auto", "profile", "roofline"]
 Progress = Callable[[str], None]
@@ -42,6 +49,8 @@ def prepare(
     loss_fn: LossFn | None = None,
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
+    dynamic: Dynamic = False,
+    on_larger: OnLarger = "replan",
     progress: Progress | None = None,
 ) -> Prepared:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
@@ -50,24 +59,61 @@ def prepare(
     """
     tell = progress or _silent
     tell("capture")
-    joint = capture(model, inputs, loss_fn)
+    varying = None
+    if dynamic:
+        given = Inputs.of(model, inputs)
+        given.check(model)
+        dims = varying_dims(given, dynamic)
+        joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
+        varying = Varying(dims, on_larger)
+    else:
+        joint = capture(model, inputs, loss_fn)
     graph = training_graph(joint)
     tell("costs")
     priced = graph_costs(graph, costs)
     resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
     expected = expectation_of(model, *joint.inputs.flatten())
-    return Prepared(model, joint, graph, priced, resident, expected, loss_fn)
+    return Prepared(model, joint, graph, priced, resident, expected, loss_fn, varying)
+
+
+def capture_varying(
+    model: nn.Module, inputs: Inputs, loss_fn: LossFn | None, dims: Dims, *, narrow: bool
+) -> tuple[JointGraph, Dims]:
+    """Capture with ``dims`` symbolic, and which of them are in the end.
+
+    ``narrow``: where the trace fails with all of them it is tried with the first dimension of each
+    tensor, and then with none; else the ``TraceError`` stands.
+    """
+    first = tuple(tuple(d for d in of if d == 0) for of in dims)
+    fixed: Dims = tuple(() for _ in dims)
+    tries = list(dict.fromkeys([dims, first, fixed])) if narrow else [dims]
+    for these in tries[:-1]:
+        try:
+            return capture(model, inputs, loss_fn, dims=these), these
+        except TraceError as e:
+            log.debug("%s cannot be captured with sizes %s varying: %s", type(model).__name__, these, e)
+            error = e
+    joint = capture(model, inputs, loss_fn, dims=tries[-1])  # raises where the reason was another
+    if len(tries) > 1:
+        log.warning(
+            "%s cannot be captured for varying sizes, so each shape is planned by itself: %s",
+            type(model).__name__,
+            error,
+        )
+    return joint, tries[-1]
 
 
 def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
     """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step."""
     from planner.serialize import inputs_of
 
-    joint = capture(model, inputs_of(plan), used=frozenset(plan.differentiated))
+    used = frozenset(plan.differentiated)
+    joint = capture(model, inputs_of(plan), used=used, dims=plan.varying_dims)
     graph = training_graph(joint)
     resident = Resident(0, 0, 0, 0)
     expected = expectation_of(model, *joint.inputs.flatten())
-    prepared = Prepared(model, joint, graph, None, resident, expected, None)
+    varying = None if plan.varying_dims is None else Varying(plan.varying_dims)
+    prepared = Prepared(model, joint, graph, None, resident, expected, None, varying)
     if prepared.fingerprint != plan.fingerprint:
         raise StalePlanError(
             f"the plan was made for another step than that of this {type(model).__name__} "
@@ -83,6 +129,7 @@ class Prepared:
     """A captured step with its costs; the common ground of all plans made from it.
 
     ``costs`` is ``None`` where a plan is only to be executed, not made.
+    ``varying`` is ``None`` where all sizes are fixed.
     ``least_limit_s`` bounds the search for the least feasible budget.
     """
 
@@ -93,6 +140,7 @@ class Prepared:
     resident: Resident
     expected: Expectation
     loss_fn: LossFn | None
+    varying: Varying | None = None
     least_limit_s: float = 30.0
 
     # -- the problem -------------------------------------------------------------------------------
@@ -149,8 +197,7 @@ class Prepared:
     @cached_property
     def minimum_peak_bytes(self) -> int:
         """The least peak for which a plan was found, the optimizer's step included."""
-        steps = steps_of(self.graph, self.problem, self.least.schedule)
-        return max(judge(self.graph, self.problem, steps).peak_bytes, self.optimizer_step_bytes)
+        return self.peak_of(steps_of(self.graph, self.problem, self.least.schedule))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,6 +223,48 @@ class Prepared:
         """How many leading names of ``sequence`` run in the forward, before the loss."""
         phase = {op.name: op.phase for op in self.graph.ops}
         return next((t for t, name in enumerate(sequence) if phase.get(name) != "forward"), len(sequence))
+
+    # -- other sizes -------------------------------------------------------------------------------
+
+    def again(self, model: nn.Module, joint: JointGraph) -> Prepared:
+        """The same model and settings, from another capture or at other sizes of this one."""
+        assert self.costs is not None
+        graph = training_graph(joint)
+        inputs = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), device=graph.device)
+        return dataclasses.replace(
+            self,
+            model=model,
+            joint=joint,
+            graph=graph,
+            costs=graph_costs(graph, self.costs.source),
+            resident=dataclasses.replace(self.resident, inputs_bytes=inputs.inputs_bytes),
+            expected=expectation_of(model, *joint.inputs.flatten()),
+        )
+
+    def peak_of(self, steps: list[int]) -> int:
+        """Peak of a schedule, the optimizer's step included."""
+        return max(judge(self.graph, self.problem, steps).peak_bytes, self.optimizer_step_bytes)
+
+    def peak_at(self, value_bytes: np.ndarray, inputs: Inputs, steps: list[int]) -> int:
+        """Peak of a schedule where each of the graph's values has ``value_bytes``, shape (V,).
+
+        Workspace was measured at this step's sizes; it is taken to grow with the largest value.
+        """
+        assert self.costs is not None
+        own = np.array([v.bytes for v in self.graph.values], dtype=np.int64)
+        growth = max(1.0, float((value_bytes / np.maximum(own, 1)).max()))
+        workspace = {name: math.ceil(b * growth) for name, b in self.costs.workspace_bytes.items()}
+        held = resident_of(self.model, (inputs.args, inputs.kwargs), device=self.graph.device)
+        values = zip(self.graph.values, value_bytes.tolist(), strict=True)
+        at = dataclasses.replace(
+            self,
+            graph=dataclasses.replace(
+                self.graph, values=tuple(dataclasses.replace(v, bytes=b) for v, b in values)
+            ),
+            costs=dataclasses.replace(self.costs, workspace_bytes=workspace),
+            resident=dataclasses.replace(self.resident, inputs_bytes=held.inputs_bytes),
+        )
+        return at.peak_of(steps)
 
     # -- plans -------------------------------------------------------------------------------------
 
@@ -355,6 +444,7 @@ class Prepared:
             peak_module=peak_module,
             differentiated=tuple(i for i, leaf in enumerate(template.leaves) if leaf.differentiated),
             input_spec=self.joint.inputs,
+            varying_dims=None if self.varying is None else self.varying.dims,
             _prepared=self,
         )
 

@@ -35,8 +35,9 @@ __all__ = ["Argument", "Program", "Segment", "emit"]
 class Argument:
     """Where an argument of a generated graph comes from.
 
-    ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index),
-               "saved" (position in the forward's saved set) or "mail" (a value an earlier segment made).
+    ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index), "size"
+               (an integer that varies; its expression), "saved" (position in the forward's saved set) or
+               "mail" (a value an earlier segment made).
     """
 
     kind: str
@@ -71,7 +72,6 @@ class Program:
     saved: int
     segments: tuple[Segment, ...]
     constants: dict[str, torch.Tensor]
-    tangents: dict[int, tuple[torch.Size, torch.dtype]]
 
     @property
     def code(self) -> str:
@@ -260,7 +260,6 @@ class _Writer:
             len(saved),
             tuple(self._cut(segments)),
             self.source.constants,
-            {i: (n.meta["val"].shape, n.meta["val"].dtype) for i, n in self.source.tangents.items()},
         )
 
     def _cut(self, segments: int | None) -> list[Segment]:

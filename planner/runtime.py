@@ -22,7 +22,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,32 +33,40 @@ from planner.inputs import Inputs
 from planner.outputs import OutputTemplate
 from planner.rewrite import Argument, Program
 
+if TYPE_CHECKING:
+    from planner.variants import Variants
+
 __all__ = ["PlannedForward", "Step", "planned_forward_of"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A program and what its callers must agree with; the same for every instance of the model."""
+    """A program and what its callers must agree with; the same for every instance of the model.
+
+    ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
+    """
 
     program: Program
     template: OutputTemplate
     expected: Expectation
     device: torch.device
+    variants: Variants | None = None
 
 
 class _Call:
     """One forward of a planned step, and what its backward still needs."""
 
-    def __init__(self, step: Step, given: dict[Argument, torch.Tensor], results: list[torch.Tensor]) -> None:
+    def __init__(self, step: Step, given: dict[Argument, Any], results: list[torch.Tensor]) -> None:
         self.step = step
         program = step.program
         outputs, saved = results[: program.outputs], results[program.outputs :]
         tracked = [leaf.requires_grad for leaf in step.template.leaves]
         self.tracked = [i for i, t in enumerate(tracked) if t]
         self.outputs = [outputs[i] for i in self.tracked]
-        self.mail: dict[str, torch.Tensor] = {}
+        self.like = [(t.shape, t.dtype) for t in self.outputs]
+        self.mail: dict[str, Any] = {}
         self.spent = [False] * len(program.segments)
-        self.direct: dict[Argument, torch.Tensor] = {}
+        self.direct: dict[Argument, Any] = {}
         self.keep: list[list[torch.Tensor]] = []
         for segment in program.segments:
             kept = []
@@ -67,7 +75,7 @@ class _Call:
                     kept.append(saved[int(argument.key)])
                 elif argument.kind in ("parameter", "input"):
                     kept.append(given[argument])
-                elif argument.kind in ("buffer", "constant"):
+                elif argument.kind in ("buffer", "constant", "size"):
                     self.direct[argument] = given[argument]
             self.keep.append(kept)
 
@@ -87,16 +95,17 @@ class _Call:
                 boxed.append(self.mail.pop(str(argument.key)))
             elif argument.kind == "tangent":
                 boxed.append(self._tangent(int(argument.key), tangents))
-            elif argument.kind in ("buffer", "constant"):
+            elif argument.kind in ("buffer", "constant", "size"):
                 boxed.append(self.direct[argument])
             else:
                 boxed.append(next(held))
         return boxed
 
     def _tangent(self, output: int, tangents: tuple[Any, ...]) -> torch.Tensor:
-        tangent = tangents[self.tracked.index(output)]
+        position = self.tracked.index(output)
+        tangent = tangents[position]
         if tangent is None:  # an output that the loss turned out not to use
-            shape, dtype = self.step.program.tangents[output]
+            shape, dtype = self.like[position]
             tangent = torch.zeros(shape, dtype=dtype, device=self.step.device)
         return tangent
 
@@ -180,13 +189,18 @@ class PlannedForward:
             return self.original(*args, **kwargs)
         leaves, in_spec = Inputs(args, kwargs).flatten()
         self.check(leaves, in_spec)
+        step, variants = self.step, self.step.variants
         given = self._given(leaves)
-        program = self.step.program
+        if variants is not None:
+            step, sizes = variants.step_for(self.model, leaves, in_spec)
+            given.update(sizes)
+        program = step.program
+        given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
         boxed = [given[a] for a in program.arguments]
-        with torch.no_grad(), _without_autocast(self.step.device):
+        with torch.no_grad(), _without_autocast(step.device):
             results = program.forward.forward(boxed)
         flat = list(results[: program.outputs])
-        call = _Call(self.step, given, results)
+        call = _Call(step, given, results)
         self.last_call = weakref.ref(call)
         del results
         token = None
@@ -196,11 +210,11 @@ class PlannedForward:
         assert token is not None
         for position, tensor in zip(call.tracked, token, strict=True):
             flat[position] = tensor
-        return self.step.template.rebuild(flat)
+        return step.template.rebuild(flat)
 
     def check(self, leaves: list[Any], in_spec: Any) -> None:
         """``StalePlanError`` if the arguments or the model differ from what was planned."""
-        self.guard.check_inputs(leaves, in_spec)
+        self.guard.check_inputs(leaves, in_spec, sized=self.step.variants is None)
         self.guard.check_modules()
         self.guard.tensors()
 
@@ -208,14 +222,12 @@ class PlannedForward:
     def _leaf(gradient: str | int) -> Argument:
         return Argument("parameter" if isinstance(gradient, str) else "input", gradient)
 
-    def _given(self, leaves: list[Any]) -> dict[Argument, torch.Tensor]:
-        given: dict[Argument, torch.Tensor] = {}
+    def _given(self, leaves: list[Any]) -> dict[Argument, Any]:
+        given: dict[Argument, Any] = {}
         for name, tensor in self.guard.tensors().items():
             given[Argument("parameter" if isinstance(tensor, nn.Parameter) else "buffer", name)] = tensor
         for i, tensor in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
             given[Argument("input", i)] = tensor
-        for name, tensor in self.step.program.constants.items():
-            given[Argument("constant", name)] = tensor
         return given
 
     @property

@@ -21,6 +21,7 @@ from planner._compat import FakeTensorMode
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.inputs import Inputs
 from planner.plan import Placement, Plan
+from planner.sizes import Dims
 
 __all__ = ["FORMAT", "VERSION", "inputs_of", "load", "save"]
 
@@ -28,7 +29,15 @@ FORMAT = "rematplan.plan"
 VERSION = 1
 
 _ARRAYS = ("timeline", "baseline_timeline")
-_SKIPPED = ("placements", "timeline_by_kind", "input_spec", "known_minimum_bytes", "_prepared", *_ARRAYS)
+_SKIPPED = (
+    "placements",
+    "timeline_by_kind",
+    "input_spec",
+    "known_minimum_bytes",
+    "varying_dims",
+    "_prepared",
+    *_ARRAYS,
+)
 _PLAIN = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in _SKIPPED)
 _KEYS = (
     "format",
@@ -52,6 +61,8 @@ def save(plan: Plan, path: str | Path) -> None:
     record["placements"] = [list(dataclasses.astuple(p)) for p in plan.placements]
     record["minimum_peak_bytes"] = plan.minimum_if_known
     spec = plan.input_spec
+    if plan.varying_dims is not None:
+        record["varying_dims"] = plan.varying_dims
     record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
@@ -117,7 +128,21 @@ def _read(record: dict[str, Any]) -> Plan:
         placements=placements,
         input_spec=record["inputs"],
         known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
+        varying_dims=_dims(record.get("varying_dims"), inputs),
     )
+
+
+def _dims(record: Any, inputs: Any) -> Dims | None:
+    """Plans of fixed sizes do not have them."""
+    if record is None:
+        return None
+    tensors = Inputs(*inputs).tensors()
+    dims = tuple(tuple(map(int, of)) for of in record)
+    if len(dims) != len(tensors) or any(
+        not 0 <= d < t.dim() for of, t in zip(dims, tensors, strict=True) for d in of
+    ):
+        raise ValueError(f"'varying_dims' is {record!r}, which does not fit the inputs")
+    return dims
 
 
 def _optional_int(value: Any) -> int | None:

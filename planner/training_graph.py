@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
 
-from planner import _compat
+from planner import _compat, kernels
 from planner.capture import JointGraph, Traced
 from planner.inplace import write_in_place
 from planner.nodes import is_mutation, module_of, roots_of, tensors_of
@@ -45,6 +46,7 @@ class GraphValue:
     ``producer``  index of the op that makes it; ``None`` for parameters, inputs and the like.
     ``root``      the node whose tensor is its base; every view is derived from it.
     ``final``     held by the caller until the step ends (an output, a parameter's gradient).
+    ``symbolic``  expression of ``bytes``, where sizes vary.
     """
 
     name: str
@@ -54,6 +56,7 @@ class GraphValue:
     root: fx.Node | None
     final: bool = False
     module: str = ""
+    symbolic: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
     step = normalize(joint.step)
     forward, backward = step.order()
     write_in_place(backward, {*step.gradients.values(), *step.outputs})
-    table = _Table(step.device())
+    table = _Table(step.device(), step.storage_bytes)
     for node, (kind, name) in step.sources.items():
         table.add_source(node, kind, str(name))
     for node in forward:
@@ -193,8 +196,9 @@ def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> None:
 class _Table:
     """Numbers for storages and ops while they are being collected."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, storage_bytes: dict[int, Any]) -> None:
         self.device = device
+        self.storage_bytes = dict(storage_bytes)
         self.ops: list[GraphOp] = []
         self.values: list[GraphValue] = []
         self.value_of: dict[fx.Node, int] = {}
@@ -205,13 +209,23 @@ class _Table:
 
     def _value(self, tensor: torch.Tensor, name: str, kind: str, producer: int | None, root: fx.Node) -> int:
         index = len(self.values)
-        self._by_storage[_compat.storage_key(tensor)] = index
+        key = _compat.storage_key(tensor)
+        self._by_storage[key] = index
         self._keep.append(tensor)
-        counted = tensor.untyped_storage().nbytes() if tensor.device == self.device else 0
-        self.values.append(
-            GraphValue(name, counted, kind, producer, root, module=module_of(root) or self._module)
-        )
+        here = tensor.device == self.device
+        counted = tensor.untyped_storage().nbytes() if here else 0
+        symbolic = self._symbolic_bytes(key, root) if here else None
+        module = module_of(root) or self._module
+        self.values.append(GraphValue(name, counted, kind, producer, root, module=module, symbolic=symbolic))
         return index
+
+    def _symbolic_bytes(self, key: int, root: fx.Node) -> Any:
+        """Of a gradient's copy, which the trace did not make, those of the leaf it is laid out like."""
+        if key not in self.storage_bytes and root.target is kernels.gradient_like:
+            leaf = root.args[1]
+            assert isinstance(leaf, fx.Node)
+            key = _compat.storage_key(leaf.meta["val"])
+        return self.storage_bytes.get(key)
 
     def add_source(self, node: fx.Node, kind: str, name: str) -> None:
         tensor = node.meta["val"]

@@ -138,8 +138,10 @@ def test_time_limit_that_makes_no_sense() -> None:
         refused(ValueError, mlp(), (X,), "time_limit_s", time_limit_s=limit)
 
 
-def test_dynamic_sizes_are_refused_with_what_to_do() -> None:
-    refused(PlannerError, mlp(), (X,), "dynamic=True", "largest", dynamic=True)
+def test_dynamic_names_what_is_there() -> None:
+    refused(ValueError, mlp(), (X,), "'y'", "inputs", dynamic={"y": (0,)})
+    refused(ValueError, mlp(), (X,), "dimension 7", dynamic={0: (7,)})
+    refused(ValueError, mlp(), (X,), "on_larger", "'replan'", dynamic=True, on_larger="grow")
 
 
 # -- inputs ---------------------------------------------------------------------------------------
