@@ -6,7 +6,8 @@ final value from the moment it is first made; recomputations may be any, in any 
 *Peak.*  When op i first runs, its inputs, outputs and workspace are resident; so is every final value
 made before, and every value that a pinned op made before and an op not yet executed reads.  The
 largest of these sums over i is a floor.  Exact in practice where one op is the bottleneck (the loss
-of a language model), weak where the inputs of a recomputation are.
+of a language model), weak where the inputs of a recomputation are: there :mod:`solvers.pebbling` looks at all
+that may happen in a short window around the bottleneck.
 
 *Time.*  A mixed-integer program over a few instants of the run, in which the values resident at an instant
 must account, with recomputations, for everything that is still to be read; its rows and the proof are in
@@ -19,14 +20,17 @@ Sources and weaknesses: of the programs, see there.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from solvers.instants import InstantProgram
+from solvers.pebbling import raised_floors
 from solvers.problem import Problem
 from solvers.reduction import Reduction
-from solvers.refine import SAFETY, pressure_instants, refine
+from solvers.refine import SAFETY, Refinement, pressure_instants, refine
 from solvers.simulate import simulate_steps
 
 __all__ = [
@@ -40,6 +44,8 @@ __all__ = [
 
 # No more is asked of a bound once a plan is known that is slower by less than this share of a step.
 CLOSE = 2e-4
+# Share of the time for a floor that goes to windows of a few values.
+WINDOWS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,52 @@ def peak_floor(problem: Problem) -> PeakFloor:
     return PeakFloor(problem.resident_bytes + int(need[worst]), problem.ops[worst].name)
 
 
-def proved_floor(problem: Problem, *, time_limit_s: float = 10.0) -> PeakFloor:
-    """A higher floor than :func:`peak_floor`'s, by the program of :mod:`solvers.instants` with a free budget.
+def proved_floor(
+    problem: Problem,
+    *,
+    time_limit_s: float = 10.0,
+    least_bytes: int | None = None,
+    on_round: Callable[[PeakFloor, list[int] | None], object] | None = None,
+) -> PeakFloor:
+    """A higher floor than :func:`peak_floor`'s: by :mod:`solvers.pebbling`, then by :mod:`solvers.instants`.
 
-    Anytime; stops early where a schedule is known that peaks at the floor.
+    ``least_bytes``  the peak of some schedule, where the search stops; default: that of keeping everything.
+    ``on_round``     called with the floor so far and the schedule of lowest peak met, if any; ends the search
+                     by returning ``True``.
+
+    Anytime.
     """
+    started = time.perf_counter()
     floor = peak_floor(problem)
-    top = int(simulate_steps(problem, list(range(len(problem)))).peak_bytes)
-    if top == floor.bytes:
-        return floor
-    instants = [problem.index(floor.op_name)]
-    found = refine(
-        problem, None, instants, time_limit_s=time_limit_s, enough=top, known=floor.bytes, most_bytes=top
-    )
-    least = math.ceil(found.bound)
-    return PeakFloor(least, problem.ops[found.tightest].name) if least > floor.bytes else floor
+    top = least_bytes or int(simulate_steps(problem, list(range(len(problem)))).peak_bytes)
+    for found in raised_floors(problem, deadline=started + WINDOWS_SHARE * time_limit_s):
+        if floor.bytes >= top:
+            break
+        if found.bytes > floor.bytes:
+            floor = PeakFloor(found.bytes, problem.ops[found.op].name)
+            if on_round is not None and on_round(floor, None) is True:
+                return floor
+
+    def tell(found: Refinement) -> bool:
+        nonlocal floor
+        least = math.ceil(found.bound)
+        if least > floor.bytes:
+            floor = PeakFloor(least, problem.ops[found.tightest].name)
+        return on_round is not None and on_round(floor, found.lowest[0]) is True
+
+    left_s = started + time_limit_s - time.perf_counter()
+    if floor.bytes < top and left_s > 0:
+        refine(
+            problem,
+            None,
+            [problem.index(floor.op_name)],
+            time_limit_s=left_s,
+            enough=top,
+            known=floor.bytes,
+            most_bytes=top,
+            on_round=tell,
+        )
+    return floor
 
 
 def time_bound(

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # A gap below this share of the time without recomputation is not worth more search.
 ENOUGH = 5e-4
 OVER_POWER = 4
+# Above the budget by at most this share of it, and so many of them, are worth to be remembered.
+NEAR, MOST_NEAR = 0.1, 40
 
 Progress = Callable[[Solution], object]
 
@@ -50,6 +52,9 @@ class Incumbent:
                    the search.
     ``enough_s``   a gap that ends the search.
     ``starts``     per method, the rank and the steps of the best it found.
+    ``floor``      where it is proved that nothing fits by a floor of the peak: its bytes, and the op.
+    ``near``       schedules that are above the budget by no more than ``NEAR`` of it, each faster than those
+                   nearer: peak bytes, recompute seconds and steps, by peak.
     """
 
     def __init__(
@@ -68,14 +73,16 @@ class Incumbent:
         self.progress = progress
         self.steps: list[int] = list(range(len(problem)))
         self.line = simulate_steps(problem, self.steps)
-        self.over = self._over(self.line)
+        self.over = self.over_of(self.line)
         self.solver = "keep_all"
         # Of lowest peak, for an answer where nothing fits.
         self.lowest = self.line.peak_bytes, self.steps, self.solver
         self.bound_s = self.total_s
+        self.floor: tuple[int, str] | None = None
         self.stopped = False
         self.parent: Incumbent | None = None
         self.starts: dict[str, tuple[tuple[float, float, float], list[int]]] = {}
+        self.near: list[tuple[int, float, list[int]]] = []
         self.lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -136,20 +143,28 @@ class Incumbent:
     def offer(self, steps: Sequence[int], solver: str) -> Verdict:
         """Take ``steps`` if they are better than what is there."""
         line = simulate_steps(self.problem, list(steps))
-        rank = self._over(line), line.recompute_seconds, line.peak_bytes
+        rank = self.over_of(line), line.recompute_seconds, line.peak_bytes
         with self.lock:
             if solver not in self.starts or rank < self.starts[solver][0]:
                 self.starts[solver] = rank, list(steps)
             if line.peak_bytes < self.lowest[0]:
                 self.lowest = line.peak_bytes, list(steps), solver
+            if 0 < line.peak_bytes - self.budget_bytes <= NEAR * self.budget_bytes:
+                self._remember(line.peak_bytes, line.recompute_seconds, list(steps))
             taken = rank < (self.over, self.recompute_s, self.peak_bytes)
             if taken:
                 self.steps, self.solver, self.line, self.over = list(steps), solver, line, rank[0]
                 self._tell()
         return Verdict(taken, line.peak_bytes)
 
-    def _over(self, line: Timeline) -> float:
-        """How far above the budget; a high power, since spreading a peak over more steps is progress."""
+    def _remember(self, peak_bytes: int, recompute_s: float, steps: list[int]) -> None:
+        if any(peak <= peak_bytes and seconds <= recompute_s for peak, seconds, _ in self.near):
+            return
+        rest = [one for one in self.near if one[0] < peak_bytes or one[1] < recompute_s]
+        self.near = sorted([*rest, (peak_bytes, recompute_s, steps)], key=lambda one: one[:2])[:MOST_NEAR]
+
+    def over_of(self, line: Timeline) -> float:
+        """How far ``line`` is above the budget; spreading a peak over more steps counts as progress."""
         excess = np.maximum(line.live_bytes - self.budget_bytes, 0) / max(1, self.budget_bytes)
         return float((excess**OVER_POWER).sum())
 
@@ -159,6 +174,11 @@ class Incumbent:
             if bound_s > self.bound_s:
                 self.bound_s = bound_s
                 self._tell()
+
+    def refuse(self, floor_bytes: int, op_name: str) -> None:
+        """``floor_bytes``, more than the budget: proved that no schedule peaks lower, because of an op."""
+        self.floor = floor_bytes, op_name
+        self.raise_bound(math.inf)
 
     def stop(self) -> None:
         """Nothing new is begun from now on."""

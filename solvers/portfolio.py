@@ -2,10 +2,11 @@
 
 No method is best everywhere, so plans flow from one to the next through the :class:`Incumbent`: first
 the baselines that cost nothing, then the rounded relaxations of the staged program, which at generous
-budgets are all but optimal, then the chain program where these leave a gap or find nothing, and then
-local search, from whichever plan is best, or from each method's where that is far from the bound.  The
-bound is proved on the other core meanwhile, offers the schedules it meets, and ends the search when it is
-close.  Graphs of a few dozen ops go to the exact program first, graphs without a turn to ``retention``.
+budgets are all but optimal, then the chain program where these leave a gap or find nothing, then shaving,
+which lowers the schedules that are a little above the budget, and then local search, from whichever plan is
+best, or from each method's where that is far from the bound.  The bound is proved on the other core
+meanwhile, offers the schedules it meets, and ends the search when it is close, or when nothing can fit.
+Graphs of a few dozen ops go to the exact program first, graphs without a turn to ``retention``.
 
 Weakness: greedy takes seconds on thousands of ops and there comes last, so that a time limit may leave an
 answer worse than greedy's.
@@ -15,15 +16,18 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from solvers import bounds, checkmate, local_search, retention
 from solvers.baselines import BASELINES
 from solvers.chain import Chains
 from solvers.incumbent import OVER_POWER, Incumbent
+from solvers.pebbling import raised_floors
 from solvers.problem import Problem
 from solvers.refine import Refinement, pressure_instants, refine
 from solvers.schedule import Schedule
+from solvers.shave import shave
 from solvers.staged import Relaxations, ops_per_layer
 
 __all__ = ["EXACT_OPS", "Methods"]
@@ -44,8 +48,12 @@ GREEDY_GAP = 1e-3
 # Above this many ops it comes last, unless nothing that is worth bettering fits yet.
 GREEDY_OPS = 2000
 CHAIN_SHARE = 0.4
+# Of what they leave, schedules a little above the budget are lowered to it for this share, so many of them.
+SHAVE_SHARE, MOST_SHAVED = 0.5, 5
 BOUND_SHARE = 0.5
 RETENTION_SHARE = 0.8
+# Budgets up to so many times the cheap floor may be below a proved one; the time to look for that.
+MAY_REFUSE, REFUSE_S, REFUSE_SHARE = 1.4, 2.0, 0.2
 # Share of the time for the least peak that goes to proving how low it can be.
 FLOOR_SHARE = 0.5
 # Where local search starts from several schedules: a gap above this share of the step; at most so many; none
@@ -133,15 +141,30 @@ class Methods:
         """Plans to start from, the cheapest to make first."""
         if self.splits:
             self._relaxations = self._relaxations or Relaxations(self.problem)
-            self._relaxations.offer_plans(run, last=FIRST_CUTS, seed=seed)
+            self._relaxations.offer_plans(run, last=1, seed=seed)
+            if run.fits and run.recompute_s <= run.total_s:
+                self._relaxations.offer_plans(run, first=1, last=FIRST_CUTS, seed=seed)
             if not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
                 self._chains = self._chains or Chains(self.problem)
                 self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+            self._shave(run)
             # Relaxations that are far from a plan are the slowest to solve.
             if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:
                 self._relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
         if len(self.problem) <= GREEDY_OPS or not run.fits or run.recompute_s > run.total_s:
             self._offer_greedy(run)
+
+    def _shave(self, run: Incumbent) -> None:
+        """Make plans of the schedules that are a little above the budget, and faster than the best plan."""
+        deadline = time.perf_counter() + SHAVE_SHARE * run.left_s
+        starts = run.near[:: max(1, -(-len(run.near) // MOST_SHAVED))]
+        for k, (_, recompute_s, steps) in enumerate(starts):
+            left_s = deadline - time.perf_counter()
+            if run.done or left_s <= 0 or (run.fits and run.gap_s <= GREEDY_GAP * run.total_s):
+                return
+            if not run.fits or recompute_s < run.recompute_s:
+                share = left_s / (len(starts) - k)
+                shave(run, steps, deadline=time.perf_counter() + max(share, left_s / 2))
 
     def _offer_greedy(self, run: Incumbent) -> None:
         if run.left_s > 0 and (not run.fits or run.gap_s > GREEDY_GAP * run.total_s):
@@ -165,6 +188,9 @@ class Methods:
     def _bound(self, run: Incumbent) -> None:
         """Prove what can be proved; the schedules that are met on the way are offered too."""
         problem, total_s = self.problem, run.total_s
+        self._refuse(run)
+        if run.done:
+            return
 
         def tell(found: Refinement) -> bool:
             run.raise_bound(total_s + found.bound)
@@ -181,6 +207,20 @@ class Methods:
             close=run.enough_s,
             on_round=tell,
         )
+
+    def _refuse(self, run: Incumbent) -> None:
+        """Prove quickly that nothing fits, where that may be."""
+        resident, budget = self.problem.resident_bytes, run.budget_bytes
+        floor = bounds.peak_floor(self.problem).bytes
+        if run.fits or budget - resident > MAY_REFUSE * (floor - resident):
+            return
+        now = time.perf_counter()
+        deadline = math.inf if run.deadline == math.inf else now + min(REFUSE_S, REFUSE_SHARE * run.left_s)
+        for found in raised_floors(self.problem, deadline=deadline):
+            if found.bytes > budget:
+                run.refuse(found.bytes, self.problem.ops[found.op].name)
+            if run.done or run.fits:
+                return
 
     def lower(self, run: Incumbent, seed: int = 0) -> int:
         """Lower the least peak that ``run`` knows, whatever its budget; returns a proved floor, in bytes.
@@ -204,13 +244,17 @@ class Methods:
                 proof.result()
             if self.splits and floor.open:
                 self._chains = self._chains or Chains(problem)
-                self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+                near = Incumbent(problem, floor.bytes, deadline=run.deadline)
+                self._chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+                self._shave(near)
+                run.offer(near.lowest[1], near.lowest[2])
             share = FIRST_STEP
             while share > LAST_STEP and floor.open:
                 least, steps, solver = run.lowest
                 step = max(1, math.floor(share * (least - problem.resident_bytes)))
                 lower = Incumbent(problem, max(floor.bytes, least - step), deadline=run.deadline)
                 lower.offer(steps, solver)
+                shave(lower, steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
                 local_search.improve(
                     lower, seed=seed, workers=lambda: _free_cores(proof), layer=self.layer, until_fits=True
                 )
@@ -227,7 +271,6 @@ class _Floor:
 
     def __init__(self, run: Incumbent) -> None:
         self.run = run
-        self.op_name = bounds.peak_floor(run.problem).op_name
         self.bytes = bounds.peak_floor(run.problem).bytes
 
     @property
@@ -236,26 +279,21 @@ class _Floor:
 
     def prove(self) -> None:
         """Raise the floor for a share of the time, and offer the schedules met on the way."""
-        run, problem = self.run, self.run.problem
-        if not self.open:
-            return
+        run = self.run
 
-        def tell(found: Refinement) -> bool:
-            self.bytes = max(self.bytes, math.ceil(found.bound))
-            if found.lowest[0] is not None:
-                run.offer(found.lowest[0], "instants")
+        def tell(floor: bounds.PeakFloor, steps: list[int] | None) -> bool:
+            self.bytes = max(self.bytes, floor.bytes)
+            if steps is not None:
+                run.offer(steps, "instants")
             return not self.open
 
-        refine(
-            problem,
-            None,
-            [problem.index(self.op_name)],
-            time_limit_s=_limit_s(run, FLOOR_SHARE),
-            enough=run.lowest[0],
-            known=self.bytes,
-            most_bytes=run.lowest[0],
-            on_round=tell,
-        )
+        if self.open:
+            bounds.proved_floor(
+                run.problem,
+                time_limit_s=_limit_s(run, FLOOR_SHARE),
+                least_bytes=run.lowest[0],
+                on_round=tell,
+            )
 
 
 def _worth_starting_from(run: Incumbent) -> list[tuple[str, list[int]]]:

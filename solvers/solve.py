@@ -110,7 +110,8 @@ def solve(
             _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
         if math.isinf(run.bound_s):
             floor = bounds.peak_floor(problem)
-            raise InfeasibleError(budget, max(floor.bytes, budget + 1), floor.op_name)
+            floor_bytes, op_name = run.floor or (floor.bytes, floor.op_name)
+            raise InfeasibleError(budget, max(floor_bytes, budget + 1), op_name)
         solution = run.solution()
     else:
         solution = _named(problem, budget, solver, limit_s, seed)

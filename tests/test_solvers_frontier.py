@@ -89,7 +89,6 @@ def test_more_memory_never_costs_more(larger: Answers) -> None:
     problem, answers = larger
     assert list(answers) == sorted(answers)
     solved = [answer for answer in answers.values() if isinstance(answer, Solution)]
-    assert len(solved) >= len(answers) - 1
     # On general DAGs so little time may find nothing between the floor and keeping everything.
     assert problem.turn is None or any(answer.recompute_seconds > 0 for answer in solved if answer.fits)
     assert solved[-1].recompute_seconds == 0 and solved[-1].status == "optimal"
@@ -100,6 +99,8 @@ def test_more_memory_never_costs_more(larger: Answers) -> None:
     # A budget that is refused is below all that are not.
     refused = [b for b, answer in answers.items() if isinstance(answer, InfeasibleError)]
     assert refused == list(answers)[: len(refused)]
+    # One is below the floor of a single first run, one at it, which a higher floor may exceed.
+    assert len(refused) <= 2
 
 
 @settings(quick, max_examples=settings.default.max_examples // 2)
