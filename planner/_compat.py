@@ -47,6 +47,7 @@ __all__ = [
     "foreach_takes_fakes",
     "guards_of",
     "is_data_dependent",
+    "is_out_of_memory",
     "modes_set_aside",
     "pytree",
     "reads_a_number",
@@ -114,6 +115,11 @@ def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
     finally:
         _checkpoint._checkpoint_without_reentrant_generator = generator
         del _checkpoint.CheckpointFunction.apply  # the class inherits it
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator had nothing left; the CPU's says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def modes_set_aside() -> contextlib.AbstractContextManager[Any]:

@@ -48,6 +48,8 @@ class Expectation:
     ``leaves``       tensor specs and constants of the flattened inputs; ``in_spec`` their structure.
     ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
     ``modules``      (path, type name, training flag) in traversal order.
+    ``settings``     of each module: its public attributes that are numbers, strings or flags, such as a
+                     dropout's probability.  They are constants of the graph.
     """
 
     in_spec: Any
@@ -56,6 +58,7 @@ class Expectation:
     tied: dict[str, str]
     modules: tuple[tuple[str, str, bool], ...]
     autocast: tuple[bool, str]
+    settings: tuple[dict[str, Any], ...]
 
 
 def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Expectation:
@@ -68,7 +71,13 @@ def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Exp
         _tied(model),
         tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
         autocast_state(device),
+        tuple(_settings(m) for m in model.modules()),
     )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str)
+    return {k: v for k, v in vars(module).items() if type(v) in plain and k != "training" and k[0] != "_"}
 
 
 def autocast_state(device: torch.device) -> tuple[bool, str]:
@@ -102,6 +111,8 @@ class Guard:
         self._modules = [
             (m, flag, _sizes(m)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
         ]
+        modules = zip(model.modules(), expected.settings, strict=True)
+        self._settings = [(vars(m), m, k, v) for m, known in modules for k, v in known.items()]
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
         self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
         self._tied = [(*self._slot(name), name, first) for name, first in expected.tied.items()]
@@ -169,6 +180,14 @@ class Guard:
                 raise PlannerError(
                     f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, "
                     "register it on the model itself, or call plan.restore(model)"
+                )
+        for attributes, module, key, value in self._settings:
+            now = attributes.get(key)
+            if now is not value and now != value:
+                path = next(n for n, m in root.named_modules() if m is module)
+                raise StalePlanError(
+                    f"{path or 'the model'} has {key}={now!r}, the plan was made with {key}={value!r}; "
+                    "make a new plan, or set it back"
                 )
         for modules, key, child in self._edges:
             if modules.get(key) is not child:

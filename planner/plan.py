@@ -293,7 +293,13 @@ class Plan:
                     prepared.steps(self.sequence),
                     boundary=prepared.forward_steps(self.sequence),
                 )
-                step = Step(program, prepared.joint.template, prepared.expected, prepared.graph.device)
+                step = Step(
+                    program,
+                    prepared.joint.template,
+                    prepared.expected,
+                    prepared.graph.device,
+                    self.budget_bytes,
+                )
             object.__setattr__(self, "_made_step", step)
         made: Step = self.__dict__["_made_step"]
         return made

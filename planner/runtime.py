@@ -20,13 +20,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from planner import _compat
 from planner.errors import PlannerError
 from planner.guards import Expectation, Guard
 from planner.inputs import Inputs
@@ -43,6 +44,7 @@ __all__ = ["PlannedForward", "Step", "planned_forward_of"]
 class Step:
     """A program and what its callers must agree with; the same for every instance of the model.
 
+    ``budget_bytes``  that it was planned to.
     ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
     """
 
@@ -50,6 +52,7 @@ class Step:
     template: OutputTemplate
     expected: Expectation
     device: torch.device
+    budget_bytes: int
     variants: Variants | None = None
 
 
@@ -154,7 +157,7 @@ class _Segment(torch.autograd.Function):
             call.refuse(tangents)
         segment = call.step.program.segments[index]
         boxed = call.arguments(index, ctx.saved_tensors, tangents)
-        with torch.no_grad(), _without_autocast(call.step.device):
+        with torch.no_grad(), _without_autocast(call.step.device), _memory_explained(call.step, "backward"):
             results = segment.module.forward(boxed)
         made = len(segment.gradients)
         call.mail.update(zip(segment.mail, results[made:], strict=True))
@@ -167,6 +170,26 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _memory_explained(step: Step, phase: str) -> Iterator[None]:
+    """Out of memory, by its own type and message, and what it means for the plan.
+
+    Trainers look at both, to try again with a smaller batch.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if len(error.args) == 1 and _compat.is_out_of_memory(error):
+            error.args = (
+                f"{error.args[0]}\nThis was in the {phase} of a step planned to "
+                f"{step.budget_bytes / 1e9:.4g} GB. What the budget does not know of (other models and "
+                "processes, layers outside the planned module, fragmentation) leaves less than that: lower "
+                "budget_gb by as much. The model can go on: gradients that had arrived are in .grad, as "
+                "after any backward that breaks off",
+            )
+        raise
 
 
 class PlannedForward:
@@ -197,7 +220,7 @@ class PlannedForward:
         program = step.program
         given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
         boxed = [given[a] for a in program.arguments]
-        with torch.no_grad(), _without_autocast(step.device):
+        with torch.no_grad(), _without_autocast(step.device), _memory_explained(step, "forward"):
             results = program.forward.forward(boxed)
         flat = list(results[: program.outputs])
         call = _Call(step, given, results)

@@ -86,7 +86,7 @@ class Variant:
         joint, graph = prepared.joint, prepared.graph
         self.tensors = joint.inputs.tensors()
         program = emit(graph, self.steps, boundary=prepared.forward_steps(sequence))
-        self.step = Step(program, joint.template, prepared.expected, graph.device)
+        self.step = Step(program, joint.template, prepared.expected, graph.device, budget_bytes)
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols
         expressions = {
