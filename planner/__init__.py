@@ -5,7 +5,7 @@ print(p.summary())
 p.apply()          # or module = p.rewrite()
 """
 
-from planner import measure
+from planner import distributed, measure
 from planner.api import frontier, plan
 from planner.enable import disable, enable, plan_of
 from planner.errors import (
@@ -33,6 +33,7 @@ __all__ = [
     "StalePlanError",
     "TraceError",
     "disable",
+    "distributed",
     "enable",
     "frontier",
     "load",

@@ -48,6 +48,7 @@ __all__ = [
     "guards_of",
     "is_data_dependent",
     "is_out_of_memory",
+    "job_store",
     "modes_set_aside",
     "pytree",
     "reads_a_number",
@@ -261,3 +262,10 @@ def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -
 def reads_a_number(func: object) -> bool:
     """Whether the op ``func`` is the one below ``Tensor.item()``."""
     return func is torch.ops.aten._local_scalar_dense.default
+
+
+def job_store() -> Any:
+    """The key-value store that the processes of a job met in; ``None`` if there is none to be had; 1.8+."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store() if torch.distributed.is_initialized() else None

@@ -39,6 +39,7 @@ from ._compat import (
 from .errors import PlannerError
 from .meter import StorageMeter
 from .step import Inputs, device_of, tensors_in
+from .wrappers import bucket_bytes
 
 __all__ = [
     "OptimizerBytes",
@@ -101,7 +102,8 @@ class Resident:
 
     A storage that serves two purposes counts under the first, in the order of the fields.
 
-    ``gradients_bytes``       ``.grad`` tensors that exist already.
+    ``gradients_bytes``       ``.grad`` tensors that exist already, and the buckets of a
+                              DistributedDataParallel around the model.
     ``optimizer_step_bytes``  the optimizer's temporaries: beside parameters, gradients and state in its
                               step, not beside activations, hence not in ``total_bytes``.
     """
@@ -173,7 +175,7 @@ def resident_of(
     return Resident(
         parameters_bytes=count(model.parameters()),
         buffers_bytes=count(model.buffers()),
-        gradients_bytes=count(p.grad for p in model.parameters()),
+        gradients_bytes=count(p.grad for p in model.parameters()) + bucket_bytes(model),
         inputs_bytes=count(tensors_in(inputs)),
         optimizer_state_bytes=taken.state_bytes,
         optimizer_step_bytes=taken.step_transient_bytes,

@@ -40,6 +40,7 @@ from planner.errors import PlannerError, TraceError
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
 from planner.sizes import Dims, Sizes, evaluate
+from planner.wrappers import refuse_sharded
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
@@ -397,6 +398,7 @@ def _refuse(model: nn.Module) -> None:
                     type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"
                 )
             )
+    refuse_sharded(model)
     hooked = hooks_on_submodules(model)
     if hooked:
         raise PlannerError(

@@ -17,12 +17,12 @@ from torch import nn
 
 from planner.accounting import OptimizerLike, budget_bytes_of
 from planner.capture import LossFn
-from planner.errors import PlannerError
 from planner.integrations import huggingface
 from planner.ondemand import OnLarger, Settings
 from planner.plan import Plan
 from planner.prepared import CostSource
 from planner.switch import Switch
+from planner.wrappers import unwrapped
 
 __all__ = ["disable", "enable", "plan_of"]
 
@@ -85,7 +85,7 @@ def enable(
         max_plans,
         calls_per_step,
     )
-    root = _unwrapped(model)
+    root = unwrapped(model)
     switch = vars(root).get(_KEY)
     if switch is None:
         planned = huggingface.planned_module(root)
@@ -116,20 +116,8 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def _switch_of(model: nn.Module) -> Switch | None:
-    found: Switch | None = vars(_unwrapped(model)).get(_KEY)
+    found: Switch | None = vars(unwrapped(model)).get(_KEY)
     return found
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that call its forward."""
-    if hasattr(model, "_orig_mod"):
-        raise PlannerError(
-            f"this {type(model._orig_mod).__name__} is compiled already: enable the model first and compile "
-            "it then"
-        )
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return _unwrapped(model.module)
-    return model
 
 
 @dataclass(eq=False)

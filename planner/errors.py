@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 __all__ = [
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
@@ -50,3 +53,6 @@ class InfeasibleBudgetError(PlannerError):
         self.minimum_bytes = minimum_bytes
         self.floor_bytes = floor_bytes
         self.breakdown = breakdown
+
+    def __reduce__(self) -> Any:
+        return functools.partial(InfeasibleBudgetError, **vars(self)), self.args

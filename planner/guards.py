@@ -18,6 +18,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.effects import has_hooks
 from planner.errors import PlannerError, StalePlanError
+from planner.wrappers import is_sharded, sharded_message
 
 __all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of"]
 
@@ -177,6 +178,8 @@ class Guard:
                 )
             if module is not root and has_hooks(module):
                 path = next(n for n, m in root.named_modules() if m is module)
+                if is_sharded(module):
+                    raise PlannerError(sharded_message(path))
                 raise PlannerError(
                     f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, "
                     "register it on the model itself, or call plan.restore(model)"

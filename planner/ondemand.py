@@ -8,6 +8,9 @@ it is then planned for.
 The budget is for the whole step of the whole model: parameters, gradients and optimizer state outside the
 planned module count, and calls that wait for their backward share it (:mod:`planner.sharing`).  How many
 there are is told by the first step, which is then run at the lowest peak that is found.
+
+Of the ranks of a distributed job one makes each plan and the others take it over
+(:mod:`planner.distributed`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from planner._compat import modes_set_aside
 from planner.accounting import OptimizerLike, Resident, resident_of
 from planner.calls import Call
 from planner.capture import LossFn
+from planner.distributed import made_once
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.guards import Guard
 from planner.integrations import huggingface
@@ -182,7 +186,7 @@ class OnDemand:
                 step, resident=self._resident(call, step), least_limit_s=self.settings.time_limit_s
             )
             try:
-                plan = self._solved(call, step)
+                plan = self._made_once(call, step)
             except InfeasibleBudgetError as error:
                 raise self._in_company(error, call) from None
             runner = PlannedForward(self.planned, plan.step(), original=original)
@@ -210,10 +214,27 @@ class OnDemand:
         self._steps[key] = step
         return step
 
-    def _solved(self, call: Call, step: Prepared) -> Plan:
-        s, left, size = self.settings, self._left_bytes(), sum(call.signature.sizes)
+    def _made_once(self, call: Call, step: Prepared) -> Plan:
+        """The plan, from whichever rank of a distributed job asked for it first."""
+        s, left = self.settings, self._left_bytes()
+        needs = (left, step.problem.resident_bytes, self._most_held(call), self._calls, call.signature.place)
+        key = f"{step.fingerprint} {needs} {s.solver} {s.time_limit_s} {s.costs}"
+
+        def adopt(received: Plan) -> Plan:
+            self._learn_need(call, step, received.known_minimum_bytes)
+            return replace(received, _prepared=step)
+
+        wait_s = 60.0 + 4 * PROBES * s.time_limit_s
+        return made_once(key, lambda: self._solved(call, step), adopt, wait_s=wait_s)
+
+    def _learn_need(self, call: Call, step: Prepared, known_bytes: int | None = None) -> None:
+        size = sum(call.signature.sizes)
         if self._calls != 1 and size > self._need_size:
-            self._need_bytes, self._need_size = step.minimum_peak_bytes, size
+            self._need_bytes, self._need_size = known_bytes or step.minimum_peak_bytes, size
+
+    def _solved(self, call: Call, step: Prepared) -> Plan:
+        s, left = self.settings, self._left_bytes()
+        self._learn_need(call, step)
         if self._calls is None:
             if step.minimum_peak_bytes > left:
                 raise step.infeasible(left)

@@ -23,6 +23,7 @@ from planner.rewrite import Program, emit
 from planner.runtime import PlannedForward, Step, planned_forward_of
 from planner.sizes import Dims
 from planner.variants import Variants
+from planner.wrappers import unwrapped
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -269,6 +270,7 @@ class Plan:
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:
+            model = unwrapped(model)
             return model.original if isinstance(model, CheckpointedModule) else model
         if self._prepared is None:
             raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")

@@ -30,6 +30,7 @@ from planner.sizes import Dims, Dynamic, varying_dims
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
 from planner.variants import OnLarger, Varying
+from planner.wrappers import unwrapped
 from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
@@ -58,6 +59,7 @@ def prepare(
     Arguments as for :func:`planner.plan`.
     """
     tell = progress or _silent
+    model = unwrapped(model)
     tell("capture")
     varying = None
     if dynamic:
@@ -103,12 +105,16 @@ def capture_varying(
     return joint, tries[-1]
 
 
-def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
-    """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step."""
+def prepare_for(plan: Plan, model: nn.Module, inputs: Inputs | None = None) -> Prepared:
+    """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step.
+
+    ``inputs``: ``None`` for those the plan describes, on the model's device.
+    """
     from planner.serialize import inputs_of
 
-    used = frozenset(plan.differentiated)
-    joint = capture(model, inputs_of(plan), used=used, dims=plan.varying_dims)
+    if inputs is None:
+        inputs = inputs_of(plan, next((p.device for p in model.parameters()), None))
+    joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
     graph = training_graph(joint)
     resident = Resident(0, 0, 0, 0)
     expected = expectation_of(model, *joint.inputs.flatten())
@@ -203,11 +209,15 @@ class Prepared:
     def fingerprint(self) -> str:
         """Hash of the captured step: its calls, sizes, gradients and what it depends on."""
         h = hashlib.sha256()
+        device = self.graph.device  # the same step on another device of the kind is the same step
+        here, anywhere = repr(device), repr(torch.device(device.type))
         for op in self.graph.ops:
             if op.phase != "loss" and op.node is not None:
                 made = [self.graph.values[v].bytes for v in op.outputs]
-                h.update(f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n".encode())
+                call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
+                h.update(call.replace(here, anywhere).encode())
         for name, spec in self.expected.parameters.items():
+            spec = dataclasses.replace(spec, device=torch.device(spec.device.type))
             h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
         return h.hexdigest()
 

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from planner.inputs import Inputs
 from planner.plan import Placement, Plan
 from planner.sizes import Dims
 
-__all__ = ["FORMAT", "VERSION", "inputs_of", "load", "save"]
+__all__ = ["FORMAT", "VERSION", "from_text", "inputs_of", "load", "save", "to_text"]
 
 FORMAT = "rematplan.plan"
 VERSION = 1
@@ -54,6 +55,13 @@ _KEYS = (
 def save(plan: Plan, path: str | Path) -> None:
     """Write ``plan``; the file appears whole or not at all."""
     path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(to_text(plan), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def to_text(plan: Plan) -> str:
+    """``plan`` as JSON."""
     record = {"format": FORMAT, "version": VERSION}
     record |= {name: _plain(getattr(plan, name)) for name in _PLAIN}
     record |= {name: getattr(plan, name).tolist() for name in _ARRAYS}
@@ -64,9 +72,7 @@ def save(plan: Plan, path: str | Path) -> None:
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
     record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    return json.dumps(record, allow_nan=False)
 
 
 def load(path: str | Path) -> Plan:
@@ -75,8 +81,17 @@ def load(path: str | Path) -> Plan:
     The plan can be looked at at once; ``rewrite(model)`` and ``apply(model)`` capture the model again.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as e:  # not text, not JSON, or nested beyond reading
+        text = Path(path).read_text(encoding="utf-8")
+    except ValueError as e:
+        raise InvalidPlanFileError(f"{path} is not a plan: not text ({e})") from None
+    return from_text(text, str(path))
+
+
+def from_text(text: str, path: str = "the text") -> Plan:
+    """The inverse of :func:`to_text`; ``path`` is what errors call it.  Raises as :func:`load`."""
+    try:
+        record = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:  # not JSON, or nested beyond reading
         raise InvalidPlanFileError(f"{path} is not a plan: not JSON, or cut short ({e})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InvalidPlanFileError(f"{path} is not a plan: its 'format' is not {FORMAT!r}")
@@ -207,28 +222,30 @@ def encode(tree: Any) -> Any:
     )
 
 
-def decode(record: Any, mode: FakeTensorMode) -> Any:
-    """The inverse of ``encode``; tensors are fake ones of ``mode``."""
+def decode(record: Any, mode: FakeTensorMode, moved: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """The inverse of ``encode``; tensors are fake ones of ``mode``, on the device theirs is ``moved`` to."""
     ((kind, body),) = record.items()
     if kind == "tensor":
         shape, stride, dtype, device, requires_grad = body
         if not dtype.startswith("torch.") or not isinstance(getattr(torch, dtype[6:], None), torch.dtype):
             raise ValueError(f"an input has dtype {dtype!r}")
+        device = moved.get(device, device)
         with mode:
             empty = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype[6:]), device=device)
             return empty.requires_grad_(requires_grad)
     if kind == "dict":
-        return {k: decode(v, mode) for k, v in body}
+        return {k: decode(v, mode, moved) for k, v in body}
     if kind in ("tuple", "list"):
-        return (tuple if kind == "tuple" else list)(decode(x, mode) for x in body)
+        return (tuple if kind == "tuple" else list)(decode(x, mode, moved) for x in body)
     if kind == "constant":
         return body
     raise ValueError(f"an input is described as {kind!r}")
 
 
-def inputs_of(plan: Plan) -> Inputs:
-    """The plan's inputs as fake tensors, for a new capture."""
+def inputs_of(plan: Plan, device: torch.device | None = None) -> Inputs:
+    """The plan's inputs as fake tensors, for a new capture; those on its device are put on ``device``."""
     if isinstance(plan.input_spec, Inputs):
         return plan.input_spec
-    args, kwargs = decode(plan.input_spec, FakeTensorMode(allow_non_fake_inputs=True))
+    moved = {} if device is None else {plan.device: str(device)}
+    args, kwargs = decode(plan.input_spec, FakeTensorMode(allow_non_fake_inputs=True), moved)
     return Inputs(args, kwargs)

@@ -8,6 +8,7 @@ A value's ``kind`` is one of ``KINDS``; an op's ``phase`` is "forward", "loss" o
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -185,8 +186,11 @@ def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> None:
     table.add_seed(seed)
     for node in inner.outputs:
         table.hold(node, "output")
-    for node in backward:
-        table.add_call(node, "loss", None, prefix="loss/")
+    for _, formula in itertools.groupby(backward, lambda node: node.meta.get("seq_nr")):
+        first = len(table.ops)
+        for node in formula:
+            table.add_call(node, "loss", None, prefix="loss/")
+        table.hold_through(first)
     for index, tangent in step.tangents.items():
         gradient = inner.gradients.get(index)
         if gradient is not None:
@@ -246,6 +250,14 @@ class _Table:
         self.value_of[tangent] = index
         self._held[index] = "backward"
         self.ops.append(GraphOp("ones_like_loss", None, "backward", "", (), (index,), recomputable=False))
+
+    def hold_through(self, first: int) -> None:
+        """The ops from ``first`` on are one autograd formula: what it reads and makes lives through it."""
+        together = self.ops[first:]
+        if len(together) > 1:
+            last = together[-1]
+            touched = [v for op in together for v in (*op.inputs, *op.outputs) if v not in last.outputs]
+            self.ops[-1] = replace(last, inputs=tuple(dict.fromkeys((*last.inputs, *touched))))
 
     def alias(self, node: fx.Node, other: fx.Node) -> None:
         """``node`` of one graph is ``other`` of the other graph."""

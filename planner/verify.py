@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from planner._compat import FakeTensor
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.measure import Comparison, compare, run_step, step_flops, step_peak
@@ -73,9 +74,10 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
     """
     prepared = plan._prepared
     if inputs is None:
-        if prepared is None:
+        if prepared is None or any(isinstance(t, FakeTensor) for t in prepared.joint.inputs.tensors()):
             raise PlannerError(
-                "this plan was read from a file and holds no inputs; pass verify(model, inputs)"
+                "this plan knows only the sizes of its inputs (it is from a file or another process); "
+                "pass verify(model, inputs)"
             )
         given = prepared.joint.inputs
     else:

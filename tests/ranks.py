@@ -1,0 +1,92 @@
+"""Two processes in a gloo group, kept for many tests, in which a hang is a failure.
+
+A test names a function of its module; each rank calls it with its own rank first, and its results come
+back in order of rank.  The group's own timeout ends a collective that one rank never enters; a deadline of
+the parent ends everything else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+__all__ = ["Ranks"]
+
+COLLECTIVE_S = 20.0  # after which a rank that waits for another gives up
+
+
+class Ranks:
+    """``count`` processes, started on first use and again after a failure."""
+
+    def __init__(self, count: int = 2) -> None:
+        self.count = count
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
+        """``function(rank, *args)`` on every rank; AssertionError if one raises or does not return."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, args))
+        deadline = time.monotonic() + timeout_s
+        answers: list[Any] = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.stop()
+                raise AssertionError(f"rank {rank} hangs in {function.__name__} ({timeout_s:.0f} s)")
+            answers.append(pipe.recv())
+        failed = [f"rank {rank}:\n{text}" for rank, (well, text) in enumerate(answers) if not well]
+        if failed:
+            self.stop()  # the group may be in any state
+            raise AssertionError("\n".join(failed))
+        return [result for _, result in answers]
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        for rank in range(self.count):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(theirs, rank, self.count, store), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=COLLECTIVE_S),
+    )
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:  # the tests are over
+            return
+        try:
+            function = getattr(importlib.import_module(module), name)
+            pipe.send((True, function(rank, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,519 @@
+"""Several processes: planned and plain DistributedDataParallel side by side, on two gloo ranks.
+
+Functions whose first argument is ``rank`` run there; what they return is asserted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
+
+import planner
+from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat, prepared, rewrite
+from planner.distributed import made_once, shared_plan
+from planner.meter import StorageMeter
+from planner.prepared import prepare, prepare_for
+from planner.runtime import planned_forward_of
+from planner.serialize import FORMAT, from_text, to_text
+from planner.wrappers import bucket_bytes
+from tests import tiny
+from tests.ranks import Ranks
+
+QUICK = {"costs": "roofline", "solver": "recompute_all"}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pair = Ranks(2)
+    yield pair
+    pair.stop()
+
+
+class Block(nn.Module):
+    """A pre-norm residual block: norm, two linear layers, dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(0.1)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.drop(nn.functional.gelu(self.up(self.norm(x)))))
+        return out
+
+
+def blocks(count: int = 4, width: int = 16) -> nn.Module:
+    return tiny.seeded(lambda: nn.Sequential(*(Block(width) for _ in range(count))))
+
+
+def data(rank: int, rows: int = 8, width: int = 16, step: int = 0) -> Tensor:
+    """Another batch on every rank and in every step."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def train(model: nn.Module, batches: list[Tensor], lr: float = 0.1) -> list[Tensor]:
+    """Plain SGD; the gradients of every step, then the parameters."""
+    torch.manual_seed(3)
+    seen = []
+    for batch in batches:
+        model.zero_grad()
+        model(batch).square().mean().backward()
+        seen += [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    return [*seen, *(p.detach().clone() for p in model.parameters())]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+def _trains(rank: int, options: dict[str, Any]) -> dict[str, bool]:
+    batches = [data(rank, step=step) for step in range(3)]
+    plain = DDP(blocks(), bucket_cap_mb=0.005, **options)
+    want = train(plain, batches)
+    model = blocks()
+    tiny.planned(model, (batches[0],)).apply()
+    got = {"before wrapping": train(DDP(model, bucket_cap_mb=0.005, **options), batches)}
+    model = blocks()
+    wrapped = DDP(model, bucket_cap_mb=0.005, **options)
+    tiny.planned(model, (batches[0],)).apply()
+    got["after wrapping"] = train(wrapped, batches)
+    wrapped = DDP(blocks(), bucket_cap_mb=0.005, **options)
+    plan = planner.plan(wrapped, 1.0, (batches[0],), **QUICK)
+    assert plan.apply(wrapped) is wrapped.module and planned_forward_of(wrapped.module) is not None
+    got["the wrapper itself"] = train(wrapped, batches)
+    plan.restore(wrapped)
+    assert planned_forward_of(wrapped.module) is None
+    return {order: same(tensors, want) for order, tensors in got.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
+    ids=str,
+)
+def test_gradients_and_parameters_are_those_of_plain_ddp(ranks: Ranks, options: dict[str, Any]) -> None:
+    for equal in ranks(_trains, options):
+        assert equal == dict.fromkeys(("before wrapping", "after wrapping", "the wrapper itself"), True)
+
+
+# -- when buckets are reduced ---------------------------------------------------------------------
+
+
+def _fires(rank: int, how: str, share: float = 0.4) -> tuple[list[float], int]:
+    """For each bucket, how much of the backward's FLOPs had run when its reduction began."""
+    model = blocks(12, 256)
+    batch = data(rank, 64, 256)
+    segments = 1
+    if how != "plain":
+        step = prepare(model, (batch,), costs="roofline")
+        low, high = step.floor_bytes, step.baseline.peak_bytes
+        plan = step.plan_bytes(round(low + share * (high - low)), time_limit_s=2.0)
+        if how == "one segment":
+            with _emitted_in(1):
+                plan.apply()
+        plan.apply()
+        segments = len(plan.rewrite().program.segments)
+    wrapped = DDP(model, bucket_cap_mb=1.5)
+    counter = FlopCounterMode(display=False)
+    fired: list[int] = []
+
+    def reduce(_, bucket):  # type: ignore[no-untyped-def]  # it refuses annotations that are strings
+        fired.append(counter.get_total_flops())
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0] / 2)
+
+    wrapped.register_comm_hook(None, reduce)
+    for _ in range(2):  # the wrapper sorts its buckets by the order in which the first step's came
+        loss = wrapped(batch).square().mean()
+        fired.clear()
+        with counter:
+            loss.backward()
+    return [flops / counter.get_total_flops() for flops in fired], segments
+
+
+def test_buckets_are_reduced_during_the_backward(ranks: Ranks) -> None:
+    (plain, _), _ = ranks(_fires, "plain")
+    (ours, segments), _ = ranks(_fires, "planned")
+    (single, one), _ = ranks(_fires, "one segment")
+    assert len(plain) == len(ours) == len(single) >= 6
+    assert one == 1 and min(single) == 1.0  # what would be without segments: all at the very end
+    assert segments >= 7
+    for before, now in zip(plain, ours, strict=True):
+        assert now <= before + 2 / segments  # late by the rest of its segment, and what it recomputes
+    assert ours[0] < 0.3 and ours[len(ours) // 2] < 0.8
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def _peak(model: nn.Module, work: Callable[[], None]) -> tuple[int, int]:
+    """Bytes of the peak while ``work`` runs, and of what was there before."""
+    meter = StorageMeter("cpu")
+    meter.register(*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))
+    with meter:
+        work()
+    return meter.peak_bytes, meter.live_bytes
+
+
+def _step(model: nn.Module, batch: Tensor) -> None:
+    (model(batch).square().mean() / 3).backward()
+
+
+def _budgets(rank: int, view: bool) -> list[tuple[int, int, int]]:
+    """Predicted and measured peak of steps inside a DistributedDataParallel, and the budget."""
+    batch = data(rank, 256, 64)
+    out = []
+    for share in (0.1, 0.5):
+        wrapped = DDP(blocks(6, 64), bucket_cap_mb=0.05, gradient_as_bucket_view=view)
+        wrapped(batch).square().mean().backward()  # buckets get their lasting order
+        wrapped(batch).square().mean().backward()
+        wrapped.zero_grad()
+        step = prepare(wrapped, (batch,), costs="roofline", loss_fn=lambda out: out.square().mean() / 3)
+        low, high = step.floor_bytes, step.baseline.peak_bytes
+        plan = step.plan_bytes(round(low + share * (high - low)), time_limit_s=2.0)
+        plan.apply()
+        peak, _ = _peak(wrapped, functools.partial(_step, wrapped, batch))
+        out.append((plan.peak_bytes, peak, plan.budget_bytes))
+    return out
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_the_budget_holds_with_the_buckets_in_it(ranks: Ranks, view: bool) -> None:
+    for predicted, measured, budget in [row for rows in ranks(_budgets, view) for row in rows]:
+        assert measured <= predicted <= budget
+        assert measured > 0.8 * predicted  # buckets are counted, but not twice
+
+
+def _emitted_in(segments: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Plans applied in here have their backward cut in so many segments; ``None``: as always."""
+    return mock.patch("planner.plan.emit", functools.partial(rewrite.emit, segments=segments))
+
+
+def _accumulates(rank: int) -> dict[str, Any]:
+    """Three micro-batches, two of them under ``no_sync``, twice; and the peak of the second one."""
+    out: dict[str, Any] = {}
+    tensors: dict[str, list[Tensor]] = {}
+    for how in ("plain", "planned", "one segment"):
+        model = blocks(12, 256)
+        if how != "plain":
+            with _emitted_in(1 if how == "one segment" else None):
+                planner.plan(model, 1.0, (data(rank, 4, 256),), costs="roofline").apply()
+        wrapped = DDP(model, bucket_cap_mb=1.5, gradient_as_bucket_view=True)
+        torch.manual_seed(rank)
+        seen = []
+        for cycle in range(2):
+            wrapped.zero_grad()
+            for micro in range(3):
+                batch = data(rank, 4, 256, 10 * cycle + micro)
+                with wrapped.no_sync() if micro < 2 else contextlib.nullcontext():
+                    peak, before = _peak(wrapped, functools.partial(_step, wrapped, batch))
+                    if (cycle, micro) == (1, 1):
+                        out[how] = (peak - before) / sum(p.nbytes for p in model.parameters())
+                if micro != 1:  # gradients of this rank alone, and those of all
+                    seen += [p.grad.clone() for p in wrapped.parameters()]
+        tensors[how] = seen
+    out["equal"] = same(tensors["planned"], tensors["plain"])
+    return out
+
+
+def test_accumulation_under_no_sync_holds_no_second_gradient_set(ranks: Ranks) -> None:
+    for seen in ranks(_accumulates):
+        assert seen["equal"]
+        assert seen["one segment"] > 0.95  # of a gradient set: what would be without segments
+        assert seen["planned"] < 0.35
+
+
+# -- batches that differ ----------------------------------------------------------------------------
+
+
+def _joins(rank: int) -> bool:
+    """Rank 0 has three batches, rank 1 has two."""
+    batches = [data(rank, step=step) for step in range(3 - rank)]
+    results = []
+    for planned in (True, False):
+        wrapped = DDP(blocks())
+        if planned:
+            tiny.planned(wrapped, (batches[0],)).apply()
+        with Join([wrapped]):
+            train(wrapped, batches)
+        results.append([p.detach() for p in wrapped.parameters()])
+    return same(*results)
+
+
+def test_ranks_with_different_numbers_of_batches(ranks: Ranks) -> None:
+    assert ranks(_joins) == [True, True]
+
+
+def _last_batch(rank: int) -> bool:
+    """The last batch is smaller, on rank 1 only, which plans for it by itself."""
+    batches = [data(rank), data(rank, step=1), data(rank, rows=8 - 5 * rank, step=2)]
+    want = train(DDP(blocks()), batches)
+    wrapped = DDP(blocks())
+    full = planner.plan(wrapped, 1.0, (batches[0],), **QUICK)
+    torch.manual_seed(3)
+    seen = []
+    for batch in batches:
+        wrapped.zero_grad()
+        plan = full if len(batch) == 8 else planner.plan(wrapped, 1.0, (batch,), **QUICK)
+        plan.apply()
+        wrapped(batch).square().mean().backward()
+        seen += [p.grad.clone() for p in wrapped.parameters()]
+        with torch.no_grad():
+            for p in wrapped.parameters():
+                p -= 0.1 * p.grad
+    return same([*seen, *(p.detach().clone() for p in wrapped.parameters())], want)
+
+
+def test_a_smaller_last_batch_on_one_rank(ranks: Ranks) -> None:
+    assert ranks(_last_batch) == [True, True]
+
+
+# -- one plan for all -------------------------------------------------------------------------------
+
+
+def _shared(rank: int, given: bool) -> dict[str, Any]:
+    batches = [data(rank, step=step) for step in range(2)]
+    want = train(DDP(blocks()), batches)
+    wrapped = DDP(blocks())
+    with mock.patch.object(prepared, "solve", side_effect=prepared.solve) as solver:
+        plan = shared_plan(
+            wrapped, 1.0, (batches[0],) if given or rank == 0 else None, costs="roofline", solver="sqrt"
+        )
+    plan.apply()
+    equal = same(train(wrapped, batches), want)
+    wrapped.zero_grad()
+    verified = plan.verify(inputs=(batches[0],)).equal
+    return {"equal": equal, "verified": verified, "sequence": plan.sequence, "solves": solver.call_count}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_first_rank_solves_and_all_run_its_plan(ranks: Ranks, given: bool) -> None:
+    first, second = ranks(_shared, given)
+    assert first["equal"] and first["verified"] and second["equal"] and second["verified"]
+    assert first["sequence"] == second["sequence"] and len(set(first["sequence"])) < len(first["sequence"])
+    assert (first["solves"], second["solves"]) == (1, 0)
+
+
+def _fails(rank: int, case: str) -> tuple[str, str]:
+    model, batch = blocks(3 if case == "model" and rank else 4), data(rank)
+    if case == "inputs" and rank:
+        batch = batch[:5]
+    interrupted = case == "interrupt" and rank == 0
+    problem = KeyboardInterrupt("at rank 0") if interrupted else None
+    with mock.patch.object(prepared, "capture", side_effect=problem or prepared.capture):
+        try:
+            shared_plan(model, 1e-6 if case == "budget" else 1.0, (batch,), **QUICK)
+        except (PlannerError, KeyboardInterrupt) as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_an_error_of_one_rank_is_raised_by_all(ranks: Ranks) -> None:
+    first, second = ranks(_fails, "budget")
+    assert first == second and first[0] == "InfeasibleBudgetError"
+    first, second = ranks(_fails, "inputs")
+    assert second[0] == "StalePlanError"
+    assert first[0] == "PlannerError" and "rank 1 cannot run the plan that rank 0 made" in first[1]
+    first, second = ranks(_fails, "model")
+    assert second[0] == "StalePlanError" and "rank 1 cannot" in first[1]
+    first, second = ranks(_fails, "interrupt")
+    assert first == ("KeyboardInterrupt", "at rank 0")
+    assert second[0] == "PlannerError" and "rank 0 stopped while it made the plan" in second[1]
+    assert ranks(_fails, "") == [("", "")] * 2  # and the group is as good as before
+
+
+# -- the switch -------------------------------------------------------------------------------------
+
+
+def _switched(rank: int, rows: list[list[int]], outside: bool) -> dict[str, Any]:
+    batches = [data(rank, rows=n, step=step) for step, n in enumerate(rows[rank])]
+    want = train(DDP(blocks()), batches)
+    model = blocks()
+    options = {"now": True, "costs": "roofline", "solver": "sqrt", "calls_per_step": 1}
+    if outside:
+        wrapped = DDP(model)
+        planner.enable(wrapped, 1.0, **options)
+    else:
+        planner.enable(model, 1.0, **options)
+        wrapped = DDP(model)
+    with mock.patch.object(prepared, "solve", side_effect=prepared.solve) as solver:
+        got = train(wrapped, batches)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    return {"equal": same(got, want), "solves": solver.call_count, "sequence": plan.sequence}
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_under_the_switch_one_rank_solves_for_all(ranks: Ranks, outside: bool) -> None:
+    rows = [9 + outside] * 2  # a step that no test before it has planned
+    first, second = ranks(_switched, [rows, rows], outside)
+    assert first["equal"] and second["equal"]
+    assert first["sequence"] == second["sequence"] and first["solves"] + second["solves"] == 1
+
+
+def test_under_the_switch_other_sizes_on_one_rank_wait_for_nobody(ranks: Ranks) -> None:
+    for rows in ([[8, 8, 8], [5, 8, 8]], [[8, 8, 8], [8, 8, 3]], [[8, 6, 2], [8, 8, 8]]):
+        first, second = ranks(_switched, rows, False)
+        assert first["equal"] and second["equal"], rows
+
+
+def _interrupted(rank: int) -> tuple[int, str]:
+    """The rank that makes the plan first is interrupted; how often this one made it, and its outcome."""
+    made = 0
+
+    def make() -> planner.Plan:
+        nonlocal made
+        made += 1
+        if _compat.job_store().add("test/made", 1) == 1:
+            raise KeyboardInterrupt
+        return planner.plan(blocks(), 1.0, (data(rank),), **QUICK)
+
+    try:
+        made_once("the first is interrupted", make, lambda received: received, wait_s=30.0)
+    except KeyboardInterrupt:
+        return made, "interrupted"
+    return made, "planned"
+
+
+def _waits(rank: int) -> tuple[float, bool]:
+    """Another rank asked for the plan and never answers; seconds waited, and whether there is a plan."""
+    key = "never answered"
+    name = f"{FORMAT}/{hashlib.sha256(key.encode()).hexdigest()}"
+    assert _compat.job_store().add(f"{name}/asked", 1) >= 1
+    began = time.perf_counter()
+    waited = 0.0
+
+    def make() -> planner.Plan:
+        nonlocal waited
+        waited = time.perf_counter() - began
+        return planner.plan(blocks(), 1.0, (data(rank),), **QUICK)
+
+    plan = made_once(key, make, lambda received: received, wait_s=1.0)
+    return waited, plan.peak_bytes > 0
+
+
+def test_a_rank_that_does_not_deliver_its_plan_is_not_waited_for(ranks: Ranks) -> None:
+    assert sorted(ranks(_interrupted, timeout_s=30.0)) == [(1, "interrupted"), (1, "planned")]
+    for waited, planned in ranks(_waits, timeout_s=30.0):
+        assert planned and 0.9 < waited < 10.0
+
+
+# -- sharded models ---------------------------------------------------------------------------------
+
+
+def _sharded(rank: int, how: str) -> list[Tensor] | str:
+    model, batch = blocks(), data(rank)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if how == "planned blocks":
+        h = batch.requires_grad_()
+        plan = tiny.planned(model[0], (h,))  # the blocks are alike: one plan serves them all
+        for block in model:
+            plan.apply(block)
+    elif how == "planned whole":
+        tiny.planned(model, (batch,)).apply()
+    else:
+        batch.requires_grad_(how == "plain")
+    if how != "planned whole":
+        for block in model:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if how == "plan afterwards":
+        with pytest.raises(
+            PlannerError, match=r"0 is sharded \(FSDP\).*Plan each block.*plan\.apply\(block\)"
+        ):
+            planner.plan(model, 1.0, (batch,), **QUICK)
+        with pytest.raises(PlannerError, match=r"norm\.weight is sharded \(FSDP\)"):
+            planner.plan(model[0], 1.0, (batch,), **QUICK)
+    torch.manual_seed(rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def test_blocks_planned_before_they_are_sharded_train_as_plain_fsdp2(ranks: Ranks) -> None:
+    plain = ranks(_sharded, "plain")
+    assert same(ranks(_sharded, "planned blocks")[0], plain[0])
+    assert same(ranks(_sharded, "planned whole")[1], plain[1])
+    assert same(ranks(_sharded, "plan afterwards")[0], plain[0])  # refused, and otherwise as it was
+
+
+def _sharded_below(rank: int) -> str:
+    model, batch = blocks(), data(rank)
+    tiny.planned(model, (batch,)).apply()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(PlannerError) as raised:
+        model(batch)
+    return str(raised.value)
+
+
+def test_a_whole_plan_over_sharded_blocks_is_refused(ranks: Ranks) -> None:
+    for message in ranks(_sharded_below):
+        assert "0 is sharded (FSDP)" in message and "plan.apply(block), then fully_shard(block)" in message
+
+
+# -- one process ------------------------------------------------------------------------------------
+
+
+def test_without_a_group_a_shared_plan_is_a_plan() -> None:
+    model, batch = blocks(), data(0)
+    plan = shared_plan(model, 1.0, (batch,), **QUICK)
+    assert plan.sequence == planner.plan(model, 1.0, (batch,), **QUICK).sequence
+    assert bucket_bytes(model) == 0
+
+
+def test_a_plan_of_one_device_serves_another() -> None:
+    """Ranks have devices of their own.  Here there is only one, so the plan's is renamed."""
+    text = to_text(tiny.planned(blocks(), (data(0),)))
+    received = from_text(text.replace('"cpu"', '"cuda:3"'))
+    assert received.device == "cuda:3" and "'cuda:3'" in str(received.input_spec)
+    model = blocks()
+    twin = copy.deepcopy(model)
+    step = prepare_for(received, model)
+    assert step.fingerprint == received.fingerprint and step.graph.device == torch.device("cpu")
+    received.apply(model)
+    assert same(train(model, [data(1)]), train(twin, [data(1)]))
+    with pytest.raises(StalePlanError, match="another step"):
+        prepare_for(received, blocks(3))
+
+
+def test_synchronized_batch_norm_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.SyncBatchNorm(16))
+    with pytest.raises(PlannerError, match=r"^1 is a SyncBatchNorm.*talks to the other ranks"):
+        planner.plan(model, 1.0, (data(0),), **QUICK)
+    planner.plan(nn.Sequential(model[0], model[1].eval()), 1.0, (data(0),), **QUICK)
+
+
+def test_an_infeasible_budget_travels_whole() -> None:
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        planner.plan(blocks(1), 1e-6, (data(0),), **QUICK)
+    there = pickle.loads(pickle.dumps(raised.value))
+    assert str(there) == str(raised.value) and vars(there) == vars(raised.value)
+    assert copy.copy(there).minimum_bytes == raised.value.minimum_bytes > 1000
