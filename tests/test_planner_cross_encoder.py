@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import planner
+from planner.measure import step_flops, step_peak
 from tests import rerankers, tiny
 from tests.hf import FAST, files_below, parameters_of
 
@@ -32,6 +33,26 @@ def test_training_within_the_budget_bit_for_bit(name: str, share: float, tmp_pat
     assert max(ours.peaks) <= budget * 1e9 < max(without.peaks)
     plan = planner.plan_of(ours.model)
     assert plan is not None and plan.model_name.startswith("Bert")
+
+
+def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
+    model = rerankers.cross_encoder(width=64, layers=4)
+    texts = [(f"w{i} w2", " ".join(f"w{j}" for j in range(i, i + 30))) for i in range(8)]
+    model.train()
+
+    def step() -> None:
+        torch.manual_seed(0)
+        scores = model(model.preprocess(texts))["scores"].squeeze(-1)
+        torch.nn.functional.binary_cross_entropy_with_logits(scores, torch.ones(8)).backward()
+        model.zero_grad()
+
+    plain_flops = step_flops(step)
+    model.gradient_checkpointing_enable()
+    stock_bytes, stock_flops = step_peak(step), step_flops(step)
+    planner.enable(model, (stock_bytes - 1) / 1e9, costs="roofline", time_limit_s=5, now=True)
+    step()
+    assert step_peak(step) < stock_bytes
+    assert plain_flops < step_flops(step) < stock_flops
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
