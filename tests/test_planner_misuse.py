@@ -231,7 +231,7 @@ def test_enabled_after_wrapping_in_ddp(one_process: None) -> None:
 
 
 def test_enabled_after_compiling_says_what_to_do() -> None:
-    with pytest.raises(planner.PlannerError, match="compiled already: enable the model first"):
+    with pytest.raises(planner.PlannerError, match="Mlp is compiled already"):
         planner.enable(torch.compile(tiny.seeded(tiny.Mlp)), 1.0)
 
 
