@@ -106,6 +106,7 @@ class OnDemand:
     def forget(self) -> None:
         """Drop every plan and every captured step."""
         self._steps: dict[object, Prepared] = {}
+        self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._plans = PerShape(self.settings.max_plans)
         known = self.settings.calls_per_step
         self._calls = known or huggingface.calls_per_step(self.root)
@@ -127,7 +128,9 @@ class OnDemand:
         self._seen = max(self._seen, place)
         if self._calls is not None:
             self._calls = max(self._calls, place)
-        adds = self._calls != 1 or any(p.grad is not None for p in self.root.parameters())
+        if self._parameters is None:
+            self._parameters = list(self.root.parameters())
+        adds = self._calls != 1 or any(p.grad is not None for p in self._parameters)
         device = next(self.planned.parameters()).device
         return Call.of(args, kwargs, device=device, has_gradients=adds, place=place)
 

@@ -212,6 +212,10 @@ class PlannedForward:
             return self.original(*args, **kwargs)
         leaves, in_spec = Inputs(args, kwargs).flatten()
         self.check(leaves, in_spec)
+        return self.run(leaves, in_spec)
+
+    def run(self, leaves: list[Any], in_spec: Any) -> Any:
+        """The planned step at arguments that :meth:`check` has let pass."""
         step, variants = self.step, self.step.variants
         given = self._given(leaves)
         if variants is not None:
