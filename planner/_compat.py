@@ -48,6 +48,7 @@ __all__ = [
     "guards_of",
     "is_data_dependent",
     "is_out_of_memory",
+    "is_transformed",
     "job_store",
     "modes_set_aside",
     "pytree",
@@ -262,6 +263,11 @@ def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -
 def reads_a_number(func: object) -> bool:
     """Whether the op ``func`` is the one below ``Tensor.item()``."""
     return func is torch.ops.aten._local_scalar_dense.default
+
+
+def is_transformed() -> bool:
+    """Whether torch.jit or a transform of torch.func (grad, vmap, jvp) is running this call; 2.1+."""
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def job_store() -> Any:

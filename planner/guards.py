@@ -98,10 +98,14 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 class Guard:
-    """An expectation bound to one model instance."""
+    """An expectation bound to one model instance.
+
+    ``parameters``  names of its parameters; what stands in their place for a call may be another tensor.
+    """
 
     def __init__(self, model: nn.Module, expected: Expectation) -> None:
         self.model, self.expected = model, expected
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
         found = [(n, type(m).__name__) for n, m in model.named_modules()]
         wanted = [(n, t) for n, t, _ in expected.modules]
         if found != wanted:

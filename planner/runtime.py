@@ -10,9 +10,9 @@ forward in the node of the first segment that reads them (``save_for_backward``,
 notices in-place changes), values that cross segments in a mailbox, parameters and inputs wherever
 the caller has them.
 
-Defined behaviour elsewhere: evaluation, ``no_grad`` and compiler calls go to the original forward; a
-second backward, a gradient of a gradient, or a gradient for an output that was not planned for is an
-error that says so.
+Defined behaviour elsewhere: evaluation, ``no_grad`` and calls that a compiler or a transform of
+``torch.func`` traces (:mod:`planner.tracing`) go to the original forward; a second backward, a gradient
+of a gradient, or a gradient for an output that was not planned for is an error that says so.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from planner.guards import Expectation, Guard
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate
 from planner.rewrite import Argument, Program
+from planner.tracing import is_traced
 
 if TYPE_CHECKING:
     from planner.variants import Variants
@@ -206,8 +207,8 @@ class PlannedForward:
         planned_for = self.step.expected.modules[0][2]
         if (
             not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or self.model.training is not planned_for
+            or is_traced(type(self.model).__name__)
         ):
             return self.original(*args, **kwargs)
         leaves, in_spec = Inputs(args, kwargs).flatten()
@@ -252,7 +253,7 @@ class PlannedForward:
     def _given(self, leaves: list[Any]) -> dict[Argument, Any]:
         given: dict[Argument, Any] = {}
         for name, tensor in self.guard.tensors().items():
-            given[Argument("parameter" if isinstance(tensor, nn.Parameter) else "buffer", name)] = tensor
+            given[Argument("parameter" if name in self.guard.parameters else "buffer", name)] = tensor
         for i, tensor in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
             given[Argument("input", i)] = tensor
         return given

@@ -25,6 +25,7 @@ from planner.integrations import huggingface
 from planner.ondemand import OnDemand, Settings
 from planner.plan import Plan
 from planner.shapes import Kept
+from planner.tracing import is_traced
 
 __all__ = ["Switch"]
 
@@ -118,8 +119,8 @@ class Switch:
             and not self._planning
             and self.planned.training
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and any(p.requires_grad for p in self.planned.parameters())
+            and not is_traced(type(self.root).__name__)
         )
 
     def _planned(self, call: Call) -> Kept:
