@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ENOUGH = 5e-4
 OVER_POWER = 4
 # Above the budget by at most this share of it, and so many of them, are worth to be remembered.
-NEAR, MOST_NEAR = 0.1, 40
+NEAR, MOST_NEAR = 0.2, 40
 
 Progress = Callable[[Solution], object]
 

@@ -48,8 +48,9 @@ GREEDY_GAP = 1e-3
 # Above this many ops it comes last, unless nothing that is worth bettering fits yet.
 GREEDY_OPS = 2000
 CHAIN_SHARE = 0.4
-# Of what they leave, schedules a little above the budget are lowered to it for this share, so many of them.
-SHAVE_SHARE, MOST_SHAVED = 0.5, 5
+# Of what they leave, schedules a little above the budget are lowered to it for this share, the nearest
+# two and so many of the others.
+SHAVE_SHARE, MOST_SHAVED = 0.5, 4
 BOUND_SHARE = 0.5
 RETENTION_SHARE = 0.8
 # Budgets up to so many times the cheap floor may be below a proved one; the time to look for that.
@@ -157,7 +158,10 @@ class Methods:
     def _shave(self, run: Incumbent) -> None:
         """Make plans of the schedules that are a little above the budget, and faster than the best plan."""
         deadline = time.perf_counter() + SHAVE_SHARE * run.left_s
-        starts = run.near[:: max(1, -(-len(run.near) // MOST_SHAVED))]
+        first, rest = run.near[:2], run.near[2:]
+        starts = [*first, *rest[:: max(1, -(-len(rest) // MOST_SHAVED))]]
+        if not starts and not run.fits:
+            starts = [(run.peak_bytes, run.recompute_s, run.steps)]
         for k, (_, recompute_s, steps) in enumerate(starts):
             left_s = deadline - time.perf_counter()
             if run.done or left_s <= 0 or (run.fits and run.gap_s <= GREEDY_GAP * run.total_s):
@@ -230,7 +234,8 @@ class Methods:
         problem = self.problem
         floor = _Floor(run)
         for name, baseline in BASELINES.items():
-            if baseline.suits(problem) and floor.open:
+            quick = name != "greedy" or len(problem) <= GREEDY_OPS
+            if quick and baseline.suits(problem) and floor.open:
                 run.offer(baseline.run(problem, floor.bytes).steps(problem), name)
         if len(problem) <= EXACT_OPS and floor.open:
             hint = Schedule.of(problem, run.lowest[1])
@@ -242,23 +247,26 @@ class Methods:
             proof = pool.submit(floor.prove)
             if run.deadline == math.inf:
                 proof.result()
+            near = Incumbent(problem, floor.bytes, deadline=run.deadline)
             if self.splits and floor.open:
                 self._chains = self._chains or Chains(problem)
-                near = Incumbent(problem, floor.bytes, deadline=run.deadline)
                 self._chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
                 self._shave(near)
                 run.offer(near.lowest[1], near.lowest[2])
-            share = FIRST_STEP
+            # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.
+            start, share = (near.steps, near.solver), FIRST_STEP
             while share > LAST_STEP and floor.open:
-                least, steps, solver = run.lowest
+                least = run.lowest[0]
                 step = max(1, math.floor(share * (least - problem.resident_bytes)))
                 lower = Incumbent(problem, max(floor.bytes, least - step), deadline=run.deadline)
-                lower.offer(steps, solver)
-                shave(lower, steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
+                for steps, solver in (start, run.lowest[1:]):
+                    lower.offer(steps, solver)
+                shave(lower, lower.steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
                 local_search.improve(
                     lower, seed=seed, workers=lambda: _free_cores(proof), layer=self.layer, until_fits=True
                 )
                 run.offer(lower.lowest[1], lower.lowest[2])
+                start = lower.steps, lower.solver
                 if not lower.fits:
                     share /= 2
                 log.debug("%s: least peak %d, floor %d", problem.name, run.lowest[0], floor.bytes)

@@ -1,16 +1,17 @@
 """Lower a schedule to the budget, one value or one burst at a time.
 
 Plans of the chain program and rounded relaxations are often a few per mille above the budget, at a step or
-two, and faster than any that fits.  While a schedule is above it, two kinds of moves are tried there:
+two, and faster than any that fits.  While a schedule is above it, three kinds of moves are tried there:
 
 *drop*   a value that waits across the step, last touched before it and next read at b after it, is made
          again just before b, with whatever is needed for that and is not at hand at b;
 *hoist*  a recomputation that itself is the step that does not fit runs earlier, before what is in its way is
          made: a pinned gradient, say, that is as large as what the recomputation makes.
+*hold*   or it does not run, and what it makes waits there since it was made last.
 
 What a drop does to the bytes of every step is known without running it, so the drops that lower the excess
 most per second of recomputation are found one after the other and made together, where none takes away what
-another relies on; hoists are tried one by one, where no drop helps.  The simulator judges both.
+another relies on; the others are tried one by one, where no drop helps.  The simulator judges both.
 
 Sources: making again what waits at the peak is the eviction of Kirisame et al., "Dynamic Tensor
 Rematerialization" (ICLR 2021), here on a whole schedule with its future known.
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 TOGETHER, LOOKED_AT = 16, 48
 # Steps whose recomputation is hoisted, and over how many first runs.
 HOISTED, HOIST_OVER = 2, 4
+# One that takes away so much of what the worst step adds to the excess, for no more than this share of the
+# time, is made without a look at the others.
+GOOD_FALL, SMALL_COST = 0.5, 2e-3
 # What would take more ops than this to make again is not dropped.
 MOST_AGAIN = 200
 # A second that costs nothing, as a share of the step.
@@ -57,7 +61,7 @@ def shave(run: Incumbent, steps: Sequence[int], *, deadline: float) -> None:
         if run.fits and line.recompute_seconds >= run.recompute_s:
             return
         places = _Places(run, now, line)
-        better = _dropped(places, TOGETHER) or _dropped(places, 1) or _hoisted(places)
+        better = _dropped(places, TOGETHER) or _dropped(places, 1) or _moved(places)
         if better is None:
             break
         now, line = better
@@ -125,17 +129,20 @@ def _dropped(places: _Places, most: int) -> tuple[list[int], Timeline] | None:
     return places.judged([*steps, *places.steps[done:]])
 
 
-def _hoisted(places: _Places) -> tuple[list[int], Timeline] | None:
-    """The schedule after the hoist that lowers the excess most per second."""
+def _moved(places: _Places) -> tuple[list[int], Timeline] | None:
+    """The schedule after the hoist or hold that lowers the excess most per second."""
     run, line = places.run, places.line
     best, most = None, 0.0
-    for steps in places.hoists():
+    worst = places.excess_of(line.live_bytes.max())
+    for steps in places.moved():
         found = places.judged(steps)
         if found is not None:
             fall = run.over_of(line) - run.over_of(found[1])
             more_s = found[1].recompute_seconds - line.recompute_seconds
             gain = fall / max(NO_TIME * run.total_s, more_s)
             best, most = (found, gain) if gain > most else (best, most)
+            if fall > GOOD_FALL * worst and more_s <= SMALL_COST * run.total_s:
+                break
     return best
 
 
@@ -233,14 +240,16 @@ class _Places:
             v, problem.values[v].bytes, a, b, tuple(ops), frozenset(reads - outputs), again_s, np.array(burst)
         )
 
-    def hoists(self) -> Iterator[list[int]]:
-        """Schedules in which a recomputation that is furthest above the budget runs earlier."""
+    def moved(self) -> Iterator[list[int]]:
+        """Schedules in which a recomputation that is furthest above the budget is held or hoisted."""
         worst = [int(s) for s in np.argsort(-self.excess, kind="stable") if self.excess[s] > 0]
         for s in [s for s in worst if not self.first[s]][:HOISTED]:
             burst = self._burst(s)
             moved = {self.steps[k] for k in burst}
             needed = {v for i in moved for v in self.problem.counted_inputs[i]}
             wanted = [v for v in needed if self.problem.values[v].producer not in moved]
+            for without in ({s}, set(burst)):
+                yield [i for k, i in enumerate(self.steps) if k not in without]
             at = self._begins(s)
             for _ in range(HOIST_OVER):
                 first = at - 1

@@ -55,8 +55,8 @@ def test_a_window_of_the_whole_backward_has_the_true_floor() -> None:
 
 
 def test_a_floor_by_hand() -> None:
-    # To make v1 (9) again, v0 (9) must be there: 18, and beside a gradient (4) that lies in the way, 22, unless
-    # v1 was kept since before; with four ops there is no room for that.
+    # To make v1 (9) again, v0 (9) must be there: 18, and beside a gradient (4), 22, unless v1 was kept since
+    # before that was made; with four ops there is no room for it.
     short = backward_of([9, 9, 1], 4)
     assert bounds.peak_floor(short).bytes == bounds.proved_floor(short).bytes == least_peak(short)[0] == 18
     larger = backward_of([9, 9, 9, 9], 4)

@@ -95,13 +95,16 @@ def test_most_small_excesses_are_shaved() -> None:
 
 
 def gelu_backward() -> Problem:
-    """h makes g; the gradient of g (pinned, as large) is made before an op that reads g again."""
+    """h makes g; the gradient of g (pinned, as large) is made before an op that reads g again.
+
+    In between there is an op whose workspace leaves no room to hold g.
+    """
     ops = (
         Op("x", (), (0,), 1.0),
         Op("h", (0,), (1,), 1.0),
         Op("g", (1,), (2,), 1.0),
         Op("loss", (2,), (3,), 1.0, recomputable=False),
-        Op("other", (3,), (4,), 1.0, recomputable=False),
+        Op("other", (3,), (4,), 1.0, 20, recomputable=False),
         Op("gradient of g", (4,), (5,), 1.0, recomputable=False),
         Op("gradient of weight", (2, 4), (6,), 1.0, recomputable=False),
         Op("gradient of h", (1, 5), (7,), 1.0, recomputable=False),
