@@ -51,7 +51,7 @@ CHAIN_SHARE = 0.4
 # Of what they leave, schedules a little above the budget are lowered to it for this share, the nearest
 # two and so many of the others.
 SHAVE_SHARE, MOST_SHAVED = 0.5, 4
-BOUND_SHARE = 0.5
+BOUND_SHARE = 0.8
 RETENTION_SHARE = 0.8
 # Budgets up to so many times the cheap floor may be below a proved one; the time to look for that.
 MAY_REFUSE, REFUSE_S, REFUSE_SHARE = 1.4, 2.0, 0.2

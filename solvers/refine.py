@@ -52,8 +52,10 @@ COARSE_GAP, FINE_GAP = 2e-3, 1e-7
 ROUND_SHARE = 0.6
 # New instants of one round: one and this share of those there are; few, for time grows steeply with them.
 GROWTH = 0.125
-# They are at least this many ops apart.
+# They are at least this many ops apart; where the answer exceeds the budget by more than this share of it,
+# half as far as the instants are on average.
 SPREAD = 4
+FAR_OVER = 0.5
 
 
 @dataclass
@@ -297,15 +299,21 @@ class _Search:
         instants = set(found.instants)
         new: list[int] = []
         bursts = set()
-        for s in np.argsort(-over, kind="stable").tolist():
-            if over[s] <= 0 or len(new) > size * GROWTH:
+        order = [s for s in np.argsort(-over, kind="stable").tolist() if over[s] > 0]
+        # An answer far above the budget is so nearly everywhere: what is worst there says little.
+        span, apart = len(self.problem) - (self.problem.turn or 0), 0
+        if over.max() > FAR_OVER * (self.budget or math.inf):
+            apart = span // (2 * size + 2)
+        for s in order:
+            if len(new) > size * GROWTH:
                 break
             t, i = where[s], steps[s]
             if i != t:
                 bursts.add(i)
             if t in instants or t >= len(self.problem):
                 t = t - 1
-            if t not in instants and all(abs(t - u) >= SPREAD for u in new):
+            near = [abs(t - u) < SPREAD for u in new] + [abs(t - u) < apart for u in found.instants]
+            if t not in instants and not any(near):
                 new.append(t)
         fresh = bursts - self.bursts
         self.bursts |= bursts
