@@ -48,6 +48,7 @@ __all__ = [
     "guards_of",
     "is_data_dependent",
     "is_out_of_memory",
+    "is_symbol",
     "is_transformed",
     "job_store",
     "modes_set_aside",
@@ -177,6 +178,11 @@ def symbolic_fake(
 def expression_of(size: Any) -> Any:
     """The sympy expression of a symbolic number, what the trace found equal replaced; others as they are."""
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def is_symbol(expression: Any) -> bool:
+    """Whether an expression is a symbol and nothing else."""
+    return getattr(expression, "is_Symbol", False)
 
 
 def evaluated(expression: Any, values: Mapping[Any, int]) -> Any:

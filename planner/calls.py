@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class Signature:
         parts += [f"autocast to {self.autocast[1].removeprefix('torch.')}"] if self.autocast[0] else []
         parts += ["gradients accumulated"] if self.has_gradients else []
         return ", ".join(parts)
+
+    @cached_property
+    def kind(self) -> Signature:
+        """The same for calls that differ in sizes only."""
+        return replace(self, leaves=tuple(map(_without_sizes, self.leaves)))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -75,6 +81,12 @@ class Call:
     def fake(self) -> bool:
         """Whether somebody is tracing or counting, so that nothing is to be planned."""
         return any(isinstance(x, FakeTensor) for x in self.leaves)
+
+
+def _without_sizes(leaf: Hashable) -> Hashable:
+    if not isinstance(leaf, TensorSpec):
+        return leaf
+    return len(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad
 
 
 def _constant(leaf: Any) -> Hashable:

@@ -72,9 +72,14 @@ class Traced:
     input_gradients: dict[int, fx.Node]
     storage_bytes: dict[int, Any] = field(default_factory=dict)
 
-    def at(self, values: Mapping[Any, int]) -> Traced:
-        """A copy of a symbolic graph at the sizes that ``values`` gives its symbols."""
+    def at(self, values: Mapping[Any, int], *, fixed: bool = False) -> Traced:
+        """A copy of a symbolic graph at the sizes of ``values``; ``fixed``: for these only."""
         module, nodes, storage_bytes = evaluate(self.module, values)
+        if fixed:
+            storage_bytes = {}
+            for node in nodes.values():
+                if "size" in node.meta:
+                    node.meta["size"] = node.meta["val"]
 
         def moved(named: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
             return {name: nodes[node] for name, node in named.items()}
@@ -125,12 +130,17 @@ class JointGraph:
     symbolic: Traced | None = None
     loss_at: Callable[[Inputs], Traced] | None = None
 
-    def at(self, values: Sequence[int]) -> JointGraph:
-        """The same capture at other sizes, for which its guards hold; the step is not traced again."""
+    def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
+        """The same capture at other sizes, for which its guards hold; the step is not traced again.
+
+        ``fixed``: as if it had been captured there without symbols.
+        """
         assert self.sizes is not None and self.symbolic is not None
-        step = self.symbolic.at(dict(zip(self.sizes.symbols, values, strict=True)))
+        step = self.symbolic.at(dict(zip(self.sizes.symbols, values, strict=True)), fixed=fixed)
         inputs = self.sizes.inputs_at(self.inputs, values)
         loss = None if self.loss_at is None else self.loss_at(inputs)
+        if fixed:
+            return replace(self, step=step, loss=loss, inputs=inputs, sizes=None, symbolic=None)
         return replace(self, step=step, loss=loss, inputs=inputs)
 
     def __repr__(self) -> str:
@@ -437,18 +447,22 @@ def _fakes(
     mode = _compat.symbolic_mode()
     named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
     fake = [
-        _compat.symbolic_fake(mode, _no_fake(x), *next(named)) if isinstance(x, torch.Tensor) else x
+        _compat.symbolic_fake(mode, _plain(x), *next(named)) if isinstance(x, torch.Tensor) else x
         for x in flat
     ]
-    return mode, fake, Sizes.of([x for x in fake if isinstance(x, torch.Tensor)], dims)
+    return mode, fake, Sizes.of([x for x in fake if isinstance(x, torch.Tensor)])
 
 
-def _no_fake(tensor: torch.Tensor) -> torch.Tensor:
-    """Another mode's fakes are not taken for inputs; inputs are small."""
-    if not isinstance(tensor, FakeTensor):
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor by itself: no fake, which another mode does not take (inputs are small), and no view, whose
+    base would bring symbols of its own."""
+    if isinstance(tensor, FakeTensor):
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    elif tensor._is_view():
+        made = tensor.data
+    else:
         return tensor
-    real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return real.requires_grad_(tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 A plan is for one :class:`~planner.calls.Signature`: sizes, dtypes, constants, autocast, and whether
 gradients of earlier batches are held.  Which plans are kept and which serves a call is decided by a
-:class:`~planner.shapes.PerShape` and nowhere else.  A step is captured once per signature, whatever budgets
-it is then planned for.
+:class:`~planner.shapes.PerShape` and nowhere else.
+
+A step is captured for each of the first two shapes that come and, when others come, once more for sizes
+that vary; from then on one plan serves them all (:mod:`planner.variants`), or, where calls share the
+budget, each shape is planned from that capture.
 
 The budget is for the whole step of the whole model: parameters, gradients and optimizer state outside the
 planned module count, and calls that wait for their backward share it (:mod:`planner.sharing`).  How many
@@ -19,7 +22,9 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,11 +32,12 @@ from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.accounting import OptimizerLike, Resident, resident_of
-from planner.calls import Call
+from planner.calls import Call, Signature
 from planner.capture import LossFn
 from planner.distributed import made_once
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.guards import Guard
+from planner.inputs import Inputs
 from planner.integrations import huggingface
 from planner.optimizers import found_optimizer_bytes
 from planner.plan import Plan
@@ -39,15 +45,18 @@ from planner.prepared import CostSource, Prepared, prepare
 from planner.runtime import PlannedForward
 from planner.shapes import Kept, PerShape
 from planner.sharing import PROBES, most_held, plan_that_holds
+from planner.training_graph import TrainingGraph
+from planner.variants import OnLarger, Varying
 
 __all__ = ["OnDemand", "OnLarger", "Settings"]
 
 log = logging.getLogger(__name__)
 
-OnLarger = Literal["replan", "raise"]
-
 # A plan made for so much less room than there is now recomputes more than it must.
 ENOUGH = 1.15
+
+# Shapes captured one by one before sizes become symbols, which takes as long as five of them.
+FIXED = 2
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,13 @@ class Settings:
 class OnDemand:
     """Plans for the training calls of ``planned``, a part of ``root`` or all of it.
 
-    ``last``  the plan of the last training call, ``None`` before the first.
+    ``last``    the plan of the last training call, ``None`` before the first.
+    ``around``  the context in which steps are captured.
     """
 
     def __init__(self, root: nn.Module, planned: nn.Module, settings: Settings) -> None:
         self.root, self.planned, self.settings = root, planned, settings
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         self.last: Plan | None = None
         self._announced = False
         self._calls: int | None = None
@@ -105,7 +116,7 @@ class OnDemand:
 
     def forget(self) -> None:
         """Drop every plan and every captured step."""
-        self._steps: dict[object, Prepared] = {}
+        self._steps: dict[Signature, Prepared] = {}
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._plans = PerShape(self.settings.max_plans)
         known = self.settings.calls_per_step
@@ -139,6 +150,8 @@ class OnDemand:
         kept = self._plans.find(call)
         if kept is None or not self._has_room(kept, call):
             return None
+        if kept.any_size and self.settings.on_larger == "raise" and self._plans.exceeds(call):
+            return None
         try:
             kept.runner.check(call.leaves, call.in_spec)
         except StalePlanError as edited:
@@ -149,8 +162,11 @@ class OnDemand:
 
     def started(self, kept: Kept) -> None:
         """The forward of a call has run; from here to its backward it holds memory."""
+        variants, held = kept.runner.step.variants, kept.plan.held_bytes
+        if variants is not None:
+            self.last, held = variants.last, variants.held_bytes
         if kept.runner.last_call is not None:
-            self._waiting.append((kept.runner.last_call, kept.plan.held_bytes))
+            self._waiting.append((kept.runner.last_call, held))
 
     def _has_room(self, kept: Kept, call: Call) -> bool:
         """Whether the plan fits the room there is now, and was not made for much less."""
@@ -183,17 +199,19 @@ class OnDemand:
         """A plan for this call and what runs it.  Errors as :func:`planner.plan`."""
         self._refuse(call)
         began = time.perf_counter()
-        with modes_set_aside():  # a meter that watches training is not to count this
+        with self.around(), modes_set_aside():  # a meter that watches training is not to count this
             step = self._captured(call)
-            step = replace(
-                step, resident=self._resident(call, step), least_limit_s=self.settings.time_limit_s
-            )
+            resident_at = partial(self._resident, call.signature.has_gradients)
+            resident = resident_at(step.graph, step.joint.inputs)
+            limit_s = self.settings.time_limit_s
+            step = replace(step, resident=resident, resident_at=resident_at, least_limit_s=limit_s)
             try:
                 plan = self._made_once(call, step)
             except InfeasibleBudgetError as error:
                 raise self._in_company(error, call) from None
             runner = PlannedForward(self.planned, plan.step(), original=original)
-        kept = Kept(plan, runner, self._left_bytes(), self._most_held(call))
+        any_size = runner.step.variants is not None
+        kept = Kept(plan, runner, self._left_bytes(), self._most_held(call), any_size)
         self._plans.keep(call, kept)
         self.last = plan
         level = logging.DEBUG if self._announced or self._calls is None else logging.INFO
@@ -202,20 +220,41 @@ class OnDemand:
         return kept
 
     def _captured(self, call: Call) -> Prepared:
-        key = replace(call.signature, has_gradients=False, place=1)
-        step = self._steps.get(key)
+        exact = replace(call.signature, has_gradients=False, place=1)
+        step = self._steps.get(exact) or self._steps.get(exact.kind)
         if step is not None:
             try:
                 guard = Guard(self.planned, step.expected)
                 guard.check_modules()
-                return step
             except StalePlanError as edited:
                 self._edited(edited)
-        step = prepare(self.planned, call.inputs, loss_fn=self.settings.loss_fn, costs=self.settings.costs)
-        if len(self._steps) >= self.settings.max_plans:
-            del self._steps[next(iter(self._steps))]
-        self._steps[key] = step
-        return step
+                step = None
+        alike = [k for k in self._steps if k.kind == exact.kind]
+        if step is None:
+            s, dynamic = self.settings, len(alike) == FIXED
+            step = prepare(self.planned, call.inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic)
+            if len(self._steps) >= s.max_plans:
+                del self._steps[next(iter(self._steps))]
+            self._steps[exact.kind if dynamic else exact] = step
+        if step.varying is None:
+            return step
+        largest = max(alike, key=lambda signature: sum(signature.sizes))
+        return self._sized(step, call, self._steps[largest].joint.inputs.tensors())
+
+    def _sized(self, step: Prepared, call: Call, largest: list[torch.Tensor]) -> Prepared:
+        """A step of varying sizes, ready to be planned: at these where calls share the budget, else for any.
+
+        In the latter case at the largest sizes seen if these are no larger.
+        """
+        assert step.varying is not None
+        s, alone, sizes = self.settings, self._calls == 1, call.inputs.tensors()
+        joint = step.varying.captures.of(self.planned, call.inputs, s.loss_fn)
+        if joint.sizes is not None:
+            if alone and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
+                sizes = largest
+            joint = joint.at(joint.sizes.read(sizes), fixed=not alone)
+        asked = Varying(step.varying.captures, "replan", s.solver, s.time_limit_s, self.around)
+        return replace(step.again(self.planned, joint), varying=asked if alone else None)
 
     def _made_once(self, call: Call, step: Prepared) -> Plan:
         """The plan, from whichever rank of a distributed job asked for it first."""
@@ -252,11 +291,14 @@ class OnDemand:
             return make(left)
         return plan_that_holds(most, step.problem.resident_bytes + most, left, make)
 
-    def _resident(self, call: Call, step: Prepared) -> Resident:
-        """What the device holds through a step of the whole model, not only of the part that is planned."""
+    def _resident(self, adds: bool, graph: TrainingGraph, inputs: Inputs) -> Resident:
+        """What the device holds through a step of the whole model, not only of the part that is planned.
+
+        ``adds``: the step adds to gradients that are there.
+        """
         chosen = self.settings.optimizer
-        arguments = (call.inputs.args, call.inputs.kwargs)
-        device = step.graph.device
+        arguments = (inputs.args, inputs.kwargs)
+        device = graph.device
         found = resident_of(self.root, arguments, None if chosen == "find" else chosen, device=device)
         if chosen == "find":
             taken = found_optimizer_bytes(self.root, device)
@@ -265,13 +307,13 @@ class OnDemand:
                 optimizer_state_bytes=taken.state_bytes,
                 optimizer_step_bytes=taken.step_transient_bytes,
             )
-        inside = set() if call.signature.has_gradients else {id(p) for p in self.planned.parameters()}
+        inside = set() if adds else {id(p) for p in self.planned.parameters()}
         coming = sum(
             p.nbytes
             for p in self.root.parameters()
             if id(p) not in inside and p.requires_grad and p.grad is None and p.device == device
         )
-        outputs = sum(v.bytes for v in step.graph.values if v.kind == "output")
+        outputs = sum(v.bytes for v in graph.values if v.kind == "output")
         behind = huggingface.outside_bytes(self.root, outputs)
         return replace(
             found,
@@ -309,6 +351,11 @@ class OnDemand:
             floor_bytes=error.floor_bytes,
             breakdown=error.breakdown,
         )
+
+
+def _no_smaller(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    pairs = zip(some, others, strict=True)
+    return all(a >= b for x, y in pairs for a, b in zip(x.shape, y.shape, strict=True))
 
 
 def _announcement(plan: Plan, call: Call, calls: int, seconds: float) -> str:

@@ -29,7 +29,7 @@ from planner.plan import Decision, Placement, Plan
 from planner.sizes import Dims, Dynamic, varying_dims
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
-from planner.variants import OnLarger, Varying
+from planner.variants import Captures, OnLarger, Varying
 from planner.wrappers import unwrapped
 from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier
@@ -67,7 +67,7 @@ def prepare(
         given.check(model)
         dims = varying_dims(given, dynamic)
         joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
-        varying = Varying(dims, on_larger)
+        varying = Varying(Captures(dims, joint), on_larger)
     else:
         joint = capture(model, inputs, loss_fn)
     graph = training_graph(joint)
@@ -118,7 +118,8 @@ def prepare_for(plan: Plan, model: nn.Module, inputs: Inputs | None = None) -> P
     graph = training_graph(joint)
     resident = Resident(0, 0, 0, 0)
     expected = expectation_of(model, *joint.inputs.flatten())
-    varying = None if plan.varying_dims is None else Varying(plan.varying_dims)
+    dims = plan.varying_dims
+    varying = None if dims is None else Varying(Captures(dims, joint))
     prepared = Prepared(model, joint, graph, None, resident, expected, None, varying)
     if prepared.fingerprint != plan.fingerprint:
         raise StalePlanError(
@@ -136,6 +137,8 @@ class Prepared:
 
     ``costs`` is ``None`` where a plan is only to be executed, not made.
     ``varying`` is ``None`` where all sizes are fixed.
+    ``resident_at`` says what is resident where the step is captured again or evaluated at other sizes;
+    ``None``: what is now, but for the inputs.
     ``least_limit_s`` bounds the search for the least feasible budget.
     """
 
@@ -147,6 +150,7 @@ class Prepared:
     expected: Expectation
     loss_fn: LossFn | None
     varying: Varying | None = None
+    resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
     least_limit_s: float = 30.0
 
     # -- the problem -------------------------------------------------------------------------------
@@ -240,14 +244,13 @@ class Prepared:
         """The same model and settings, from another capture or at other sizes of this one."""
         assert self.costs is not None
         graph = training_graph(joint)
-        inputs = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), device=graph.device)
         return dataclasses.replace(
             self,
             model=model,
             joint=joint,
             graph=graph,
             costs=graph_costs(graph, self.costs.source),
-            resident=dataclasses.replace(self.resident, inputs_bytes=inputs.inputs_bytes),
+            resident=self._resident_at(graph, joint.inputs),
             expected=expectation_of(model, *joint.inputs.flatten()),
         )
 
@@ -264,17 +267,23 @@ class Prepared:
         own = np.array([v.bytes for v in self.graph.values], dtype=np.int64)
         growth = max(1.0, float((value_bytes / np.maximum(own, 1)).max()))
         workspace = {name: math.ceil(b * growth) for name, b in self.costs.workspace_bytes.items()}
-        held = resident_of(self.model, (inputs.args, inputs.kwargs), device=self.graph.device)
         values = zip(self.graph.values, value_bytes.tolist(), strict=True)
+        graph = dataclasses.replace(
+            self.graph, values=tuple(dataclasses.replace(v, bytes=b) for v, b in values)
+        )
         at = dataclasses.replace(
             self,
-            graph=dataclasses.replace(
-                self.graph, values=tuple(dataclasses.replace(v, bytes=b) for v, b in values)
-            ),
+            graph=graph,
             costs=dataclasses.replace(self.costs, workspace_bytes=workspace),
-            resident=dataclasses.replace(self.resident, inputs_bytes=held.inputs_bytes),
+            resident=self._resident_at(graph, inputs),
         )
         return at.peak_of(steps)
+
+    def _resident_at(self, graph: TrainingGraph, inputs: Inputs) -> Resident:
+        if self.resident_at is not None:
+            return self.resident_at(graph, inputs)
+        found = resident_of(self.model, (inputs.args, inputs.kwargs), device=graph.device)
+        return dataclasses.replace(self.resident, inputs_bytes=found.inputs_bytes)
 
     # -- plans -------------------------------------------------------------------------------------
 
@@ -454,7 +463,7 @@ class Prepared:
             peak_module=peak_module,
             differentiated=tuple(i for i, leaf in enumerate(template.leaves) if leaf.differentiated),
             input_spec=self.joint.inputs,
-            varying_dims=None if self.varying is None else self.varying.dims,
+            varying_dims=None if self.varying is None else self.varying.captures.dims,
             _prepared=self,
         )
 

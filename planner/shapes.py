@@ -1,6 +1,7 @@
 """Which plan serves a call: the one place that knows that batches come in many shapes.
 
-:class:`PerShape` is the plain answer: a plan per signature, the least recently used dropped.
+:class:`PerShape` keeps a plan per signature, or one for all calls that differ in sizes only where a plan
+is for any size (:mod:`planner.variants`); the least recently used is dropped.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ __all__ = ["Kept", "PerShape"]
 
 
 class Kept(NamedTuple):
-    """A plan, what runs it, and the room it was made for: bytes at its peak, and while it waits."""
+    """A plan, what runs it, and the room it was made for: bytes at its peak, and while it waits.
+
+    ``any_size``  whether it serves calls of other sizes too.
+    """
 
     plan: Plan
     runner: PlannedForward
     left_bytes: int
     most_held_bytes: int | None
+    any_size: bool = False
 
 
 class PerShape:
@@ -37,14 +42,16 @@ class PerShape:
 
     def find(self, call: Call) -> Kept | None:
         """The plan for this call and what runs it, if there is one."""
-        kept = self._kept.get(call.signature)
-        if kept is not None:
-            self._kept.move_to_end(call.signature)
-        return kept
+        for signature in (call.signature, call.signature.kind):
+            kept = self._kept.get(signature)
+            if kept is not None:
+                self._kept.move_to_end(signature)
+                return kept
+        return None
 
     def keep(self, call: Call, kept: Kept) -> None:
         """From now on this serves calls like ``call``."""
-        self._kept[call.signature] = kept
+        self._kept[call.signature.kind if kept.any_size else call.signature] = kept
         if len(self._kept) > self.most:
             self._kept.popitem(last=False)
         if self.largest is None or sum(call.signature.sizes) > sum(self.largest.sizes):

@@ -72,7 +72,7 @@ def _usual_dims(tensor: torch.Tensor) -> tuple[int, ...]:
 class Sizes:
     """The symbols of one capture.
 
-    ``symbols``     sympy symbols; ``places`` the (input tensor, dimension) each stands for.
+    ``symbols``     sympy symbols; ``places`` the (input tensor, position in its layout) each stands for.
     ``layouts``     of each input tensor its shape and strides, as expressions of the symbols.
     ``conditions``  what must hold for the graph to be right.
     """
@@ -83,16 +83,17 @@ class Sizes:
     conditions: tuple[Any, ...]
 
     @classmethod
-    def of(cls, fakes: Sequence[torch.Tensor], dims: Dims) -> Sizes:
-        """Symbols and layouts of fakes as they were made; what the trace learns comes with ``guarded``."""
-        express = _compat.expression_of
+    def of(cls, fakes: Sequence[torch.Tensor]) -> Sizes:
+        """Symbols and layouts of fakes as they were made; what the trace learns comes with ``guarded``.
+
+        A stride that does not follow from the sizes, as of a slice, is a symbol too.
+        """
+        layouts = tuple(tuple(map(_compat.expression_of, (*t.shape, *t.stride()))) for t in fakes)
         found: dict[Any, tuple[int, int]] = {}
-        for i, fake in enumerate(fakes):
-            for d in dims[i]:
-                symbol = express(fake.shape[d])
-                if not isinstance(symbol, int):
-                    found.setdefault(symbol, (i, d))  # one tensor may be given twice
-        layouts = tuple(tuple(map(express, (*t.shape, *t.stride()))) for t in fakes)
+        for i, layout in enumerate(layouts):
+            for k, size in enumerate(layout):
+                if _compat.is_symbol(size):
+                    found.setdefault(size, (i, k))  # the first, if one tensor is given twice
         return cls(tuple(found), tuple(found.values()), layouts, ())
 
     def guarded(self, mode: FakeTensorMode) -> Sizes:
@@ -102,7 +103,8 @@ class Sizes:
 
     def read(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """Values of the symbols in a batch."""
-        return tuple(int(tensors[i].shape[d]) for i, d in self.places)
+        layouts = [(*t.shape, *t.stride()) for t in tensors]
+        return tuple(layouts[i][k] for i, k in self.places)
 
     def hold(self, values: Sequence[int]) -> bool:
         """Whether the captured graph is right at these values."""

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.calls import Call
 from planner.integrations import huggingface
 from planner.ondemand import OnDemand, Settings
 from planner.plan import Plan
-from planner.shapes import Kept
 from planner.tracing import is_traced
 
 __all__ = ["Switch"]
@@ -40,6 +38,7 @@ class Switch:
         self._lowered: list[nn.Module] = []
         self._planning = False
         self._plans = OnDemand(root, planned, settings)
+        self._plans.around = self._aside
 
     @property
     def settings(self) -> Settings:
@@ -108,7 +107,7 @@ class Switch:
         call = self._plans.arrived(args, kwargs)
         if call.fake:
             return self.original(*args, **kwargs)
-        kept = self._plans.find(call) or self._planned(call)
+        kept = self._plans.find(call) or self._plans.make(call, self.original)
         outputs = kept.runner.run(call.leaves, call.in_spec)
         self._plans.started(kept)
         return outputs
@@ -123,23 +122,16 @@ class Switch:
             and not is_traced(type(self.root).__name__)
         )
 
-    def _planned(self, call: Call) -> Kept:
-        """Plan while this very stand-in is the forward: a capture looks beneath it, not beneath a wrapper."""
-        self._planning = True
-        try:
-            with self._in_place():
-                return self._plans.make(call, self.original)
-        finally:
-            self._planning = False
-
     @contextlib.contextmanager
-    def _in_place(self) -> Iterator[None]:
-        standing = vars(self.planned).get("forward")
-        vars(self.planned)["forward"] = self
+    def _aside(self) -> Iterator[None]:
+        """This very stand-in is the forward, and steps back: a capture looks beneath it, not at a wrapper."""
+        standing, planning = vars(self.planned).get("forward"), self._planning
+        vars(self.planned)["forward"], self._planning = self, True
         try:
             yield
         finally:
             _put_back(self.planned, standing)
+            self._planning = planning
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -156,6 +148,7 @@ class Switch:
         vars(self).update(state)
         self._planning = False
         self._plans = OnDemand(self.root, self.planned, settings)
+        self._plans.around = self._aside
 
 
 def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -24,7 +24,8 @@ read from a file knows no costs, so it runs what is no larger than it was made f
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -43,11 +44,11 @@ from planner.sizes import Dims
 from planner.training_graph import TrainingGraph
 
 if TYPE_CHECKING:
-    from planner.capture import JointGraph
+    from planner.capture import JointGraph, LossFn
     from planner.plan import Plan
     from planner.prepared import Prepared
 
-__all__ = ["OnLarger", "Variant", "Variants", "Varying"]
+__all__ = ["Captures", "OnLarger", "Variant", "Variants", "Varying"]
 
 log = logging.getLogger(__name__)
 
@@ -57,36 +58,64 @@ _MOST_VARIANTS = 64  # beyond that the oldest go; only a model that no symbols f
 _MOST_SHAPES = 4096  # remembered; beyond that all are forgotten, and cost a millisecond again
 
 
-@dataclass(frozen=True)
-class Varying:
-    """What a plan for many shapes was asked for.
+class Captures:
+    """The captures of one step, shared by all plans for it.
 
-    ``dims``       which dimensions of each input tensor vary.
-    ``on_larger``  for a batch that no schedule at hand serves within the budget.
+    ``dims``    which dimensions of each input tensor are symbols.
+    ``traces``  how often the step was captured.
     """
 
-    dims: Dims
+    def __init__(self, dims: Dims, joint: JointGraph) -> None:
+        self.dims, self.traces = dims, 1
+        self._all = [joint]
+
+    def of(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> JointGraph:
+        """One that is right for a batch, traced if there is none yet."""
+        from planner.prepared import capture_varying
+
+        tensors = inputs.tensors()
+        for joint in self._all:
+            if joint.sizes is not None and joint.sizes.admit(tensors):
+                return joint
+        joint, _ = capture_varying(model, inputs, loss_fn, self.dims, narrow=True)
+        self.traces += 1
+        self._all.append(joint)
+        if len(self._all) > _MOST_VARIANTS:
+            del self._all[1]
+        return joint
+
+
+@dataclass(frozen=True)
+class Varying:
+    """What a plan for many shapes was asked for, and the captures it starts from.
+
+    ``on_larger``  for a batch that no schedule at hand serves within the budget.
+    ``around``     the context in which a batch is captured and planned for in the middle of training.
+    """
+
+    captures: Captures
     on_larger: OnLarger = "replan"
     solver: str = "auto"
     time_limit_s: float = 30.0
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Variant:
     """One capture with one schedule, and what it takes to run it at other sizes.
 
-    ``sequence``  op names in execution order; ``fits``: whether its peak at the sizes that ``prepared``
-                  has is known to be within the budget.
+    ``plan``      whose budget it is for; it was made for ``prepared``, or for larger sizes.
+    ``sequence``  op names in execution order: the plan's, or one that keeps all; only the former's peak
+                  is known to be within the budget at the sizes that ``prepared`` has.
     """
 
-    def __init__(
-        self, prepared: Prepared, sequence: Sequence[str], budget_bytes: int, *, fits: bool = True
-    ) -> None:
-        self.prepared, self.budget_bytes, self.fits = prepared, budget_bytes, fits
+    def __init__(self, prepared: Prepared, plan: Plan, sequence: Sequence[str] | None = None) -> None:
+        self.prepared, self.plan, self.fits = prepared, plan, sequence is None
+        sequence = plan.sequence if sequence is None else sequence
         self.steps = prepared.steps(sequence)
         joint, graph = prepared.joint, prepared.graph
         self.tensors = joint.inputs.tensors()
         program = emit(graph, self.steps, boundary=prepared.forward_steps(sequence))
-        self.step = Step(program, joint.template, prepared.expected, graph.device, budget_bytes)
+        self.step = Step(program, joint.template, prepared.expected, graph.device, plan.budget_bytes)
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols
         expressions = {
@@ -112,7 +141,7 @@ class Variant:
         larger = bool((grown > self._planned).any()) or _bytes_of(tensors) > _bytes_of(self.tensors)
         return (self.fits and not larger) or (
             self.prepared.costs is not None
-            and self.prepared.peak_at(grown, inputs, self.steps) <= self.budget_bytes
+            and self.prepared.peak_at(grown, inputs, self.steps) <= self.plan.budget_bytes
         )
 
     @cached_property
@@ -121,11 +150,22 @@ class Variant:
         ops = self.prepared.graph.ops
         if len(self.steps) == len(ops) or self.prepared.costs is None:
             return None
-        return Variant(self.prepared, [op.name for op in ops], self.budget_bytes, fits=False)
+        return Variant(self.prepared, self.plan, [op.name for op in ops])
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> dict[Argument, int]:
         """The sizes that the program is given."""
         return dict(zip(self._arguments, self._sizes(*self._read(tensors)), strict=True))
+
+    def held_bytes(self, tensors: Sequence[torch.Tensor]) -> int:
+        """At most so much is held between forward and backward: all it makes, where nothing is dropped."""
+        if self.fits:
+            return self.plan.held_bytes
+        made = [
+            i
+            for i, v in enumerate(self.prepared.graph.values)
+            if v.producer is not None and self.prepared.graph.ops[v.producer].phase == "forward"
+        ]
+        return int(self._bytes(*self._read(tensors))[made].sum()) + _bytes_of(tensors)
 
     def _read(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         return () if self.sizes is None else self.sizes.read(tensors)
@@ -166,23 +206,22 @@ def _bytes_of(tensors: Sequence[torch.Tensor]) -> int:
 class Variants:
     """The variants of one plan, shared by every model it is applied to.
 
-    ``all``                  the plan's own first.
-    ``traces``, ``solves``   how often a step was captured and a schedule searched for, for the plan itself
-                             included.
-    ``captures``             of this step so far; another plan for the same step may start from them.
+    ``all``     the plan's own first.
+    ``solves``  how often a schedule was searched for, that of the plan included.
+    ``last``    the plan of the last batch, and ``held_bytes`` what it holds between forward and backward.
     """
 
-    def __init__(
-        self, plan: Plan, prepared: Prepared, varying: Varying, captures: list[JointGraph] | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, prepared: Prepared, varying: Varying) -> None:
         self.plan, self.varying = plan, varying
-        self.traces = 0 if captures else 1
         self.solves = 1
-        self.captures = captures if captures is not None else []
-        if not self.captures:
-            self.captures.append(prepared.joint)
-        self.all = [Variant(prepared, plan.sequence, plan.budget_bytes)]
-        self._known: dict[Any, tuple[Step, dict[Argument, Any]]] = {}
+        self.last, self.held_bytes = plan, plan.held_bytes
+        self.all = [Variant(prepared, plan)]
+        self._known: dict[Any, tuple[Variant, dict[Argument, Any], int]] = {}
+
+    @property
+    def traces(self) -> int:
+        """How often the step was captured, for the plan itself included."""
+        return self.varying.captures.traces
 
     def __repr__(self) -> str:
         return (
@@ -205,8 +244,10 @@ class Variants:
             variant = self._variant_for(model, tensors, Inputs(args, kwargs))
             if len(self._known) >= _MOST_SHAPES:
                 self._known.clear()
-            self._known[key] = variant.step, variant.arguments(tensors)
-        return self._known[key]
+            self._known[key] = variant, variant.arguments(tensors), variant.held_bytes(tensors)
+        variant, sizes, self.held_bytes = self._known[key]
+        self.last = variant.plan
+        return variant.step, sizes
 
     def _variant_for(self, model: nn.Module, tensors: list[torch.Tensor], inputs: Inputs) -> Variant:
         right = [v for v in self.all if v.accepts(tensors)]
@@ -226,8 +267,9 @@ class Variants:
                 f"the plan made for {_shapes(first.tensors)}; plan at the largest batch, make this one "
                 "smaller, or pass on_larger='replan'"
             )
-        joint = self._captured(model, tensors, inputs)
-        variant = self._planned(first.prepared.again(model, joint))
+        with self.varying.around(), _compat.modes_set_aside():  # a meter is not to count this
+            joint = self._captured(model, tensors, inputs)
+            variant = self._planned(first.prepared.again(model, joint))
         self._keep(variant)
         log.info(
             "%s planned again for shapes %s, with %d traces and %d solves so far",
@@ -257,42 +299,33 @@ class Variants:
         Those are the sizes first planned for, where they are larger throughout and the capture holds there
         too; else the batch's own.
         """
-        found = next((c for c in self.captures if c.sizes is not None and c.sizes.admit(tensors)), None)
-        if found is None:
-            from planner.prepared import capture_varying
-
-            loss_fn = self.all[0].prepared.loss_fn
-            found, _ = capture_varying(model, inputs, loss_fn, self.varying.dims, narrow=True)
-            self.traces += 1
-            self.captures.append(found)
-            if len(self.captures) > _MOST_VARIANTS:
-                del self.captures[1]
+        found = self.varying.captures.of(model, inputs, self.all[0].prepared.loss_fn)
         if found.sizes is None:
             return found
-        own = found.sizes.read(tensors)
-        largest = found.sizes.read(self.all[0].tensors)
+        own, largest = found.sizes.read(tensors), found.sizes.read(self.all[0].tensors)
         serves_all = all(a <= b for a, b in zip(own, largest, strict=True)) and found.sizes.hold(largest)
         known = any(v.sizes is found.sizes for v in self.all)  # then its sizes were those of another batch
         return found.at(largest if serves_all and not known else own)
 
     def _planned(self, prepared: Prepared) -> Variant:
         """With the plan's own schedule where that is one of this graph and fits, else with another."""
-        budget = self.plan.budget_bytes
-        sequence, asked = self.plan.sequence, self.varying
-        same = {op.name for op in prepared.graph.ops} == set(sequence)
-        if same and prepared.peak_of(prepared.steps(sequence)) <= budget:
-            return Variant(prepared, sequence, budget)
-        plan = prepared.plan_bytes(
-            budget, solver=asked.solver, time_limit_s=asked.time_limit_s, hint=self.plan
+        plan, asked = self.plan, self.varying
+        same = {op.name for op in prepared.graph.ops} == set(plan.sequence)
+        if same and prepared.peak_of(prepared.steps(plan.sequence)) <= plan.budget_bytes:
+            return Variant(prepared, plan)
+        made = prepared.plan_bytes(
+            plan.budget_bytes, solver=asked.solver, time_limit_s=asked.time_limit_s, hint=plan
         )
         self.solves += 1
-        return Variant(prepared, plan.sequence, budget)
+        return Variant(prepared, made)
 
     def _keep(self, variant: Variant) -> None:
         self.all.append(variant)
         if len(self.all) > _MOST_VARIANTS:
             gone = self.all.pop(1)
-            self._known = {k: known for k, known in self._known.items() if known[0] is not gone.step}
+            self._known = {
+                k: known for k, known in self._known.items() if known[0].prepared is not gone.prepared
+            }
 
 
 def _shapes(tensors: Sequence[torch.Tensor]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import planner
+from planner import _compat
 from planner.prepared import prepare
 from tests import tiny
 from tests.hf import FAST
@@ -164,15 +165,15 @@ def test_a_frozen_model_runs_as_it_is() -> None:
 # -- many shapes ----------------------------------------------------------------------------------
 
 
-def test_each_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import ondemand
-
-    captured = []
-    monkeypatch.setattr(ondemand, "prepare", lambda *a, **k: captured.append(1) or prepare(*a, **k))
+def test_after_two_shapes_one_capture_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    original = _compat.export_joint
+    monkeypatch.setattr(_compat, "export_joint", lambda *a, **k: traced.append(1) or original(*a, **k))
     model, twin = pair(now=True)
     whole = tiny.bert_batch()
-    parts = [whole, {k: v[:, :9] if v.dim() > 1 else v for k, v in whole.items()}]
-    parts += [{k: v[:1] for k, v in whole.items()}]
+    lengths = [16, 9, 12, 5, 14, 2]
+    parts = [{k: v[:, :n].clone() if v.dim() > 1 else v for k, v in whole.items()} for n in lengths]
+    parts += [{k: v[:1].clone() for k, v in part.items()} for part in parts[:3]]
     for m in (model, twin):
         torch.manual_seed(0)
         for _ in range(2):
@@ -182,7 +183,7 @@ def test_each_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(
         torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
     )
-    assert len(captured) == len(parts)
+    assert len(traced) == 4  # two shapes, sizes that vary, and those with a batch of one
 
 
 def test_a_larger_batch_may_be_refused() -> None:
