@@ -166,10 +166,9 @@ def test_a_frozen_model_runs_as_it_is() -> None:
 
 
 def test_after_two_shapes_one_capture_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = []
-    original = _compat.export_joint
-    monkeypatch.setattr(_compat, "export_joint", lambda *a, **k: traced.append(1) or original(*a, **k))
     model, twin = pair(now=True)
+    traced, original = [], _compat.export_joint
+    monkeypatch.setattr(_compat, "export_joint", lambda *a, **k: traced.append(1) or original(*a, **k))
     whole = tiny.bert_batch()
     lengths = [16, 9, 12, 5, 14, 2]
     parts = [{k: v[:, :n].clone() if v.dim() > 1 else v for k, v in whole.items()} for n in lengths]
