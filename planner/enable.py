@@ -61,7 +61,8 @@ def enable(
                    :func:`planner.plan`.
     ``on_larger``  what happens when a batch is larger than the largest planned for: "replan", or "raise"
                    a ``StalePlanError``.
-    ``max_plans``  plans kept at once, one for each kind of batch.
+    ``max_plans``  plans kept at once.  The first two shapes are planned one by one; from the third on, sizes
+                   vary in one plan (:mod:`planner.variants`).
     ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
                    By default 1, and for sentence-transformers models what the first step shows.
 

@@ -6,14 +6,18 @@ its own longest text; a smaller last batch.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertModel
 
 import planner
+from planner import _compat, prepared
 from planner.measure import step_flops, step_peak
 from tests import rerankers, tiny
 from tests.hf import FAST, files_below, parameters_of
@@ -33,6 +37,37 @@ def test_training_within_the_budget_bit_for_bit(name: str, share: float, tmp_pat
     assert max(ours.peaks) <= budget * 1e9 < max(without.peaks)
     plan = planner.plan_of(ours.model)
     assert plan is not None and plan.model_name.startswith("Bert")
+
+
+def test_dynamic_padding_is_traced_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = dataclasses.replace(rerankers.TASKS["binary"], data=lambda: rerankers.pairs(45))
+    monkeypatch.setattr(rerankers, "TASKS", {"many": many})
+    seen: dict[str, list[Any]] = {"export_joint": [], "solve": [], "token_shapes": []}
+
+    def counted(module: Any, name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: seen[name].append(a[0]) or original(*a, **k))
+
+    original = BertModel.forward
+
+    def forward(self: BertModel, input_ids: torch.Tensor, **rest: Any) -> Any:
+        seen["token_shapes"].append(tuple(input_ids.shape))
+        return original(self, input_ids, **rest)
+
+    with monkeypatch.context() as only:
+        only.setattr(BertModel, "forward", forward)
+        without = rerankers.train("many", tmp_path / "a")
+    counted(_compat, "export_joint")
+    counted(prepared, "solve")
+    budget = 0.7 * max(without.peaks) / 1e9
+    ours = rerankers.train("many", tmp_path / "b", budget)
+    tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
+    assert max(ours.peaks) <= budget * 1e9
+    shapes = set(seen["token_shapes"])
+    assert len(shapes) >= 10
+    assert min(shapes)[0] == 1  # the last batch
+    assert len(seen["export_joint"]) <= 4  # two shapes, sizes that vary, and those with a batch of one
+    assert len(seen["solve"]) <= len(shapes) // 2
 
 
 def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
