@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner._compat import FakeTensor
+from planner._compat import FakeTensor, pytree
 from planner.guards import TensorSpec, autocast_state
 from planner.inputs import Inputs
 
@@ -34,10 +34,7 @@ class Signature:
 
     def __str__(self) -> str:
         shapes = [str(leaf) for leaf in self.leaves if isinstance(leaf, TensorSpec)]
-        parts = [", ".join(shapes) or "no tensors"]
-        parts += [f"autocast to {self.autocast[1].removeprefix('torch.')}"] if self.autocast[0] else []
-        parts += ["gradients accumulated"] if self.has_gradients else []
-        return ", ".join(parts)
+        return ", ".join(shapes) or "no tensors"
 
     @cached_property
     def kind(self) -> Signature:
@@ -76,6 +73,18 @@ class Call:
         specs = tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else _constant(x) for x in leaves)
         signature = Signature(in_spec, specs, autocast_state(device), has_gradients, place)
         return cls(inputs, leaves, in_spec, signature)
+
+    def __str__(self) -> str:
+        """Names and shapes of the tensors, and what else is special about it."""
+        parts = []
+        for path, leaf in pytree.tree_flatten_with_path((self.inputs.args, self.inputs.kwargs))[0]:
+            if isinstance(leaf, torch.Tensor):
+                name = pytree.keystr(path[1:]).strip("[]'")
+                parts.append(f"{name} {'x'.join(map(str, leaf.shape)) or 'scalar'}")
+        signature = self.signature
+        parts += [f"autocast to {signature.autocast[1].removeprefix('torch.')}"] * signature.autocast[0]
+        parts += ["gradients accumulated"] * signature.has_gradients
+        return ", ".join(parts)
 
     @property
     def fake(self) -> bool:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -51,6 +52,9 @@ from planner.variants import OnLarger, Varying
 __all__ = ["OnDemand", "OnLarger", "Settings"]
 
 log = logging.getLogger(__name__)
+
+# Steps after which a number of calls that was not seen again is forgotten.
+REMEMBERED = 32
 
 # A plan made for so much less room than there is now recomputes more than it must.
 ENOUGH = 1.15
@@ -122,8 +126,14 @@ class OnDemand:
         known = self.settings.calls_per_step
         self._calls = known or huggingface.calls_per_step(self.root)
         self._seen = 0  # calls of this step so far
+        self._recent: deque[int] = deque(maxlen=REMEMBERED)  # calls of each of the last steps
         self._waiting: list[tuple[weakref.ref[Any], int]] = []  # those without their backward, bytes held
         self._need_bytes = self._need_size = 0  # the least peak of the largest call, and its elements
+
+    @property
+    def calls(self) -> int | None:
+        """How many calls a step is taken to have; ``None`` until its first one has told."""
+        return self._calls
 
     # -- each call ---------------------------------------------------------------------------------
 
@@ -131,10 +141,11 @@ class OnDemand:
         """The call about to run, and its place in its step."""
         alive = [(ref, held, ref()) for ref, held in self._waiting]
         self._waiting = [(ref, held) for ref, held, waiting in alive if waiting is not None and waiting.waits]
-        if not self._waiting:
-            if self._calls is None and self._seen:
-                self._calls = self._seen
+        if not self._waiting and self._seen:
+            self._recent.append(self._seen)
             self._seen = 0
+            if self.settings.calls_per_step is None:  # a step whose backward was left out may have misled
+                self._calls = max(self._recent)
         place = len(self._waiting) + 1
         self._seen = max(self._seen, place)
         if self._calls is not None:
@@ -362,7 +373,7 @@ def _announcement(plan: Plan, call: Call, calls: int, seconds: float) -> str:
     gb = 1e9
     shared = f", call {call.signature.place} of {calls}" if calls > 1 else ""
     return (
-        f"{plan.model_name} planned to {plan.budget_bytes / gb:.4g} GB for {call.signature}{shared}: peak "
+        f"{plan.model_name} planned to {plan.budget_bytes / gb:.4g} GB for {call}{shared}: peak "
         f"{plan.peak_bytes / gb:.4g} GB (nothing recomputed: {plan.baseline_peak_bytes / gb:.4g} GB), "
         f"overhead {plan.overhead:.2%} (proved >= {plan.overhead_bound:.2%}), {seconds:.1f} s to plan"
     )

@@ -50,6 +50,11 @@ class Switch:
         """The plan of the last training call, ``None`` before the first."""
         return self._plans.last
 
+    @property
+    def calls(self) -> int | None:
+        """How many calls a step is taken to have; ``None`` until its first one has told."""
+        return self._plans.calls
+
     # -- on and off --------------------------------------------------------------------------------
 
     def turn_on(self) -> None:

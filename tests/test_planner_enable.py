@@ -78,7 +78,8 @@ def test_the_switch_plans_at_the_first_batch(name: str, caplog: pytest.LogCaptur
     assert plan is not None and plan.recompute_flops > 0
     assert plan.peak_bytes <= plan.budget_bytes < plan.baseline_peak_bytes
     assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert "BertForSequenceClassification planned to" in caplog.text and "\n" not in caplog.records[0].message
+    assert "BertForSequenceClassification planned to" in caplog.text and "input_ids 2x16," in caplog.text
+    assert "\n" not in caplog.records[0].message
 
 
 def test_a_class_without_the_method_gets_a_switch() -> None:

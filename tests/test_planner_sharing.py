@@ -13,6 +13,7 @@ from torch import nn
 import planner
 from planner.errors import InfeasibleBudgetError
 from planner.measure import StorageMeter
+from planner.ondemand import REMEMBERED
 from planner.sharing import most_held, plan_that_holds
 from tests import tiny
 from tests.hf import FAST
@@ -107,6 +108,19 @@ def test_calls_nobody_announced_are_refused_where_the_first_left_no_room() -> No
         model.step(rows)
     planner.enable(model.encoder, budget / 1e9, **FAST, calls_per_step=3)
     assert peak_bytes(model, rows) <= budget
+
+
+def test_a_step_without_its_backward_is_forgotten_in_time() -> None:
+    model = tiny.seeded(lambda: tiny.blocks(2, 8))
+    planner.enable(model, 1.0, **FAST, now=True)
+    x = torch.ones(4, 8)
+    outputs = model(x)  # its backward never comes, and it is held while the next one runs
+    counts = []
+    for _ in range(REMEMBERED + 2):
+        outputs = model(x)
+        outputs.sum().backward()
+        counts.append(vars(model)["_planner_switch"].calls)
+    assert counts[0] == 2 and counts[-1] == 1
 
 
 def test_the_readmes_table_is_what_was_measured() -> None:
