@@ -239,6 +239,9 @@ class _Search:
         self.solver.parameters.max_time_in_seconds = max(0.05, time_limit_s)
         self.solver.parameters.random_seed = seed % 2**31
         self.solver.parameters.num_workers = min(8, os.cpu_count() or 1)
+        # Else Ctrl-C is the process's end from the first solve on: CP-SAT takes the signal and never
+        # gives it back to Python.
+        self.solver.parameters.catch_sigint_signal = False
         for row in program.rows:
             self._add(row, row.upper)
         for column, taken in (program.columns_of(hint) or {}).items():

@@ -8,6 +8,8 @@ import logging
 import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,30 @@ def test_broken_off_in_the_middle_of_the_backward(
         loss.backward()
     handle.remove()
     assert_equal(model, twin)
+
+
+def test_ctrl_c_is_still_pythons_after_the_solvers_ran() -> None:
+    script = """
+import signal, solvers
+from solvers import checkmate
+n = 5  # a chain of n, whose backward reads every value of it, the last first
+ops = [solvers.Op(f"f{i}", (i - 1,) if i else (), (i,), 1.0) for i in range(n)]
+reads = [(i,) if i == n - 1 else (2 * n - 2 - i, i) for i in range(n)]
+ops += [solvers.Op(f"b{i}", reads[i], (2 * n - 1 - i,), 1.0) for i in reversed(range(n))]
+values = [solvers.Value(f"v{i}", 4, i, i == 2 * n - 1) for i in range(2 * n)]
+problem = solvers.Problem(tuple(ops), tuple(values), n, 0, "chain")
+checkmate.minimum_peak(problem, time_limit_s=2, seed=0, hint=solvers.Schedule.keep_all(problem))
+assert solvers.solve(problem, 20, solver="exact", time_limit_s=2).recompute_seconds > 0
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.stdout == "interrupted\n", ran.stderr[-2000:]
 
 
 def test_interrupted_while_planning() -> None:
