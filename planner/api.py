@@ -7,7 +7,6 @@ Each arrow is a function in the module named after its result; this one only cal
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
@@ -76,12 +75,10 @@ def plan(
         costs=costs,
         dynamic=dynamic,
         on_larger=on_larger,
+        solver=solver,
+        time_limit_s=time_limit_s,
         progress=progress,
     )
-    if step.varying is not None:
-        asked = dataclasses.replace(step.varying, solver=solver, time_limit_s=time_limit_s)
-        step = dataclasses.replace(step, varying=asked)
-    step = dataclasses.replace(step, least_limit_s=time_limit_s)
     return step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress)
 
 

@@ -56,10 +56,8 @@ from torch import nn
 
 from planner import _compat
 from planner.errors import PlannerError
-from planner.inputs import Inputs
 from planner.plan import Plan
-from planner.serialize import FORMAT, from_text, to_text
-from planner.wrappers import unwrapped
+from planner.serialize import FORMAT, from_text, inputs_of, to_text
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
@@ -83,12 +81,13 @@ def shared_plan(
     whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.
     """
     from planner.api import plan
-    from planner.prepared import prepare_for
+    from planner.prepared import prepare
 
     def adopt(received: Plan) -> Plan:
-        inner = unwrapped(model)
-        own = None if inputs is None else Inputs.of(inner, inputs)
-        return dataclasses.replace(received, _prepared=prepare_for(received, inner, own))
+        device = next((p.device for p in model.parameters()), None)
+        step = prepare(model, inputs_of(received, device) if inputs is None else inputs, **options)
+        step.check_is_of(received)
+        return dataclasses.replace(received, _prepared=step)
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
 

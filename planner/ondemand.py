@@ -271,7 +271,9 @@ class OnDemand:
         """The plan, from whichever rank of a distributed job asked for it first."""
         s, left = self.settings, self._left_bytes()
         needs = (left, step.problem.resident_bytes, self._most_held(call), self._calls, call.signature.place)
-        key = f"{step.fingerprint} {needs} {s.solver} {s.time_limit_s} {s.costs}"
+        sizes = [tuple(tensor.shape) for tensor in step.joint.inputs.tensors()]
+        varies = step.varying is not None
+        key = f"{step.fingerprint} {sizes} {varies} {needs} {s.solver} {s.time_limit_s} {s.costs}"
 
         def adopt(received: Plan) -> Plan:
             self._learn_need(call, step, received.known_minimum_bytes)

@@ -52,11 +52,14 @@ def prepare(
     costs: CostSource = "auto",
     dynamic: Dynamic = False,
     on_larger: OnLarger = "replan",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
     progress: Progress | None = None,
 ) -> Prepared:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
-    Arguments as for :func:`planner.plan`.
+    Arguments as for :func:`planner.plan`; ``solver`` and ``time_limit_s`` are for plans that the step itself
+    asks for: the least one, and those for larger batches.
     """
     tell = progress or _silent
     model = unwrapped(model)
@@ -67,7 +70,7 @@ def prepare(
         given.check(model)
         dims = varying_dims(given, dynamic)
         joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
-        varying = Varying(Captures(dims, joint), on_larger)
+        varying = Varying(Captures(dims, joint), on_larger, solver, time_limit_s)
     else:
         joint = capture(model, inputs, loss_fn)
     graph = training_graph(joint)
@@ -75,7 +78,7 @@ def prepare(
     priced = graph_costs(graph, costs)
     resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
     expected = expectation_of(model, *joint.inputs.flatten())
-    return Prepared(model, joint, graph, priced, resident, expected, loss_fn, varying)
+    return Prepared(model, joint, graph, priced, resident, expected, loss_fn, varying, time_limit_s)
 
 
 def capture_varying(
@@ -105,15 +108,11 @@ def capture_varying(
     return joint, tries[-1]
 
 
-def prepare_for(plan: Plan, model: nn.Module, inputs: Inputs | None = None) -> Prepared:
-    """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step.
-
-    ``inputs``: ``None`` for those the plan describes, on the model's device.
-    """
+def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
+    """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step."""
     from planner.serialize import inputs_of
 
-    if inputs is None:
-        inputs = inputs_of(plan, next((p.device for p in model.parameters()), None))
+    inputs = inputs_of(plan, next((p.device for p in model.parameters()), None))
     joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
     graph = training_graph(joint)
     resident = Resident(0, 0, 0, 0)
@@ -121,13 +120,7 @@ def prepare_for(plan: Plan, model: nn.Module, inputs: Inputs | None = None) -> P
     dims = plan.varying_dims
     varying = None if dims is None else Varying(Captures(dims, joint))
     prepared = Prepared(model, joint, graph, None, resident, expected, None, varying)
-    if prepared.fingerprint != plan.fingerprint:
-        raise StalePlanError(
-            f"the plan was made for another step than that of this {type(model).__name__} "
-            f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
-            f"{prepared.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, "
-            "its training flags, autocast or the versions of its libraries differ; make a new plan"
-        )
+    prepared.check_is_of(plan)
     return prepared
 
 
@@ -224,6 +217,16 @@ class Prepared:
             spec = dataclasses.replace(spec, device=torch.device(spec.device.type))
             h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
         return h.hexdigest()
+
+    def check_is_of(self, plan: Plan) -> None:
+        """``StalePlanError`` unless ``plan`` was made for this very step."""
+        if self.fingerprint != plan.fingerprint:
+            raise StalePlanError(
+                f"the plan was made for another step than that of this {type(self.model).__name__} "
+                f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
+                f"{self.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, "
+                "its training flags, autocast or the versions of its libraries differ; make a new plan"
+            )
 
     def steps(self, sequence: Sequence[str]) -> list[int]:
         """Op positions of a sequence of names; those of a loss outside this graph are left out."""

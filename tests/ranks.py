@@ -2,7 +2,7 @@
 
 A test names a function of its module; each rank calls it with its own rank first, and its results come
 back in order of rank.  The group's own timeout ends a collective that one rank never enters; a deadline of
-the parent ends everything else.
+the parent ends everything else.  Below: what the ranks train.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["Ranks"]
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests import tiny
+
+__all__ = ["QUICK", "Ranks", "blocks", "data", "same", "train"]
+
+QUICK = {"costs": "roofline", "solver": "recompute_all"}
 
 COLLECTIVE_S = 20.0  # after which a rank that waits for another gives up
 
@@ -69,9 +77,6 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -90,3 +95,43 @@ def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+class Block(nn.Module):
+    """A pre-norm residual block: norm, two linear layers, dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(0.1)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.drop(nn.functional.gelu(self.up(self.norm(x)))))
+        return out
+
+
+def blocks(count: int = 4, width: int = 16) -> nn.Module:
+    return tiny.seeded(lambda: nn.Sequential(*(Block(width) for _ in range(count))))
+
+
+def data(rank: int, rows: int = 8, width: int = 16, step: int = 0) -> Tensor:
+    """Another batch on every rank and in every step."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def train(model: nn.Module, batches: list[Tensor], lr: float = 0.1) -> list[Tensor]:
+    """Plain SGD; the gradients of every step, then the parameters."""
+    torch.manual_seed(3)
+    seen = []
+    for batch in batches:
+        model.zero_grad()
+        model(batch).square().mean().backward()
+        seen += [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    return [*seen, *(p.detach().clone() for p in model.parameters())]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
