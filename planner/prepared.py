@@ -78,7 +78,9 @@ def prepare(
     priced = graph_costs(graph, costs)
     resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
     expected = expectation_of(model, *joint.inputs.flatten())
-    return Prepared(model, joint, graph, priced, resident, expected, loss_fn, varying, time_limit_s)
+    return Prepared(
+        model, joint, graph, priced, resident, expected, loss_fn, varying, least_limit_s=time_limit_s
+    )
 
 
 def capture_varying(
