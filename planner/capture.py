@@ -26,7 +26,7 @@ import functools
 import linecache
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 
 from planner import _compat
-from planner._compat import FakeTensor, FakeTensorMode, descriptors, pytree
+from planner._compat import descriptors, pytree
 from planner.effects import attributes_kept, hooks_on_submodules, original_forward
 from planner.errors import PlannerError, TraceError
+from planner.fakes import fake_inputs, fake_of
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
 from planner.sizes import Dims, Sizes, evaluate
@@ -81,21 +82,12 @@ class Traced:
                 if "size" in node.meta:
                     node.meta["size"] = node.meta["val"]
 
-        def moved(named: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
-            return {name: nodes[node] for name, node in named.items()}
-
-        return Traced(
-            module,
-            moved(self.parameters),
-            moved(self.buffers),
-            moved(self.inputs),
-            moved(self.tangents),
-            moved(self.outputs),
-            moved(self.mutations),
-            moved(self.gradients),
-            moved(self.input_gradients),
-            storage_bytes,
-        )
+        moved = {
+            f.name: {key: nodes[node] for key, node in getattr(self, f.name).items()}
+            for f in fields(self)
+            if f.name not in ("module", "storage_bytes")
+        }
+        return Traced(module, **moved, storage_bytes=storage_bytes)
 
     def __repr__(self) -> str:
         return (
@@ -168,7 +160,7 @@ def capture(
     _refuse(model)
     given.check(model)
     flat, in_spec = given.flatten()
-    mode, fake, sizes = _fakes(model, flat, dims)
+    mode, fake, sizes = fake_inputs(model, flat, dims)
     found: list[None] = []
     with (
         torch.inference_mode(False),
@@ -183,16 +175,7 @@ def capture(
         step = _Step(model, fake, in_spec, used)
         with _module_paths(model):
             module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
-    if found:
-        raise TraceError(
-            _CHECKPOINTED.format(type(model).__name__, "its forward calls torch.utils.checkpoint")
-        )
-    if effects:
-        raise TraceError(
-            f"the forward of {type(model).__name__} stores tensors or counts in {', '.join(effects[:3])}; a "
-            "planned step runs one graph and would not. Return them, keep them in buffers, or do it outside "
-            "forward"
-        )
+    _refuse_side_effects(model, bool(found), effects)
     template = step.template
     assert template is not None
     traced = _sort_out(module, step.names, tuple(step.rebound))
@@ -218,6 +201,18 @@ def capture(
     bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
     loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
     return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+
+
+def _refuse_side_effects(model: nn.Module, checkpointed: bool, effects: list[str]) -> None:
+    """Raise for what the forward did beside computing."""
+    name = type(model).__name__
+    if checkpointed:
+        raise TraceError(_CHECKPOINTED.format(name, "its forward calls torch.utils.checkpoint"))
+    if effects:
+        raise TraceError(
+            f"the forward of {name} stores tensors or counts in {', '.join(effects[:3])}; a planned step "
+            "runs one graph and would not. Return them, keep them in buffers, or do it outside forward"
+        )
 
 
 class _Step(nn.Module):
@@ -313,8 +308,8 @@ def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
 def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:
     """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads; sizes are fixed."""
     flat, spec = inputs.flatten()
-    mode, fake, _ = _fakes(model, flat, None)
-    state = {n: _fake(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    mode, fake, _ = fake_inputs(model, flat, None)
+    state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode:
         output = _call(model, state, args, kwargs)
@@ -426,47 +421,6 @@ def _refuse(model: nn.Module) -> None:
         raise TraceError(
             f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device"
         )
-
-
-def _fake_mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:
-    for tensor in (*model.parameters(), *model.buffers(), *flat):
-        if isinstance(tensor, FakeTensor):
-            return tensor.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _fakes(
-    model: nn.Module, flat: list[Any], dims: Dims | None
-) -> tuple[FakeTensorMode, list[Any], Sizes | None]:
-    """The inputs as fake tensors, of symbolic sizes where ``dims`` says so."""
-    if dims is None or not any(dims):
-        mode = _fake_mode_of(model, flat)
-        return mode, [_fake(mode, x) if isinstance(x, torch.Tensor) else x for x in flat], None
-    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
-        raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
-    mode = _compat.symbolic_mode()
-    named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
-    fake = [
-        _compat.symbolic_fake(mode, _plain(x), *next(named)) if isinstance(x, torch.Tensor) else x
-        for x in flat
-    ]
-    return mode, fake, Sizes.of([x for x in fake if isinstance(x, torch.Tensor)])
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor by itself: no fake, which another mode does not take (inputs are small), and no view, whose
-    base would bring symbols of its own."""
-    if isinstance(tensor, FakeTensor):
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    elif tensor._is_view():
-        made = tensor.data
-    else:
-        return tensor
-    return made.requires_grad_(tensor.requires_grad)
-
-
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,26 +17,25 @@ from torch import nn
 from planner._compat import storage_key
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
 from planner.capture import JointGraph, LossFn, capture
+from planner.captures import Captures, capture_varying
 from planner.costs import Costs
-from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, FrontierPoint
 from planner.guards import Expectation, expectation_of
 from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
-from planner.sizes import Dims, Dynamic, varying_dims
+from planner.sizes import Dynamic, varying_dims
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
-from planner.variants import Captures, OnLarger, Varying
+from planner.variants import OnLarger, Varying
 from planner.wrappers import unwrapped
 from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
 
-__all__ = ["CostSource", "Prepared", "Progress", "capture_varying", "prepare", "prepare_for"]
-
-log = logging.getLogger(__name__)
+__all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
 
 CostSource = Literal["auto", "profile", "roofline"]
 Progress = Callable[[str], None]
@@ -81,33 +79,6 @@ def prepare(
     return Prepared(
         model, joint, graph, priced, resident, expected, loss_fn, varying, least_limit_s=time_limit_s
     )
-
-
-def capture_varying(
-    model: nn.Module, inputs: Inputs, loss_fn: LossFn | None, dims: Dims, *, narrow: bool
-) -> tuple[JointGraph, Dims]:
-    """Capture with ``dims`` symbolic, and which of them are in the end.
-
-    ``narrow``: where the trace fails with all of them it is tried with the first dimension of each
-    tensor, and then with none; else the ``TraceError`` stands.
-    """
-    first = tuple(tuple(d for d in of if d == 0) for of in dims)
-    fixed: Dims = tuple(() for _ in dims)
-    tries = list(dict.fromkeys([dims, first, fixed])) if narrow else [dims]
-    for these in tries[:-1]:
-        try:
-            return capture(model, inputs, loss_fn, dims=these), these
-        except TraceError as e:
-            log.debug("%s cannot be captured with sizes %s varying: %s", type(model).__name__, these, e)
-            error = e
-    joint = capture(model, inputs, loss_fn, dims=tries[-1])  # raises where the reason was another
-    if len(tries) > 1:
-        log.warning(
-            "%s cannot be captured for varying sizes, so each shape is planned by itself: %s",
-            type(model).__name__,
-            error,
-        )
-    return joint, tries[-1]
 
 
 def prepare_for(plan: Plan, model: nn.Module) -> Prepared:

@@ -36,19 +36,19 @@ from torch import nn
 
 from planner import _compat
 from planner._compat import pytree
+from planner.captures import Captures
 from planner.errors import StalePlanError
 from planner.inputs import Inputs
 from planner.rewrite import Argument, emit
 from planner.runtime import Step
-from planner.sizes import Dims
 from planner.training_graph import TrainingGraph
 
 if TYPE_CHECKING:
-    from planner.capture import JointGraph, LossFn
+    from planner.capture import JointGraph
     from planner.plan import Plan
     from planner.prepared import Prepared
 
-__all__ = ["Captures", "OnLarger", "Variant", "Variants", "Varying"]
+__all__ = ["OnLarger", "Variant", "Variants", "Varying"]
 
 log = logging.getLogger(__name__)
 
@@ -56,33 +56,6 @@ OnLarger: TypeAlias = Literal["replan", "raise"]
 
 _MOST_VARIANTS = 64  # beyond that the oldest go; only a model that no symbols fit comes so far
 _MOST_SHAPES = 4096  # remembered; beyond that all are forgotten, and cost a millisecond again
-
-
-class Captures:
-    """The captures of one step, shared by all plans for it.
-
-    ``dims``    which dimensions of each input tensor are symbols.
-    ``traces``  how often the step was captured.
-    """
-
-    def __init__(self, dims: Dims, joint: JointGraph) -> None:
-        self.dims, self.traces = dims, 1
-        self._all = [joint]
-
-    def of(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> JointGraph:
-        """One that is right for a batch, traced if there is none yet."""
-        from planner.prepared import capture_varying
-
-        tensors = inputs.tensors()
-        for joint in self._all:
-            if joint.sizes is not None and joint.sizes.admit(tensors):
-                return joint
-        joint, _ = capture_varying(model, inputs, loss_fn, self.dims, narrow=True)
-        self.traces += 1
-        self._all.append(joint)
-        if len(self._all) > _MOST_VARIANTS:
-            del self._all[1]
-        return joint
 
 
 @dataclass(frozen=True)
