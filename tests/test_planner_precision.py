@@ -156,6 +156,17 @@ def test_another_autocast_asks_for_another_plan_and_a_new_plan_serves() -> None:
     assert torch.isfinite(model(inputs["x"])).all()  # evaluation is nobody's plan
 
 
+def test_under_the_switch_another_autocast_is_planned_for_when_it_comes() -> None:
+    model, inputs = tiny.seeded(tiny.Mlp), tiny.batch(labels=True)
+    twin = copy.deepcopy(model)
+    planner.enable(model, 1.0, now=True, costs="roofline", solver="recompute_all")
+    plans = []
+    for context in (contextlib.nullcontext, autocast(torch.bfloat16), contextlib.nullcontext):
+        assert all(map(torch.equal, train(model, inputs, context), train(twin, inputs, context)))
+        plans.append(planner.plan_of(model))
+    assert plans[0] is not None and plans[0] is plans[2] and plans[0] is not plans[1]
+
+
 def test_a_plan_file_is_applied_under_the_autocast_it_was_made_for(tmp_path: Any) -> None:
     model, inputs = tiny.seeded(tiny.Mlp), tiny.batch(labels=True)
     twin = copy.deepcopy(model)
