@@ -44,6 +44,16 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
+def keeps_unreduced(node: fx.Node) -> fx.Node | None:
+    """The argument whose size a reduced loss keeps as its storage: two kernels shrink the sizes only."""
+    if node.target not in (aten.mse_loss.default, aten.smooth_l1_loss.default):
+        return None
+    if argument(node, "reduction") == 0:
+        return None
+    a, b = node.all_input_nodes[0], node.all_input_nodes[-1]
+    return max(a, b, key=lambda n: n.meta["val"].numel())
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws from a generator, by torch's own tag and its probability."""
     if node.target is kernels.dropout_mask:

@@ -19,7 +19,7 @@ from torch import fx
 from planner import _compat, kernels
 from planner.capture import JointGraph, Traced
 from planner.inplace import write_in_place
-from planner.nodes import is_mutation, module_of, roots_of, tensors_of
+from planner.nodes import is_mutation, keeps_unreduced, module_of, roots_of, tensors_of
 from planner.normalize import Normalized, normalize
 
 __all__ = ["KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
@@ -219,6 +219,12 @@ class _Table:
         here = tensor.device == self.device
         counted = tensor.untyped_storage().nbytes() if here else 0
         symbolic = self._symbolic_bytes(key, root) if here else None
+        like = keeps_unreduced(root) if here else None
+        if like is not None:
+            whole = like.meta["val"]
+            counted = whole.numel() * tensor.element_size()
+            dense = whole.untyped_storage().nbytes() == counted
+            symbolic = self.storage_bytes.get(_compat.storage_key(whole)) if dense else None
         module = module_of(root) or self._module
         self.values.append(GraphValue(name, counted, kind, producer, root, module=module, symbolic=symbolic))
         return index

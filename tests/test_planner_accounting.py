@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
 from planner._compat import FakeTensorMode
@@ -23,6 +24,7 @@ from planner.accounting import (
 )
 from planner.errors import PlannerError
 from planner.meter import StorageMeter
+from planner.prepared import prepare
 from tests.models import CASES
 
 SHAPES = ((64, 32), (64,), (3, 5, 7), (128, 16), ())
@@ -309,3 +311,38 @@ def test_a_wide_state_is_a_view_of_nothing() -> None:
             return None
 
     assert optimizer_state_bytes(Aliasing, parameters()) == OptimizerBytes(0, 0)
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,  # keeps the storage of what it reduced
+    "smooth_l1": F.smooth_l1_loss,  # so does this one
+    "square": lambda out, wanted: (out - wanted).square().mean(),  # its backward is one formula of three ops
+    "huber": F.huber_loss,
+}
+
+
+class Regression(nn.Module):
+    """``loss(net(x), wanted)``, or the two for a loss outside."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.net, self.loss = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), loss
+
+    def forward(self, x: Tensor, wanted: Tensor) -> Any:
+        out = self.net(x)
+        return (out, wanted) if self.loss is None else self.loss(out, wanted)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_memory_of_a_loss_is_predicted_to_the_byte(name: str, inside: bool) -> None:
+    loss = LOSSES[name]
+    inputs = (torch.randn(128, 64), torch.randn(128, 64))
+    model = Regression(loss if inside else None).train()
+    step = prepare(
+        model, inputs, costs="roofline", loss_fn=None if inside else lambda outputs: loss(*outputs)
+    )
+    report = step.plan_bytes(10**9, solver="keep_all").verify()
+    assert report.peak_bytes == report.predicted_peak_bytes
