@@ -108,7 +108,10 @@ class Sizes:
 
     def hold(self, values: Sequence[int]) -> bool:
         """Whether the captured graph is right at these values."""
-        return all(self._hold(*values))
+        try:
+            return all(self._hold(*values))
+        except ZeroDivisionError:  # an empty batch, in a condition that divides by its size
+            return False
 
     def admit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the captured graph is right for a batch."""

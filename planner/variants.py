@@ -12,9 +12,9 @@ the same capture; whether it can is the same arithmetic.
 
 Where the guards of none hold (a size of 1, a branch the model takes on lengths) the step is traced
 once more, for all batches of that kind; the schedule is taken over where the graph has the same
-calls and fits, and solved for where not.  Where guards hold but the budget does not, the batch is larger than
-the plan can serve: the schedule is solved for its sizes without a trace, or the batch is refused, as
-the user chose.  Variants seen before cost a dictionary lookup.
+calls and fits, and solved for where not.  Where guards hold but the budget does not, the batch is
+larger than the plan can serve: the schedule is solved for its sizes without a trace, or the batch is
+refused, as the user chose.  Shapes seen before cost a dictionary lookup.
 
 Known limits: costs and kernel workspace are those of the sizes planned for, and so is what a loss
 outside the model makes; both are taken to grow with the step's values where a batch is larger.  A plan

@@ -290,6 +290,14 @@ def test_a_batch_of_one_is_traced_once(counts: Counter[str]) -> None:
     assert counts["export_joint"] == 2
 
 
+def test_conditions_that_divide_by_a_size_do_not_hold_for_none() -> None:
+    model = tiny.seeded(gpt2)
+    sizes = prepare(model, gpt2_batch(3, 8), costs="roofline", dynamic=True).joint.sizes
+    assert sizes is not None
+    assert sizes.admit(list(gpt2_batch(2, 5).values()))
+    assert not sizes.admit([torch.zeros(0, 5, dtype=torch.long)] * 2)
+
+
 def test_a_branch_on_a_size_makes_one_more_trace(counts: Counter[str]) -> None:
     model = tiny.seeded(lambda: Blocks(long=8))
     plan = plan_at(model, rows_of(8, 20), 0.5)
