@@ -79,6 +79,8 @@ class Variant:
     ``plan``      whose budget it is for; it was made for ``prepared``, or for larger sizes.
     ``sequence``  op names in execution order: the plan's, or one that keeps all; only the former's peak
                   is known to be within the budget at the sizes that ``prepared`` has.
+
+    ``storage_bytes(*values)``  bytes of each value of the graph where the symbols have these values.
     """
 
     def __init__(self, prepared: Prepared, plan: Plan, sequence: Sequence[str] | None = None) -> None:
@@ -96,7 +98,7 @@ class Variant:
         }
         self._arguments = [Argument("size", str(key)) for key in expressions]
         self._sizes = _compat.compiled(list(expressions.values()), symbols)
-        self._bytes = _storage_bytes(graph, symbols)
+        self.storage_bytes = _storage_bytes(graph, symbols)
         self._planned = np.array([v.bytes for v in graph.values], dtype=np.int64)
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -110,7 +112,7 @@ class Variant:
 
     def serves(self, tensors: Sequence[torch.Tensor], inputs: Inputs) -> bool:
         """Whether the peak at these inputs, which it accepts, is within the budget."""
-        grown = self._bytes(*self._read(tensors))
+        grown = self.storage_bytes(*self._read(tensors))
         larger = bool((grown > self._planned).any()) or _bytes_of(tensors) > _bytes_of(self.tensors)
         return (self.fits and not larger) or (
             self.prepared.costs is not None
@@ -138,7 +140,7 @@ class Variant:
             for i, v in enumerate(self.prepared.graph.values)
             if v.producer is not None and self.prepared.graph.ops[v.producer].phase == "forward"
         ]
-        return int(self._bytes(*self._read(tensors))[made].sum()) + _bytes_of(tensors)
+        return int(self.storage_bytes(*self._read(tensors))[made].sum()) + _bytes_of(tensors)
 
     def _read(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
         return () if self.sizes is None else self.sizes.read(tensors)

@@ -20,6 +20,7 @@ import planner
 from planner import Plan, PlannerError, StalePlanError, TraceError, _compat, prepared, zoo
 from planner.measure import step_peak
 from planner.prepared import prepare
+from planner.training_graph import training_graph
 from tests import tiny
 
 Batch = dict[str, Tensor]
@@ -167,6 +168,10 @@ def test_smaller_batches_need_no_trace_and_no_solve(
     hold(plan, model, [make(*shape) for shape in shapes])
     assert not counts
     assert seen(plan) == (1, 1)
+    variant = plan.variants.all[0]
+    values = variant.sizes.read(list(dict(sorted(make(*shapes[-1]).items())).values()))
+    there = training_graph(variant.prepared.joint.at(values))  # what the expressions say, evaluated anew
+    assert variant.storage_bytes(*values).tolist() == [v.bytes for v in there.values]
 
 
 class Calls(_compat.TorchDispatchMode):
