@@ -35,7 +35,7 @@ class Captures:
         for joint in self._all:
             if joint.sizes is not None and joint.sizes.admit(tensors):
                 return joint
-        joint, _ = capture_varying(model, inputs, loss_fn, self.dims, narrow=True)
+        joint, _ = capture_varying(model, inputs.without_data(), loss_fn, self.dims, narrow=True)
         self.traces += 1
         self._all.append(joint)
         if len(self._all) > _MOST:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
+from planner._compat import FakeTensor, FakeTensorMode, pytree
 from planner.effects import original_forward
 
 __all__ = ["Inputs"]
@@ -70,6 +70,18 @@ class Inputs:
     def flatten(self) -> tuple[list[Any], Any]:
         """Leaves and the pytree spec of ``(args, kwargs)``, keywords in alphabetical order."""
         return pytree.tree_flatten((self.args, dict(sorted(self.kwargs.items()))))
+
+    def without_data(self) -> Inputs:
+        """The same with fake tensors: all that a capture needs, and no memory."""
+        flat, spec = self.flatten()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def hollow(leaf: Any) -> Any:
+            real = isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
+            return mode.from_tensor(leaf, static_shapes=True) if real else leaf
+
+        args, kwargs = pytree.tree_unflatten([hollow(x) for x in flat], spec)
+        return Inputs(args, kwargs)
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""

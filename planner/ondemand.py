@@ -243,7 +243,8 @@ class OnDemand:
         alike = [k for k in self._steps if k.kind == exact.kind]
         if step is None:
             s, dynamic = self.settings, len(alike) == FIXED
-            step = prepare(self.planned, call.inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic)
+            inputs = call.inputs.without_data()  # plans outlive the batch they were made from
+            step = prepare(self.planned, inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic)
             if len(self._steps) >= s.max_plans:
                 del self._steps[next(iter(self._steps))]
             self._steps[exact.kind if dynamic else exact] = step

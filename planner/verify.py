@@ -11,7 +11,6 @@ from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.measure import Comparison, compare, run_step, step_flops, step_peak
 from planner.plan import Plan
-from planner.runtime import planned_forward_of
 
 __all__ = ["Report", "verify"]
 
@@ -84,8 +83,9 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
         given = Inputs.of(model, inputs)
     loss_fn = prepared.loss_fn if prepared is not None else None
     batch = given.kwargs if given.kwargs and not given.args else given.args
-    applied = planned_forward_of(model)
-    plan.restore(model)
+    standing = vars(model).get("forward")
+    if hasattr(standing, "original"):  # a plan that is applied, or the switch
+        del vars(model)["forward"]
     try:
         eager = run_step(model, batch, loss_fn=loss_fn, seed=seed)
         eager_peak = step_peak(model, batch, loss_fn=loss_fn)
@@ -96,8 +96,8 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
         flops = step_flops(model, batch, loss_fn=loss_fn)
     finally:
         plan.restore(model)
-        if applied is not None:
-            model.__dict__["forward"] = applied
+        if hasattr(standing, "original"):
+            vars(model)["forward"] = standing
     state = prepared.resident.optimizer_state_bytes if prepared is not None else 0
     return Report(
         compare(eager, ours),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -136,6 +138,31 @@ def test_the_optimizer_is_found_and_counts() -> None:
     moments = 2 * sum(p.nbytes for p in model.parameters())
     counters = 4 * len(held.param_groups[0]["params"])
     assert plan.breakdown["optimizer_state"] == moments + counters
+
+
+def test_batches_are_not_kept() -> None:
+    model, _ = pair(now=True)
+    batches = [{k: v[:n].clone() for k, v in tiny.bert_batch().items()} for n in (2, 1)]
+    kept = [weakref.ref(t) for b in batches for t in b.values()]
+    for batch in batches:
+        model(**batch).loss.backward()
+    model.zero_grad()
+    del batch, batches
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+def test_the_plan_can_be_verified() -> None:
+    model, _ = pair(now=True)
+    model(**tiny.bert_batch()).loss.backward()
+    model.zero_grad()
+    plan = planner.plan_of(model)
+    assert plan is not None
+    report = plan.verify(inputs=tiny.bert_batch(1))
+    assert report.ok and report.recompute_flops == plan.recompute_flops > 0
+    assert "forward" in vars(model)
+    with pytest.raises(planner.PlannerError, match=r"pass verify\(model, inputs\)"):
+        plan.verify()
 
 
 # -- calls the plan is not for --------------------------------------------------------------------
