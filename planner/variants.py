@@ -216,7 +216,8 @@ class Variants:
         key = tuple((t.shape, t.stride()) for t in tensors)
         if key not in self._known:
             args, kwargs = pytree.tree_unflatten(list(leaves), in_spec)
-            variant = self._variant_for(model, tensors, Inputs(args, kwargs))
+            with _compat.modes_set_aside():  # a meter is not to count the arithmetic, nor a trace
+                variant = self._variant_for(model, tensors, Inputs(args, kwargs))
             if len(self._known) >= _MOST_SHAPES:
                 self._known.clear()
             self._known[key] = variant, variant.arguments(tensors), variant.held_bytes(tensors)
@@ -242,8 +243,8 @@ class Variants:
                 f"the plan made for {_shapes(first.tensors)}; plan at the largest batch, make this one "
                 "smaller, or pass on_larger='replan'"
             )
-        with self.varying.around(), _compat.modes_set_aside():  # a meter is not to count this
-            joint = self._captured(model, tensors, inputs)
+        with self.varying.around():
+            joint = self._captured(model, tensors, inputs.without_data())
             variant = self._planned(first.prepared.again(model, joint))
         self._keep(variant)
         log.info(

@@ -68,15 +68,15 @@ class Report:
 def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0) -> Report:
     """Run ``model``'s step both ways from the same seed.  The model is left as it was.
 
-    ``inputs`` default to those of the plan.  Raises ``PlannerError`` if the plan came from a file and
-    none are given, or if gradients are not None.
+    ``inputs`` default to those of the plan.  Raises ``PlannerError`` if none are given and the plan holds
+    none (it came from a file or :func:`planner.enable`), or if gradients are not None.
     """
     prepared = plan._prepared
     if inputs is None:
         if prepared is None or any(isinstance(t, FakeTensor) for t in prepared.joint.inputs.tensors()):
             raise PlannerError(
-                "this plan knows only the sizes of its inputs (it is from a file or another process); "
-                "pass verify(model, inputs)"
+                "this plan knows only the sizes of its inputs (it is from a file, from another process, "
+                "or made in the middle of training); pass verify(model, inputs)"
             )
         given = prepared.joint.inputs
     else:

@@ -109,14 +109,15 @@ def internvl(
     """A vision-language model of InternVL2's shape: ViT, pixel shuffle and projector, Qwen2.
 
     ``image``, ``patch``  pixels per side; an image becomes ``(image / patch / 2) ** 2`` tokens.
-    ``vision``, ``text``  further arguments of the two towers' configurations.
+    ``vision``, ``text``  further arguments of the two towers' configurations; dropout of attention is 0.1
+    unless they say otherwise.
     """
     hf = _hf("transformers")
     config = hf.InternVLConfig(
         vision_config=hf.InternVLVisionConfig(
-            image_size=[image, image], patch_size=[patch, patch], attention_dropout=0.1, **vision
+            image_size=[image, image], patch_size=[patch, patch], **{"attention_dropout": 0.1, **vision}
         ),
-        text_config=hf.Qwen2Config(use_cache=False, attention_dropout=0.1, **text),
+        text_config=hf.Qwen2Config(use_cache=False, **{"attention_dropout": 0.1, **text}),
         image_token_id=image_token,
         image_seq_length=(image // patch // 2) ** 2,
         tie_word_embeddings=False,
