@@ -1,4 +1,4 @@
-"""The InternVL2 script: the bits of a run without the switch, within the budget, below the library's own peak.
+"""The InternVL2 script: the bits of a run without the switch, within the budget, below the library's peak.
 
 What runs is the script of :mod:`planner.examples.internvl2` with smaller towers: its data, whose batches
 differ in tiles and words, its labels, its Trainer and its hand-written loop.
@@ -54,8 +54,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, rows: int, **arguments: Any) -> tuple[Any, list[float], int]:
     """One epoch: the model as trained, its losses, and its peak.
 
-    Under the Trainer, whose data loader is a batch ahead, the peak of a step; else that of the whole run, from
-    the building of the model on.
+    Under the Trainer, whose data loader is a batch ahead, the peak of a step; else that of the whole run,
+    from the building of the model on.
     """
     settings = {**QUIET, "num_train_epochs": 1, "per_device_train_batch_size": 3}
     asked, training = Arguments(rows=rows, max_tiles=3, **arguments), Training(str(folder), **settings)

@@ -1,7 +1,7 @@
 """Fine-tune a model of InternVL2's structure with ``grad_checkpoint`` held to a budget.
 
-    python -m planner.examples.internvl2 --grad_checkpoint --budget_gb 0.03
-    python -m planner.examples.internvl2 --grad_checkpoint --budget_gb 0.03 --loop plain
+    python -m planner.examples.internvl2 --grad_checkpoint --budget_gb 0.02
+    python -m planner.examples.internvl2 --grad_checkpoint --budget_gb 0.02 --loop plain
     python -m planner.examples.internvl2 --help
 
 InternViT, pixel shuffle, a two-layer projector and Qwen2, as transformers' InternVL classes have them, with

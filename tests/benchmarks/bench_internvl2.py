@@ -4,9 +4,8 @@
 
 The model is that of ``planner.examples.internvl2`` (24 layers of InternViT at 448 pixels, 24 of Qwen2),
 built from fake tensors in bfloat16; the step is two rows of six tiles and 1792 tokens each, with AdamW, and
-would take 28 GB.  Costs are a roofline of a device that attains what an H100 does
-(``ATTAINED_H100``).  Budgets are the memory at rest and a share of what the step adds to it.  Prints a table
-and writes ``results/internvl2.json``; the RSS is that of the process, torch and transformers included.
+would take 28 GB.  Costs are a roofline of a device that attains what an H100 does (``ATTAINED_H100``).
+Budgets are the memory at rest and a share of what the step adds to it.  Prints a table and writes ``results/internvl2.json``; the RSS is that of the process, torch and transformers included.
 Exit code 1 if a budget has no plan.
 """
 
@@ -105,9 +104,8 @@ def main() -> int:
         f"{record['keep_all_peak_bytes'] / 1e9:.1f} GB if nothing is recomputed; built in "
         f"{record['build_seconds']} s, captured in {record['capture_seconds']} s\n"
     )
-    print(
-        "| budget GB | peak GB | overhead | proved bound | s to plan | peak RSS GB |\n|---|---|---|---|---|---|"
-    )
+    print("| budget GB | peak GB | overhead | proved bound | s to plan | peak RSS GB |")
+    print("|---|---|---|---|---|---|")
     failed = 0
     for row in record["plans"]:
         if "peak_bytes" not in row:
