@@ -5,8 +5,10 @@
 The model is that of ``planner.examples.internvl2`` (24 layers of InternViT at 448 pixels, 24 of Qwen2),
 built from fake tensors in bfloat16; the step is two rows of six tiles and 1792 tokens each, with AdamW, and
 would take 28 GB.  Costs are a roofline of a device that attains what an H100 does (``ATTAINED_H100``).
-Budgets are the memory at rest and a share of what the step adds to it.  Prints a table and writes ``results/internvl2.json``; the RSS is that of the process, torch and transformers included.
-Exit code 1 if a budget has no plan.
+
+Budgets are the memory at rest and a share of what the step adds to it.  Prints a table and writes
+``results/internvl2.json``; the RSS is that of the process, torch and transformers included.  Exit code 1 if
+a budget has no plan.
 """
 
 from __future__ import annotations
