@@ -86,16 +86,3 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
         return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]
-
-    def without_data(self) -> Inputs:
-        """The same with fake tensors for tensors: for what outlives the batch and asks only for its sizes."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-        def sized(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor):
-                return leaf
-            return mode.from_tensor(leaf, static_shapes=True)
-
-        leaves, spec = self.flatten()
-        args, kwargs = pytree.tree_unflatten([sized(leaf) for leaf in leaves], spec)
-        return Inputs(args, kwargs)

@@ -211,7 +211,6 @@ class OnDemand:
         self._refuse(call)
         began = time.perf_counter()
         with self.around(), modes_set_aside():  # a meter that watches training is not to count this
-            call = replace(call, inputs=call.inputs.without_data())  # what is kept must not hold the batch
             step = self._captured(call)
             resident_at = partial(self._resident, call.signature.has_gradients)
             resident = resident_at(step.graph, step.joint.inputs)

@@ -244,7 +244,7 @@ class Variants:
                 "smaller, or pass on_larger='replan'"
             )
         with self.varying.around():
-            joint = self._captured(model, tensors, inputs.without_data())
+            joint = self._captured(model, tensors, inputs)
             variant = self._planned(first.prepared.again(model, joint))
         self._keep(variant)
         log.info(
