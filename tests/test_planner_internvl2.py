@@ -7,6 +7,7 @@ differ in tiles and words, its labels, its Trainer and its hand-written loop.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import weakref
 from pathlib import Path
@@ -21,6 +22,8 @@ from planner.examples import internvl2
 from planner.examples.internvl2 import IGNORED, IMAGE, SHAPES, Arguments, Shape, Tiles, Training, batch_of
 from planner.measure import StorageMeter, step_flops, step_peak
 from tests import tiny
+from tests.benchmarks import bench_internvl2
+from tests.benchmarks.graphs import without_memory
 from tests.hf import FAST, QUIET, Peaks
 
 SMALL = Shape(
@@ -169,3 +172,26 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_arguments_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Arguments(**wrong)
+
+
+# -- the published size ----------------------------------------------------------------------------
+
+
+def test_the_model_of_the_record_is_the_published_one() -> None:
+    model, batch = without_memory(bench_internvl2.step_1b)
+    assert len(model.model.vision_tower.encoder.layer) == len(model.model.language_model.layers) == 24
+    record = json.loads(bench_internvl2.RESULTS.read_text())
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"] == 938_158_976
+    assert batch["pixel_values"].shape[2:] == (448, 448)
+    assert batch["input_ids"].shape[1] == 6 * 256 + 256
+
+
+def test_the_record_is_within_its_budgets_and_is_what_the_readme_shows() -> None:
+    record = json.loads(bench_internvl2.RESULTS.read_text())
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert len(record["plans"]) == 3 and "\n".join(bench_internvl2.table(record)) in readme
+    assert f"{record['capture_seconds']:.0f} s on one core" in readme
+    for row in record["plans"]:
+        assert row["peak_bytes"] <= row["budget_bytes"] < record["keep_all_peak_bytes"]
+        assert 0 < row["overhead_bound"] <= row["overhead"]
+        assert record["imported_peak_rss_bytes"] < row["peak_rss_bytes"] < record["at_rest_bytes"]
