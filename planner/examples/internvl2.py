@@ -257,7 +257,10 @@ def with_trainer(
 def with_plain_loop(
     model: Any, data: Tiles, training: TrainingArguments, *, grad_checkpoint: bool
 ) -> list[float]:
-    """Train with a loop; the loss of each step."""
+    """Train with a loop; the loss of each step.
+
+    Of ``training`` it reads device, batch size, epochs, learning rate, ``max_grad_norm``, seed, ``bf16``.
+    """
     device = training.device
     model.to(device)
     if grad_checkpoint:
