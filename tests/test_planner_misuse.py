@@ -189,15 +189,28 @@ def test_interrupted_while_planning() -> None:
 
 
 @contextlib.contextmanager
-def memory_left(spare_bytes: int) -> Iterator[None]:
-    """The process can take so much more, and no more; then the allocator fails in earnest."""
+def memory_left(spare_bytes: int, chunk_bytes: int) -> Iterator[None]:
+    """The process can take so much more, and no more; then the allocator fails in earnest.
+
+    What earlier work left free in the heap and would hold ``chunk_bytes`` is taken first.
+    """
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + spare_bytes, before[1]))
+    taken, fresh = [], 0
+    while fresh < 3:
+        used = address_space()
+        taken.append(torch.empty(chunk_bytes, dtype=torch.uint8))
+        fresh = fresh + 1 if address_space() > used else 0
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + spare_bytes, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        del taken
+
+
+def address_space() -> int:
+    """Bytes of addresses that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -209,7 +222,7 @@ def test_out_of_memory(phase: str) -> None:
     model.zero_grad()
     loss = model(large).sum() if phase == "backward" else None
     message = rf"can't allocate memory[\s\S]*{phase} of a step planned to 10 GB"
-    with pytest.raises(RuntimeError, match=message), memory_left(80_000_000):
+    with pytest.raises(RuntimeError, match=message), memory_left(80_000_000, 2**26):
         model(large) if loss is None else loss.backward()
     model.zero_grad()
     model(large).sum().backward()
