@@ -141,7 +141,6 @@ line = simulate(problem, best.schedule)
 print(json.dumps({
     "answered_after_s": back - sent[0],
     "fits": best.fits,
-    "status": best.status,
     "as_simulated": (line.seconds, line.peak_bytes) == (best.seconds, best.peak_bytes),
     "lower": best.peak_bytes < joint_graphs.keep_all_peak(problem),
 }))
@@ -164,7 +163,6 @@ def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["answered_after_s"] >= 0
     assert answer["fits"] and answer["as_simulated"] and answer["lower"]
-    assert answer["status"] == "feasible"
     assert "interrupted: answering with the best schedule so far" in done.stderr
 
 
