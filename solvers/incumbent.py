@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # A gap below this share of the time without recomputation is not worth more search.
 ENOUGH = 5e-4
+# Of the norm over steps that says how far above the budget a schedule is; high: the worst steps count.
 OVER_POWER = 4
 # Above the budget by at most this share of it, and so many of them, are worth to be remembered.
 NEAR, MOST_NEAR = 0.2, 40
@@ -165,8 +166,12 @@ class Incumbent:
 
     def over_of(self, line: Timeline) -> float:
         """How far ``line`` is above the budget; spreading a peak over more steps counts as progress."""
-        excess = np.maximum(line.live_bytes - self.budget_bytes, 0) / max(1, self.budget_bytes)
-        return float((excess**OVER_POWER).sum())
+        return self.excess(line.live_bytes)
+
+    def excess(self, live_bytes: np.ndarray) -> float:
+        """What steps with ``live_bytes`` in memory, shape (T,), add to ``over``."""
+        over = np.maximum(live_bytes - self.budget_bytes, 0) / max(1, self.budget_bytes)
+        return float((over**OVER_POWER).sum())
 
     def raise_bound(self, bound_s: float) -> None:
         """``bound_s``: proved lower bound on the total seconds of any schedule within the budget."""

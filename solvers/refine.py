@@ -296,26 +296,35 @@ class _Search:
     def _add(self, program: InstantProgram, steps: list[int], where: list[int], over: np.ndarray) -> bool:
         """New instants and burst rows at the steps that are ``over``, the worst first."""
         found, size = self.found, len(self.found.instants)
-        instants = set(found.instants)
-        new: list[int] = []
-        bursts = set()
         order = [s for s in np.argsort(-over, kind="stable").tolist() if over[s] > 0]
         # An answer far above the budget is so nearly everywhere: what is worst there says little.
         span, apart = len(self.problem) - (self.problem.turn or 0), 0
         if over.max() > FAR_OVER * (self.budget or math.inf):
             apart = span // (2 * size + 2)
+        new, bursts = self._chosen(order, steps, where, apart)
+        if apart and not new:
+            new, bursts = self._chosen(order, steps, where, 0)
+        fresh = bursts - self.bursts
+        self.bursts |= bursts
+        found.instants = sorted({*found.instants, *new})
+        return bool(new or fresh)
+
+    def _chosen(
+        self, order: list[int], steps: list[int], where: list[int], apart: int
+    ) -> tuple[list[int], set[int]]:
+        """Instants at the first of the steps ``order``, ``apart`` ops from those known, and burst rows."""
+        known = self.found.instants
+        new: list[int] = []
+        bursts: set[int] = set()
         for s in order:
-            if len(new) > size * GROWTH:
+            if len(new) > len(known) * GROWTH:
                 break
             t, i = where[s], steps[s]
             if i != t:
                 bursts.add(i)
-            if t in instants or t >= len(self.problem):
+            if t in known or t >= len(self.problem):
                 t = t - 1
-            near = [abs(t - u) < SPREAD for u in new] + [abs(t - u) < apart for u in found.instants]
-            if t not in instants and not any(near):
+            near = [abs(t - u) < SPREAD for u in new] + [abs(t - u) < apart for u in known]
+            if t not in known and not any(near):
                 new.append(t)
-        fresh = bursts - self.bursts
-        self.bursts |= bursts
-        found.instants = sorted({*instants, *new})
-        return bool(new or fresh)
+        return new, bursts

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.emit import can_be_dropped, trim
-from solvers.incumbent import OVER_POWER, Incumbent
+from solvers.incumbent import Incumbent
 from solvers.simulate import Timeline, simulate_steps
 
 __all__ = ["shave"]
@@ -106,8 +106,8 @@ def _dropped(places: _Places, most: int) -> tuple[list[int], Timeline] | None:
 
     def gain(drop: _Drop) -> float:
         waits = live[drop.a + 1 : drop.b]
-        fall = places.excess_of(waits) - places.excess_of(waits - drop.size)
-        return (fall - places.excess_of(before[drop.b] - drop.size + drop.burst)) / (drop.again_s + least_s)
+        fall = run.excess(waits) - run.excess(waits - drop.size)
+        return (fall - run.excess(before[drop.b] - drop.size + drop.burst)) / (drop.again_s + least_s)
 
     while drops and len(chosen) < most:
         best = max(drops[:LOOKED_AT], key=gain)
@@ -133,7 +133,7 @@ def _moved(places: _Places) -> tuple[list[int], Timeline] | None:
     """The schedule after the hoist or hold that lowers the excess most per second."""
     run, line = places.run, places.line
     best, most = None, 0.0
-    worst = places.excess_of(line.live_bytes.max())
+    worst = run.excess(line.live_bytes.max())
     for steps in places.moved():
         found = places.judged(steps)
         if found is not None:
@@ -164,11 +164,6 @@ class _Places:
                 for v in values:
                     self.at.setdefault(v, []).append(s)
                     self.made.setdefault(v, []).append(makes)
-
-    def excess_of(self, live_bytes: np.ndarray) -> float:
-        """What steps with so many bytes add to ``Incumbent.over``."""
-        budget = self.run.budget_bytes
-        return float(((np.maximum(live_bytes - budget, 0) / max(1, budget)) ** OVER_POWER).sum())
 
     def judged(self, steps: list[int]) -> tuple[list[int], Timeline] | None:
         """``steps`` without what nobody reads, and their timeline, if they are less above the budget."""
