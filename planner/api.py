@@ -7,6 +7,7 @@ Each arrow is a function in the module named after its result; this one only cal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -15,11 +16,14 @@ from planner.accounting import OptimizerLike, budget_bytes_of
 from planner.capture import LossFn
 from planner.frontier import Frontier
 from planner.plan import Plan
-from planner.prepared import CostSource, Progress, prepare
+from planner.prepared import CostSource, prepare
+from planner.progress import Progress, reporting
 from planner.sizes import Dynamic
 from planner.variants import OnLarger
 
 __all__ = ["frontier", "plan"]
+
+log = logging.getLogger(__name__)
 
 
 def plan(
@@ -34,7 +38,7 @@ def plan(
     time_limit_s: float = 30.0,
     dynamic: Dynamic = False,
     on_larger: OnLarger = "replan",
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
 
@@ -56,7 +60,9 @@ def plan(
                       names what varies: ``{"input_ids": (0, 1)}``, argument -> dimensions.
     ``on_larger``     with ``dynamic``: for a batch that the plan cannot serve within the budget,
                       "replan" for its sizes, or "raise" ``StalePlanError``.
-    ``progress``      called with the name of each phase as it starts.
+    ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
+                      :class:`planner.progress.Event` at each phase, better plan and better bound, and
+                      ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
 
     Planning allocates no activation memory, runs no forward and changes nothing of the model.
 
@@ -67,19 +73,22 @@ def plan(
     budget_bytes = budget_bytes_of(budget_gb)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
-    step = prepare(
-        model,
-        inputs,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        costs=costs,
-        dynamic=dynamic,
-        on_larger=on_larger,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        progress=progress,
-    )
-    return step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress)
+    with reporting(progress) as tell:
+        step = prepare(
+            model,
+            inputs,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            costs=costs,
+            dynamic=dynamic,
+            on_larger=on_larger,
+            solver=solver,
+            time_limit_s=time_limit_s,
+            progress=tell,
+        )
+        made = step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
+    log.info("%r", made)
+    return made
 
 
 def frontier(
@@ -93,13 +102,14 @@ def frontier(
     costs: CostSource = "auto",
     solver: str = "auto",
     time_limit_s: float = 10.0,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
 
     Arguments as for :func:`plan`; ``time_limit_s`` is per budget.
     """
-    step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=progress)
-    return step.frontier(
-        budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=progress
-    )
+    with reporting(progress) as tell:
+        step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=tell)
+        return step.frontier(
+            budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=tell
+        )

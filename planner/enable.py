@@ -21,6 +21,7 @@ from planner.integrations import huggingface
 from planner.ondemand import OnLarger, Settings
 from planner.plan import Plan
 from planner.prepared import CostSource
+from planner.progress import Progress
 from planner.switch import Switch
 from planner.wrappers import unwrapped
 
@@ -42,6 +43,7 @@ def enable(
     on_larger: OnLarger = "replan",
     max_plans: int = 64,
     calls_per_step: int | None = None,
+    progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
     """Let the checkpointing switch of ``model`` plan its training step for ``budget_gb``.  Returns ``model``.
@@ -66,7 +68,7 @@ def enable(
     ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
                    By default 1, and for sentence-transformers models what the first step shows.
 
-    ``costs``, ``solver`` and ``time_limit_s`` as for :func:`planner.plan`.
+    ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside
     ``DistributedDataParallel`` is enabled in there.  Raises ``TypeError`` or ``ValueError`` for arguments
@@ -85,6 +87,7 @@ def enable(
         on_larger,
         max_plans,
         calls_per_step,
+        progress,
     )
     root = unwrapped(model)
     switch = vars(root).get(_KEY)

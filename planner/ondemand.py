@@ -43,6 +43,7 @@ from planner.integrations import huggingface
 from planner.optimizers import found_optimizer_bytes
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared, prepare
+from planner.progress import Progress, Reporter, reporting
 from planner.runtime import PlannedForward
 from planner.shapes import Kept, PerShape
 from planner.sharing import PROBES, most_held, plan_that_holds
@@ -76,6 +77,7 @@ class Settings:
     on_larger: OnLarger = "replan"
     max_plans: int = 64
     calls_per_step: int | None = None
+    progress: bool | Progress | None = None
 
     def __post_init__(self) -> None:
         if self.on_larger not in ("replan", "raise"):
@@ -105,6 +107,7 @@ class OnDemand:
         self.last: Plan | None = None
         self._announced = False
         self._calls: int | None = None
+        self._tell = Reporter()
         self.forget()
 
     def change(self, settings: Settings) -> None:
@@ -210,7 +213,8 @@ class OnDemand:
         """A plan for this call and what runs it.  Errors as :func:`planner.plan`."""
         self._refuse(call)
         began = time.perf_counter()
-        with self.around(), modes_set_aside():  # a meter that watches training is not to count this
+        # A meter that watches training is not to count this.
+        with reporting(self.settings.progress) as self._tell, self.around(), modes_set_aside():
             step = self._captured(call)
             resident_at = partial(self._resident, call.signature.has_gradients)
             resident = resident_at(step.graph, step.joint.inputs)
@@ -244,7 +248,9 @@ class OnDemand:
         if step is None:
             s, dynamic = self.settings, len(alike) == FIXED
             inputs = call.inputs.without_data()  # plans outlive the batch they were made from
-            step = prepare(self.planned, inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic)
+            step = prepare(
+                self.planned, inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic, progress=self._tell
+            )
             if len(self._steps) >= s.max_plans:
                 del self._steps[next(iter(self._steps))]
             self._steps[exact.kind if dynamic else exact] = step
@@ -299,7 +305,9 @@ class OnDemand:
         limit_s = s.time_limit_s if most is None else s.time_limit_s / PROBES
 
         def make(budget_bytes: int) -> Plan:
-            return step.plan_bytes(budget_bytes, solver=s.solver, time_limit_s=limit_s, hint=self.last)
+            return step.plan_bytes(
+                budget_bytes, solver=s.solver, time_limit_s=limit_s, progress=self._tell, hint=self.last
+            )
 
         if most is None:
             return make(left)

@@ -26,6 +26,7 @@ from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.plan import Decision, Placement, Plan
+from planner.progress import Reporter
 from planner.sizes import Dynamic, varying_dims
 from planner.training_graph import TrainingGraph, training_graph
 from planner.units import bytes_text
@@ -35,10 +36,10 @@ from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, mini
 from solvers import frontier as solve_frontier
 from solvers.bounds import peak_floor
 
-__all__ = ["CostSource", "Prepared", "Progress", "prepare", "prepare_for"]
+__all__ = ["CostSource", "Prepared", "prepare", "prepare_for"]
 
 CostSource = Literal["auto", "profile", "roofline"]
-Progress = Callable[[str], None]
+LEAST = "the least budget that has a plan"
 
 
 def prepare(
@@ -52,16 +53,16 @@ def prepare(
     on_larger: OnLarger = "replan",
     solver: str = "auto",
     time_limit_s: float = 30.0,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Prepared:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
     Arguments as for :func:`planner.plan`; ``solver`` and ``time_limit_s`` are for plans that the step itself
     asks for: the least one, and those for larger batches.
     """
-    tell = progress or _silent
+    tell = progress or Reporter()
     model = unwrapped(model)
-    tell("capture")
+    tell.phase("capture", type(model).__name__)
     varying = None
     if dynamic:
         given = Inputs.of(model, inputs)
@@ -72,7 +73,7 @@ def prepare(
     else:
         joint = capture(model, inputs, loss_fn)
     graph = training_graph(joint)
-    tell("costs")
+    tell.phase("profile", f"{len(graph.ops)} ops")
     priced = graph_costs(graph, costs)
     resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
     expected = expectation_of(model, *joint.inputs.flatten())
@@ -269,7 +270,7 @@ class Prepared:
         *,
         solver: str = "auto",
         time_limit_s: float = 30.0,
-        progress: Progress | None = None,
+        progress: Reporter | None = None,
     ) -> Plan:
         """The plan for one budget; errors as :func:`planner.plan`."""
         return self.plan_bytes(
@@ -282,11 +283,12 @@ class Prepared:
         *,
         solver: str = "auto",
         time_limit_s: float = 30.0,
-        progress: Progress | None = None,
+        progress: Reporter | None = None,
         hint: Plan | None = None,
     ) -> Plan:
         """``plan`` for a budget in bytes; ``hint``, a plan of a like step, is where the search starts."""
-        (progress or _silent)("solve")
+        tell = progress or Reporter()
+        tell.phase("solve", f"{len(self.problem)} ops in {bytes_text(budget_bytes)}")
         if budget_bytes < self.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
         try:
@@ -295,10 +297,15 @@ class Prepared:
                 budget_bytes,
                 solver=solver,
                 time_limit_s=time_limit_s,
+                progress=tell.searching(self.problem.total_seconds),
                 hint=None if hint is None else self._schedule_of(hint),
             )
         except InfeasibleError:
+            tell.phase("least", LEAST)
             raise self.infeasible(budget_bytes) from None
+        tell.found(solution, self.problem.total_seconds)
+        if not solution.fits:
+            tell.phase("least", LEAST)
         if not solution.fits and budget_bytes >= self.minimum_peak_bytes:
             solution = dataclasses.replace(
                 solution,
@@ -351,25 +358,28 @@ class Prepared:
         points: int = 8,
         solver: str = "auto",
         time_limit_s: float = 10.0,
-        progress: Progress | None = None,
+        progress: Reporter | None = None,
     ) -> Frontier:
         """Overhead at each of ``budgets_gb``, or at ``points`` budgets from the least to keep-all.
 
         A plan for a lower budget also serves every higher one, so the curve never rises.
         ``time_limit_s`` is per budget.
         """
+        tell = progress or Reporter()
         if budgets_gb is None:
+            tell.phase("least", LEAST)
             low, high = self.minimum_peak_bytes, max(self.baseline.peak_bytes, self.optimizer_step_bytes)
             budgets = [round(low + (high - low) * k / max(1, points - 1)) for k in range(points)]
         else:
             budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
-        (progress or _silent)("solve")
+        tell.phase("solve", f"{len(budgets)} budgets")
         known = self.__dict__.get("least")
         answers = solve_frontier(
             self.problem,
             [b for b in budgets if b >= self.optimizer_step_bytes],
             solver=solver,
             time_limit_s=time_limit_s,
+            progress=tell.searching(self.problem.total_seconds),
             hint=None if known is None else known.schedule,
         )
         found: list[FrontierPoint] = []
@@ -478,7 +488,3 @@ class Prepared:
                 Placement(value.name, value.module, op.target, value.bytes, decision, seconds, again, op.name)
             )
         return tuple(out)
-
-
-def _silent(_: str) -> None:
-    return
