@@ -38,6 +38,7 @@ __all__ = [
     "TorchDispatchMode",
     "checkpoint_calls",
     "compiled",
+    "cuda_driver_version",
     "descriptors",
     "dp_knapsack",
     "evaluated",
@@ -123,6 +124,12 @@ def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator had nothing left; the CPU's says so in words only."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the installed driver supports, as 1000 * major + 10 * minor; 0 without one."""
+    found = getattr(torch._C, "_cuda_getDriverVersion", None)  # 1.0+, in CUDA builds only
+    return 0 if found is None else int(found())
 
 
 def modes_set_aside() -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,9 @@
 Two sources: :mod:`planner.profiler` runs every distinct op once it is warm, :mod:`planner.roofline`
 works it out from FLOPs and bytes.  Each module says where it is right and where it errs.  Views cost
 nothing in both.
+
+A profile goes on where an op cannot be measured, out of memory included: the roofline stands in for it,
+and what the allocator kept from the attempt is given back.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from planner.profiler import Measured, device_for, measure, signature_of, undisturbed
+from planner._compat import is_out_of_memory
+from planner.cost_cache import Measured, cache_for, key_of
+from planner.devices import DEVICES, Device
+from planner.profiler import device_for, measure, signature_of, undisturbed
 from planner.roofline import (
-    DEVICES,
-    Device,
     is_view,
     node_bytes,
     node_flops,
@@ -167,20 +171,39 @@ def _profile(
     limit_s: float,
 ) -> dict[str, Measured]:
     """Measured costs by signature, the largest shares of the step first; what is left out has none."""
+    missing = sorted((k for k in alike if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
+    cache = cache_for(device) if missing else None
+    if cache is not None:
+        known = cache.read()
+        _measured.update({key: known[key_of(key)] for key in missing if key_of(key) in known})
+        missing = [key for key in missing if key not in _measured]
+    found: dict[str, Measured] = {}
     began = time.perf_counter()
     with undisturbed(device):
-        for key in sorted(alike, key=lambda k: -expected_s[k] * len(alike[k])):
-            if key in _measured:
-                continue
+        for key in missing:
             if time.perf_counter() - began > limit_s:
                 log.debug("the profile stopped after %.1f s", limit_s)
                 break
-            node = alike[key][0]
-            try:
-                _measured[key] = measure(node, device)
-            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                log.debug("%s (%s) cannot be measured: %s", node.name, node.target, error)
+            cost = _attempt(alike[key][0], device)
+            if cost is not None:
+                found[key] = cost
+    _measured.update(found)
+    if cache is not None:
+        cache.add(found)
     return {key: _measured[key] for key in alike if key in _measured}
+
+
+def _attempt(node: fx.Node, device: torch.device) -> Measured | None:
+    """What ``node`` costs, ``None`` where it cannot be measured."""
+    try:
+        return measure(node, device)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        short = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        told = logging.WARNING if short else logging.DEBUG
+        log.log(told, "%s (%s) cannot be measured: %s", node.name, node.target, str(error).split("\n")[0])
+    if short and device.type == "cuda":  # here nothing holds the operands any more
+        torch.cuda.empty_cache()
+    return None
 
 
 def _device_of(nodes: Iterable[fx.Node]) -> torch.device:

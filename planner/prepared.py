@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from planner._compat import storage_key
+from planner._compat import modes_set_aside, storage_key
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
 from planner.capture import JointGraph, LossFn, capture
 from planner.captures import Captures, capture_varying
@@ -72,11 +72,13 @@ def prepare(
         varying = Varying(Captures(dims, joint), on_larger, solver, time_limit_s)
     else:
         joint = capture(model, inputs, loss_fn)
-    graph = training_graph(joint)
-    tell.phase("profile", f"{len(graph.ops)} ops")
-    priced = graph_costs(graph, costs)
-    resident = resident_of(model, (joint.inputs.args, joint.inputs.kwargs), optimizer, device=graph.device)
-    expected = expectation_of(model, *joint.inputs.flatten())
+    with modes_set_aside():  # a model without memory may be planned under the mode it was built in
+        graph = training_graph(joint)
+        tell.phase("profile", f"{len(graph.ops)} ops")
+        priced = graph_costs(graph, costs)
+        arguments = joint.inputs.args, joint.inputs.kwargs
+        resident = resident_of(model, arguments, optimizer, device=graph.device)
+        expected = expectation_of(model, *joint.inputs.flatten())
     return Prepared(
         model, joint, graph, priced, resident, expected, loss_fn, varying, least_limit_s=time_limit_s
     )

@@ -1,0 +1,229 @@
+"""Devices: their rates and memory, by name and as they are found, and what their libraries keep.
+
+Rates and sizes are the data sheets'; what real kernels reach of them differs from kernel to kernel, and
+no figure for all of them has a source, so none is applied.
+
+``library_bytes`` is what cuBLAS keeps on a CUDA device.  PyTorch hands every handle a workspace from its
+caching allocator and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``,
+``parseChosenWorkspaceSize``): 32 MiB on compute capability 9, 10 and 12, else 8 MiB + 128 KiB, or what
+``CUBLAS_WORKSPACE_CONFIG`` says.  Handles belong to threads, and the backward of a step runs in a thread
+of the autograd engine, so a training step has two.  cuBLASLt shares the workspace unless
+``TORCH_CUBLASLT_UNIFIED_WORKSPACE=0``; then it has its own, of ``CUBLASLT_WORKSPACE_SIZE`` KiB or 1 MiB.
+
+:func:`memory_of` and :func:`capability_of` are the only places that ask a device for its state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from planner.errors import PlannerError
+from planner.units import bytes_text
+
+__all__ = [
+    "DEVICES",
+    "Device",
+    "DeviceMemory",
+    "capability_of",
+    "cublas_workspace_bytes",
+    "device_named",
+    "library_bytes",
+    "memory_of",
+    "refuse_absent",
+    "warn_of_little_memory",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The rates of a device.
+
+    ``fp64_flops`` ... ``half_flops``  dense matrix FLOP/s by operand type; ``tf32`` is what a GPU uses
+                                       for fp32 operands when allowed, ``half`` is bf16 and fp16.
+    ``bandwidth``                      bytes/s of device memory.
+    ``launch_s``                       seconds any kernel takes, however small.
+    ``capability``                     CUDA's compute capability; ``None``: not a CUDA device.
+    ``memory_bytes``                   of the device, in GB of 10**9 as on its data sheet; 0: not known.
+
+    Raises ``ValueError`` for a rate that is not a positive number.
+    """
+
+    name: str
+    fp64_flops: float
+    fp32_flops: float
+    tf32_flops: float
+    half_flops: float
+    bandwidth: float
+    launch_s: float
+    capability: tuple[int, int] | None = None
+    memory_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for label in ("fp64_flops", "fp32_flops", "tf32_flops", "half_flops", "bandwidth", "launch_s"):
+            rate = getattr(self, label)
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"device {self.name!r} has {label}={rate!r}, want a number > 0")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} ({self.fp32_flops / 1e12:.3g} TFLOP/s fp32, {self.half_flops / 1e12:.3g} half, "
+            f"{self.bandwidth / 1e9:.4g} GB/s)"
+        )
+
+    def flops_per_s(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
+        """Matrix FLOP/s on operands of ``dtype``; types that are not listed count as fp32."""
+        if dtype in (torch.bfloat16, torch.float16):
+            return self.half_flops
+        if dtype in (torch.float64, torch.complex128):
+            return self.fp64_flops
+        return self.tf32_flops if tf32 else self.fp32_flops
+
+
+# Dense rates (sparsity off), bandwidths and memory from NVIDIA's data sheets: H100 and H200 Tensor Core GPU
+# (SXM), A100 80GB (SXM), L4; for the RTX 4090 the Ada architecture white paper's appendix, half with
+# fp32 accumulation.  A launch is what an eager step spends between two small kernels.  "cpu" stands for
+# a core or two of a desktop where nothing may be measured.
+DEVICES: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        Device("H200", 67e12, 67e12, 494.7e12, 989.4e12, 4.8e12, 5e-6, (9, 0), 141 * 10**9),
+        Device("H100", 67e12, 67e12, 494.7e12, 989.4e12, 3.35e12, 5e-6, (9, 0), 80 * 10**9),
+        Device("A100", 19.5e12, 19.5e12, 156e12, 312e12, 2.039e12, 5e-6, (8, 0), 80 * 10**9),
+        Device("L4", 0.47e12, 30.3e12, 60e12, 121e12, 0.3e12, 5e-6, (8, 9), 24 * 10**9),
+        Device("RTX 4090", 1.29e12, 82.6e12, 82.6e12, 165.2e12, 1.008e12, 5e-6, (8, 9), 24 * 10**9),
+        Device("cpu", 5e10, 1e11, 1e11, 1e11, 1e10, 3e-6),
+    )
+}
+
+
+def device_named(name: str) -> Device | None:
+    """The CUDA device that ``name`` means, in any case, with or without spaces; ``None`` if there is none."""
+    wanted = _squeezed(name)
+    return next(
+        (d for d in DEVICES.values() if d.capability is not None and _squeezed(d.name) == wanted), None
+    )
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+# --- What a device is now ---------------------------------------------------------------------
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a CUDA device.
+
+    ``free_bytes``      that the driver has left, for any process.
+    ``reserved_bytes``  that this process's caching allocator has taken from the driver.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    reserved_bytes: int
+
+    @property
+    def others_bytes(self) -> int:
+        """Held by other processes, and by CUDA contexts, this process's own among them."""
+        return max(0, self.total_bytes - self.free_bytes - self.reserved_bytes)
+
+
+def memory_of(device: torch.device) -> DeviceMemory | None:
+    """The device's memory as it is now; ``None`` for what is not a CUDA device."""
+    if device.type != "cuda":
+        return None
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    return DeviceMemory(name, total_bytes, free_bytes, torch.cuda.memory_reserved(device))
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's compute capability of the device; ``None`` for what is not a CUDA device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def refuse_absent(device: torch.device) -> None:
+    """``PlannerError`` for a CUDA device that torch cannot reach; tracing on it would end the process."""
+    if device.type != "cuda" or (
+        torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    ):
+        return
+    there = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "none"
+    raise PlannerError(
+        f"the model is on {device}, but torch {torch.__version__} (built for CUDA "
+        f"{torch.version.cuda or 'none'}) finds {there} on this machine. Build the model on the CPU, under "
+        f"FakeTensorMode if it is large, and plan for a GPU by its name: costs={_names()}"
+    )
+
+
+def _names() -> str:
+    return " or ".join(f'"{d.name}"' for d in DEVICES.values() if d.capability is not None)
+
+
+def warn_of_little_memory(
+    budget_bytes: int, peak_bytes: int, memory: DeviceMemory | None, *, planned_for: Device | None = None
+) -> None:
+    """One line in the log where the device has not what a plan needs, with the numbers.
+
+    ``memory`` is that of the device here, ``planned_for`` a device that is elsewhere.
+    """
+    if planned_for is not None:
+        memory = DeviceMemory(planned_for.name, planned_for.memory_bytes, planned_for.memory_bytes, 0)
+    if memory is None or not memory.total_bytes:
+        return
+    ours_bytes = memory.free_bytes + memory.reserved_bytes
+    if budget_bytes > memory.total_bytes:
+        log.warning(
+            "the budget is %s, but %s has %s in total; the plan takes %s",
+            bytes_text(budget_bytes),
+            memory.name,
+            bytes_text(memory.total_bytes),
+            bytes_text(peak_bytes),
+        )
+    elif peak_bytes > ours_bytes:
+        log.warning(
+            "the plan takes %s, but of the %s of %s only %s can be had now: %s are held by other processes "
+            "and CUDA contexts",
+            bytes_text(peak_bytes),
+            bytes_text(memory.total_bytes),
+            memory.name,
+            bytes_text(ours_bytes),
+            bytes_text(memory.others_bytes),
+        )
+
+
+# --- What libraries keep ----------------------------------------------------------------------
+
+
+def cublas_workspace_bytes(capability: tuple[int, int], environ: Mapping[str, str] | None = None) -> int:
+    """Bytes that PyTorch gives each cuBLAS handle, cuBLASLt's own workspace included if it has one."""
+    environ = os.environ if environ is None else environ
+    default_bytes = 32 * 2**20 if capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
+    config = environ.get("CUBLAS_WORKSPACE_CONFIG")
+    pairs = re.findall(r":([0-9]+):([0-9]+)", config) if config else []
+    cublas_bytes = sum(int(kib) * 1024 * int(count) for kib, count in pairs) if pairs else default_bytes
+    if environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") != "0":
+        return cublas_bytes
+    own = environ.get("CUBLASLT_WORKSPACE_SIZE", "")
+    return cublas_bytes + (int(own) if own.isdecimal() else 1024) * 1024
+
+
+def library_bytes(capability: tuple[int, int] | None, *, forward: bool, backward: bool) -> int:
+    """Bytes that cuBLAS keeps through a step with matrix products in its forward, in its backward.
+
+    0 where ``capability`` is ``None``: other devices have no such workspace.
+    """
+    if capability is None:
+        return 0
+    return (forward + backward) * cublas_workspace_bytes(capability)
