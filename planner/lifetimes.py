@@ -6,15 +6,16 @@ placement.  Nothing is decided here; it is a reading of the steps that ``simulat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from planner.accounting import Resident
-from planner.training_graph import TrainingGraph
 from solvers import Problem, Timeline
 
-__all__ = ["KINDS", "Copy", "bytes_over_time", "copies_of"]
+__all__ = ["KINDS", "Copy", "StepGraph", "bytes_over_time", "copies_of"]
 
 # From the bottom of the picture to its top.
 KINDS = (
@@ -33,6 +34,33 @@ KINDS = (
 )
 
 
+class _StepOp(Protocol):
+    @property
+    def target(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[int, ...]: ...
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
+
+
+class _StepValue(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def final(self) -> bool: ...
+
+
+class StepGraph(Protocol):
+    """What has to be known of a step to play it through: a TrainingGraph or its Outline."""
+
+    @property
+    def ops(self) -> Sequence[_StepOp]: ...
+    @property
+    def values(self) -> Sequence[_StepValue]: ...
+
+
 @dataclass(frozen=True)
 class Copy:
     """One copy of a value: alive from step ``born`` to step ``died``, both included."""
@@ -44,7 +72,7 @@ class Copy:
     kind: str
 
 
-def copies_of(graph: TrainingGraph, problem: Problem, timeline: Timeline) -> list[Copy]:
+def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Copy]:
     """All copies that ``timeline`` makes, in order of birth.
 
     ``saved`` is what the forward leaves for the backward; ``recomputed`` what a further execution
@@ -76,7 +104,7 @@ def copies_of(graph: TrainingGraph, problem: Problem, timeline: Timeline) -> lis
     return out
 
 
-def _kind(graph: TrainingGraph, v: int, born: int, died: int, boundary: int, again: bool) -> str:
+def _kind(graph: StepGraph, v: int, born: int, died: int, boundary: int, again: bool) -> str:
     value = graph.values[v]
     if value.final and value.kind in ("gradient", "output"):
         return value.kind + "s"

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 
 from planner.costs import Costs, Device, costs_of
+from planner.lifetimes import StepGraph
 from planner.nodes import layer_of
 from planner.training_graph import GraphOp, TrainingGraph
 from solvers import Op, Problem, Schedule, Value
@@ -97,14 +98,14 @@ def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list
     return steps[:first] + theirs + ours + steps[last + 1 :]
 
 
-def replayed_states(graph: TrainingGraph, steps: list[int]) -> set[int]:
+def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
     """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
     runs = Counter(steps)
     states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
     return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}
 
 
-def as_executed(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Problem:
+def as_executed(graph: StepGraph, problem: Problem, steps: list[int]) -> Problem:
     """The problem without the generator states that no replay of ``steps`` reads."""
     replayed = replayed_states(graph, steps)
     idle = {i for i, op in enumerate(graph.ops) if op.target == "rng_state" and i not in replayed}
@@ -112,6 +113,6 @@ def as_executed(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Pro
     return replace(problem, values=values)
 
 
-def judge(graph: TrainingGraph, problem: Problem, steps: list[int]) -> Timeline:
+def judge(graph: StepGraph, problem: Problem, steps: list[int]) -> Timeline:
     """The timeline of what will be executed."""
     return simulate_steps(as_executed(graph, problem, steps), steps)

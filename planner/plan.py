@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import pandas
 
+    from planner.diff import PlanDiff
+    from planner.explain import Explanation
+    from planner.outline import Outline
     from planner.prepared import Prepared
     from planner.verify import Report
 
@@ -115,6 +118,7 @@ class Plan:
     known_minimum_bytes: int | None = None
     varying_dims: Dims | None = None
     _prepared: Prepared | None = field(default=None, repr=False)
+    _outline: Outline | None = field(default=None, repr=False)
 
     # -- numbers derived from the fields -----------------------------------------------------------
 
@@ -154,6 +158,13 @@ class Plan:
             return self.known_minimum_bytes
         return self._prepared.__dict__.get("minimum_peak_bytes")
 
+    @property
+    def outline_if_known(self) -> Outline | None:
+        """The step in outline; ``None`` for a plan from a file that was written without it."""
+        if self._outline is not None or self._prepared is None or self._prepared.costs is None:
+            return self._outline
+        return self._prepared.outline
+
     # -- looking -----------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -182,6 +193,26 @@ class Plan:
         from planner.display import dataframe
 
         return dataframe(self)
+
+    def explain(self, name: str) -> Explanation:
+        """Why a value, or what a module makes, is kept, recomputed or freed, in a few sentences.
+
+        ``name`` is a value, a module path, or both: ``"encoder.layer.3.output.dense"``, ``"mm_5"``.  Every
+        number comes from the plan's schedule with that choice turned round, as simulated
+        (:mod:`planner.explain`).  Raises ``ValueError`` for an unknown name, with those that are near.
+        """
+        from planner.explain import explain
+
+        return explain(self, name)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What ``other``, a plan of the same model, decides otherwise, with bytes and seconds by layer.
+
+        Raises ``PlannerError`` for a plan of another model.
+        """
+        from planner.diff import diff
+
+        return diff(self, other)
 
     def plot_memory(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Live bytes over the step, by kind, against the budget and the step without recomputation."""

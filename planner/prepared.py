@@ -25,6 +25,7 @@ from planner.guards import Expectation, expectation_of
 from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
+from planner.outline import Outline
 from planner.plan import Decision, Placement, Plan
 from planner.progress import Reporter
 from planner.sizes import Dynamic, varying_dims
@@ -147,6 +148,11 @@ class Prepared:
             raise PlannerError("this step was captured to execute a plan, not to make one")
         resident = self.resident.total_bytes + self.tangent_bytes + self.constant_bytes
         return lower(self.graph, self.costs, resident_bytes=resident, name=type(self.model).__name__)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What a plan takes along to explain itself."""
+        return Outline.of(self)
 
     @cached_property
     def baseline(self) -> Timeline:

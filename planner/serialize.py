@@ -1,8 +1,9 @@
 """Plans as JSON.  Reading one executes nothing: it is data, checked field by field.
 
 The file says what the plan is for (format version, fingerprint of the captured step, torch version,
-device, where the costs came from), the plan itself, and the structure and sizes of the inputs, from
-which the step can be captured again when the plan is applied to a model.
+device, where the costs came from), the plan itself, the step in outline, by which the plan can be
+explained and played through, and the structure and sizes of the inputs, from which the step can be
+captured again when the plan is applied to a model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from planner._compat import FakeTensorMode
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.inputs import Inputs
+from planner.outline import Outline
 from planner.plan import Placement, Plan
 from planner.sizes import Dims
 
@@ -37,6 +39,7 @@ _SKIPPED = (
     "known_minimum_bytes",
     "varying_dims",
     "_prepared",
+    "_outline",
     *_ARRAYS,
 )
 _PLAIN = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in _SKIPPED)
@@ -71,6 +74,9 @@ def to_text(plan: Plan) -> str:
     spec = plan.input_spec
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
+    outline = plan.outline_if_known
+    if outline is not None:
+        record["outline"] = outline.encode()
     record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
     return json.dumps(record, allow_nan=False)
 
@@ -144,7 +150,18 @@ def _read(record: dict[str, Any]) -> Plan:
         input_spec=record["inputs"],
         known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
         varying_dims=_dims(record.get("varying_dims"), inputs),
+        _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"]),
     )
+
+
+def _outline(record: Any, sequence: tuple[str, ...], timeline: np.ndarray) -> Outline | None:
+    """Files of earlier versions do not have it."""
+    if record is None:
+        return None
+    outline = Outline.decode(record)
+    if not np.array_equal(outline.judge(outline.steps(sequence)).live_bytes, timeline):
+        raise ValueError("'timeline' is not that of its 'outline'")
+    return outline
 
 
 def _dims(record: Any, inputs: Any) -> Dims | None:

@@ -49,7 +49,7 @@ def file(plan: Plan, tmp_path: Path) -> Path:
 def test_every_field_comes_back(plan: Plan, file: Path) -> None:
     loaded = planner.load(file)
     for field in dataclasses.fields(Plan):
-        if field.name in ("_prepared", "input_spec", "known_minimum_bytes"):
+        if field.name in ("_prepared", "_outline", "input_spec", "known_minimum_bytes"):
             continue
         was, now = getattr(plan, field.name), getattr(loaded, field.name)
         if isinstance(was, np.ndarray):
@@ -230,6 +230,11 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "breakdown of text": (_with("breakdown", {"saved": "much"}), "holds something"),
     "timeline": (_odd_timeline, "'timeline' has"),
     "timeline of text": (_with("timeline", ["a"]), "holds something"),
+    "outline as text": (_with("outline", "graph"), "holds something"),
+    "outline of no ops": (lambda r: r["outline"].__setitem__("ops", {}), "holds something"),
+    "outline word": (lambda r: r["outline"].__setitem__("words", []), "a word is missing"),
+    "outline sizes": (lambda r: r["outline"]["values"]["bytes"].__setitem__(-1, 1), "not that of its"),
+    "outline resident": (lambda r: r["outline"]["resident"].__setitem__("inputs", 1), "not that of its"),
     "minimum": (_with("minimum_peak_bytes", "least"), "holds something"),
     "input dtype": (lambda r: _input(r, "tensor").__setitem__(2, "torch.load"), "dtype 'torch.load'"),
     "input dtype elsewhere": (lambda r: _input(r, "tensor").__setitem__(2, "os.system"), "dtype 'os.system'"),
@@ -288,6 +293,7 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
 def test_a_sequence_of_other_ops_is_stale(file: Path) -> None:
     record = json.loads(file.read_text())
     record["sequence"][0] = "__import__"
+    del record["outline"]
     file.write_text(json.dumps(record))
     with pytest.raises(StalePlanError, match="'__import__'"):
         planner.load(file).apply(tiny.seeded(tiny.Mlp))
