@@ -115,7 +115,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     outline = plan.outline_if_known
     if outline is None:
         said = (
-            _what_is(plan, name, placements, spent),
+            _value(placements[0], spent) if len(placements) == 1 else _what_is(name, placements, spent),
             "More is not known: the plan's file holds no graph of the step (it was written by an earlier "
             "version), so nothing can be simulated. Plan the model again.",
         )
@@ -127,7 +127,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     if_recomputed = what_if.recomputed(kept) if kept else None
     single = len(placements) == 1
     said = (
-        what_if.of_value(placements[0], spent) if single else _what_is(plan, name, placements, spent),
+        what_if.of_value(placements[0], spent) if single else _what_is(name, placements, spent),
         *(_of_keeping(plan, if_kept, single) if if_kept is not None else ()),
         *(_of_recomputing(plan, if_recomputed, kept, single) if if_recomputed is not None else ()),
         *((what_if.pinned(kept),) if kept and if_recomputed is None else ()),
@@ -279,20 +279,17 @@ class _WhatIf:
     def of_value(self, p: Placement, spent_s: float) -> str:
         """One value: what it is, what happens to it, and who reads it when."""
         v, ops = self.value[p.name], self.outline.ops
-        what = f"`{p.name}` ({p.op} in {p.module or ROOT}, {bytes_text(p.bytes)}) is {_WORDS[p.decision]}"
         if p.decision == "free":
             last = self.outline.readers(v, forward=True)
             after = f"after `{last[-1].name}`" if last else "at once"
-            return f"{what} {after}: the backward never reads it."
+            return _value(p, rest=f" {after}: the backward never reads it")
         if p.decision == "save":
             behind = [op.name for op in self.outline.readers(v, forward=False)]
-            return f"{what} for {_listed(behind)}." if behind else f"{what}."
+            return _value(p, rest=f" for {_listed(behind)}" if behind else "")
         made = self.outline.position[p.call]
         again = len(self.steps) - 1 - self.steps[::-1].index(made)
         read = next((ops[i] for i in self.steps[again + 1 :] if v in ops[i].inputs), None)
-        times = f" {p.times_recomputed} times" if p.times_recomputed > 1 else ""
-        for_it = f" for `{read.name}` in {read.module or ROOT}" if read is not None else ""
-        return f"{what}{times}{for_it}" + (f", in {seconds_text(spent_s)}." if spent_s else ".")
+        return _value(p, spent_s, f" for `{read.name}` in {read.module or ROOT}" if read is not None else "")
 
     def pinned(self, kept: Sequence[Placement]) -> str:
         """Why nothing of these can be computed again."""
@@ -307,8 +304,16 @@ class _WhatIf:
 # -- sentences ------------------------------------------------------------------------------------
 
 
-def _what_is(plan: Plan, name: str, placements: Sequence[Placement], spent_s: float) -> str:
-    """What there is and what happens to it, from the placements alone."""
+def _value(p: Placement, spent_s: float = 0.0, rest: str = "") -> str:
+    """What a value is, what happens to it, ``rest``, and how long that takes."""
+    times = f" {p.times_recomputed} times" if p.times_recomputed > 1 else ""
+    took = f", in {seconds_text(spent_s)}" if spent_s else ""
+    what = f"`{p.name}` ({p.op} in {p.module or ROOT}, {bytes_text(p.bytes)})"
+    return f"{what} is {_WORDS[p.decision]}{times}{rest}{took}."
+
+
+def _what_is(name: str, placements: Sequence[Placement], spent_s: float) -> str:
+    """What a module makes, by decision."""
     parts = []
     for decision, word in _WORDS.items():
         of = [p for p in placements if p.decision == decision]

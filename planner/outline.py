@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from planner.lifetimes import Copy, copies_of
-from planner.lowering import judge
+from planner.lowering import as_executed, judge
 from solvers import Op, Problem, Timeline, Value
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Outline:
 
     def copies(self, timeline: Timeline) -> list[Copy]:
         """Every copy of every value, with the bytes it has in ``timeline``'s run."""
-        return copies_of(self, self.problem, timeline)
+        return copies_of(self, as_executed(self, self.problem, timeline.steps.tolist()), timeline)
 
     def readers(self, value: int, *, forward: bool) -> list[OutlineOp]:
         """The ops of the forward, or those behind it, that read ``value``."""

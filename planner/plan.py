@@ -248,6 +248,16 @@ class Plan:
         """The programs at hand for batches of other sizes; ``None`` where sizes are fixed."""
         return self.step(None).variants
 
+    def to_memory_snapshot(self, path: str | Path) -> None:
+        """Write the planned step as a memory snapshot, to lie beside one recorded on a GPU.
+
+        https://pytorch.org/memory_viz and ``python -m torch.cuda._memory_viz`` read it
+        (:mod:`planner.snapshot`); it is a pickle of plain data, since they read nothing else.
+        """
+        from planner.snapshot import save
+
+        save(self, path)
+
     # -- using -------------------------------------------------------------------------------------
 
     def rewrite(self, model: nn.Module | None = None) -> CheckpointedModule:
