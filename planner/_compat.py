@@ -37,6 +37,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "checkpoint_calls",
+    "clear_cublas_workspaces",
     "compiled",
     "cuda_driver_version",
     "descriptors",
@@ -124,6 +125,11 @@ def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator had nothing left; the CPU's says so in words only."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def clear_cublas_workspaces() -> None:
+    """Give back the scratch that cuBLAS keeps per thread; the next product takes it again; 1.12+."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def cuda_driver_version() -> int:

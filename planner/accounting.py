@@ -1,9 +1,10 @@
 """From a budget in GB to what is left for activations: everything a step holds besides them.
 
 Parameters, buffers, inputs and gradients are counted by distinct storage, so tied weights and views
-count once.  Optimizer state is not looked up in a table: the optimizer's own step runs on fake
-tensors (shapes, no memory) under :class:`~planner.meter.StorageMeter`, so any optimizer that keeps to
-tensor code is counted to the byte, state made by its constructor and temporaries of its step included.
+count once; on CUDA each is rounded up as its allocator does.  Optimizer state is not looked up in a
+table: the optimizer's own step runs on fake tensors (shapes, no memory) under
+:class:`~planner.meter.StorageMeter`, so any optimizer that keeps to tensor code is counted to the byte,
+state made by its constructor and temporaries of its step included.
 
 Nothing of the user's changes: the step runs on a copy that holds fake parameters and empty state.
 
@@ -36,6 +37,7 @@ from ._compat import (
     reads_a_number,
     storage_key,
 )
+from .devices import allocation_grain, rounded_up
 from .errors import PlannerError
 from .meter import StorageMeter
 from .step import Inputs, device_of, tensors_in
@@ -150,13 +152,17 @@ def resident_of(
     optimizer: OptimizerLike | None = None,
     *,
     device: torch.device | str | None = None,
+    as_on: torch.device | str | None = None,
 ) -> Resident:
     """What stays on ``device`` (default: the model's) through a step of ``model`` on ``inputs``.
 
     ``inputs``     arguments of the model's forward, as a tuple or a dict.
     ``optimizer``  an instance, a class, a ``functools.partial`` of one, or the bytes of its state.
+    ``as_on``      count as if what is on ``device`` were on this one: its rounding, and the optimizer's
+                   way of stepping there.
     """
     where = device_of(model, inputs, device)
+    grain = allocation_grain(where if as_on is None else torch.device(as_on))
     seen: set[int] = set()
 
     def count(tensors: Iterable[Tensor | None]) -> int:
@@ -165,13 +171,13 @@ def resident_of(
             if tensor is None or not _on(tensor.device, where) or storage_key(tensor) in seen:
                 continue
             seen.add(storage_key(tensor))
-            total += int(tensor.untyped_storage().nbytes())
+            total += rounded_up(int(tensor.untyped_storage().nbytes()), grain)
         return total
 
     taken = OptimizerBytes(0, 0)
     if optimizer is not None:
         trainable = [p for p in model.parameters() if p.requires_grad]
-        taken = optimizer_state_bytes(optimizer, trainable, device=where)
+        taken = optimizer_state_bytes(optimizer, trainable, device=where, as_on=as_on)
     return Resident(
         parameters_bytes=count(model.parameters()),
         buffers_bytes=count(model.buffers()),
@@ -194,14 +200,15 @@ def optimizer_state_bytes(
     params: Iterable[Tensor],
     *,
     device: torch.device | str | None = None,
+    as_on: torch.device | str | None = None,
 ) -> OptimizerBytes:
     """State and step temporaries of an optimizer, by running its step twice on fake tensors.
 
     An instance: its own parameter groups and settings, its present state ignored.  A class or a
     ``functools.partial``: constructed on ``params``, with ``lr=1e-3`` if it insists on one.  An int:
     the state's bytes, taken as they are.  ``device`` (default: the first parameter's) is the one
-    counted.  Raises TypeError for anything else, PlannerError for an optimizer that cannot be run so
-    (LBFGS wants a closure, SparseAdam sparse gradients).
+    counted; ``as_on`` as for :func:`resident_of`.  Raises TypeError for anything else, PlannerError for
+    an optimizer that cannot be run so (LBFGS wants a closure, SparseAdam sparse gradients).
     """
     if isinstance(optimizer, int) and not isinstance(optimizer, bool):
         return OptimizerBytes(state_bytes=optimizer, step_transient_bytes=0)
@@ -217,7 +224,8 @@ def optimizer_state_bytes(
     if not params:
         return OptimizerBytes(0, 0)
     try:
-        return _run_on_fakes(optimizer, params, torch.device(device) if device else params[0].device)
+        here = torch.device(device) if device else params[0].device
+        return _run_on_fakes(optimizer, params, here, torch.device(as_on) if as_on else here)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
         if isinstance(error, PlannerError):
             raise
@@ -244,9 +252,12 @@ class _AnyValue(TorchDispatchMode):
 
 
 def _run_on_fakes(
-    optimizer: Optimizer | Callable[..., Optimizer], params: list[Tensor], device: torch.device
+    optimizer: Optimizer | Callable[..., Optimizer],
+    params: list[Tensor],
+    device: torch.device,
+    as_on: torch.device,
 ) -> OptimizerBytes:
-    meter = StorageMeter(device)
+    meter = StorageMeter(as_on, grain=allocation_grain(as_on))
     # Optimizers may draw random numbers (stochastic rounding); the caller's are not theirs to use.
     with (
         torch.random.fork_rng(devices=[]),
@@ -255,7 +266,7 @@ def _run_on_fakes(
         _AnyValue(),
         meter,
     ):
-        fakes = {id(p): _fake_of(p) for p in params}
+        fakes = {id(p): _fake_of(p, as_on if _on(p.device, device) else p.device) for p in params}
         gradients = {key: torch.empty_like(f) for key, f in fakes.items() if f.requires_grad}
         base_bytes = meter.live_bytes
         if isinstance(optimizer, Optimizer):
@@ -273,9 +284,9 @@ def _run_on_fakes(
     return OptimizerBytes(state_bytes, most_bytes - base_bytes - state_bytes)
 
 
-def _fake_of(tensor: Tensor) -> Tensor:
-    """A tensor of the same sizes, strides, dtype, device and kind, made under the current fake mode."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def _fake_of(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
@@ -303,7 +314,7 @@ def _copy_on(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
     }
     memo: dict[int, Any] = dict(fakes)
     for tensor in tensors_in(kept):  # buffers of its own, a learning rate; never copied for real
-        memo.setdefault(id(tensor), _fake_of(tensor))
+        memo.setdefault(id(tensor), _fake_of(tensor, tensor.device))
     copied = {name: copy.deepcopy(value, memo) for name, value in kept.items()}
     clone: Optimizer = cls.__new__(cls)
     clone.__setstate__({**copied, "state": defaultdict(dict)})

@@ -3,6 +3,9 @@
 Rates and sizes are the data sheets'; what real kernels reach of them differs from kernel to kernel, and
 no figure for all of them has a source, so none is applied.
 
+CUDA's caching allocator rounds every block up to 512 bytes (``kMinBlockSize`` in
+``c10/cuda/CUDACachingAllocator.cpp``); memory on a CPU is counted to the byte.
+
 ``library_bytes`` is what cuBLAS keeps on a CUDA device.  PyTorch hands every handle a workspace from its
 caching allocator and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``,
 ``parseChosenWorkspaceSize``): 32 MiB on compute capability 9, 10 and 12, else 8 MiB + 128 KiB, or what
@@ -32,12 +35,14 @@ __all__ = [
     "DEVICES",
     "Device",
     "DeviceMemory",
+    "allocation_grain",
     "capability_of",
     "cublas_workspace_bytes",
     "device_named",
     "library_bytes",
     "memory_of",
     "refuse_absent",
+    "rounded_up",
     "warn_of_little_memory",
 ]
 
@@ -116,6 +121,16 @@ def device_named(name: str) -> Device | None:
 
 def _squeezed(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
+
+
+def allocation_grain(device: torch.device) -> int:
+    """Bytes to which the device's allocator rounds every block."""
+    return 512 if device.type == "cuda" else 1
+
+
+def rounded_up(count: int, grain: int) -> int:
+    """The least multiple of ``grain`` that is not below ``count``."""
+    return -(-count // grain) * grain
 
 
 # --- What a device is now ---------------------------------------------------------------------

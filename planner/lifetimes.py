@@ -6,7 +6,7 @@ placement.  Nothing is decided here; it is a reading of the steps that ``simulat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ KINDS = (
     "optimizer_state",
     "inputs",
     "output_gradients",
+    "library_workspace",
+    "margin",
     "gradients",
     "outputs",
     "saved",
@@ -116,9 +118,16 @@ def _kind(graph: StepGraph, v: int, born: int, died: int, boundary: int, again: 
 
 
 def bytes_over_time(
-    problem: Problem, timeline: Timeline, copies: list[Copy], resident: Resident, tangent_bytes: int
+    problem: Problem,
+    timeline: Timeline,
+    copies: list[Copy],
+    resident: Resident,
+    further: Mapping[str, int],
 ) -> dict[str, np.ndarray]:
-    """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``."""
+    """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``.
+
+    ``further``: bytes by kind that are there throughout and not in ``resident``.
+    """
     length = len(timeline.steps)
     delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
     for copy in copies:
@@ -131,8 +140,8 @@ def bytes_over_time(
         "buffers": resident.buffers_bytes,
         "optimizer_state": resident.optimizer_state_bytes,
         "inputs": resident.inputs_bytes,
-        "output_gradients": tangent_bytes,
         "gradients": resident.gradients_bytes,
+        **further,
     }
     for kind, size in constant.items():
         out[kind] = out[kind] + size

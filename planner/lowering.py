@@ -11,23 +11,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-import torch
-
 from planner.costs import Costs, Device, costs_of
+from planner.devices import allocation_grain, rounded_up
 from planner.lifetimes import StepGraph
 from planner.nodes import layer_of
 from planner.training_graph import GraphOp, TrainingGraph
 from solvers import Op, Problem, Schedule, Value
 from solvers.simulate import Timeline, simulate_steps
 
-__all__ = ["allocation_grain", "as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
+__all__ = ["as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
 
 T = TypeVar("T")
-
-
-def allocation_grain(device: torch.device) -> int:
-    """Bytes to which the device's allocator rounds every block."""
-    return 512 if device.type == "cuda" else 1
 
 
 def graph_costs(
@@ -57,10 +51,20 @@ def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
     return {f"loss/{name}": cost for name, cost in by_node.items()}
 
 
-def lower(graph: TrainingGraph, costs: Costs, *, resident_bytes: int, name: str = "training step") -> Problem:
-    """The problem that a plan solves; ``resident_bytes`` is what lives through the whole step."""
-    grain = allocation_grain(graph.device)
-    size = [-(-v.bytes // grain) * grain for v in graph.values]
+def lower(
+    graph: TrainingGraph,
+    costs: Costs,
+    *,
+    resident_bytes: int,
+    name: str = "training step",
+    grain: int | None = None,
+) -> Problem:
+    """The problem that a plan solves; ``resident_bytes`` is what lives through the whole step.
+
+    ``grain``: bytes to which storages are rounded up; default: as on the graph's device.
+    """
+    grain = allocation_grain(graph.device) if grain is None else grain
+    size = [rounded_up(v.bytes, grain) for v in graph.values]
     values = tuple(Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values))
 
     def op(o: GraphOp) -> Op:
@@ -68,6 +72,7 @@ def lower(graph: TrainingGraph, costs: Costs, *, resident_bytes: int, name: str 
         workspace = 0 if o.node is None else costs.workspace_bytes.get(o.name, 0)
         if o.workspace is not None:
             workspace += size[o.workspace]
+        workspace = rounded_up(workspace, grain)
         return Op(
             o.name,
             o.inputs,

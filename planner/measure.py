@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._compat import clear_cublas_workspaces
 from .meter import StorageMeter
 from .step import (
     Inputs,
@@ -124,7 +125,8 @@ class CudaPeak:
     ``allocated_bytes``  most bytes in live blocks (each rounded up to 512).
     ``reserved_bytes``   most bytes taken from the driver, fragmentation included.
     ``resident_bytes``   allocated when the step began: parameters, buffers, inputs, tangents, and
-                         anything else the process keeps there.
+                         anything else the process keeps there, but for the scratch of cuBLAS, which is
+                         part of the step though it outlives it.
     """
 
     allocated_bytes: int
@@ -149,8 +151,8 @@ def cuda_step_peak(
 ) -> CudaPeak:
     """Allocated and reserved peak bytes of one step on a CUDA device, by the caching allocator.
 
-    A first, unmeasured step makes the libraries' lasting workspaces and, for a module whose loss is
-    outside, shows the shapes of the tangents.  Otherwise as :func:`step_peak`.
+    Unmeasured steps before make the libraries' lasting workspaces and, for a module whose loss is
+    outside, show the shapes of the tangents.  Otherwise as :func:`step_peak`.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
     where = device_of(module, inputs, device)
@@ -158,7 +160,9 @@ def cuda_step_peak(
         raise ValueError(f"cuda_step_peak measures CUDA devices, got {where}: use step_peak")
     if module is None:
         call(fn_or_module, inputs)
-        with _cuda_window(where) as peak:
+        resident_bytes = _resident_bytes(where)
+        call(fn_or_module, inputs)
+        with _cuda_window(where, resident_bytes) as peak:
             call(fn_or_module, inputs)
         return peak()
     with undone(module, inputs):
@@ -166,7 +170,10 @@ def cuda_step_peak(
         given = tangents_for(passed, tangents)
         backward(passed, given)
         del passed
-    with undone(module, inputs), _cuda_window(where) as peak:
+    resident_bytes = _resident_bytes(where)
+    with undone(module, inputs):
+        backward(forward(module, inputs, loss_fn), given)
+    with undone(module, inputs), _cuda_window(where, resident_bytes) as peak:
         passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
@@ -174,13 +181,20 @@ def cuda_step_peak(
         return peak()
 
 
+def _resident_bytes(device: torch.device) -> int:
+    """What is allocated between two steps; the scratch of cuBLAS is given back."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    clear_cublas_workspaces()
+    return torch.cuda.memory_allocated(device)
+
+
 @contextmanager
-def _cuda_window(device: torch.device) -> Iterator[Callable[[], CudaPeak]]:
+def _cuda_window(device: torch.device, resident_bytes: int) -> Iterator[Callable[[], CudaPeak]]:
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    resident_bytes = torch.cuda.memory_allocated(device)
 
     def peak() -> CudaPeak:
         torch.cuda.synchronize(device)

@@ -51,13 +51,17 @@ class StorageMeter(TorchDispatchMode):
     ``device``    count only this device; ``None`` counts all.  A device without an index stands
                   for all devices of its type.
     ``timeline``  keep ``meter.timeline``, one ``(op name, live bytes after it)`` per op.
+    ``grain``     count every storage rounded up to a multiple of so many bytes, as an allocator would.
 
     The context may be left and entered again; what was tracked stays tracked.  Works on fake
     tensors (enter the fake mode first).
     """
 
-    def __init__(self, device: torch.device | str | None = None, *, timeline: bool = False) -> None:
+    def __init__(
+        self, device: torch.device | str | None = None, *, timeline: bool = False, grain: int = 1
+    ) -> None:
         super().__init__()
+        self.grain = grain
         self.device = None if device is None else torch.device(device)
         self.live_bytes = 0
         self._tracked: dict[int, _StorageRef] = {}
@@ -95,7 +99,7 @@ class StorageMeter(TorchDispatchMode):
         ):
             return
         storage = tensor.untyped_storage()
-        nbytes = int(storage.nbytes())
+        nbytes = -(-int(storage.nbytes()) // self.grain) * self.grain
         ref = self._tracked.get(id(storage))
         if ref is None:
             ref = _StorageRef(storage, self._forget)

@@ -19,6 +19,7 @@ from planner.accounting import OptimizerLike, Resident, budget_bytes_of, residen
 from planner.capture import JointGraph, LossFn, capture
 from planner.captures import Captures, capture_varying
 from planner.costs import Costs
+from planner.devices import allocation_grain, capability_of, library_bytes, rounded_up
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, FrontierPoint
 from planner.guards import Expectation, expectation_of
@@ -40,6 +41,10 @@ from solvers.bounds import peak_floor
 __all__ = ["CostSource", "Prepared", "prepare", "prepare_for"]
 
 CostSource = Literal["auto", "profile", "roofline"]
+# Ops that cuBLAS runs.
+_PRODUCTS = frozenset(
+    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear")
+)
 LEAST = "the least budget that has a plan"
 
 
@@ -110,6 +115,8 @@ class Prepared:
     ``resident_at`` says what is resident where the step is captured again or evaluated at other sizes;
     ``None``: what is now, but for the inputs.
     ``least_limit_s`` bounds the search for the least feasible budget.
+    ``margin_bytes`` are set aside for what a measured step took beyond its prediction
+    (:mod:`planner.calibrate`).
     """
 
     model: nn.Module
@@ -122,32 +129,60 @@ class Prepared:
     varying: Varying | None = None
     resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
     least_limit_s: float = 30.0
+    margin_bytes: int = 0
 
     # -- the problem -------------------------------------------------------------------------------
 
     @cached_property
     def tangent_bytes(self) -> int:
         """Bytes of output gradients that come from outside and are there throughout."""
-        return sum(v.bytes for v in self.graph.values if v.kind == "tangent" and v.producer is None)
+        given = (v for v in self.graph.values if v.kind == "tangent" and v.producer is None)
+        return sum(rounded_up(v.bytes, self.grain) for v in given)
 
     @cached_property
     def constant_bytes(self) -> int:
         """Bytes of tensors the trace baked into the graph."""
         where = self.graph.device
         sizes = {
-            storage_key(t): t.untyped_storage().nbytes()
+            storage_key(t): rounded_up(t.untyped_storage().nbytes(), self.grain)
             for t in self.graph.constants.values()
             if t.device == where
         }
         return sum(sizes.values())
 
     @cached_property
+    def grain(self) -> int:
+        """Bytes to which storages are rounded up."""
+        return allocation_grain(self.graph.device)
+
+    @cached_property
+    def library_bytes(self) -> int:
+        """Bytes that cuBLAS keeps for itself; see :mod:`planner.devices`."""
+        multiply = [i for i, op in enumerate(self.graph.ops) if op.target in _PRODUCTS]
+        turn = self.graph.turn
+        return library_bytes(
+            capability_of(self.graph.device),
+            forward=any(i < turn for i in multiply),
+            backward=any(i >= turn for i in multiply),
+        )
+
+    @property
+    def _further(self) -> dict[str, int]:
+        """What is there throughout and not in ``resident``, by kind."""
+        return {
+            "output_gradients": self.tangent_bytes,
+            "library_workspace": self.library_bytes,
+            "margin": self.margin_bytes,
+        }
+
+    @cached_property
     def problem(self) -> Problem:
         """What the solvers see."""
         if self.costs is None:
             raise PlannerError("this step was captured to execute a plan, not to make one")
-        resident = self.resident.total_bytes + self.tangent_bytes + self.constant_bytes
-        return lower(self.graph, self.costs, resident_bytes=resident, name=type(self.model).__name__)
+        resident = self.resident.total_bytes + self.constant_bytes + sum(self._further.values())
+        name = type(self.model).__name__
+        return lower(self.graph, self.costs, resident_bytes=resident, name=name, grain=self.grain)
 
     @cached_property
     def outline(self) -> Outline:
@@ -165,8 +200,11 @@ class Prepared:
         r = self.resident
         if not r.optimizer_state_bytes and not r.optimizer_step_bytes:
             return 0
-        gradients = sum(v.bytes for v in self.graph.values if v.kind == "gradient")
-        return r.total_bytes + gradients + r.optimizer_step_bytes
+        return r.total_bytes + self.library_bytes + self._gradient_bytes + r.optimizer_step_bytes
+
+    @cached_property
+    def _gradient_bytes(self) -> int:
+        return sum(rounded_up(v.bytes, self.grain) for v in self.graph.values if v.kind == "gradient")
 
     @cached_property
     def floor_bytes(self) -> int:
@@ -413,7 +451,7 @@ class Prepared:
         resident = dataclasses.replace(
             self.resident, buffers_bytes=self.resident.buffers_bytes + self.constant_bytes
         )
-        by_kind = bytes_over_time(executed, timeline, copies, resident, self.tangent_bytes)
+        by_kind = bytes_over_time(executed, timeline, copies, resident, self._further)
         peak = timeline.peak_step
         breakdown = {kind: int(b[peak]) for kind, b in by_kind.items()}
         peak_op, peak_module = graph.ops[steps[peak]].name, graph.ops[steps[peak]].module
@@ -463,13 +501,13 @@ class Prepared:
 
     def _optimizer_breakdown(self, at_peak: dict[str, int]) -> dict[str, int]:
         r = self.resident
-        gradients = sum(v.bytes for v in self.graph.values if v.kind == "gradient")
         return dict.fromkeys(at_peak, 0) | {
             "parameters": r.parameters_bytes,
             "buffers": r.buffers_bytes,
             "optimizer_state": r.optimizer_state_bytes,
             "inputs": r.inputs_bytes,
-            "gradients": gradients + r.gradients_bytes,
+            "library_workspace": self.library_bytes,
+            "gradients": self._gradient_bytes + r.gradients_bytes,
             "workspace": r.optimizer_step_bytes,
         }
 

@@ -66,4 +66,6 @@ _LABELS = {
     "gradients_in_flight": "gradients in flight",
     "temporaries": "forward temporaries",
     "workspace": "kernel workspace",
+    "library_workspace": "cuBLAS workspace",
+    "margin": "margin, as measured",
 }

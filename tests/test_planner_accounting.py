@@ -114,14 +114,25 @@ def test_state_by_hand() -> None:
 def test_on_cuda_foreach_makes_parameter_sized_temporaries() -> None:
     with FakeTensorMode():
         params = parameters("cuda")
-    total = sum(p.nbytes for p in params)
+    blocks = [-(-p.nbytes // 512) * 512 for p in params]  # as its allocator rounds
+    total = sum(blocks)
     found = optimizer_state_bytes(optim.AdamW, params)
     assert found == OptimizerBytes(2 * total, total)  # the steps are on the CPU
     loop = optimizer_state_bytes(functools.partial(optim.AdamW, foreach=False), params)
-    assert loop == OptimizerBytes(2 * total, LOOP_BYTES)
+    assert loop == OptimizerBytes(2 * total, 2 * 4 * 128 * 16 + 512)
     fused = optimizer_state_bytes(functools.partial(optim.AdamW, fused=True), params)
-    assert fused == OptimizerBytes(2 * total + 4 * len(params), 0)
+    assert fused == OptimizerBytes(2 * total + 512 * len(params), 0)
     assert optimizer_state_bytes(optim.AdamW, params, device="cpu").state_bytes == 4 * len(params)
+
+
+def test_what_is_on_the_cpu_can_be_counted_as_on_cuda() -> None:
+    with FakeTensorMode():
+        there = parameters("cuda")
+    for optimizer in (optim.SGD, optim.AdamW, functools.partial(optim.AdamW, fused=True), optim.Adagrad):
+        found = optimizer_state_bytes(optimizer, parameters(), as_on="cuda")
+        assert found == optimizer_state_bytes(optimizer, there)
+    model = nn.Linear(3, 5)
+    assert resident_of(model, (torch.ones(2, 3),), as_on="cuda") == Resident(2 * 512, 0, 0, 512)
 
 
 def test_an_instance_keeps_its_groups_and_loses_its_state() -> None:
