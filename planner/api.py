@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from planner.accounting import OptimizerLike, budget_bytes_of
+from planner.calibrate import calibrated
 from planner.capture import LossFn
 from planner.frontier import Frontier
 from planner.plan import Plan
@@ -38,6 +40,7 @@ def plan(
     time_limit_s: float = 30.0,
     dynamic: Dynamic = False,
     on_larger: OnLarger = "replan",
+    calibrate: bool = False,
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -60,11 +63,15 @@ def plan(
                       names what varies: ``{"input_ids": (0, 1)}``, argument -> dimensions.
     ``on_larger``     with ``dynamic``: for a batch that the plan cannot serve within the budget,
                       "replan" for its sizes, or "raise" ``StalePlanError``.
+    ``calibrate``     True: run the planned step, and plan again until what it was measured to take
+                      (on CUDA: what the allocator reserved) is within the budget.  Needs a model and
+                      inputs that are real; their state is afterwards what it was.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
 
-    Planning allocates no activation memory, runs no forward and changes nothing of the model.
+    Planning allocates no activation memory, runs no forward (``calibrate`` runs whole steps) and changes
+    nothing of the model.
 
     Raises ``TypeError`` or ``ValueError`` for arguments that make no sense; ``InfeasibleBudgetError``
     if no plan fits, naming the least budget that one does; ``TraceError`` if the step is not one
@@ -73,6 +80,8 @@ def plan(
     budget_bytes = budget_bytes_of(budget_gb)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
+    if not isinstance(calibrate, bool):
+        raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
     with reporting(progress) as tell:
         step = prepare(
             model,
@@ -86,7 +95,8 @@ def plan(
             time_limit_s=time_limit_s,
             progress=tell,
         )
-        made = step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
+        make = partial(calibrated, step) if calibrate else step.plan_bytes
+        made = make(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
     log.info("%r", made)
     return made
 

@@ -93,9 +93,20 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
             f"{flops:.2%} of the step's",
             f"{plan.recompute_flops:.4g} on {plan.step_flops:.4g}",
         ),
+        *_measured(plan),
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
+
+
+def _measured(plan: Plan) -> list[tuple[str, str, str]]:
+    """What the planned step was measured to take, if it was."""
+    if plan.calibration is None:
+        return []
+    last, count = plan.calibration.last, len(plan.calibration.rounds)
+    reserved = "" if last.reserved_bytes is None else f", reserved {gb_text(last.reserved_bytes)}"
+    rounds = f"measured in {count} round{'s' * (count > 1)}"
+    return [("measured peak", gb_text(last.allocated_bytes), rounds + reserved)]
 
 
 def _filled(plan: Plan) -> list[tuple[str, int]]:

@@ -76,8 +76,8 @@ class Outline:
                 "buffers": r.buffers_bytes + step.constant_bytes,
                 "optimizer_state": r.optimizer_state_bytes,
                 "inputs": r.inputs_bytes,
-                "output_gradients": step.tangent_bytes,
                 "gradients": r.gradients_bytes,
+                **step.further,
             },
         )
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import pandas
 
+    from planner.calibrate import Calibration
     from planner.diff import PlanDiff
     from planner.explain import Explanation
     from planner.outline import Outline
@@ -81,6 +82,7 @@ class Plan:
     ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
     ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
     ``varying_dims``         for each input tensor its dimensions that may vary; ``None`` if none may.
+    ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
 
     Where sizes vary, all figures are for the sizes planned for.
     """
@@ -117,6 +119,7 @@ class Plan:
     input_spec: Any
     known_minimum_bytes: int | None = None
     varying_dims: Dims | None = None
+    calibration: Calibration | None = None
     _prepared: Prepared | None = field(default=None, repr=False)
     _outline: Outline | None = field(default=None, repr=False)
 

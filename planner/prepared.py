@@ -167,7 +167,7 @@ class Prepared:
         )
 
     @property
-    def _further(self) -> dict[str, int]:
+    def further(self) -> dict[str, int]:
         """What is there throughout and not in ``resident``, by kind."""
         return {
             "output_gradients": self.tangent_bytes,
@@ -180,7 +180,7 @@ class Prepared:
         """What the solvers see."""
         if self.costs is None:
             raise PlannerError("this step was captured to execute a plan, not to make one")
-        resident = self.resident.total_bytes + self.constant_bytes + sum(self._further.values())
+        resident = self.resident.total_bytes + self.constant_bytes + sum(self.further.values())
         name = type(self.model).__name__
         return lower(self.graph, self.costs, resident_bytes=resident, name=name, grain=self.grain)
 
@@ -451,7 +451,7 @@ class Prepared:
         resident = dataclasses.replace(
             self.resident, buffers_bytes=self.resident.buffers_bytes + self.constant_bytes
         )
-        by_kind = bytes_over_time(executed, timeline, copies, resident, self._further)
+        by_kind = bytes_over_time(executed, timeline, copies, resident, self.further)
         peak = timeline.peak_step
         breakdown = {kind: int(b[peak]) for kind, b in by_kind.items()}
         peak_op, peak_module = graph.ops[steps[peak]].name, graph.ops[steps[peak]].module

@@ -25,7 +25,7 @@ __all__ = ["Bar", "Event", "Phase", "Progress", "Reporter", "reporting"]
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["capture", "profile", "solve", "least"]
+Phase = Literal["capture", "profile", "solve", "least", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Event:
     """A moment of planning.
 
     ``phase``           "capture" traces the step, "profile" prices its ops, "solve" looks for the plan,
-                        "least" for the least budget that has one, where the budget asked for is too low.
+                        "least" for the least budget that has one, where the budget asked for is too low,
+                        "calibrate" runs the planned step.
     ``elapsed_s``       seconds since planning began.
     ``note``            what is worked on, in words, at the start of a phase.
     ``budget_bytes``    what is solved for; ``None`` outside "solve".

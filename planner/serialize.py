@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from planner._compat import FakeTensorMode
+from planner.calibrate import Calibration, Round
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.inputs import Inputs
 from planner.outline import Outline
@@ -38,6 +39,7 @@ _SKIPPED = (
     "input_spec",
     "known_minimum_bytes",
     "varying_dims",
+    "calibration",
     "_prepared",
     "_outline",
     *_ARRAYS,
@@ -74,6 +76,8 @@ def to_text(plan: Plan) -> str:
     spec = plan.input_spec
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
+    if plan.calibration is not None:
+        record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
     outline = plan.outline_if_known
     if outline is not None:
         record["outline"] = outline.encode()
@@ -150,8 +154,14 @@ def _read(record: dict[str, Any]) -> Plan:
         input_spec=record["inputs"],
         known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
         varying_dims=_dims(record.get("varying_dims"), inputs),
+        calibration=_calibration(record.get("calibration")),
         _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"]),
     )
+
+
+def _calibration(record: Any) -> Calibration | None:
+    """Plans whose step was not measured have none."""
+    return None if record is None else Calibration(tuple(Round(*of) for of in record))
 
 
 def _outline(record: Any, sequence: tuple[str, ...], timeline: np.ndarray) -> Outline | None:
