@@ -44,6 +44,8 @@ TRACKED = (10, 14)
 AROUND = ((2, 8), (4, 16), (8, 8), (8, 24), (16, 4), (16, 16), (24, 8), (32, 32))
 # Ops that are looked at: around which this share of the highest floor stays or is touched, at most so many.
 TIGHT, MOST_TIGHT = 0.85, 12
+# And the tightest of so many that follow the turn: the loss, whose gradients meet what made it.
+AFTER_TURN = 16
 # Windows that are looked at again with more values.
 BEST = 6
 # Values of a smaller share of what is there at the tightest op are not tracked.
@@ -102,7 +104,10 @@ def _windows(problem: Problem, reduction: Reduction) -> Iterator[tuple[int, int]
     n = len(problem)
     need = reduction.staying + reduction.around
     tight = [t for t in np.argsort(-need, kind="stable").tolist() if need[t] >= TIGHT * need.max()]
-    windows = ((max(0, t - a), min(n, t + b)) for t in tight[:MOST_TIGHT] for a, b in AROUND)
+    del tight[MOST_TIGHT:]
+    if problem.turn is not None and problem.turn < n:
+        tight.append(problem.turn + int(need[problem.turn :][:AFTER_TURN].argmax()))
+    windows = ((max(0, t - a), min(n, t + b)) for t in tight for a, b in AROUND)
     return iter(dict.fromkeys(windows))
 
 

@@ -158,7 +158,9 @@ class Methods:
     def _shave(self, run: Incumbent) -> None:
         """Make plans of the schedules that are a little above the budget, and faster than the best plan."""
         deadline = time.perf_counter() + SHAVE_SHARE * run.left_s
-        first, rest = run.near[:2], run.near[2:]
+        # Moves on what recomputes everything, which may be near too, take seconds each.
+        near = [one for one in run.near if one[1] <= run.total_s] or run.near
+        first, rest = near[:2], near[2:]
         starts = [*first, *rest[:: max(1, -(-len(rest) // MOST_SHAVED))]]
         if not starts and not run.fits:
             starts = [(run.peak_bytes, run.recompute_s, run.steps)]

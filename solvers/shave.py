@@ -5,9 +5,11 @@ two, and faster than any that fits.  While a schedule is above it, three kinds o
 
 *drop*   a value that waits across the step, last touched before it and next read at b after it, is made
          again just before b, with whatever is needed for that and is not at hand at b;
-*hoist*  a recomputation that itself is the step that does not fit runs earlier, before what is in its way is
-         made: a pinned gradient, say, that is as large as what the recomputation makes.
-*hold*   or it does not run, and what it makes waits there since it was made last.
+*early*  recomputations that do not fit run earlier, before what is in their way is made: a pinned gradient,
+         say, that is as large as what they make.  They run up to where little is held, which waits instead,
+         or as far as one small value, and then again from there.
+*hold*   or they do not run, and what they lead to waits since it was made last; also where that takes the
+         place of something else that waits for them, which is then dropped.
 
 What a drop does to the bytes of every step is known without running it, so the drops that lower the excess
 most per second of recomputation are found one after the other and made together, where none takes away what
@@ -39,13 +41,14 @@ log = logging.getLogger(__name__)
 
 # Drops are made together up to this many, each of the best this many by bytes freed per second.
 TOGETHER, LOOKED_AT = 16, 48
-# Steps whose recomputation is hoisted, and over how many first runs.
-HOISTED, HOIST_OVER = 2, 4
+# Moves are looked for at the worst steps, so many, and across so many first runs; what waits there instead is
+# the smallest of what a recomputation leads to, or what is held after the emptiest of the next steps.
+MOVED, EARLIER, SMALLEST, CUTS = 2, 4, 6, 4
 # One that takes away so much of what the worst step adds to the excess, for no more than this share of the
 # time, is made without a look at the others.
 GOOD_FALL, SMALL_COST = 0.5, 2e-3
 # What would take more ops than this to make again is not dropped.
-MOST_AGAIN = 200
+MOST_AGAIN = 1000
 # A second that costs nothing, as a share of the step.
 NO_TIME = 1e-9
 
@@ -130,7 +133,7 @@ def _dropped(places: _Places, most: int) -> tuple[list[int], Timeline] | None:
 
 
 def _moved(places: _Places) -> tuple[list[int], Timeline] | None:
-    """The schedule after the hoist or hold that lowers the excess most per second."""
+    """The schedule after the move that lowers the excess most per second."""
     run, line = places.run, places.line
     best, most = None, 0.0
     worst = run.excess(line.live_bytes.max())
@@ -236,30 +239,69 @@ class _Places:
         )
 
     def moved(self) -> Iterator[list[int]]:
-        """Schedules in which a recomputation that is furthest above the budget is held or hoisted."""
+        """Schedules in which what is furthest above the budget, or leads on from there, is elsewhere."""
         worst = [int(s) for s in np.argsort(-self.excess, kind="stable") if self.excess[s] > 0]
-        for s in [s for s in worst if not self.first[s]][:HOISTED]:
-            burst = self._burst(s)
-            moved = {self.steps[k] for k in burst}
-            needed = {v for i in moved for v in self.problem.counted_inputs[i]}
-            wanted = [v for v in needed if self.problem.values[v].producer not in moved]
-            for without in ({s}, set(burst)):
-                yield [i for k, i in enumerate(self.steps) if k not in without]
-            at = self._begins(s)
-            for _ in range(HOIST_OVER):
-                first = at - 1
-                if first <= 0:
-                    break
-                at = self._begins(first)
-                for place in dict.fromkeys((first, at)):
-                    ops = self.to_make([v for v in wanted if not self.is_there(v, place)], place)
-                    if ops is not None and self._ran(moved, place):
-                        again = sorted({*ops, *moved})
-                        for without in ({s}, set(burst)):
-                            rest = [i for k, i in enumerate(self.steps[place:], place) if k not in without]
-                            yield [*self.steps[:place], *again, *rest]
+        for s in worst[:MOVED]:
+            yield from self._held_and_dropped(s)
+        for s in [s for s in worst if not self.first[s]][:MOVED]:
+            yield from self._held_or_early(s)
+            yield from self._begun_early(s)
 
-    def _ran(self, ops: set[int], s: int) -> bool:
+    def _held_or_early(self, s: int) -> Iterator[list[int]]:
+        """Schedules in which what recomputation ``s`` leads to, if it is small, waits.
+
+        Since it was made last, or since it is made again before what came in between.
+        """
+        ops, values = self.problem.ops, self.problem.values
+        makes = {q: sum(values[v].bytes for v in ops[self.steps[q]].outputs) for q in range(s, self._ends(s))}
+        small = sorted(makes, key=lambda q: (makes[q], q))[:SMALLEST]
+        for q in (s, *small):
+            yield [*self.steps[:q], *self.steps[q + 1 :]]
+        for place in self._earlier(s):
+            for q in small:
+                again = self.to_make(ops[self.steps[q]].outputs, place)
+                if again and self._ran(again, place):
+                    yield [*self.steps[:place], *again, *self.steps[place:q], *self.steps[q + 1 :]]
+
+    def _held_and_dropped(self, s: int) -> Iterator[list[int]]:
+        """Schedules without a recomputation for which something waits across ``s``, and without that wait.
+
+        What it made waits instead since it was made last.
+        """
+        for v, at in self.at.items():
+            k = bisect_left(at, s)
+            if not 0 < k < len(at) - 1 or at[k] == s or not can_be_dropped(self.problem, v):
+                continue
+            b, c = at[k : k + 2]
+            if not (self.first[b] or self.made[v][k] or self.made[v][k + 1]):
+                again = self.to_make([v], c)
+                if again is not None:
+                    yield [*self.steps[:b], *self.steps[b + 1 : c], *again, *self.steps[c:]]
+
+    def _begun_early(self, s: int) -> Iterator[list[int]]:
+        """Schedules that run the recomputations around ``s`` earlier, up to where little is held."""
+        begin, held = self._begins(s), self.line.kept_bytes
+        cuts = sorted(range(s + 1, self._ends(s) + 1), key=lambda cut: (int(held[cut - 1]), cut))[:CUTS]
+        for place in self._earlier(s):
+            for cut in sorted(cuts):
+                prefix = self.steps[begin:cut]
+                made = {v for i in prefix for v in self.problem.ops[i].outputs}
+                wanted = {v for i in prefix for v in self.problem.counted_inputs[i]} - made
+                again = self.to_make([v for v in wanted if not self.is_there(v, place)], place)
+                if again is not None and self._ran(prefix, place):
+                    rest = [*self.steps[place:begin], *self.steps[cut:]]
+                    yield [*self.steps[:place], *again, *prefix, *rest]
+
+    def _earlier(self, s: int) -> Iterator[int]:
+        """Before each of the first runs that precede recomputation ``s``, and before what led to them."""
+        at = self._begins(s)
+        for _ in range(EARLIER):
+            if at <= 1:
+                return
+            first, at = at - 1, self._begins(at - 1)
+            yield from dict.fromkeys((first, at))
+
+    def _ran(self, ops: Iterable[int], s: int) -> bool:
         """Whether each of ``ops`` ran before step ``s``."""
         return all(self.at[v][0] < s for i in ops for v in self.problem.ops[i].outputs)
 
@@ -269,12 +311,8 @@ class _Places:
             s -= 1
         return s
 
-    def _burst(self, s: int) -> list[int]:
-        """Step ``s`` and the recomputations right before it that it needs."""
-        ops, counted = self.problem.ops, self.problem.counted_inputs
-        chosen, needed = [s], set(counted[self.steps[s]])
-        for k in range(s - 1, self._begins(s) - 1, -1):
-            if needed.intersection(ops[self.steps[k]].outputs):
-                chosen.append(k)
-                needed.update(counted[self.steps[k]])
-        return chosen[::-1]
+    def _ends(self, s: int) -> int:
+        """The first run that follows recomputation ``s``."""
+        while s < len(self.steps) and not self.first[s]:
+            s += 1
+        return s

@@ -84,3 +84,17 @@ def test_solve_names_the_floor_that_a_window_proves() -> None:
         solve(problem, best - 1, time_limit_s=20)
     assert bounds.peak_floor(problem).bytes <= refused.value.budget_bytes < refused.value.floor_bytes <= best
     assert refused.value.op_name in {op.name for op in problem.ops}
+
+
+def test_the_turn_is_looked_at_where_many_later_ops_are_tighter() -> None:
+    alone = backward_of([9, 9, 9, 9], 4)
+    highest = max(found.bytes for found in raised_floors(alone))
+    assert highest == 22
+    ops, values = list(alone.ops), list(alone.values)
+    for size in (*40 * [1], *20 * [10]):  # each of the last reads as much as it makes, 20 in all
+        reads, v = (len(values) - 1,), len(values)
+        ops.append(Op(f"t{v}", reads, (v,), 1.0, recomputable=False))
+        values.append(Value(f"t{v}", size, v))
+    problem = replace(alone, ops=tuple(ops), values=tuple(values))
+    assert bounds.peak_floor(problem).bytes == 20
+    assert max(found.bytes for found in raised_floors(problem)) == highest

@@ -124,6 +124,30 @@ def test_a_rerun_beside_a_gradient_is_hoisted_before_it() -> None:
     assert run.steps.index(2, 4) < run.steps.index(5)
 
 
+def test_what_waits_for_a_recomputation_gives_way_to_what_that_made() -> None:
+    # c waits while a is made again, for n to be made again from it; c takes 67 bytes of scratch, so it can be
+    # made again at the end, but not while gb (8) is there, nor before ga (30) is gone.
+    ops = (
+        Op("x", (), (0,), 1.0),
+        Op("c", (0,), (1,), 1.0, 67),
+        Op("n", (1,), (2,), 1.0),
+        Op("a", (2,), (3,), 1.0),
+        Op("loss", (3,), (4,), 1.0, recomputable=False),
+        Op("ga", (4,), (5,), 1.0, 20, recomputable=False),
+        Op("gb", (3, 5), (6,), 1.0, recomputable=False),
+        Op("gradient of weight", (2, 6), (7,), 1.0, recomputable=False),
+        Op("gradient of c", (1, 7), (8,), 1.0, recomputable=False),
+    )
+    sizes = (1, 10, 10, 30, 1, 30, 8, 1, 1)
+    problem = Problem(ops, tuple(Value(f"v{i}", s, i) for i, s in enumerate(sizes)), turn=4, name="norm")
+    waiting = [0, 1, 2, 3, 4, 1, 5, 2, 3, 6, 2, 7, 8]
+    assert simulate_steps(problem, waiting).peak_bytes > 79
+    run = Incumbent(problem, 79)
+    shave.shave(run, waiting, deadline=math.inf)
+    assert run.fits and run.solver == "shave"
+    assert run.steps.count(2) < waiting.count(2)
+
+
 def test_a_deadline_ends_it_and_a_faster_plan_makes_it_give_up() -> None:
     problem = random_training_graph(3, layers=6)
     run = tight(problem, 0.4)
