@@ -7,6 +7,7 @@ recomputation stands where the plan first runs it, and its level is held while t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,16 @@ from planner.units import bytes_text, label
 if TYPE_CHECKING:
     from planner.plan import Plan
 
-__all__ = ["Band", "aligned_baseline", "bands_of", "peak_place", "picture_title", "top_bytes", "turn_of"]
+__all__ = [
+    "Band",
+    "aligned_baseline",
+    "bands_of",
+    "highest",
+    "peak_place",
+    "picture_title",
+    "top_bytes",
+    "turn_of",
+]
 
 _THIN = 0.01  # of the peak: below it a band is not worth a name
 
@@ -74,6 +84,12 @@ def aligned_baseline(plan: Plan) -> np.ndarray:
         seen.add(name)
         position[t] = len(seen) - 1
     return plan.baseline_timeline[np.minimum(position, len(plan.baseline_timeline) - 1)]
+
+
+def highest(level: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the highest entry in each of at most ``count`` stretches of ``level``."""
+    edges = np.unique(np.linspace(0, len(level), min(count, len(level)) + 1).astype(int))
+    return np.array([a + int(np.argmax(level[a:b])) for a, b in pairwise(edges)], dtype=int)
 
 
 def turn_of(plan: Plan) -> int | None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import html as markup
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.bands import aligned_baseline, bands_of, peak_place, picture_title, top_bytes
+from planner.bands import aligned_baseline, bands_of, highest, peak_place, picture_title, top_bytes, turn_of
+from planner.canvas import FREED, KEPT, RECOMPUTED
 from planner.errors import PlannerError
 from planner.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
-from planner.units import ByteUnit, gb_text, label, seconds_text
+from planner.units import ByteUnit, bytes_text, gb_text, label, seconds_text
 
 if TYPE_CHECKING:
     import pandas
@@ -34,6 +34,7 @@ _HTML_ROWS = 40
 _HTML_LINES = 24  # within a layer
 _HTML_NAME = 120  # characters of a name
 
+_HEAD = ("kept", "recomputed", "freed", "extra time")
 _DECISIONS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 
 
@@ -160,27 +161,47 @@ def _columns(rows: Sequence[Sequence[str]], alignment: str, *, indent: int) -> l
 def dataframe(plan: Plan) -> pandas.DataFrame:
     """One row per value of the forward, in order of execution.
 
-    Columns: ``name``, ``module``, ``op``, ``bytes``, ``decision``, ``recompute_s`` (seconds, 0 where
-    nothing is recomputed; of a call with several outputs the first carries them, so that the column
-    adds up to ``plan.recompute_s``), ``times_recomputed``, ``layer``.  Raises ``PlannerError`` without
-    pandas.
+    ``name``, ``module``, ``op``, ``bytes``, ``decision``, ``layer``;
+    ``recompute_s``       seconds, 0 where nothing is recomputed; of a call with several outputs the first
+                          carries them, so that the column adds up to ``plan.recompute_s``;
+    ``times_recomputed``;
+    ``made_at``           step of ``plan.sequence`` that makes the value in the forward;
+    ``freed_at``          the last step that it is in memory for, until it is recomputed if it is;
+    ``recomputed_at``     steps that make it again, a tuple;
+    ``freed_again_at``    for each of those, the last step that it is in memory for.
+
+    Raises ``PlannerError`` without pandas.
     """
     pd = _pandas()
     layer = {p.module: layer.path or ROOT for layer in layers_of(plan) for p in layer.placements}
     seconds = recompute_seconds(plan)
-    columns = ("name", "module", "op", "bytes", "decision", "recompute_s", "times_recomputed", "layer")
-    records = [
-        (p.name, p.module, p.op, p.bytes, p.decision, s, p.times_recomputed, layer[p.module])
-        for p, s in zip(plan.placements, seconds, strict=True)
-    ]
-    frame: pandas.DataFrame = pd.DataFrame.from_records(records, columns=list(columns))
+    frame: pandas.DataFrame = pd.DataFrame(
+        {
+            "name": [p.name for p in plan.placements],
+            "module": [p.module for p in plan.placements],
+            "op": [p.op for p in plan.placements],
+            "bytes": [p.bytes for p in plan.placements],
+            "decision": [p.decision for p in plan.placements],
+            "recompute_s": list(seconds),
+            "times_recomputed": [p.times_recomputed for p in plan.placements],
+            "made_at": [p.spans[0][0] for p in plan.placements],
+            "freed_at": [p.spans[0][1] for p in plan.placements],
+            "recomputed_at": [tuple(first for first, _ in p.spans[1:]) for p in plan.placements],
+            "freed_again_at": [tuple(last for _, last in p.spans[1:]) for p in plan.placements],
+            "layer": [layer[p.module] for p in plan.placements],
+        }
+    )
     return frame
 
 
 def frontier_dataframe(frontier: Frontier) -> pandas.DataFrame:
-    """One row per budget: ``budget_bytes``, ``peak_bytes``, ``overhead``, ``overhead_bound``, ``status``."""
+    """One row per budget.
+
+    ``budget_bytes``, ``peak_bytes``, ``overhead`` and ``overhead_bound`` (shares of step time), ``status``;
+    ``saved_per_gb``  share of step time that a GB more saves on the way to the next budget.
+    """
     frame: pandas.DataFrame = _pandas().DataFrame([dataclasses.asdict(point) for point in frontier.points])
-    return frame
+    return frame.assign(saved_per_gb=list(frontier.saved_per_gb))
 
 
 def _pandas() -> Any:
@@ -204,10 +225,15 @@ _STYLE = """
 .rematplan svg{width:100%;height:auto;display:block}
 .rematplan i{display:inline-block;width:.8em;height:.8em;margin:0 .35em 0 0;border-radius:2px}
 .rematplan .key span{margin-right:1.2em;white-space:nowrap}
-.rematplan summary,.rematplan .head{display:grid;grid-template-columns:1fr repeat(4,6.5em);cursor:pointer;
- border-bottom:1px solid rgba(128,128,128,.25);padding:.15em 0}
+.rematplan summary,.rematplan .head{display:grid;grid-template-columns:1fr repeat(4,6.2em) 9em;gap:.4em;
+ cursor:pointer;border-bottom:1px solid rgba(128,128,128,.25);padding:.15em 0}
 .rematplan .head{cursor:default;opacity:.7}
 .rematplan summary span:first-child{overflow:hidden;text-overflow:ellipsis}
+.rematplan summary small{display:none}
+.rematplan summary span:first-child::before{content:'\\25B8';display:inline-block;width:1.1em;opacity:.6}
+.rematplan details[open] span:first-child::before{content:'\\25BE'}
+.rematplan .bar{align-self:center;line-height:0;white-space:nowrap;margin-left:.6em}
+.rematplan .bar i{height:.75em;margin:0;border-radius:0}
 .rematplan details>table{margin-left:1.2em}
 @media (prefers-color-scheme:dark){.rematplan svg polygon,.rematplan i{opacity:.85}}
 """
@@ -219,6 +245,8 @@ def html(plan: Plan) -> str:
     Static markup in which every name is escaped; below 300 kB for any model.
     """
     unit = ByteUnit.of(plan.peak_bytes)
+    rows = rows_of(layers_of(plan), _HTML_ROWS)
+    largest = max((row.total_bytes for row in rows), default=0)
     figures = [[_cell(name), _cell(value), _cell(remark, "q")] for name, value, remark in _figures(plan)]
     kinds = [
         [_cell(label(k)), _cell(unit.text(b), "n"), _cell(_share(b, plan.peak_bytes), "n")]
@@ -234,19 +262,29 @@ def html(plan: Plan) -> str:
             f"<h4>At the peak, {_text(peak_place(plan))}</h4>",
             _table(kinds),
             "<h4>Where it is decided</h4>",
-            "<div class='head'><span>layer</span><span class='n'>kept</span><span class='n'>recomputed</span>"
-            "<span class='n'>freed</span><span class='n'>extra time</span></div>",
-            *(_details(row, unit) for row in rows_of(layers_of(plan), _HTML_ROWS)),
+            "<div class='head'><span>layer</span> ",
+            *(f"<span class='n'>{name}</span> " for name in _HEAD),
+            "</div>",
+            *(_details(row, unit, largest) for row in rows),
             f"<p class='q'>{_text(_counts(plan))}</p></div>",
         )
     )
 
 
-def _details(row: Row, unit: ByteUnit) -> str:
+def _details(row: Row, unit: ByteUnit, largest: int) -> str:
+    """A line that unfolds.  What each number is stands beside it for viewers that drop the style sheet."""
     sizes = (row.kept_bytes, row.recomputed_bytes, row.freed_bytes)
     numbers = (*(unit.text(b) for b in sizes), seconds_text(row.recompute_s))
-    cells = "".join(f"<span class='n'>{_text(c)}</span>" for c in numbers)
-    head = f"<summary><span>{_text(row.name)}</span>{cells}</summary>"
+    cells = " ".join(
+        f"<span class='n'><small>{name} </small>{_text(c)}</span>"
+        for name, c in zip(_HEAD, numbers, strict=True)
+    )
+    bars = "".join(
+        f"<i style='width:{100 * size / largest:.1f}%;background:{color}'></i>"
+        for size, color in zip(sizes, (KEPT, RECOMPUTED, FREED), strict=True)
+        if size
+    )
+    head = f"<summary><span>{_text(row.name)}</span> {cells} <span class='bar'>{bars}</span></summary>"
     return f"<details>{head}{_table(_lines(row, unit))}</details>"
 
 
@@ -283,7 +321,7 @@ def _svg(plan: Plan, width: int = 640, height: int = 170) -> str:
     if not len(plan.timeline):
         return ""
     baseline = aligned_baseline(plan)
-    shown, shown_before = _highest(plan.timeline, width // 2), _highest(baseline, width // 2)
+    shown, shown_before = highest(plan.timeline, width // 2), highest(baseline, width // 2)
     top = 1.06 * top_bytes(plan)
 
     def points(level: np.ndarray) -> list[str]:
@@ -301,20 +339,22 @@ def _svg(plan: Plan, width: int = 640, height: int = 170) -> str:
         below = above
     before = " ".join(points(baseline[shown_before]))
     budget = f"{height * (1 - plan.budget_bytes / top):.1f}"
+    turn = turn_of(plan)
+    if turn is not None:
+        x = f"{width * turn / len(plan.timeline):.1f}"
+        drawn.append(
+            f"<path d='M{x} 0V{height}' stroke='currentColor' stroke-opacity='.4' stroke-dasharray='1 3'/>"
+        )
     return (
         f"<h4>Memory over the step</h4><svg viewBox='0 0 {width} {height}' role='img' "
         f"aria-label='{_text(picture_title(plan))}'>{''.join(drawn)}"
         f"<polyline points='{before}' fill='none' stroke='currentColor' stroke-opacity='.6'/>"
         f"<line x1='0' x2='{width}' y1='{budget}' y2='{budget}' stroke='#d0433b' stroke-dasharray='6 4'/>"
-        f"</svg><div class='key'>{''.join(key)}<span>line: nothing recomputed</span>"
-        "<span>dashed: budget</span></div>"
+        f"</svg><div class='key'>{' '.join(key)} <span>line: nothing recomputed, "
+        f"{bytes_text(plan.baseline_peak_bytes)} at most</span> "
+        f"<span>dashed: budget, {bytes_text(plan.budget_bytes)}</span> "
+        "<span>dots: the backward begins</span></div>"
     )
-
-
-def _highest(level: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the highest entry in each of at most ``count`` stretches of ``level``."""
-    edges = np.unique(np.linspace(0, len(level), min(count, len(level)) + 1).astype(int))
-    return np.array([a + int(np.argmax(level[a:b])) for a, b in pairwise(edges)])
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:

@@ -84,10 +84,9 @@ def recompute_seconds(plan: Plan) -> tuple[float, ...]:
     charged: set[str] = set()
     out: list[float] = []
     for p in plan.placements:
-        call = p.call or p.name
-        out.append(0.0 if call in charged else p.seconds * p.times_recomputed)
+        out.append(0.0 if p.call in charged else p.seconds * p.times_recomputed)
         if p.times_recomputed:
-            charged.add(call)
+            charged.add(p.call)
     return tuple(out)
 
 
@@ -119,12 +118,46 @@ def rows_of(layers: Sequence[Layer], limit: int, *, unfolded: bool = False) -> t
         rows = _fold(layers, alike)
         if len(rows) <= limit:
             return rows
+    return _within(rows, limit)
+
+
+def _within(rows: tuple[Row, ...], limit: int) -> tuple[Row, ...]:
+    """The largest of ``rows`` by themselves, the others in one last row."""
+    if len(rows) <= limit:
+        return rows
     kept = frozenset(sorted(range(len(rows)), key=lambda i: -rows[i].total_bytes)[: limit - 1])
     rest = tuple(layer for i, row in enumerate(rows) if i not in kept for layer in row.layers)
     return (
         *(row for i, row in enumerate(rows) if i in kept),
         Row(f"({len(rest)} smaller)", rest, alike=False),
     )
+
+
+def depth_rows(layers: Sequence[Layer], limit: int) -> tuple[Row, ...]:
+    """At most ``limit`` rows in order of depth: neighbours of one parent and structure share one.
+
+    As many to a row as it takes, no more, and the same number everywhere; what is still too much becomes
+    one last row.
+    """
+    runs: list[list[Layer]] = []
+    before: Hashable = None
+    for layer in layers:
+        key = (layer.path.rpartition(".")[0], _structure(layer)) if layer.numbered else layer.path
+        if runs and key == before:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+        before = key
+    longest = max(map(len, runs), default=1)
+    each = next(
+        (n for n in range(1, longest) if sum(-(-len(run) // n) for run in runs) <= limit), max(1, longest)
+    )
+    rows = tuple(
+        Row(_folded_name(part), tuple(part))
+        for run in runs
+        for part in (run[k : k + each] for k in range(0, len(run), each))
+    )
+    return _within(rows, limit)
 
 
 # -- names ----------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from planner.calibrate import Calibration
     from planner.diff import PlanDiff
     from planner.explain import Explanation
+    from planner.frontier import Peers
     from planner.outline import Outline
     from planner.prepared import Prepared
     from planner.verify import Report
@@ -53,6 +54,8 @@ class Placement:
     ``seconds``           of its op, once.
     ``times_recomputed``  how often its op runs beyond the first time.
     ``call``              the op's name in ``Plan.sequence``; outputs of one call share it.
+    ``spans``             first and last step, both included, at which each copy of the value is in memory:
+                          the one the forward makes, then one per recomputation.
     """
 
     name: str
@@ -62,7 +65,8 @@ class Placement:
     decision: Decision
     seconds: float
     times_recomputed: int
-    call: str = ""
+    call: str
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +195,10 @@ class Plan:
 
         return html(self)
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook stores: the page, and the summary for viewers that show no HTML."""
+        return {"text/html": self._repr_html_(), "text/plain": self.summary()}
+
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per value of the forward, in order of execution (needs pandas)."""
         from planner.display import dataframe
@@ -224,22 +232,42 @@ class Plan:
         return plot_memory(self, ax)
 
     def plot_placements(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
-        """Bytes kept and recomputed by module."""
-        from planner.plots import plot_placements
+        """Model depth against time: when each layer's values are kept, dropped and recomputed."""
+        from planner.depth import plot_placements
 
         return plot_placements(self, ax)
 
     def plot_frontier(
-        self, ax: matplotlib.axes.Axes | None = None, *, points: int = 8, time_limit_s: float = 10.0
+        self,
+        ax: matplotlib.axes.Axes | None = None,
+        *,
+        points: int = 8,
+        time_limit_s: float = 10.0,
+        peers: Peers | None = None,
     ) -> matplotlib.axes.Axes:
-        """Overhead against budget, with the proved bound, and this plan on it."""
+        """Overhead against budget, with the proved bound, and this plan on it; solves ``points`` budgets.
+
+        ``peers``: other ways to train the same step, name -> (peak in bytes, overhead as a share of step
+        time).
+        """
         from planner.plots import plot_frontier
 
         if self._prepared is None:
             raise PlannerError(
                 "a plan read from a file has no graph to solve again; call planner.frontier on the model"
             )
-        return plot_frontier(self._prepared.frontier(points=points, time_limit_s=time_limit_s), ax, plan=self)
+        curve = self._prepared.frontier(points=points, time_limit_s=time_limit_s)
+        return plot_frontier(curve, ax, plan=self, peers=peers)
+
+    def plot_graph(self, module: str, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """The ops of one module as a graph: what is kept, what is dropped, and what is computed again.
+
+        Raises ``PlannerError`` if there is no such module, if it has more ops than can be read, or if the
+        plan was read from a file.
+        """
+        from planner.block import plot_graph
+
+        return plot_graph(self, module, ax)
 
     @property
     def code(self) -> str:

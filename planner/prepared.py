@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, FrontierPoint
 from planner.guards import Expectation, expectation_of
 from planner.inputs import Inputs
-from planner.lifetimes import bytes_over_time, copies_of
+from planner.lifetimes import Copy, bytes_over_time, copies_of
 from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
 from planner.outline import Outline
 from planner.plan import Decision, Placement, Plan
@@ -408,6 +408,7 @@ class Prepared:
     ) -> Frontier:
         """Overhead at each of ``budgets_gb``, or at ``points`` budgets from the least to keep-all.
 
+        Those are denser towards the least, where the curve is steep.
         A plan for a lower budget also serves every higher one, so the curve never rises.
         ``time_limit_s`` is per budget.
         """
@@ -415,7 +416,7 @@ class Prepared:
         if budgets_gb is None:
             tell.phase("least", LEAST)
             low, high = self.minimum_peak_bytes, max(self.baseline.peak_bytes, self.optimizer_step_bytes)
-            budgets = [round(low + (high - low) * k / max(1, points - 1)) for k in range(points)]
+            budgets = [round(low + (high - low) * (k / max(1, points - 1)) ** 1.5) for k in range(points)]
         else:
             budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
         tell.phase("solve", f"{len(budgets)} budgets")
@@ -511,13 +512,16 @@ class Prepared:
             "workspace": r.optimizer_step_bytes,
         }
 
-    def _placements(self, steps: list[int], copies: list[Any]) -> tuple[Placement, ...]:
+    def _placements(self, steps: list[int], copies: list[Copy]) -> tuple[Placement, ...]:
         graph, costs = self.graph, self.costs
         assert costs is not None
         boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
         runs = [0] * len(graph.ops)
         for i in steps:
             runs[i] += 1
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for c in copies:
+            spans.setdefault(c.value, []).append((c.born, c.died))
         crosses = {c.value for c in copies if c.born < boundary <= c.died}
         reborn = {c.value for c in copies if c.kind == "recomputed" and c.died > c.born}
         out = []
@@ -530,7 +534,10 @@ class Prepared:
             decision: Decision = "recompute" if v in reborn else "save" if v in crosses else "free"
             seconds = costs.seconds[op.name]
             again = runs[value.producer] - 1 if v in reborn else 0
+            held = tuple(spans[v][: 1 + again])  # a further copy that nothing reads is gone at once
             out.append(
-                Placement(value.name, value.module, op.target, value.bytes, decision, seconds, again, op.name)
+                Placement(
+                    value.name, value.module, op.target, value.bytes, decision, seconds, again, op.name, held
+                )
             )
         return tuple(out)

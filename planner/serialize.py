@@ -30,7 +30,7 @@ from planner.sizes import Dims
 __all__ = ["FORMAT", "VERSION", "from_text", "inputs_of", "load", "save", "to_text"]
 
 FORMAT = "rematplan.plan"
-VERSION = 1
+VERSION = 2
 
 _ARRAYS = ("timeline", "baseline_timeline")
 _SKIPPED = (
@@ -194,11 +194,21 @@ def _optional_int(value: Any) -> int | None:
 
 
 def _placement(row: list[Any]) -> Placement:
-    name, module, op, size, decision, seconds, times, call = row
+    name, module, op, size, decision, seconds, times, call, spans = row
     if decision not in ("save", "recompute", "free"):
         raise ValueError(f"placement of {name!r} is {decision!r}")
+    if len(spans) != 1 + times:
+        raise ValueError(f"placement of {name!r} has {len(spans)} spans and is recomputed {times} times")
     return Placement(
-        str(name), str(module), str(op), int(size), decision, float(seconds), int(times), str(call)
+        str(name),
+        str(module),
+        str(op),
+        int(size),
+        decision,
+        float(seconds),
+        int(times),
+        str(call),
+        tuple((int(first), int(last)) for first, last in spans),
     )
 
 

@@ -14,12 +14,25 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+import networkx as nx
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
 import planner
-from planner import Frontier, Placement, Plan, PlannerError, bands, display, layers, plots, prepared, units
+from planner import (
+    Frontier,
+    Placement,
+    Plan,
+    PlannerError,
+    bands,
+    block,
+    depth,
+    layers,
+    plots,
+    prepared,
+    units,
+)
 from planner.frontier import FrontierPoint
 from tests.models import CASES
 
@@ -45,6 +58,14 @@ def made_plan(placements: list[Placement], **changes: object) -> Plan:
     again = [p for p in placements if p.decision == "recompute"]
     names = [p.name for p in placements]
     sequence = (*names, "turn", *(p.name for p in reversed(again)))
+    runs: dict[str, list[int]] = {}
+    for t, name in enumerate(sequence):
+        runs.setdefault(name, []).append(t)
+    end = len(sequence) - 1
+    placements = [
+        dataclasses.replace(p, spans=tuple((t, end if p.decision == "save" else t) for t in runs[p.name]))
+        for p in placements
+    ]
     saved = np.cumsum([p.bytes if p.decision == "save" else 0 for p in placements] + [0] * (1 + len(again)))
     remade = np.array([0] * (len(names) + 1) + [p.bytes for p in reversed(again)])
     flying = np.array([0] * len(names) + [MB] * (1 + len(again)))
@@ -95,7 +116,7 @@ def made_plan(placements: list[Placement], **changes: object) -> Plan:
 
 def value(name: str, module: str, decision: str = "save", size: int = MB, op: str = "aten.mm") -> Placement:
     times = int(decision == "recompute")
-    return Placement(name, module, op, size, decision, 0.01, times)  # type: ignore[arg-type]
+    return Placement(name, module, op, size, decision, 0.01, times, name, ())  # type: ignore[arg-type]
 
 
 def stack(depth: int, decisions: str = "srf") -> list[Placement]:
@@ -266,10 +287,19 @@ def test_what_does_not_fit_is_gathered_and_nothing_is_lost() -> None:
 def test_the_table_has_a_row_per_placement(gpt2: Plan) -> None:
     table = gpt2.to_dataframe()
     assert list(table.columns) == [
-        "name", "module", "op", "bytes", "decision", "recompute_s", "times_recomputed", "layer",
+        "name", "module", "op", "bytes", "decision", "recompute_s", "times_recomputed",
+        "made_at", "freed_at", "recomputed_at", "freed_again_at", "layer",
     ]  # fmt: skip
     for column in ("name", "module", "op", "bytes", "decision", "times_recomputed"):
         assert table[column].tolist() == [getattr(p, column) for p in gpt2.placements]
+    for p, made, freed, again, freed_again in zip(
+        gpt2.placements,
+        *(table[name] for name in ("made_at", "freed_at", "recomputed_at", "freed_again_at")),
+        strict=True,
+    ):
+        assert [gpt2.sequence[t] for t in (made, *again)] == [p.call] * (1 + p.times_recomputed)
+        assert made <= freed and all(a <= b for a, b in zip(again, freed_again, strict=True))
+        assert sorted([made, freed, *again, *freed_again]) == [t for span in p.spans for t in span]
     assert table["recompute_s"].sum() == pytest.approx(gpt2.recompute_s, rel=1e-9)
     assert (table.loc[table["decision"] != "recompute", "recompute_s"] == 0).all()
     assert set(table["layer"]) >= {f"transformer.h.{i}" for i in range(5)}
@@ -318,6 +348,16 @@ def test_html_is_static_and_says_what_the_summary_says(gpt2: Plan) -> None:
     assert [fact for fact in facts if fact not in text] == []
 
 
+def test_a_notebook_stores_the_summary_too(gpt2: Plan) -> None:
+    """Viewers that show no HTML, and those that drop its style sheet, have all of it."""
+    shown = gpt2._repr_mimebundle_()
+    assert shown == {"text/html": gpt2._repr_html_(), "text/plain": gpt2.summary()}
+    bare = _Tags(re.sub(r"<style>.*?</style>", "", shown["text/html"], flags=re.S))
+    row = next(r for r in layers.rows_of(layers.layers_of(gpt2), 40) if r.kept_bytes and r.recomputed_bytes)
+    kept = units.ByteUnit.of(gpt2.peak_bytes).text(row.kept_bytes)
+    assert f"{row.name} kept {kept} recomputed " in "".join(bare.text)
+
+
 def test_html_escapes_every_name() -> None:
     evil = "<script>alert('x')</script>"
     placements = [value(evil, f"{evil}.{i}.mlp", op=evil) for i in range(3)] + [value("b", evil, "recompute")]
@@ -344,9 +384,9 @@ def test_html_stays_small_for_ten_thousand_values() -> None:
 def test_the_small_picture_keeps_the_peak() -> None:
     level = np.zeros(10_000)
     level[7_777] = 5
-    at = display._highest(level, 320)
+    at = bands.highest(level, 320)
     assert len(at) == 320 and 7_777 in at and (np.diff(at) > 0).all()
-    assert display._highest(level[:7], 320).tolist() == list(range(7))
+    assert bands.highest(level[:7], 320).tolist() == list(range(7))
 
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -423,21 +463,114 @@ def test_a_budget_far_above_everything_does_not_flatten_the_picture() -> None:
     assert plan.plot_memory().get_ylim()[1] < 100
 
 
-@pytest.mark.parametrize(("depth", "rows"), [(24, 26), (60, 3)])
-def test_placements_by_layer(depth: int, rows: int) -> None:
-    plan = made_plan(stack(depth))
+def test_depth_and_time_add_up_to_the_memory_of_the_step(gpt2: Plan) -> None:
+    rows = layers.depth_rows(layers.layers_of(gpt2), 36)
+    kept, again, before, gone, freed = sum(depth.states_of(row, len(gpt2.sequence)) for row in rows)
+    kinds = gpt2.timeline_by_kind
+    assert (again == kinds["recomputed"]).all() and again.any()
+    forward = sum(kinds[kind] for kind in ("saved", "temporaries", "outputs"))
+    assert (kept + before + freed == forward).all()
+    turn = bands.turn_of(gpt2)
+    dropped = sum(p.bytes for p in gpt2.placements if p.decision == "recompute" and p.spans[0][1] < turn)
+    assert gone[turn] == dropped > 0
+
+
+def test_every_state_of_a_row_has_its_steps() -> None:
+    placements = [value("k", "x.0.a"), value("r", "x.0.a", "recompute", 2 * MB), value("f", "x.0.a", "free")]
+    plan = made_plan(placements)  # k r f turn r
+    (row,) = layers.depth_rows(layers.layers_of(plan), 9)
+    wanted = [[1, 1, 1, 1, 1], [0, 0, 0, 0, 2], [0, 2, 0, 0, 0], [0, 0, 2, 2, 0], [0, 0, 1, 0, 0]]
+    assert depth.states_of(row, 5).tolist() == [[MB * n for n in state] for state in wanted]
+    assert list(depth.STATES)[::3] == ["kept", "dropped"]
+
+
+@pytest.mark.parametrize(
+    ("depth_", "first", "rows"), [(24, "net.h.0", 26), (60, "net.h.[0-1]", 32), (2000, "net.h.[0-58]", 36)]
+)
+def test_placements_over_depth_and_time(depth_: int, first: str, rows: int) -> None:
+    plan = made_plan(stack(depth_))
     ax = plan.plot_placements()
     names = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert len(names) == rows
-    assert names[1] == ("net.h.0" if depth == 24 else "net.h.[0-59] (each)")
-    assert _legend(ax) == ["kept", "recomputed", "freed, not needed again"]
-    assert "(MB)" in ax.get_xlabel()
-    kept, recomputed, freed = ([bar.get_width() for bar in group] for group in ax.containers)
-    assert kept == pytest.approx([1] * rows)
-    assert recomputed == freed == pytest.approx([0, *[1] * (rows - 2), 0])
-    assert [t.get_text() for t in ax.texts] == ["+10 ms"] * (rows - 2)
+    assert (names[0], names[1], names[-1], len(names)) == ("net.embed", first, "head", rows)
+    assert _legend(ax) == list(depth.STATES)
+    assert "step of the plan" in ax.get_xlabel() and ax.get_xlim() == (0, len(plan.sequence))
     top, bottom = ax.get_ylim()[::-1]
     assert top < 0 < rows - 1 < bottom  # the first layer is above
+    (panel,) = ax.child_axes
+    assert "(MB)" in panel.get_xlabel() and "extra time" in panel.get_xlabel()
+    kept, recomputed, freed = ([bar.get_width() for bar in group] for group in panel.containers)
+    assert sum(kept) == pytest.approx(depth_ + 2)
+    assert sum(recomputed) == sum(freed) == pytest.approx(depth_)
+    each = round(kept[1])
+    assert panel.texts[0].get_text() == f"+{units.seconds_text(0.01 * each)}"
+
+
+def test_a_dropped_value_leaves_a_gap_in_its_row() -> None:
+    ax = made_plan([value("a", "x.0.m"), value("r", "y.0.m", "recompute", 3 * MB)]).plot_placements()
+    extents = {
+        (round(box.x0), round(box.x1), round((box.y0 + box.y1) / 2))
+        for box in (c.get_paths()[0].get_extents() for c in ax.collections)
+    }
+    # steps are a r turn r: kept from 0 on; there at 1, gone at 2, there again at 3
+    assert extents == {(0, 4, 0), (1, 2, 1), (2, 3, 1), (3, 4, 1)}
+
+
+# -- the graph of a block -------------------------------------------------------------------------
+
+
+def test_the_graph_of_a_block_is_the_plans(gpt2: Plan) -> None:
+    graph = block.block_graph(gpt2, "transformer.h.1")
+    inside = [p for p in gpt2.placements if p.module.startswith("transformer.h.1.")]
+    forward = {n.name for n in graph if n.inside and not n.side}
+    again = {n.name: graph.nodes[n]["times"] for n in graph if n.inside and n.side}
+    assert forward >= {p.call for p in inside if p.decision != "free"}
+    counted = {name: gpt2.sequence.count(name) - 1 for name in forward}
+    assert again == {name: times for name, times in counted.items() if times} != {}
+    shown = sum(graph.nodes[n]["bytes"] for n in graph if n.inside and not n.side)
+    assert shown == sum(p.bytes for p in gpt2.placements if layers_at(p, "transformer.h.1"))
+    crossing = [a for a, _, kept in graph.edges(data="kept") if kept]
+    assert crossing and all(a.side == 0 for a in crossing)
+    assert nx.is_directed_acyclic_graph(graph)
+
+
+def layers_at(p: Placement, module: str) -> bool:
+    return p.module == module or p.module.startswith(module + ".")
+
+
+def test_a_block_is_drawn_with_names_and_bytes(gpt2: Plan) -> None:
+    ax = gpt2.plot_graph("transformer.h.1.mlp")
+    texts = [t.get_text() for t in ax.texts]
+    tanh = next(p for p in gpt2.placements if p.op == "aten.tanh" and ".h.1." in p.module)
+    assert f"tanh\nact {units.bytes_text(tanh.bytes)}" in texts
+    assert "forward" in texts and "computed again in the backward" in texts
+    made = [p for p in gpt2.placements if layers_at(p, "transformer.h.1.mlp")]
+    kept = sum(p.bytes for p in made if p.decision == "save")
+    assert ax.get_title(loc="left").startswith(f"transformer.h.1.mlp: {units.bytes_text(kept)} kept")
+    assert _legend(ax)[:2] == ["kept", "recomputed"]
+    figure = mpl.figure.Figure()
+    given = figure.subplots()
+    assert gpt2.plot_graph("transformer.h.1.ln_1", given) is given
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("transformer.h.11", r"'transformer\.h\.11'.*near names: .*'transformer\.h\.1'"),
+        ("", r"the whole model has \d+ ops.*64 at most; its parts are 'lm_head', 'transformer'"),
+    ],
+)
+def test_a_block_that_cannot_be_drawn(gpt2: Plan, module: str, message: str) -> None:
+    with pytest.raises(PlannerError, match=message):
+        gpt2.plot_graph(module)
+
+
+def test_a_plan_from_a_file_has_no_graph() -> None:
+    with pytest.raises(PlannerError, match=r"read from a file"):
+        made_plan(stack(1)).plot_graph("net")
+
+
+# -- the frontier ---------------------------------------------------------------------------------
 
 
 def made_frontier(plan: Plan) -> Frontier:
@@ -468,7 +601,43 @@ def test_a_frontier_without_any_plan_is_still_a_picture() -> None:
     assert _line(frontier.plot(), "no plan found")[0, 0] == 5
 
 
-@pytest.mark.parametrize("draw", [plots.plot_memory, plots.plot_placements])
+def test_what_the_next_gb_buys() -> None:
+    frontier = made_frontier(made_plan(stack(3)))
+    assert frontier.saved_per_gb == (None, pytest.approx(0.2 / 3e-3), None)
+    assert frontier.overhead_at(0.008) is None and frontier.overhead_at(0.009) == 0.3
+    assert frontier.overhead_at(0.0105) == pytest.approx(0.2)
+    assert frontier.overhead_at(1.0) == 0.1
+    line = "at 9 MB the next 100 kB buys 0.67 points of step time: overhead 30.00% -> 29.33%"
+    assert frontier.next_gb() == line == str(frontier).splitlines()[-1]
+    assert "at 10 MB the next 2 MB buys 13.33 points" in frontier.next_gb(0.01, 0.002)
+    assert frontier.next_gb(0.007) == "at 7 MB there is no plan; the least of these budgets with one is 9 MB"
+    assert "6.67 points" in str(frontier) and "next MB buys" in str(frontier)
+    table = frontier.to_dataframe()
+    assert table["saved_per_gb"].iloc[1] == pytest.approx(0.2 / 3e-3)
+    assert table["budget_bytes"].tolist() == [p.budget_bytes for p in frontier.points]
+
+
+def test_next_gb_of_a_large_model() -> None:
+    points = (
+        FrontierPoint(8 * 10**9, 8 * 10**9, 0.3, 0.25, "feasible"),
+        FrontierPoint(18 * 10**9, 18 * 10**9, 0.1, 0.1, "optimal"),
+    )
+    line = Frontier("Made", 20 * 10**9, 10**9, points).next_gb()
+    assert line == "at 8 GB the next 1 GB buys 2.00 points of step time: overhead 30.00% -> 28.00%"
+
+
+def test_peers_stand_where_they_were_measured() -> None:
+    peers = {"flag": (14 * MB, 0.33), "by hand": [(9 * MB, 0.4), (20 * MB, 0.05)]}
+    ax = made_frontier(made_plan(stack(3))).plot(peers=peers)
+    assert _line(ax, "flag") == pytest.approx(np.array([[14, 33]]))
+    assert _line(ax, "by hand") == pytest.approx(np.array([[9, 40], [20, 5]]))
+    assert ax.get_xlim()[1] > 20 and ax.get_ylim()[1] > 40
+    for wrong in (3.0, (1, 2, 3), [(1, float("nan"))]):
+        with pytest.raises(ValueError, match=r"peer 'flag' is"):
+            made_frontier(made_plan(stack(3))).plot(peers={"flag": wrong})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("draw", [plots.plot_memory, depth.plot_placements])
 def test_drawing_on_given_axes_makes_no_figure(draw: object) -> None:
     figure = mpl.figure.Figure()
     ax = figure.subplots()

@@ -211,9 +211,10 @@ def _input(record: dict[str, Any], kind: str) -> list[Any]:
 
 
 TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no version": (_without("version"), "format version None.*reads version 1"),
-    "later version": (_with("version", 2), "format version 2.*reads version 1.*Make the plan again"),
-    "version as text": (_with("version", "1"), "format version '1'"),
+    "no version": (_without("version"), "format version None.*reads version 2"),
+    "later version": (_with("version", 3), "format version 3.*reads version 2.*Make the plan again"),
+    "earlier version": (_with("version", 1), "format version 1.*reads version 2.*Make the plan again"),
+    "version as text": (_with("version", "2"), "format version '2'"),
     "no sequence": (_without("sequence"), "lacks 'sequence'"),
     "no inputs": (_without("inputs"), "lacks 'inputs'"),
     "budget as text": (_with("budget_bytes", "lots"), "'budget_bytes' is 'lots', want int"),
@@ -260,7 +261,7 @@ def test_a_tampered_file(file: Path, name: str) -> None:
     "content",
     [
         *(b"", b"{", b"null", b"[]", b"3", b'"plan"', b"{}", b'{"format": "onnx"}'),
-        *(b"\x80\x04\x95", b"\xff\xfe", b"[" * 100_000, b'{"format": "rematplan.plan", "version": 1}'),
+        *(b"\x80\x04\x95", b"\xff\xfe", b"[" * 100_000, b'{"format": "rematplan.plan", "version": 2}'),
     ],
 )
 def test_a_foreign_file(tmp_path: Path, content: bytes) -> None:
