@@ -25,7 +25,7 @@ lint: $(VENV)/.ready
 	$(RUN) -m mypy
 
 bench: $(VENV)/.ready
-	set -e; for name in overhead peers switch internvl2; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
+	set -e; for name in overhead peers switch internvl2 display; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
 
 # An hour or two for all graphs; goes on where it was broken off. BENCH="--graphs unet --budgets 0.5" for a part of it.
 bench-solvers: $(VENV)/.ready
