@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
+    from planner.outline import Outline
     from planner.plan import Placement, Plan
-    from planner.training_graph import TrainingGraph
 
 __all__ = ["block_graph", "plot_graph"]
 
@@ -55,12 +55,9 @@ def block_graph(plan: Plan, module: str) -> nx.DiGraph:
     ``decision`` (of the largest of them), ``times`` (it runs, on its side).  The edge attribute ``kept`` is
     true from a kept value to an op that runs again.  Raises ``PlannerError`` as :func:`plot_graph`.
     """
-    if plan._prepared is None:
-        raise PlannerError(
-            "a plan read from a file does not say what each op reads; call plot_graph on the plan as "
-            "planner.plan made it"
-        )
-    graph = plan._prepared.graph
+    graph = plan.outline_if_known
+    if graph is None:
+        raise PlannerError("this plan's file does not say what each op reads; make the plan again")
     chosen = [i for i, op in enumerate(graph.ops) if op.phase == "forward" and _within(op.module, module)]
     if not chosen:
         raise PlannerError(_unknown(plan, module))
@@ -73,7 +70,7 @@ def block_graph(plan: Plan, module: str) -> nx.DiGraph:
     return _built(plan, graph, module, chosen)
 
 
-def _built(plan: Plan, graph: TrainingGraph, module: str, chosen: list[int]) -> nx.DiGraph:
+def _built(plan: Plan, graph: Outline, module: str, chosen: list[int]) -> nx.DiGraph:
     placed = {p.name: p for p in plan.placements}
     decisions = [placed.get(v.name) for v in graph.values]
     runs = dict.fromkeys((graph.ops[i].name for i in chosen), 0)
@@ -106,10 +103,10 @@ def _without_side_shows(graph: nx.DiGraph) -> nx.DiGraph:
 
 
 def _connect(
-    out: nx.DiGraph, graph: TrainingGraph, runs: dict[str, int], read: Placement | None, v: int, node: _Node
+    out: nx.DiGraph, graph: Outline, runs: dict[str, int], read: Placement | None, v: int, node: _Node
 ) -> None:
     """The edge that brings value ``v`` to ``node``; none for parameters and inputs."""
-    producer = graph.values[v].producer
+    producer = graph.problem.values[v].producer
     if producer is None or read is None:
         return
     op = graph.ops[producer]
@@ -155,7 +152,7 @@ def plot_graph(plan: Plan, module: str, ax: Axes | None = None) -> Axes:
     """The ops of ``module``, coloured by what happens to what they make; on the right those that run again.
 
     Raises ``PlannerError`` if no op is in such a module (naming near ones), if there are more than 64 (naming
-    its parts), if the plan was read from a file, or without matplotlib.
+    its parts), if the plan is of a file that does not have its ops, or without matplotlib.
     """
     graph = block_graph(plan, module)
     places, width, height = _layout(graph)

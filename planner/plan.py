@@ -263,7 +263,7 @@ class Plan:
         """The ops of one module as a graph: what is kept, what is dropped, and what is computed again.
 
         Raises ``PlannerError`` if there is no such module, if it has more ops than can be read, or if the
-        plan was read from a file.
+        plan is of a file that does not have its ops.
         """
         from planner.block import plot_graph
 
