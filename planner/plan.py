@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas
 
     from planner.calibrate import Calibration
+    from planner.capture import LossFn
     from planner.diff import PlanDiff
     from planner.explain import Explanation
     from planner.frontier import Peers
@@ -326,11 +327,18 @@ class Plan:
                 model.__dict__["forward"] = applied.before
         return model
 
-    def verify(self, model: nn.Module | None = None, inputs: object = None, *, seed: int = 0) -> Report:
+    def verify(
+        self,
+        model: nn.Module | None = None,
+        inputs: object = None,
+        *,
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+    ) -> Report:
         """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs."""
         from planner.verify import verify
 
-        return verify(self, self._model(model), inputs, seed=seed)
+        return verify(self, self._model(model), inputs, loss_fn=loss_fn, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`planner.load` reads it."""

@@ -126,14 +126,23 @@ class Bar:
     """Events as one line on stderr.  Raises ``PlannerError`` without tqdm."""
 
     def __init__(self) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise PlannerError("progress=True needs tqdm: pip install 'rematplan[notebooks]'") from None
+        if not self.is_possible():
+            raise PlannerError("progress=True needs tqdm: pip install tqdm, or 'rematplan[notebooks]'")
+        from tqdm import tqdm
+
         self._phases: list[str] = []
         self._bar: Any = tqdm(
             total=3, file=sys.stderr, bar_format="{desc}|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         )
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether tqdm is installed."""
+        try:
+            import tqdm
+        except ImportError:
+            return False
+        return hasattr(tqdm, "tqdm")
 
     def __call__(self, event: Event) -> None:
         if event.phase not in self._phases:

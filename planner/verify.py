@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from planner._compat import FakeTensor
+from planner.capture import LossFn
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.measure import Comparison, compare, run_step, step_flops, step_peak
@@ -65,11 +66,19 @@ class Report:
         )
 
 
-def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0) -> Report:
+def verify(
+    plan: Plan,
+    model: nn.Module,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> Report:
     """Run ``model``'s step both ways from the same seed.  The model is left as it was.
 
-    ``inputs`` default to those of the plan.  Raises ``PlannerError`` if none are given and the plan holds
-    none (it came from a file or :func:`planner.enable`), or if gradients are not None.
+    ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
+    :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, or if
+    gradients are not None.
     """
     prepared = plan._prepared
     if inputs is None:
@@ -81,7 +90,8 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
         given = prepared.joint.inputs
     else:
         given = Inputs.of(model, inputs)
-    loss_fn = prepared.loss_fn if prepared is not None else None
+    if loss_fn is None and prepared is not None:
+        loss_fn = prepared.loss_fn
     batch = given.kwargs if given.kwargs and not given.args else given.args
     standing = vars(model).get("forward")
     if hasattr(standing, "original"):  # a plan that is applied, or the switch
@@ -98,7 +108,7 @@ def verify(plan: Plan, model: nn.Module, inputs: object = None, *, seed: int = 0
         plan.restore(model)
         if hasattr(standing, "original"):
             vars(model)["forward"] = standing
-    state = prepared.resident.optimizer_state_bytes if prepared is not None else 0
+    state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
     return Report(
         compare(eager, ours),
         plan.budget_bytes,
