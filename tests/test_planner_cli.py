@@ -18,6 +18,7 @@ import pytest
 import planner
 from planner.__main__ import CANNOT, FAILED, HELD, _parser, main
 from planner.cli import INTERRUPTED
+from planner.serialize import VERSION
 
 ROOT = Path(planner.__file__).parent.parent
 
@@ -240,11 +241,11 @@ def test_budgets_that_are_none(run: Run, budget: str, said: str) -> None:
 
 def test_files_that_are_no_plans(run: Run, folder: Path, plan: planner.Plan) -> None:
     record = json.loads((folder / "plan.json").read_text())
-    (folder / "newer.json").write_text(json.dumps({**record, "version": 2}))
+    (folder / "newer.json").write_text(json.dumps({**record, "version": VERSION + 1}))
     (folder / "foreign.json").write_text('{"format": "recipe"}')
     (folder / "short.json").write_text((folder / "plan.json").read_text()[:500])
     said = {
-        "newer.json": "version 2; this installation reads version 1",
+        "newer.json": f"version {VERSION + 1}; this installation reads version {VERSION}",
         "foreign.json": "is not a plan",
         "short.json": "cut short",
         "train.py": "not JSON",
