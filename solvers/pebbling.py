@@ -106,7 +106,7 @@ def _windows(problem: Problem, reduction: Reduction) -> Iterator[tuple[int, int]
     tight = [t for t in np.argsort(-need, kind="stable").tolist() if need[t] >= TIGHT * need.max()]
     del tight[MOST_TIGHT:]
     if problem.turn is not None and problem.turn < n:
-        tight.append(problem.turn + int(need[problem.turn :][:AFTER_TURN].argmax()))
+        tight.insert(0, problem.turn + int(need[problem.turn :][:AFTER_TURN].argmax()))
     windows = ((max(0, t - a), min(n, t + b)) for t in tight for a, b in AROUND)
     return iter(dict.fromkeys(windows))
 

@@ -47,8 +47,8 @@ MOVED, EARLIER, SMALLEST, CUTS = 2, 4, 6, 4
 # One that takes away so much of what the worst step adds to the excess, for no more than this share of the
 # time, is made without a look at the others.
 GOOD_FALL, SMALL_COST = 0.5, 2e-3
-# What would take more ops than this to make again is not dropped.
-MOST_AGAIN = 1000
+# What would take more ops than this to make again is not dropped; than the first, not while anything helps.
+FEW_AGAIN, MOST_AGAIN = 200, 1000
 # A second that costs nothing, as a share of the step.
 NO_TIME = 1e-9
 
@@ -65,6 +65,7 @@ def shave(run: Incumbent, steps: Sequence[int], *, deadline: float) -> None:
             return
         places = _Places(run, now, line)
         better = _dropped(places, TOGETHER) or _dropped(places, 1) or _moved(places)
+        better = better or _dropped(places, 1, MOST_AGAIN)
         if better is None:
             break
         now, line = better
@@ -98,14 +99,17 @@ class _Drop:
         )
 
 
-def _dropped(places: _Places, most: int) -> tuple[list[int], Timeline] | None:
-    """The schedule after up to ``most`` drops, each the one that lowers the excess most per second."""
+def _dropped(places: _Places, most: int, again: int = FEW_AGAIN) -> tuple[list[int], Timeline] | None:
+    """The schedule after up to ``most`` drops, each the one that lowers the excess most per second.
+
+    ``again``  ops that make again what is dropped, at most.
+    """
     run, line = places.run, places.line
     live = line.live_bytes.astype(np.float64)
     before = np.concatenate(([run.problem.resident_bytes], line.kept_bytes[:-1])).astype(np.float64)
     least_s = NO_TIME * run.total_s
     chosen: list[_Drop] = []
-    drops = places.drops()
+    drops = places.drops(again)
 
     def gain(drop: _Drop) -> float:
         waits = live[drop.a + 1 : drop.b]
@@ -181,10 +185,10 @@ class _Places:
             return k > 0
         return 0 < k < len(self.at[v]) and not self.made[v][k]
 
-    def to_make(self, wanted: Iterable[int], s: int) -> list[int] | None:
+    def to_make(self, wanted: Iterable[int], s: int, most: int = FEW_AGAIN) -> list[int] | None:
         """Ops that make ``wanted`` before step ``s`` of what is there, inputs first.
 
-        ``None`` if they are too many, or rest on what was made once and is gone.
+        ``None`` if they are more than ``most``, or rest on what was made once and is gone.
         """
         problem, ops = self.problem, set[int]()
         stack = list(wanted)
@@ -192,13 +196,13 @@ class _Places:
             i = problem.values[stack.pop()].producer
             if i is None or i in ops:
                 continue
-            if not problem.ops[i].recomputable or len(ops) == MOST_AGAIN:
+            if not problem.ops[i].recomputable or len(ops) == most:
                 return None
             ops.add(i)
             stack.extend(u for u in problem.counted_inputs[i] if not self.is_there(u, s))
         return sorted(ops)
 
-    def drops(self) -> list[_Drop]:
+    def drops(self, again: int = FEW_AGAIN) -> list[_Drop]:
         """Values that wait across steps above the budget, most bytes there per second first."""
         problem = self.problem
         least_s = NO_TIME * problem.total_seconds
@@ -211,7 +215,7 @@ class _Places:
             for a, b, makes in zip(at, at[1:], self.made[v][1:], strict=False):
                 if makes or b - a < 2 or above[b] == above[a + 1]:
                     continue
-                ops = self.to_make([v], b)
+                ops = self.to_make([v], b, again)
                 if ops is not None:
                     drop = self._drop(v, a, b, ops)
                     relief = float(np.minimum(self.excess[a + 1 : b], size).sum())
