@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test test-nightly lint bench bench-solvers check-cuda venv clean
+.PHONY: demo test test-nightly lint bench pictures bench-solvers check-cuda venv clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -26,6 +26,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	set -e; for name in overhead peers switch internvl2 display; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
+
+# Every committed picture, drawn again.
+pictures: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.pictures
 
 # An hour or two for all graphs; goes on where it was broken off. BENCH="--graphs unet --budgets 0.5" for a part of it.
 bench-solvers: $(VENV)/.ready

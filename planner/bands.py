@@ -38,6 +38,8 @@ _COLORS = {
     "optimizer_state": "#b5bcc7",
     "inputs": "#c6ccd5",
     "output_gradients": "#d6dae1",
+    "library_workspace": "#d9c48a",
+    "margin": "#e9e2d2",
     "gradients": "#4f8a83",
     "outputs": "#8f7fb8",
     "saved": "#4479b5",

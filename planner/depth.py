@@ -77,7 +77,7 @@ def plot_placements(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, max(1, steps))
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("step of the plan (ops run, recomputed ones included)")
+    ax.set_xlabel("step of the plan")
     extra = f"{plan.overhead:.1%} more step time ({seconds_text(plan.recompute_s)})"
     finish(ax, f"{plan.model_name}: what is kept and what is recomputed, {extra}", pad=36)
     _mark_turn(ax, plan)
@@ -162,6 +162,6 @@ def _bytes_panel(ax: Axes, rows: tuple[Row, ...], font: float) -> None:
     panel.set_xlim(0, 1.45 * ends.max(initial=0) or 1.0)
     panel.xaxis.set_major_locator(MaxNLocator(3, prune="lower"))
     panel.tick_params(axis="y", left=False, labelleft=False)
-    panel.set_xlabel(f"made in the forward ({unit.name}), and\nextra time to recompute it", fontsize=8)
+    panel.set_xlabel(f"values made ({unit.name}),\nextra time", fontsize=0.9 * ax.xaxis.label.get_fontsize())
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_axisbelow(True)

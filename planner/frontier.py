@@ -56,6 +56,8 @@ class Frontier:
             )
         return "\n".join((*lines, self.next_gb()))
 
+    __repr__ = __str__
+
     @property
     def unit(self) -> ByteUnit:
         """The unit its budgets are told in."""

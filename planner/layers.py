@@ -6,6 +6,7 @@ holds numbered layers (``transformer.wte``, ``bert.embeddings``).  Layers of one
 same values fold into a row, ``transformer.h.[0-11]``: first those that also decide alike, and where
 that leaves more rows than asked for, those of the same structure; what is still too much becomes
 one last row of the smallest.  Nothing is lost: rows always add up to the plan.
+Pictures that run over depth fold neighbours only, the same number to a row everywhere.
 
 A weakness: a placement does not say which call made it.  Outputs of one call stand side by side, so
 neighbours of the same module, op and price count as one; two such calls in a row, of an op with
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from planner.plan import Placement, Plan
 
-__all__ = ["ROOT", "Layer", "Row", "layers_of", "recompute_seconds", "rows_of"]
+__all__ = ["ROOT", "Layer", "Row", "depth_rows", "layers_of", "recompute_seconds", "rows_of"]
 
 ROOT = "(model itself)"  # what happens in no submodule
 
@@ -109,11 +110,8 @@ def layers_of(plan: Plan) -> tuple[Layer, ...]:
     )
 
 
-def rows_of(layers: Sequence[Layer], limit: int, *, unfolded: bool = False) -> tuple[Row, ...]:
-    """At most ``limit`` rows over ``layers``, in order; each layer by itself if ``unfolded`` and they fit."""
-    rows = tuple(Row(layer.path or ROOT, (layer,)) for layer in layers)
-    if unfolded and len(rows) <= limit:
-        return rows
+def rows_of(layers: Sequence[Layer], limit: int) -> tuple[Row, ...]:
+    """At most ``limit`` rows over ``layers``, in order, alike ones in one."""
     for alike in (_decided, _structure):
         rows = _fold(layers, alike)
         if len(rows) <= limit:

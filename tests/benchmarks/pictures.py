@@ -1,0 +1,82 @@
+"""Every picture that is committed, drawn again: ``make pictures``.
+
+    python -m tests.benchmarks.pictures [--out notebooks]
+
+``memory.png``      a GPT2 and a U-Net of the demo at half of what their steps add to the memory at rest.
+``placements.png``  BERT-large, 24 layers, 16 sequences of 512 tokens in bfloat16, at the same share;
+                    captured without its memory.
+
+Costs are rooflines (a CPU's, and that of a device that attains what an H100 does), so that plans are alike
+on every machine.  Exit code 1 if a picture is larger than 150 kB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from planner import Plan, demo
+from planner.lowering import graph_costs
+from planner.prepared import Prepared, prepare
+from planner.zoo import MODELS
+from tests.benchmarks.graphs import ATTAINED_H100, GRAPHS, without_memory
+
+SHARE = 0.5
+MOST_BYTES = 150_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.pictures", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "notebooks")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {path.name: path.stat().st_size for path in (draw(out) for draw in PICTURES)}
+    for name, size in sizes.items():
+        print(f"{out / name}: {size / 1000:.0f} kB")
+    return int(any(size > MOST_BYTES for size in sizes.values()))
+
+
+def memory(out: Path) -> Path:
+    """Memory over the step, before and after."""
+    torch.set_num_threads(1)  # the roofline's CPU has as many cores as torch has threads
+    plans = [_half(_demo_step(name)) for name in ("gpt2", "unet")]
+    path = demo.draw(plans, out)
+    assert path is not None
+    return path
+
+
+def placements(out: Path) -> Path:
+    """Model depth against time."""
+    model, inputs = without_memory(GRAPHS["bert-large-b16x512"])
+    step = prepare(model, inputs, costs="roofline")
+    step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=ATTAINED_H100))
+    figure = Figure(figsize=(12.0, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    _half(step).plot_placements(figure.subplots())
+    path = out / "placements.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+PICTURES: tuple[Callable[[Path], Path], ...] = (memory, placements)
+
+
+def _demo_step(name: str) -> Prepared:
+    example = MODELS[name]("cpu")
+    return prepare(example.model, example.inputs, loss_fn=example.loss_fn, costs="roofline")
+
+
+def _half(step: Prepared) -> Plan:
+    at_rest = step.resident.total_bytes
+    return step.plan_bytes(at_rest + round(SHARE * (step.baseline.peak_bytes - at_rest)), time_limit_s=10.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
