@@ -162,6 +162,6 @@ def _bytes_panel(ax: Axes, rows: tuple[Row, ...], font: float) -> None:
     panel.set_xlim(0, 1.45 * ends.max(initial=0) or 1.0)
     panel.xaxis.set_major_locator(MaxNLocator(3, prune="lower"))
     panel.tick_params(axis="y", left=False, labelleft=False)
-    panel.set_xlabel(f"values made ({unit.name}),\nextra time", fontsize=0.9 * ax.xaxis.label.get_fontsize())
+    panel.set_xlabel(f"values made ({unit.name}),\nextra time", fontsize=9)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_axisbelow(True)
