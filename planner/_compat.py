@@ -30,6 +30,8 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
+from planner.masks import masks_as_eager
+
 __all__ = [
     "BoxedCodeGen",
     "DataDependentOutputException",
@@ -54,6 +56,7 @@ __all__ = [
     "is_transformed",
     "job_store",
     "modes_set_aside",
+    "not_compiling",
     "pytree",
     "reads_a_number",
     "size_hint",
@@ -85,13 +88,25 @@ def _tracing_flags() -> Iterator[None]:
             os.environ[key] = before
 
 
+@contextlib.contextmanager
+def not_compiling() -> Iterator[None]:
+    """Inside a trace: libraries that ask whether a compiler is looking are told that none is; 2.7+."""
+    compiler = torch.compiler
+    before = compiler._is_compiling_flag, compiler._is_exporting_flag
+    compiler._is_compiling_flag = compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag, compiler._is_exporting_flag = before
+
+
 def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), contextlib.ExitStack() as stack:
+    with _tracing_flags(), masks_as_eager(not_compiling), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, _record_nn_module_stack=True)
         return joint.graph_module
 

@@ -35,9 +35,9 @@ from typing import Any, Literal
 
 import torch
 
-from planner._compat import TorchDispatchMode, storage_key
 from planner.demo import MISPREDICTED, Tell, aligned, prefixed
 from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.kernel_check import CASES, kernel_counts, kernels_differ
 from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak, tensors_in
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
@@ -45,7 +45,16 @@ from planner.step import backward, forward, undone
 from planner.trials import copies_of, prepare_example, race
 from planner.zoo import MODELS, Example
 
-__all__ = ["Check", "Row", "Settings", "op_counts", "run", "settings_of", "with_models"]
+__all__ = [
+    "Check",
+    "Row",
+    "Settings",
+    "checked_device",
+    "held_by_others",
+    "run",
+    "settings_of",
+    "with_models",
+]
 
 LARGE_DEVICE_BYTES = 40 * 10**9  # below it the published sizes' eager steps may not fit
 
@@ -74,16 +83,43 @@ class Settings:
         return 4 * len(self.models)
 
 
+def checked_device(device: str) -> torch.device:
+    """``device`` with its index; ``PlannerError`` if it is a CUDA device and cannot be used."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return where
+    if torch.version.cuda is None:
+        raise PlannerError(
+            f"there is no CUDA device for torch {torch.__version__}, which is built without CUDA; run this "
+            "where there is a GPU and a torch with CUDA"
+        )
+    if not torch.cuda.is_available():
+        raise PlannerError(
+            f"there is no CUDA device that torch {torch.__version__} (built for CUDA {torch.version.cuda}) can "
+            "use: see whether nvidia-smi shows a GPU, and what CUDA_VISIBLE_DEVICES says"
+        )
+    if where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if where.index >= torch.cuda.device_count():
+        raise PlannerError(f"there is no {where}: torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return where
+
+
+def held_by_others(device: torch.device) -> int:
+    """Bytes of a CUDA device that neither are free nor belong to this process's tensors; 0 elsewhere.
+
+    A context takes some hundreds of MB by itself: up to a GB counts as nothing.
+    """
+    if device.type != "cuda":
+        return 0
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    others_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+    return others_bytes if others_bytes > 10**9 else 0
+
+
 def settings_of(device: str, *, size: str = "auto", quick: bool = False) -> Settings:
     """Settings for ``device``; raises ``PlannerError`` if it is a CUDA device and there is none."""
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise PlannerError(
-            f"there is no CUDA device (torch {torch.__version__}, built for CUDA "
-            f"{torch.version.cuda or 'none'}); run this where there is a GPU and a torch with CUDA"
-        )
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = checked_device(device)
     chosen: Literal["demo", "large"] = "large" if size == "large" else "demo"
     if size == "auto" and where.type == "cuda":
         has_bytes = torch.cuda.get_device_properties(where).total_memory
@@ -346,9 +382,7 @@ class _Reference:
             equal = compare(self.deterministic, _record(example)).equal
         out: dict[str, Any] = {"grad_rel_err": found, "deterministic_equal": equal}
         if kernels:
-            counts = kernel_counts(example, device)
-            names = sorted({*counts, *self.kernels})
-            differ = {n: counts[n] - self.kernels[n] for n in names if counts[n] != self.kernels[n]}
+            differ = kernels_differ(self.kernels, kernel_counts(example, device))
             out |= {"kernels_equal": not differ, "kernels_differ": differ}
         return out
 
@@ -366,54 +400,6 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def kernel_counts(example: Example, device: torch.device) -> Counter[str]:
-    """How often one step calls each kernel; on a CPU, each op that makes or changes a storage."""
-
-    def step() -> None:
-        with undone(example.model, example.inputs):
-            passed = forward(example.model, example.inputs, example.loss_fn)
-            backward(passed)
-
-    if device.type != "cuda":
-        with op_counts() as counts:
-            step()
-        return counts
-    step()
-    torch.cuda.synchronize(device)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize(device)
-    on_device = [e for e in profile.events() or () if e.device_type.name == "CUDA"]
-    return Counter(e.name for e in on_device if not e.name.startswith(("Memcpy", "Memset")))
-
-
-class _OpCounter(TorchDispatchMode):
-    """Counts ops by name, those left out whose results all lie on storages they were given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage_key(t) for t in tensors_in((args, kwargs or {}))}
-        made = any(storage_key(t) not in given for t in tensors_in(result))
-        name = str(func.overloadpacket)
-        if (made or func._schema.is_mutable) and not name.startswith("aten.empty"):
-            self.counts[name.rstrip("_")] += 1  # in place or not, it is the same kernel
-        return result
-
-
-@contextlib.contextmanager
-def op_counts() -> Iterator[Counter[str]]:
-    """Count the ops that compute something, by name, while the context is open."""
-    with _OpCounter() as counter:
-        yield counter.counts
 
 
 # ------------------------------------------------------------------------------------- where it ran
