@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test test-nightly lint bench pictures bench-solvers check-cuda venv clean
+.PHONY: demo test test-nightly lint bench bench-cuda bench-solvers pictures check-cuda venv clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -38,6 +38,11 @@ bench-solvers: $(VENV)/.ready
 # The interpreter as it is, with the packages it has: machines with a GPU often have no network.
 check-cuda:
 	$(PYTHON) -m planner check-cuda
+
+# The race against every peer, at most nine minutes; run again, it goes on where it stopped.
+# BENCH="--part race --models unet" for a part of it, BENCH="--device cpu" for small sizes on a CPU.
+bench-cuda:
+	$(PYTHON) -m tests.benchmarks.bench_cuda $(BENCH)
 
 venv: $(VENV)/.ready
 

@@ -37,11 +37,10 @@ import torch
 
 from planner.demo import MISPREDICTED, Tell, aligned, prefixed
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.kernel_check import CASES, kernel_counts, kernels_differ
-from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak, tensors_in
+from planner.kernel_check import kernel_counts, kernels_differ
+from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
-from planner.step import backward, forward, undone
 from planner.trials import copies_of, prepare_example, race
 from planner.zoo import MODELS, Example
 
@@ -95,8 +94,8 @@ def checked_device(device: str) -> torch.device:
         )
     if not torch.cuda.is_available():
         raise PlannerError(
-            f"there is no CUDA device that torch {torch.__version__} (built for CUDA {torch.version.cuda}) can "
-            "use: see whether nvidia-smi shows a GPU, and what CUDA_VISIBLE_DEVICES says"
+            f"there is no CUDA device that torch {torch.__version__} (CUDA {torch.version.cuda}) can use: "
+            "see whether nvidia-smi shows a GPU, and what CUDA_VISIBLE_DEVICES says"
         )
     if where.index is None:
         return torch.device("cuda", torch.cuda.current_device())

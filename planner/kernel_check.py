@@ -182,7 +182,8 @@ def _attention(
 def _pixels(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Any:
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(4, 8, 16, 16, generator=random).to(device, dtype).contiguous(memory_format=layout)
-    return model.to(device=device, dtype=dtype, memory_format=layout), {"pixels": pixels}
+    model = model.to(device=device, dtype=dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    return model, {"pixels": pixels}
 
 
 def _convolutions(
@@ -218,7 +219,9 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "attention, added mask": Case(_attention("added")),
         "attention, added mask, dropout": Case(_attention("added", dropout=0.1)),
         "attention, float32": Case(_attention(dtype=torch.float32)),
-        "attention, heads of 36": Case(_attention(depth=36)),  # not a multiple of 8: padded, or another kernel
+        "attention, heads of 36": Case(
+            _attention(depth=36)
+        ),  # not a multiple of 8: padded, or another kernel
         "convolutions": Case(_convolutions(torch.contiguous_format)),
         "convolutions, channels last": Case(_convolutions(torch.channels_last)),
         "products, TF32": Case(_products, lambda: _tf32(True)),

@@ -17,6 +17,7 @@ __all__ = [
     "dropout_mask_again",
     "dropout_scale",
     "gradient_like",
+    "is_capturing",
     "replay",
     "rng_state",
     "rng_state_bytes",
@@ -71,6 +72,11 @@ def rng_state(device: str) -> torch.Tensor:
 def rng_state_bytes(device: str) -> int:
     """Bytes of ``rng_state(device)``: a Mersenne twister on CPU, a Philox seed and offset on CUDA."""
     return 16 if device.startswith("cuda") else torch.get_rng_state().numel()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured from the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def replay(state: torch.Tensor, device: str, op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -64,6 +64,7 @@ class Program:
 
     ``forward``    returns the model's output tensors, then the saved set.
     ``segments``   the backward, in execution order.
+    ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
     """
 
     forward: fx.GraphModule
@@ -72,6 +73,7 @@ class Program:
     saved: int
     segments: tuple[Segment, ...]
     constants: dict[str, torch.Tensor]
+    replays: bool
 
     @property
     def code(self) -> str:
@@ -260,6 +262,7 @@ class _Writer:
             len(saved),
             tuple(self._cut(segments)),
             self.source.constants,
+            bool(self.replayed),
         )
 
     def _cut(self, segments: int | None) -> list[Segment]:

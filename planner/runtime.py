@@ -10,6 +10,9 @@ forward in the node of the first segment that reads them (``save_for_backward``,
 notices in-place changes), values that cross segments in a mailbox, parameters and inputs wherever
 the caller has them.
 
+Nothing here waits for a device, so the host runs ahead as it does in eager.  While a CUDA graph is being
+captured, a step that replays random state is refused (:func:`_refuse_capture`).
+
 Defined behaviour elsewhere: evaluation, ``no_grad`` and calls that a compiler or a transform of
 ``torch.func`` traces (:mod:`planner.tracing`) go to the original forward; a second backward, a gradient
 of a gradient, or a gradient for an output that was not planned for is an error that says so.
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from planner import _compat
+from planner import _compat, kernels
 from planner.errors import PlannerError
 from planner.guards import Expectation, Guard
 from planner.inputs import Inputs
@@ -153,6 +156,7 @@ class _Segment(torch.autograd.Function):
                 "a second backward through one planned step: what it saved was released by the first. "
                 "Run the forward again, or call plan.restore(model) for retain_graph=True"
             )
+        _refuse_capture(call.step)
         call.spent[index] = True
         if index == 0:
             call.refuse(tangents)
@@ -164,6 +168,19 @@ class _Segment(torch.autograd.Function):
         call.mail.update(zip(segment.mail, results[made:], strict=True))
         token = None if index == len(call.spent) - 1 else torch.empty(0, device=call.step.device)
         return None, None, token, *results[:made]
+
+
+def _refuse_capture(step: Step) -> None:
+    """Under CUDA graph capture a generator's state is a place in that graph, and means nothing in another.
+
+    A backward captured apart from its forward would draw other numbers, without an error.
+    """
+    if step.program.replays and kernels.is_capturing(step.device):
+        raise PlannerError(
+            "a CUDA graph is being captured, and this plan draws random numbers again from a generator's "
+            "state, which a captured graph cannot go back to. Plan with a budget at which masks are kept, "
+            "train without dropout, or call plan.restore(model) before capturing"
+        )
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -223,6 +240,7 @@ class PlannedForward:
             step, sizes = variants.step_for(self.model, leaves, in_spec)
             given.update(sizes)
         program = step.program
+        _refuse_capture(step)
         given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
         boxed = [given[a] for a in program.arguments]
         with torch.no_grad(), _without_autocast(step.device), _memory_explained(step, "forward"):

@@ -248,7 +248,9 @@ def report(given: argparse.Namespace, machine: Machine | None) -> int:
         for verdict in verdicts(mine):
             failed = failed or verdict.failed
             print(f"{verdict.word:<20} {verdict.claim}: {verdict.model}: {verdict.figures}".rstrip(": "))
-    given.results.with_suffix(".md").write_text(markdown(latest(read(given.results))) + "\n", encoding="utf-8")
+    given.results.with_suffix(".md").write_text(
+        markdown(latest(read(given.results))) + "\n", encoding="utf-8"
+    )
     return FAILED if failed else HELD
 
 
@@ -295,8 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = machine_of(device, dtype)
     others = held_by_others(device)
     if others > 0:
-        print(f"bench_cuda: other processes hold {others / 1e9:.1f} GB of {device}; seconds may be theirs too",
-              file=sys.stderr)  # fmt: skip
+        told = f"other processes hold {others / 1e9:.1f} GB of {device}; seconds and what fits are theirs too"
+        print(f"bench_cuda: {told}", file=sys.stderr)
     began = time.time()
     left_out = measure(given, device, machine)
     code = report(given, machine)

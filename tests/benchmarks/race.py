@@ -48,7 +48,16 @@ OURS = ("all", "50%", "70%", "at hf", "at sac", "least", "1/3", "2/3")
 GREEDY = ("50%", "70%")
 
 # What a peer's own code may raise.  Not KeyboardInterrupt, not SystemExit.
-RAISED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, OSError)
+RAISED = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
 RAISED += (PlannerError, ArithmeticError)  # type: ignore[assignment]
 
 
@@ -338,7 +347,6 @@ class Worker:
             else:
                 greedy = method == "greedy"
                 self.cell(method, label, lambda label=label, g=greedy: self.planned(label, greedy=g))  # type: ignore[misc]
-
 
     def kernels(self) -> None:
         """The kernels of eager and planned steps of small modules."""

@@ -50,7 +50,7 @@ class Found:
 
 
 def largest(trains: Callable[[int], bool], guess: int, *, informed: bool, most_tries: int) -> Found:
-    """The largest batch for which ``trains``, searched from ``guess``; ``trains`` is taken to be monotonic."""
+    """The largest batch for which ``trains``, which is taken to be monotonic, searched from ``guess``."""
     low, high, tries = 0, math.inf, 0
     batch = max(1, guess)
     while tries < most_tries:

@@ -94,7 +94,9 @@ def _resident_bytes(step: Step) -> int:
 
 def _allocator_peak(work: Callable[[], None]) -> int:
     """Most bytes that ``work`` holds above what was there, from the profiler's memory events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
         work()
     events: Any = seen.profiler
     changes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]

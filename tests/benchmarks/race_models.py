@@ -188,7 +188,9 @@ def _llama(**config: Any) -> Callable[[], nn.Module]:
     return lambda: hf.LlamaForCausalLM(hf.LlamaConfig(use_cache=False, **config))
 
 
-def _internvl(image: int, patch: int, vision: dict[str, Any], text: dict[str, Any]) -> Callable[[], nn.Module]:
+def _internvl(
+    image: int, patch: int, vision: dict[str, Any], text: dict[str, Any]
+) -> Callable[[], nn.Module]:
     # InternVL2 trains without attention dropout; the zoo's default is another.
     vision, text = {"attention_dropout": 0.0, **vision}, {"attention_dropout": 0.0, **text}
     return lambda: zoo.internvl(image=image, patch=patch, vision=vision, text=text)

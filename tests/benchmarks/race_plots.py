@@ -19,7 +19,13 @@ from tests.benchmarks.race_rows import RESULTS, Row, latest, read
 
 __all__ = ["draw", "draw_predictions", "draw_race"]
 
-_COLOURS = {"eager": "black", "hf": "tab:orange", "sac": "tab:brown", "greedy": "tab:green", "ours": "tab:blue"}
+_COLOURS = {
+    "eager": "black",
+    "hf": "tab:orange",
+    "sac": "tab:brown",
+    "greedy": "tab:green",
+    "ours": "tab:blue",
+}
 _COMPILED = {
     "compile": "tab:red",
     "compile-budget-0.75": "tab:pink",
@@ -79,7 +85,10 @@ def draw_predictions(rows: Sequence[Row]) -> Any:
         return None
     figure = _figure(figsize=(9, 4.2))
     pairs = (
-        ("peak, GB", [((r.allocated_bytes or 0) / 1e9, (r.predicted_bytes or 0) / 1e9, r.model) for r in plans]),
+        (
+            "peak, GB",
+            [((r.allocated_bytes or 0) / 1e9, (r.predicted_bytes or 0) / 1e9, r.model) for r in plans],
+        ),
         ("step, ms", [((r.step_s or 0) * 1e3, (r.predicted_step_s or 0) * 1e3, r.model) for r in plans]),
     )
     for k, (name, points) in enumerate(pairs):
@@ -115,7 +124,9 @@ def _title(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; 2 if there is nothing to draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS.parent)
     given = parser.parse_args(arguments)

@@ -84,15 +84,21 @@ def _memory(model: str, ours: dict[str, Row]) -> Iterator[Verdict]:
     reserved = [r.reserved_bytes / r.budget_bytes for r in sized if r.reserved_bytes and r.budget_bytes]
     if reserved:
         yield _most("reserved <= budget", model, max(reserved), 1.0, "worst: {:.4f} of the budget")
-    off = [abs(r.predicted_bytes / r.allocated_bytes - 1) for r in sized if r.predicted_bytes and r.allocated_bytes]
-    yield _most("predicted peak within 1 %", model, max(off, default=None), MISPREDICTED_BYTES, "worst: {:.2%}")
+    off = [
+        abs(r.predicted_bytes / r.allocated_bytes - 1)
+        for r in sized
+        if r.predicted_bytes and r.allocated_bytes
+    ]
+    yield _most(
+        "predicted peak within 1 %", model, max(off, default=None), MISPREDICTED_BYTES, "worst: {:.2%}"
+    )
 
 
 def _seconds(model: str, eager: Row | None, ours: dict[str, Row]) -> Iterator[Verdict]:
-    off = [
-        abs(r.predicted_step_s / r.step_s - 1) for r in ours.values() if r.predicted_step_s and r.step_s
-    ]
-    yield _most("predicted time within 5 %", model, max(off, default=None), MISPREDICTED_S, "worst: {:.1%}", True)
+    off = [abs(r.predicted_step_s / r.step_s - 1) for r in ours.values() if r.predicted_step_s and r.step_s]
+    yield _most(
+        "predicted time within 5 %", model, max(off, default=None), MISPREDICTED_S, "worst: {:.1%}", True
+    )
     everything = ours.get("all")
     ratio = None
     if everything is not None and everything.step_s and everything.eager_step_s:
@@ -107,7 +113,11 @@ def _seconds(model: str, eager: Row | None, ours: dict[str, Row]) -> Iterator[Ve
             continue
         overhead, bound = row.step_s / eager.step_s - 1, row.overhead_bound or 0.0
         yield Verdict(
-            claim, model, f"{overhead:.1%} measured, {bound:.1%} proved", overhead <= bound + ABOVE_BOUND, True
+            claim,
+            model,
+            f"{overhead:.1%} measured, {bound:.1%} proved",
+            overhead <= bound + ABOVE_BOUND,
+            True,
         )
 
 
@@ -115,7 +125,11 @@ def _peers(
     model: str, eager: Row | None, race: dict[tuple[str, str], Row], ours: dict[str, Row]
 ) -> Iterator[Verdict]:
     for peer in PEERS:
-        claim, other, mine = f"not slower than {peer} at its peak", race.get((peer, "")), ours.get(f"at {peer}")
+        claim, other, mine = (
+            f"not slower than {peer} at its peak",
+            race.get((peer, "")),
+            ours.get(f"at {peer}"),
+        )
         if other is None or mine is None or not other.step_s or not mine.step_s:
             yield Verdict(claim, model, "", None, True)
             continue
@@ -124,13 +138,19 @@ def _peers(
         if peer == "hf" and eager is not None and eager.step_s:
             theirs = other.step_s - eager.step_s
             share = (mine.step_s - eager.step_s) / theirs if theirs > 0 else None
-            yield _most("<= 0.6 of the flag's extra time", model, share, SHARE_OF_FLAG, "{:.2f}", by_clock=True)
+            yield _most(
+                "<= 0.6 of the flag's extra time", model, share, SHARE_OF_FLAG, "{:.2f}", by_clock=True
+            )
     for (method, _), other in race.items():
         if not is_compiled(method) or not other.allocated_bytes or not other.step_s:
             continue
         fitting = [r for r in ours.values() if r.step_s and (r.allocated_bytes or 0) <= other.allocated_bytes]
         best = min((r.step_s for r in fitting if r.step_s), default=None)
-        text = "no plan of ours is as low" if best is None else f"ours takes {best / other.step_s:.3f} of its time"
+        text = (
+            "no plan of ours is as low"
+            if best is None
+            else f"ours takes {best / other.step_s:.3f} of its time"
+        )
         yield Verdict(f"beside {method} (told, not judged)", model, text, None, True)
 
 
@@ -202,12 +222,20 @@ def markdown(rows: Sequence[Row]) -> str:
     for machine in dict.fromkeys((r.gpu, r.driver, r.torch, r.dtype) for r in rows):
         mine = [r for r in rows if (r.gpu, r.driver, r.torch, r.dtype) == machine]
         commits = ", ".join(dict.fromkeys(r.commit for r in mine))
-        out += [f"## {machine[0]}, driver {machine[1]}, torch {machine[2]}, {machine[3]}, commit {commits}", ""]
+        out += [
+            f"## {machine[0]}, driver {machine[1]}, torch {machine[2]}, {machine[3]}, commit {commits}",
+            "",
+        ]
         for head, cells in ((_HEAD, _race_cells(mine)), (_BATCH_HEAD, _batch_cells(mine))):
             if cells:
                 out += [_bar(head), _bar(["---"] * len(head)), *map(_bar, cells), ""]
         told = [(v.word, v.claim, v.model, v.figures) for v in verdicts(mine)]
-        out += [_bar(("verdict", "what must hold", "model", "figures")), _bar(["---"] * 4), *map(_bar, told), ""]
+        out += [
+            _bar(("verdict", "what must hold", "model", "figures")),
+            _bar(["---"] * 4),
+            *map(_bar, told),
+            "",
+        ]
         out += [f"* {_name(r)}: {r.status}: {r.note}" for r in mine if r.status != "ok"] + [""]
     return "\n".join(out)
 
@@ -222,6 +250,10 @@ def _name(row: Row) -> str:
 
 def _mb(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def _relative(error: float | None) -> str:
+    return "-" if error is None else "equal" if error == 0 else f"{error:.1e}"
 
 
 def _race_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -248,7 +280,11 @@ def _race_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 "" if r.overhead_bound is None else f"{1 + r.overhead_bound:.3f}",
                 "" if r.items_per_s is None else f"{r.items_per_s:.0f} {r.unit}",
                 "" if r.setup_s is None else f"{r.setup_s:.1f}",
-                "-" if r.grad_rel_err is None else "equal" if r.grad_rel_err == 0 else f"{r.grad_rel_err:.1e}",
+                "-"
+                if r.grad_rel_err is None
+                else "equal"
+                if r.grad_rel_err == 0
+                else f"{r.grad_rel_err:.1e}",
             )
         )
     return cells
