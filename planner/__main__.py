@@ -177,6 +177,9 @@ def _parser() -> ArgumentParser:
     )
     _add_planning(plan, time_limit_s=30.0)
     plan.add_argument("--dynamic", action="store_true", help="sizes may vary from batch to batch")
+    plan.add_argument(
+        "--calibrate", action="store_true", help="run the planned step, and plan again until it fits"
+    )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
 
     show = command("show", cli.show, "look at a saved plan", _SHOW, _SHOW_EXAMPLES)

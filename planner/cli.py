@@ -53,6 +53,7 @@ def plan(arguments: Namespace) -> Outcome:
             solver=arguments.solver,
             time_limit_s=arguments.time_limit,
             dynamic=arguments.dynamic,
+            calibrate=arguments.calibrate,
             progress=_shown(arguments),
         )
     except InfeasibleBudgetError as error:
