@@ -102,7 +102,9 @@ def turn_of(plan: Plan) -> int | None:
 
 def peak_place(plan: Plan) -> str:
     """The op at the peak, and the module it works for."""
-    return f"{plan.peak_op} in {plan.peak_module}" if plan.peak_module else plan.peak_op
+    if plan.peak_op == "optimizer.step":
+        return plan.peak_op
+    return f"{plan.peak_op} in {plan.peak_module or 'the model itself'}"
 
 
 def picture_title(plan: Plan) -> str:

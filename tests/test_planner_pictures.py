@@ -17,8 +17,21 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from planner import Frontier, Placement, Plan, PlannerError, bands, block, depth, layers, plots, units
+from planner import (
+    Frontier,
+    Placement,
+    Plan,
+    PlannerError,
+    bands,
+    block,
+    depth,
+    layers,
+    plots,
+    prepared,
+    units,
+)
 from planner.frontier import FrontierPoint
+from tests import tiny
 from tests.benchmarks import bench_display
 from tests.made_plans import MB, made_plan, planned_gpt2, stack, value
 
@@ -76,7 +89,7 @@ def test_memory_over_the_step(gpt2: Plan) -> None:
     tops = [c.get_paths()[0].vertices[:, 1].max() for c in ax.collections]
     assert max(tops) == pytest.approx(gpt2.peak_bytes / MB, rel=1e-6)
     notes = [t.get_text() for t in ax.texts]
-    place = f"{gpt2.peak_op} in {gpt2.peak_module}" if gpt2.peak_module else gpt2.peak_op
+    place = f"{gpt2.peak_op} in {gpt2.peak_module or 'the model itself'}"
     assert f"peak {units.bytes_text(gpt2.peak_bytes)}\n{place}" in notes
     assert {"forward", "backward"} <= set(notes)
 
@@ -96,6 +109,7 @@ def test_a_peak_in_the_optimizer_is_marked_there() -> None:
     ax = plan.plot_memory()
     bar = ax.patches[0]
     assert bar.get_height() == pytest.approx(40) and bar.get_x() > len(plan.sequence)
+    assert f"peak {units.bytes_text(40 * MB)}\noptimizer.step" in [t.get_text() for t in ax.texts]
     marks = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "o"]
     assert marks == [[pytest.approx(1.02 * len(plan.sequence)), pytest.approx(40)]]
 
@@ -236,6 +250,22 @@ def test_the_frontier() -> None:
     assert mine.get_xydata()[0] == pytest.approx([10, 100 * plan.overhead])
     assert any("floor" in name for name in _legend(ax))
     assert ax.patches[0].get_extents().x1 > ax.transData.transform((5.99, 0))[0]
+
+
+def test_the_frontier_of_a_plan_is_solved_from_its_own_trace() -> None:
+    model = tiny.seeded(tiny.Mlp)
+    step = prepared.prepare(model, tiny.batch(256), costs="roofline", time_limit_s=2.0)
+    plan = step.plan_bytes(step.baseline.peak_bytes, solver="greedy")
+    ax = plan.plot_frontier(points=4, time_limit_s=1.0, peers={"flag": (step.baseline.peak_bytes, 0.5)})
+    unit = 10**3 if "kB" in ax.get_xlabel() else MB
+    budgets, overhead = _line(ax, "plans found").T
+    assert budgets[[0, -1]] * unit == pytest.approx([plan.minimum_peak_bytes, plan.baseline_peak_bytes])
+    assert len(budgets) == 4 and (np.diff(budgets) > 0).all() and (np.diff(overhead) <= 0).all()
+    assert overhead[-1] == 0 < overhead[0]
+    assert (_line(ax, "proved: no plan has less")[:, 1] <= overhead).all()
+    assert "flag" in _legend(ax) and any(name.startswith("this plan") for name in _legend(ax))
+    curve = step.frontier(points=4, time_limit_s=1.0)
+    assert repr(curve) == str(curve) and str(curve).splitlines()[-1] == curve.next_gb()
 
 
 def test_a_frontier_without_any_plan_is_still_a_picture() -> None:

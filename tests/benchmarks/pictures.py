@@ -6,8 +6,9 @@
 ``placements.png``  BERT-large, 24 layers, 16 sequences of 512 tokens in bfloat16, at the same share;
                     captured without its memory.
 
-Costs are rooflines (a CPU's, and that of a device that attains what an H100 does), so that plans are alike
-on every machine.  Exit code 1 if a picture is larger than 150 kB.
+The first is priced by the roofline of this machine's CPU, whose rates are measured, so its overheads differ
+a little from run to run; the second by that of a device that attains what an H100 does.  Exit code 1 if a
+picture is larger than 150 kB.
 """
 
 from __future__ import annotations
