@@ -24,6 +24,8 @@ __all__ = ["CANNOT", "FAILED", "HELD", "Outcome"]
 
 HELD, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
+_NOT_TRAINING = "note: {} is in evaluation mode and was planned so; to plan its training return model.train()"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -41,6 +43,7 @@ def plan(arguments: Namespace) -> Outcome:
     """Plan a model; its summary, or its figures as JSON."""
     import planner
 
+    _writable(arguments.out)
     built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
     try:
         made = planner.plan(
@@ -58,7 +61,7 @@ def plan(arguments: Namespace) -> Outcome:
         )
     except InfeasibleBudgetError as error:
         return Outcome(_json(infeasible(error)) if arguments.json else "", FAILED, (str(error),))
-    notes = []
+    notes = [] if built.model.training else [_NOT_TRAINING.format(made.model_name)]
     if arguments.out is not None:
         made.save(arguments.out)
         notes.append(f"written to {arguments.out}; look again with: show {arguments.out}")
@@ -121,9 +124,10 @@ def frontier(arguments: Namespace) -> Outcome:
     """Overhead against budget."""
     import planner
 
-    built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
     if arguments.plot is not None:
         _needs_matplotlib()  # before the minutes of work
+    _writable(arguments.plot)
+    built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
     curve = planner.frontier(
         built.model,
         built.inputs,
@@ -275,6 +279,12 @@ def _loss(arguments: Namespace) -> Any:
 def _shown(arguments: Namespace) -> bool:
     """Whether to draw progress: not if told, nor without tqdm."""
     return not arguments.quiet and Bar.is_possible()
+
+
+def _writable(path: Path | None) -> None:
+    """``PlannerError`` if nothing can be written at ``path``: said before the minutes of work."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise PlannerError(f"there is no folder {path.absolute().parent} to write {path.name} to")
 
 
 def _write(path: Path, text: str) -> None:

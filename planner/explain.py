@@ -367,8 +367,8 @@ def _of_recomputing(plan: Plan, a: Alternative, kept: Sequence[Placement], singl
         price = seconds_text(a.extra_s / here_mb) if a.extra_s > 0 else "nothing"
         paid = seconds_text(plan.recompute_s / freed_mb)
         yield (
-            f"That is {price} per MB kept, where what the plan recomputes costs {paid} per MB on average. Only a "
-            "lower budget could ask for it."
+            f"That is {price} per MB kept, where what the plan recomputes costs {paid} per MB on average. "
+            "Only a lower budget could ask for it."
         )
 
 

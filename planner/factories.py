@@ -177,7 +177,8 @@ def _raise_as_theirs(error: BaseException | None, reference: str) -> bool:
         raise UserCodeError(f"{reference} cannot be read: {said}") from error
     if not isinstance(error, Exception) or isinstance(error, PlannerError):
         return False
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    stack = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
+    frames = [f for f in stack if _is_users(f.filename)] or stack
     said = f"{type(error).__name__}: {error}"
     if frames:
         at = frames[-1]
@@ -187,10 +188,9 @@ def _raise_as_theirs(error: BaseException | None, reference: str) -> bool:
 
 
 def _is_users(filename: str) -> bool:
-    """Neither ours, nor an installed package's, nor Python's own."""
+    """Neither an installed package's nor Python's own."""
     installed = "site-packages" in filename or "dist-packages" in filename
-    own = filename.startswith(_OURS) or filename.startswith("<") or filename == importlib.__file__
-    return not (installed or own or filename.startswith(str(Path(contextlib.__file__).parent)))
+    return not (installed or filename.startswith(("<", str(Path(contextlib.__file__).parent))))
 
 
 def _short(filename: str) -> str:

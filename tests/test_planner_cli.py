@@ -49,6 +49,9 @@ def loss(out):
 def broken():
     return nn.Linear(3)
 
+def evaluated():
+    return bare().eval(), batch()
+
 def wider():
     return Net(nn.Sequential(nn.Linear(32, 64))), batch()
 
@@ -115,9 +118,7 @@ def test_plan_from_a_shell(planned: subprocess.CompletedProcess[str], plan: plan
     for bar in ("capture", "solve", f"overhead {plan.overhead:.2%}", "3/3"):
         assert bar in planned.stderr
     for logged in ("capture, Net", "profile, ", "solve, ", repr(plan)):  # TORCH_LOGS="+planner"
-        assert re.search(
-            rf"\] ?{re.escape(logged)}|: {re.escape(logged)}|\] .*{re.escape(logged)}", planned.stderr
-        )
+        assert re.search(rf"planner/\w+\.py:\d+\] .*{re.escape(logged)}", planned.stderr)
 
 
 def test_show_is_the_summary(run: Run, plan: planner.Plan) -> None:
@@ -205,6 +206,11 @@ def test_a_budget_too_low_says_the_least(run: Run) -> None:
     assert "The least budget with a plan is" in err
 
 
+def test_a_model_that_does_not_train_is_noted(run: Run) -> None:
+    code, out, err = run("plan train:evaluated --budget-gb 1 --costs roofline -q")
+    assert code == HELD and "Net on cpu" in out and "note: Net is in evaluation mode" in err
+
+
 # -- what does not --------------------------------------------------------------------------------
 
 REFUSED = {
@@ -218,6 +224,7 @@ REFUSED = {
     "train.py:build --optimizer lion": "has no 'lion'",
     "train.py:build --costs magic -q": "costs must be",
     "train.py:build --solver magic --costs roofline -q": "solver is 'magic'",
+    "train.py:build --out nowhere/plan.json": "there is no folder .*nowhere to write plan.json to",
     "train": "names no object: write package.module:name or path/to/file.py:name",
     "nosuch.module:build": "there is no module 'nosuch'",
     "imports:build": r"No module named 'nosuchpackage'\n    imports.py, line 2",
