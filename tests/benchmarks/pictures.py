@@ -6,9 +6,8 @@
 ``placements.png``  BERT-large, 24 layers, 16 sequences of 512 tokens in bfloat16, at the same share;
                     captured without its memory.
 
-The first is priced by the roofline of this machine's CPU, whose rates are measured, so its overheads differ
-a little from run to run; the second by that of a device that attains what an H100 does.  Exit code 1 if a
-picture is larger than 150 kB.
+Costs are rooflines of devices on file, a desktop's CPU and what an H100 attains, so that plans are alike on
+every machine.  Exit code 1 if a picture is larger than 150 kB.
 """
 
 from __future__ import annotations
@@ -16,16 +15,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import nn
 
 from planner import Plan, demo
+from planner.devices import DEVICES, Device
 from planner.lowering import graph_costs
-from planner.prepared import Prepared, prepare
+from planner.prepared import prepare
 from planner.zoo import MODELS
 from tests.benchmarks.graphs import ATTAINED_H100, GRAPHS, without_memory
 
@@ -46,9 +47,8 @@ def main() -> int:
 
 def memory(out: Path) -> Path:
     """Memory over the step, before and after."""
-    torch.set_num_threads(1)  # the roofline's CPU has as many cores as torch has threads
-    plans = [_half(_demo_step(name)) for name in ("gpt2", "unet")]
-    path = demo.draw(plans, out)
+    examples = [MODELS[name]("cpu") for name in ("gpt2", "unet")]
+    path = demo.draw([_half(e.model, e.inputs, DEVICES["cpu"]) for e in examples], out)
     assert path is not None
     return path
 
@@ -56,11 +56,10 @@ def memory(out: Path) -> Path:
 def placements(out: Path) -> Path:
     """Model depth against time."""
     model, inputs = without_memory(GRAPHS["bert-large-b16x512"])
-    step = prepare(model, inputs, costs="roofline")
-    step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=ATTAINED_H100))
+    plan = _half(model, inputs, ATTAINED_H100)
     figure = Figure(figsize=(12.0, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
-    _half(step).plot_placements(figure.subplots())
+    plan.plot_placements(figure.subplots())
     path = out / "placements.png"
     figure.savefig(path, dpi=100)
     return path
@@ -69,12 +68,10 @@ def placements(out: Path) -> Path:
 PICTURES: tuple[Callable[[Path], Path], ...] = (memory, placements)
 
 
-def _demo_step(name: str) -> Prepared:
-    example = MODELS[name]("cpu")
-    return prepare(example.model, example.inputs, loss_fn=example.loss_fn, costs="roofline")
-
-
-def _half(step: Prepared) -> Plan:
+def _half(model: nn.Module, inputs: Mapping[str, Any], rates: Device) -> Plan:
+    """The plan for memory at rest and half of what the step adds to it."""
+    step = prepare(model, inputs, costs="roofline")
+    step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=rates))
     at_rest = step.resident.total_bytes
     return step.plan_bytes(at_rest + round(SHARE * (step.baseline.peak_bytes - at_rest)), time_limit_s=10.0)
 
