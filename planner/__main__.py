@@ -17,6 +17,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from planner import cli
 from planner.cli import CANNOT, FAILED, HELD, INTERRUPTED, Outcome
@@ -25,6 +26,8 @@ from planner.errors import PlannerError
 __all__ = ["CANNOT", "FAILED", "HELD", "main"]
 
 log = logging.getLogger(__name__)
+
+Command: TypeAlias = Callable[[str, Callable[[argparse.Namespace], Outcome], str, str, str], ArgumentParser]
 
 _DESCRIPTION = """\
 Plan activation checkpointing of PyTorch models to a memory budget, and see that it holds."""
@@ -170,6 +173,19 @@ def _parser() -> ArgumentParser:
         made.set_defaults(run=run)
         return made
 
+    _add_plan(command)
+    _add_looking(command)
+    _add_frontier_and_verify(command)
+    demo = command("demo", cli.demo, "plan and train five models, show one table", _DEMO, _DEMO_EXAMPLES)
+    _add_demo(demo)
+    cuda = command(
+        "check-cuda", cli.check_cuda, "the same on a GPU, as JSON and a table", _CUDA, _CUDA_EXAMPLES
+    )
+    _add_cuda(cuda)
+    return parser
+
+
+def _add_plan(command: Command) -> None:
     plan = command("plan", cli.plan, "plan a model of yours for a budget", _PLAN, _PLAN_EXAMPLES)
     _add_model(plan)
     plan.add_argument(
@@ -181,25 +197,15 @@ def _parser() -> ArgumentParser:
         "--calibrate", action="store_true", help="run the planned step, and plan again until it fits"
     )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
+    _add_json(plan)
 
+
+def _add_looking(command: Command) -> None:
+    """What takes saved plans and no model."""
     show = command("show", cli.show, "look at a saved plan", _SHOW, _SHOW_EXAMPLES)
     show.add_argument("plan", type=Path, metavar="PLAN", help="file that `plan --out` or Plan.save wrote")
     show.add_argument("--html", type=Path, metavar="FILE", help="write a page there")
     show.add_argument("--plot", type=Path, metavar="FOLDER", help="write pictures there (needs matplotlib)")
-
-    frontier = command("frontier", cli.frontier, "overhead against budget", _FRONTIER, _FRONTIER_EXAMPLES)
-    _add_model(frontier)
-    frontier.add_argument(
-        "--budgets-gb", type=float, nargs="+", metavar="GB", help="budgets (default: from the least up)"
-    )
-    frontier.add_argument("--points", type=int, default=8, help="how many budgets (default: %(default)s)")
-    _add_planning(frontier, time_limit_s=10.0)
-    frontier.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
-
-    verify = command("verify", cli.verify, "run a step both ways and compare", _VERIFY, _VERIFY_EXAMPLES)
-    _add_model(verify)
-    verify.add_argument("--loss", metavar="NAME", help="the loss that the plan was made with")
-    verify.add_argument("--plan", type=Path, required=True, metavar="PLAN", help="a saved plan of this model")
 
     explain = command("explain", cli.explain, "why is this recomputed?", _EXPLAIN, _EXPLAIN_EXAMPLES)
     explain.add_argument("plan", type=Path, metavar="PLAN", help="a saved plan")
@@ -215,15 +221,31 @@ def _parser() -> ArgumentParser:
     snapshot.add_argument("plan", type=Path, metavar="PLAN", help="a saved plan")
     snapshot.add_argument("out", type=Path, metavar="OUT", help="file to write, such as step.pickle")
 
-    for made in (plan, show, frontier, verify, explain, diff):
-        made.add_argument("--json", action="store_true", help="the result for other programs")
-    demo = command("demo", cli.demo, "plan and train five models, show one table", _DEMO, _DEMO_EXAMPLES)
-    _add_demo(demo)
-    cuda = command(
-        "check-cuda", cli.check_cuda, "the same on a GPU, as JSON and a table", _CUDA, _CUDA_EXAMPLES
+    for made in (show, explain, diff):
+        _add_json(made)
+
+
+def _add_frontier_and_verify(command: Command) -> None:
+    frontier = command("frontier", cli.frontier, "overhead against budget", _FRONTIER, _FRONTIER_EXAMPLES)
+    _add_model(frontier)
+    frontier.add_argument(
+        "--budgets-gb", type=float, nargs="+", metavar="GB", help="budgets (default: from the least up)"
     )
-    _add_cuda(cuda)
-    return parser
+    frontier.add_argument("--points", type=int, default=8, help="how many budgets (default: %(default)s)")
+    _add_planning(frontier, time_limit_s=10.0)
+    frontier.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
+
+    verify = command("verify", cli.verify, "run a step both ways and compare", _VERIFY, _VERIFY_EXAMPLES)
+    _add_model(verify)
+    verify.add_argument("--loss", metavar="NAME", help="the loss that the plan was made with")
+    verify.add_argument("--plan", type=Path, required=True, metavar="PLAN", help="a saved plan of this model")
+
+    for made in (frontier, verify):
+        _add_json(made)
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the result for other programs")
 
 
 def _add_model(parser: ArgumentParser) -> None:

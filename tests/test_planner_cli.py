@@ -173,6 +173,15 @@ def test_verify_and_diff(run: Run, plan: planner.Plan) -> None:
     )
 
 
+def test_a_loss_outside_the_model_is_named_again_to_verify(run: Run) -> None:
+    what = "train:bare --inputs batch --loss loss"
+    code, out, err = run(f"plan {what} --budget-gb 110e-6 --costs roofline -q --json --out loss.json")
+    assert code == HELD, err
+    peak = json.loads(out)["peak_bytes"]
+    code, out, _ = run(f"verify {what} --plan loss.json --json")
+    assert code == HELD and json.loads(out)["peak_bytes"] == peak
+
+
 def test_a_plan_that_does_not_hold_fails(run: Run, folder: Path) -> None:
     """The file claims a lower budget than its plan can keep: the measured peak says so."""
     record = json.loads((folder / "plan.json").read_text())
