@@ -16,6 +16,7 @@ from torch import nn
 from planner.accounting import OptimizerLike, budget_bytes_of
 from planner.calibrate import calibrated
 from planner.capture import LossFn
+from planner.devices import warn_of_little_memory
 from planner.frontier import Frontier
 from planner.plan import Plan
 from planner.prepared import CostSource, prepare
@@ -55,7 +56,9 @@ def plan(
                       of its outputs count as given.
     ``optimizer``     an instance or a class; its state and its step's temporaries count.
     ``costs``         "profile": measure every distinct op on the device; "roofline": work it out from
-                      FLOPs and bytes; "auto": profile where that is quick.
+                      FLOPs and bytes; "auto": profile where that is quick; "H200", "H100", "A100", "L4" or
+                      "RTX 4090": plan for that GPU from a machine without one, with the kernels and
+                      bytes it would have (:mod:`planner.target`).  Such a plan is not to be applied here.
     ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds its search, and again the
                       search for the least budget where this one turns out to be too low.
     ``dynamic``       True: sizes may differ from batch to batch (batch, sequence, number of tiles); one
@@ -97,6 +100,7 @@ def plan(
         )
         make = partial(calibrated, step) if calibrate else step.plan_bytes
         made = make(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
+        warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     return made
 

@@ -161,6 +161,11 @@ def calibrated(
 
 def _refuse_unreal(step: Prepared) -> None:
     name = type(step.model).__name__
+    if step.target.elsewhere:
+        raise PlannerError(
+            f"calibrate=True measures a step on {step.target.here}, and the plan is for the "
+            f"{step.target.name}: calibrate where that is"
+        )
     tensors = [*step.model.parameters(), *step.model.buffers(), *step.joint.inputs.tensors()]
     if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
         raise PlannerError(

@@ -28,10 +28,12 @@ from planner.roofline import (
     is_view,
     node_bytes,
     node_flops,
+    packet_of,
     roofline_seconds,
     tensors_of,
     value_of,
 )
+from planner.translation import scratch_bytes
 
 __all__ = [
     "DEVICES",
@@ -147,7 +149,7 @@ def costs_of(
     seconds = {node.name: 0.0 for node in nodes}
     workspace_bytes, flops = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for key, group in alike.items():
-        cost = measured.get(key, Measured(expected_s[key] * scale, 0))
+        cost = measured.get(key) or Measured(expected_s[key] * scale, _scratch_bytes(group[0], device))
         flops_each = node_flops(group[0])
         for node in group:
             seconds[node.name] = cost.seconds
@@ -191,6 +193,11 @@ def _profile(
     if cache is not None:
         cache.add(found)
     return {key: _measured[key] for key in alike if key in _measured}
+
+
+def _scratch_bytes(node: fx.Node, device: torch.device) -> int:
+    """An estimate where nothing was measured."""
+    return scratch_bytes(str(packet_of(node)), node) if device.type == "cuda" else 0
 
 
 def _attempt(node: fx.Node, device: torch.device) -> Measured | None:

@@ -41,7 +41,8 @@ __all__ = [
     "device_named",
     "library_bytes",
     "memory_of",
-    "refuse_absent",
+    "memory_on_paper",
+    "reachable",
     "rounded_up",
     "warn_of_little_memory",
 ]
@@ -163,17 +164,24 @@ def memory_of(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(name, total_bytes, free_bytes, torch.cuda.memory_reserved(device))
 
 
+def memory_on_paper(device: Device) -> DeviceMemory:
+    """The memory of a device that is elsewhere, all of it free."""
+    return DeviceMemory(device.name, device.memory_bytes, device.memory_bytes, 0)
+
+
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """CUDA's compute capability of the device; ``None`` for what is not a CUDA device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def refuse_absent(device: torch.device) -> None:
-    """``PlannerError`` for a CUDA device that torch cannot reach; tracing on it would end the process."""
-    if device.type != "cuda" or (
-        torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    ):
-        return
+def reachable(device: torch.device) -> torch.device:
+    """The device itself.
+
+    ``PlannerError`` for a CUDA device that torch cannot reach; tracing on it would end the process.
+    """
+    here = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if here or device.type != "cuda":
+        return device
     there = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "none"
     raise PlannerError(
         f"the model is on {device}, but torch {torch.__version__} (built for CUDA "
@@ -186,16 +194,9 @@ def _names() -> str:
     return " or ".join(f'"{d.name}"' for d in DEVICES.values() if d.capability is not None)
 
 
-def warn_of_little_memory(
-    budget_bytes: int, peak_bytes: int, memory: DeviceMemory | None, *, planned_for: Device | None = None
-) -> None:
-    """One line in the log where the device has not what a plan needs, with the numbers.
-
-    ``memory`` is that of the device here, ``planned_for`` a device that is elsewhere.
-    """
-    if planned_for is not None:
-        memory = DeviceMemory(planned_for.name, planned_for.memory_bytes, planned_for.memory_bytes, 0)
-    if memory is None or not memory.total_bytes:
+def warn_of_little_memory(budget_bytes: int, peak_bytes: int, memory: DeviceMemory | None) -> None:
+    """One line in the log where the device has not what a plan needs, with the numbers."""
+    if memory is None:
         return
     ours_bytes = memory.free_bytes + memory.reserved_bytes
     if budget_bytes > memory.total_bytes:

@@ -45,7 +45,7 @@ def summary(plan: Plan) -> str:
     """One screen of text: budget, peak, overhead and its bound, what fills the peak, layer by layer."""
     unit = ByteUnit.of(plan.peak_bytes)
     parts = [
-        [f"{plan.model_name} on {plan.device}, torch {plan.torch_version}"],
+        [f"{plan.model_name} on {_where(plan)}, torch {plan.torch_version}"],
         _columns([(name, *values) for name, *values in _figures(plan)], "lll", indent=2),
         [f"At the peak, {peak_place(plan)}:"],
         _columns(
@@ -61,6 +61,10 @@ def summary(plan: Plan) -> str:
     ]
     lines = parts[0] + parts[1] + ["", *parts[2], *parts[3], "", *parts[4], *parts[5], "", *parts[6]]
     return "\n".join(lines)
+
+
+def _where(plan: Plan) -> str:
+    return f"{plan.planned_for} (captured on {plan.device})" if plan.planned_for else plan.device
 
 
 def _figures(plan: Plan) -> list[tuple[str, str, str]]:
@@ -255,7 +259,7 @@ def html(plan: Plan) -> str:
     return "".join(
         (
             f"<div class='rematplan'><style>{_STYLE}</style>",
-            f"<strong>{_text(plan.model_name)}</strong> on {_text(plan.device)}, ",
+            f"<strong>{_text(plan.model_name)}</strong> on {_text(_where(plan))}, ",
             f"torch {_text(plan.torch_version)}",
             _table(figures),
             _svg(plan),

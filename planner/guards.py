@@ -8,8 +8,9 @@ references, some tenths of a microsecond per module.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import nn
 from planner._compat import pytree
 from planner.effects import has_hooks
 from planner.errors import PlannerError, StalePlanError
+from planner.training_graph import TrainingGraph
 from planner.wrappers import is_sharded, sharded_message
 
-__all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of"]
+__all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of", "fingerprint_of"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,22 @@ def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Exp
         autocast_state(device),
         tuple(_settings(m) for m in model.modules()),
     )
+
+
+def fingerprint_of(graph: TrainingGraph, expected: Expectation) -> str:
+    """Hash of a captured step: its calls, sizes, gradients and what it depends on."""
+    h = hashlib.sha256()
+    device = graph.device  # the same step on another device of the kind is the same step
+    here, anywhere = repr(device), repr(torch.device(device.type))
+    for op in graph.ops:
+        if op.phase != "loss" and op.node is not None:
+            made = [graph.values[v].bytes for v in op.outputs]
+            call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
+            h.update(call.replace(here, anywhere).encode())
+    for name, spec in expected.parameters.items():
+        spec = replace(spec, device=torch.device(spec.device.type))
+        h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
+    return h.hexdigest()
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -54,12 +54,17 @@ def keeps_unreduced(node: fx.Node) -> fx.Node | None:
     return max(a, b, key=lambda n: n.meta["val"].numel())
 
 
+_GIVEN_STATE = ("philox_seed", "philox_offset", "rng_state")
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws from a generator, by torch's own tag and its probability."""
     if node.target is kernels.dropout_mask:
         return True
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
+    if any(argument(node, name) is not None for name in _GIVEN_STATE):
+        return False  # a backward, which draws again what its forward drew
     certain = argument(node, "dropout_p") == 0 or argument(node, "p") == 0 or argument(node, "train") is False
     return not certain
 

@@ -88,6 +88,10 @@ class Settings:
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a whole number from 1 up, not {count!r}")
+        if self.costs not in ("auto", "profile", "roofline"):
+            raise ValueError(
+                f"costs must be 'auto', 'profile' or 'roofline' for a model that trains, not {self.costs!r}"
+            )
         if isinstance(self.optimizer, str) and self.optimizer != "find":
             raise TypeError(
                 f"optimizer must be 'find', None, an optimizer, its class or bytes, got {self.optimizer!r}"

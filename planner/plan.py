@@ -87,6 +87,8 @@ class Plan:
     ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
     ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
     ``varying_dims``         for each input tensor its dimensions that may vary; ``None`` if none may.
+    ``planned_for``          name of the device planned for, where it is not the model's own; bytes and
+                             seconds are then of that device, and the plan is not to be applied.
     ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
 
     Where sizes vary, all figures are for the sizes planned for.
@@ -125,6 +127,7 @@ class Plan:
     known_minimum_bytes: int | None = None
     varying_dims: Dims | None = None
     calibration: Calibration | None = None
+    planned_for: str = ""
     _prepared: Prepared | None = field(default=None, repr=False)
     _outline: Outline | None = field(default=None, repr=False)
 
@@ -296,13 +299,19 @@ class Plan:
         """A GraphModule that trains as planned: the model's own Parameters, state_dict keys and output type.
 
         ``model`` defaults to the one planned.  Raises ``StalePlanError`` for a model of another
-        structure, ``PlannerError`` if the plan came from a file and no model is given.
+        structure, ``PlannerError`` if the plan came from a file and no model is given, or is for another
+        device than the model's.
         """
+        self._refuse_elsewhere()
         model = self._model(model)
         return CheckpointedModule(model, self.step(model))
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
-        """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model."""
+        """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model.
+
+        Raises as :meth:`rewrite`.
+        """
+        self._refuse_elsewhere()
         model = self._model(model)
         step = self.step(model)
         applied = planned_forward_of(model)
@@ -338,6 +347,7 @@ class Plan:
         """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs."""
         from planner.verify import verify
 
+        self._refuse_elsewhere()
         return verify(self, self._model(model), inputs, loss_fn=loss_fn, seed=seed)
 
     def save(self, path: str | Path) -> None:
@@ -347,6 +357,14 @@ class Plan:
         save(self, path)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _refuse_elsewhere(self) -> None:
+        if self.planned_for:
+            raise PlannerError(
+                f"this plan is for the {self.planned_for}, captured on {self.device}: its kernels, bytes and "
+                f"seconds are those of the {self.planned_for}, so there is nothing here to run or to compare "
+                f"with. It is for looking; where the {self.planned_for} is, plan the model again"
+            )
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from planner._compat import modes_set_aside, storage_key
+from planner import footprint
+from planner._compat import modes_set_aside
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
 from planner.capture import JointGraph, LossFn, capture
 from planner.captures import Captures, capture_varying
 from planner.costs import Costs
-from planner.devices import allocation_grain, capability_of, library_bytes, rounded_up
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, FrontierPoint
-from planner.guards import Expectation, expectation_of
+from planner.guards import Expectation, expectation_of, fingerprint_of
 from planner.inputs import Inputs
-from planner.lifetimes import Copy, bytes_over_time, copies_of
-from planner.lowering import as_executed, graph_costs, judge, lower, steps_of
+from planner.lifetimes import bytes_over_time, copies_of
+from planner.lowering import as_executed, judge, lower, steps_of
 from planner.outline import Outline
-from planner.plan import Decision, Placement, Plan
+from planner.placements import placements_of
+from planner.plan import Plan
 from planner.progress import Reporter
 from planner.sizes import Dynamic, varying_dims
+from planner.step import device_of
+from planner.target import CostSource, Target, target_for
 from planner.training_graph import TrainingGraph, training_graph
+from planner.translation import Translation
 from planner.units import bytes_text
 from planner.variants import OnLarger, Varying
 from planner.wrappers import unwrapped
@@ -40,11 +42,6 @@ from solvers.bounds import peak_floor
 
 __all__ = ["CostSource", "Prepared", "prepare", "prepare_for"]
 
-CostSource = Literal["auto", "profile", "roofline"]
-# Ops that cuBLAS runs.
-_PRODUCTS = frozenset(
-    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear")
-)
 LEAST = "the least budget that has a plan"
 
 
@@ -68,25 +65,37 @@ def prepare(
     """
     tell = progress or Reporter()
     model = unwrapped(model)
+    target = target_for(model, costs)
     tell.phase("capture", type(model).__name__)
     varying = None
-    if dynamic:
-        given = Inputs.of(model, inputs)
-        given.check(model)
-        dims = varying_dims(given, dynamic)
-        joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
-        varying = Varying(Captures(dims, joint), on_larger, solver, time_limit_s)
-    else:
-        joint = capture(model, inputs, loss_fn)
+    with target.capturing():
+        if dynamic:
+            given = Inputs.of(model, inputs)
+            given.check(model)
+            dims = varying_dims(given, dynamic)
+            joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
+            varying = Varying(Captures(dims, joint), on_larger, solver, time_limit_s)
+        else:
+            joint = capture(model, inputs, loss_fn)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
         graph = training_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
-        priced = graph_costs(graph, costs)
+        graph, priced, translation = target.price(graph)
         arguments = joint.inputs.args, joint.inputs.kwargs
-        resident = resident_of(model, arguments, optimizer, device=graph.device)
+        resident = resident_of(model, arguments, optimizer, device=graph.device, as_on=target.device)
         expected = expectation_of(model, *joint.inputs.flatten())
     return Prepared(
-        model, joint, graph, priced, resident, expected, loss_fn, varying, least_limit_s=time_limit_s
+        model,
+        joint,
+        graph,
+        priced,
+        resident,
+        expected,
+        loss_fn,
+        varying,
+        least_limit_s=time_limit_s,
+        target=target,
+        translation=translation,
     )
 
 
@@ -94,14 +103,15 @@ def prepare_for(plan: Plan, model: nn.Module) -> Prepared:
     """Capture ``model`` again for a plan read from a file; ``StalePlanError`` if it is not the same step."""
     from planner.serialize import inputs_of
 
-    inputs = inputs_of(plan, next((p.device for p in model.parameters()), None))
+    inputs = inputs_of(plan, device_of(model, None, None))
     joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
     graph = training_graph(joint)
     resident = Resident(0, 0, 0, 0)
     expected = expectation_of(model, *joint.inputs.flatten())
     dims = plan.varying_dims
     varying = None if dims is None else Varying(Captures(dims, joint))
-    prepared = Prepared(model, joint, graph, None, resident, expected, None, varying)
+    target = Target("auto", graph.device)
+    prepared = Prepared(model, joint, graph, None, resident, expected, None, varying, target=target)
     prepared.check_is_of(plan)
     return prepared
 
@@ -115,6 +125,8 @@ class Prepared:
     ``resident_at`` says what is resident where the step is captured again or evaluated at other sizes;
     ``None``: what is now, but for the inputs.
     ``least_limit_s`` bounds the search for the least feasible budget.
+    ``target`` is the device planned for, and ``translation`` what differs there from the capture; ``None``
+    if nothing does.
     ``margin_bytes`` are set aside for what a measured step took beyond its prediction
     (:mod:`planner.calibrate`).
     """
@@ -130,41 +142,25 @@ class Prepared:
     resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
     least_limit_s: float = 30.0
     margin_bytes: int = 0
+    target: Target = field(default_factory=lambda: Target("auto", torch.device("cpu")))
+    translation: Translation | None = None
 
     # -- the problem -------------------------------------------------------------------------------
 
     @cached_property
     def tangent_bytes(self) -> int:
         """Bytes of output gradients that come from outside and are there throughout."""
-        given = (v for v in self.graph.values if v.kind == "tangent" and v.producer is None)
-        return sum(rounded_up(v.bytes, self.grain) for v in given)
+        return footprint.tangent_bytes(self.graph, self.target.grain)
 
     @cached_property
     def constant_bytes(self) -> int:
         """Bytes of tensors the trace baked into the graph."""
-        where = self.graph.device
-        sizes = {
-            storage_key(t): rounded_up(t.untyped_storage().nbytes(), self.grain)
-            for t in self.graph.constants.values()
-            if t.device == where
-        }
-        return sum(sizes.values())
-
-    @cached_property
-    def grain(self) -> int:
-        """Bytes to which storages are rounded up."""
-        return allocation_grain(self.graph.device)
+        return footprint.constant_bytes(self.graph, self.target.grain)
 
     @cached_property
     def library_bytes(self) -> int:
         """Bytes that cuBLAS keeps for itself; see :mod:`planner.devices`."""
-        multiply = [i for i, op in enumerate(self.graph.ops) if op.target in _PRODUCTS]
-        turn = self.graph.turn
-        return library_bytes(
-            capability_of(self.graph.device),
-            forward=any(i < turn for i in multiply),
-            backward=any(i >= turn for i in multiply),
-        )
+        return footprint.cublas_bytes(self.graph, self.target.capability)
 
     @property
     def further(self) -> dict[str, int]:
@@ -182,7 +178,7 @@ class Prepared:
             raise PlannerError("this step was captured to execute a plan, not to make one")
         resident = self.resident.total_bytes + self.constant_bytes + sum(self.further.values())
         name = type(self.model).__name__
-        return lower(self.graph, self.costs, resident_bytes=resident, name=name, grain=self.grain)
+        return lower(self.graph, self.costs, resident_bytes=resident, name=name, grain=self.target.grain)
 
     @cached_property
     def outline(self) -> Outline:
@@ -204,7 +200,7 @@ class Prepared:
 
     @cached_property
     def _gradient_bytes(self) -> int:
-        return sum(rounded_up(v.bytes, self.grain) for v in self.graph.values if v.kind == "gradient")
+        return footprint.gradient_bytes(self.graph, self.target.grain)
 
     @cached_property
     def floor_bytes(self) -> int:
@@ -225,18 +221,7 @@ class Prepared:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the captured step: its calls, sizes, gradients and what it depends on."""
-        h = hashlib.sha256()
-        device = self.graph.device  # the same step on another device of the kind is the same step
-        here, anywhere = repr(device), repr(torch.device(device.type))
-        for op in self.graph.ops:
-            if op.phase != "loss" and op.node is not None:
-                made = [self.graph.values[v].bytes for v in op.outputs]
-                call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
-                h.update(call.replace(here, anywhere).encode())
-        for name, spec in self.expected.parameters.items():
-            spec = dataclasses.replace(spec, device=torch.device(spec.device.type))
-            h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
-        return h.hexdigest()
+        return fingerprint_of(self.graph, self.expected)
 
     def check_is_of(self, plan: Plan) -> None:
         """``StalePlanError`` unless ``plan`` was made for this very step."""
@@ -265,14 +250,14 @@ class Prepared:
 
     def again(self, model: nn.Module, joint: JointGraph) -> Prepared:
         """The same model and settings, from another capture or at other sizes of this one."""
-        assert self.costs is not None
-        graph = training_graph(joint)
+        graph, costs, translation = self.target.price(training_graph(joint))
         return dataclasses.replace(
             self,
             model=model,
             joint=joint,
             graph=graph,
-            costs=graph_costs(graph, self.costs.source),
+            costs=costs,
+            translation=translation,
             resident=self._resident_at(graph, joint.inputs),
             expected=expectation_of(model, *joint.inputs.flatten()),
         )
@@ -305,7 +290,8 @@ class Prepared:
     def _resident_at(self, graph: TrainingGraph, inputs: Inputs) -> Resident:
         if self.resident_at is not None:
             return self.resident_at(graph, inputs)
-        found = resident_of(self.model, (inputs.args, inputs.kwargs), device=graph.device)
+        arguments = inputs.args, inputs.kwargs
+        found = resident_of(self.model, arguments, device=graph.device, as_on=self.target.device)
         return dataclasses.replace(self.resident, inputs_bytes=found.inputs_bytes)
 
     # -- plans -------------------------------------------------------------------------------------
@@ -408,9 +394,8 @@ class Prepared:
     ) -> Frontier:
         """Overhead at each of ``budgets_gb``, or at ``points`` budgets from the least to keep-all.
 
-        Those are denser towards the least, where the curve is steep.
-        A plan for a lower budget also serves every higher one, so the curve never rises.
-        ``time_limit_s`` is per budget.
+        Those are denser towards the least, where the curve is steep.  A plan for a lower budget also
+        serves every higher one, so the curve never rises.  ``time_limit_s`` is per budget.
         """
         tell = progress or Reporter()
         if budgets_gb is None:
@@ -473,7 +458,7 @@ class Prepared:
             overhead=overhead,
             overhead_bound=proved,
             status="optimal" if solution.status == "optimal" else "feasible",
-            placements=self._placements(steps, copies),
+            placements=placements_of(graph, costs.seconds, steps, copies),
             breakdown=breakdown,
             timeline=timeline.live_bytes,
             timeline_by_kind=by_kind,
@@ -490,6 +475,7 @@ class Prepared:
             cost_source=costs.source,
             cost_device=costs.device,
             device=str(graph.device),
+            planned_for=self.target.name,
             torch_version=str(torch.__version__),
             fingerprint=self.fingerprint,
             peak_op=peak_op,
@@ -511,33 +497,3 @@ class Prepared:
             "gradients": self._gradient_bytes + r.gradients_bytes,
             "workspace": r.optimizer_step_bytes,
         }
-
-    def _placements(self, steps: list[int], copies: list[Copy]) -> tuple[Placement, ...]:
-        graph, costs = self.graph, self.costs
-        assert costs is not None
-        boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
-        runs = [0] * len(graph.ops)
-        for i in steps:
-            runs[i] += 1
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for c in copies:
-            spans.setdefault(c.value, []).append((c.born, c.died))
-        crosses = {c.value for c in copies if c.born < boundary <= c.died}
-        reborn = {c.value for c in copies if c.kind == "recomputed" and c.died > c.born}
-        out = []
-        for v, value in enumerate(graph.values):
-            if value.producer is None or graph.ops[value.producer].phase != "forward":
-                continue
-            op = graph.ops[value.producer]
-            if op.target == "rng_state" and v not in crosses:
-                continue
-            decision: Decision = "recompute" if v in reborn else "save" if v in crosses else "free"
-            seconds = costs.seconds[op.name]
-            again = runs[value.producer] - 1 if v in reborn else 0
-            held = tuple(spans[v][: 1 + again])  # a further copy that nothing reads is gone at once
-            out.append(
-                Placement(
-                    value.name, value.module, op.target, value.bytes, decision, seconds, again, op.name, held
-                )
-            )
-        return tuple(out)

@@ -40,6 +40,7 @@ _SKIPPED = (
     "known_minimum_bytes",
     "varying_dims",
     "calibration",
+    "planned_for",
     "_prepared",
     "_outline",
     *_ARRAYS,
@@ -76,6 +77,8 @@ def to_text(plan: Plan) -> str:
     spec = plan.input_spec
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
+    if plan.planned_for:
+        record["planned_for"] = plan.planned_for
     if plan.calibration is not None:
         record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
     outline = plan.outline_if_known
@@ -155,6 +158,7 @@ def _read(record: dict[str, Any]) -> Plan:
         known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
         varying_dims=_dims(record.get("varying_dims"), inputs),
         calibration=_calibration(record.get("calibration")),
+        planned_for=str(record.get("planned_for", "")),
         _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"]),
     )
 
