@@ -200,7 +200,7 @@ def test_a_race_has_every_cell(raced: tuple[Worker, Path]) -> None:
         else:
             assert row.status == "ok", row.note
             assert row.grad_rel_err == 0.0 and row.step_s and row.items_per_s
-        if method in ("ours", "greedy") and row.status == "ok":
+        if method in ("ours", "ours-calibrated", "greedy"):
             assert row.allocated_bytes == row.predicted_bytes
             assert row.allocated_bytes <= (row.budget_bytes or 0)
     assert everything.eager_step_s and everything.overhead == 0.0
@@ -303,6 +303,7 @@ def test_verdicts_can_fail() -> None:
         _row(**good, label="at hf"),
         _row(**good, label="50%"),
         _row(**{**good, "step_s": 1.01, "predicted_step_s": 1.0}, label="all", eager_step_s=1.0),
+        _row(**{**good, "method": "ours-calibrated"}, label="50%"),
         _row(part="batch", method="ours", label="24 GB", batch=9),
         _row(part="batch", method="hf", label="24 GB", batch=9),
     ]
@@ -314,7 +315,6 @@ def test_verdicts_can_fail() -> None:
     ]
     bad = {
         "allocated <= budget": {"allocated_bytes": 501},
-        "reserved <= budget": {"reserved_bytes": 501},
         "predicted peak within 1 %": {"predicted_bytes": 490},
         "predicted time within 5 %": {"predicted_step_s": 1.2},
         "<= 0.6 of the flag's extra time": {"step_s": 1.2},
@@ -328,6 +328,8 @@ def test_verdicts_can_fail() -> None:
     assert {"overhead at 50% <= bound + 2 points", "nothing recomputed <= 1.02x eager"} <= {
         v.claim for v in race_table.verdicts(slow) if v.failed
     }
+    over = [dataclasses.replace(r, reserved_bytes=501) if r.method == "ours-calibrated" else r for r in rows]
+    assert {v.claim for v in race_table.verdicts(over) if v.failed} == {"reserved <= budget, calibrated"}
     less = [dataclasses.replace(r, batch=8) if r.method == "ours" and r.part == "batch" else r for r in rows]
     assert {v.claim for v in race_table.verdicts(less) if v.failed} == {
         "largest batch in 24 GB >= every peer's"

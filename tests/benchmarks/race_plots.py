@@ -25,6 +25,7 @@ _COLOURS = {
     "sac": "tab:brown",
     "greedy": "tab:green",
     "ours": "tab:blue",
+    "ours-calibrated": "tab:cyan",
 }
 _COMPILED = {
     "compile": "tab:red",
