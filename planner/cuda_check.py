@@ -36,6 +36,7 @@ from typing import Any, Literal
 import torch
 
 from planner.demo import MISPREDICTED, Tell, aligned, prefixed
+from planner.devices import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.kernel_check import kernel_counts, kernels_differ
 from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak
@@ -109,11 +110,8 @@ def held_by_others(device: torch.device) -> int:
 
     A context takes some hundreds of MB by itself: up to a GB counts as nothing.
     """
-    if device.type != "cuda":
-        return 0
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    others_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
-    return others_bytes if others_bytes > 10**9 else 0
+    memory = memory_of(device)
+    return memory.others_bytes if memory is not None and memory.others_bytes > 10**9 else 0
 
 
 def settings_of(device: str, *, size: str = "auto", quick: bool = False) -> Settings:
@@ -269,9 +267,14 @@ def run(settings: Settings, tell: Tell | None = None) -> Check:
     rows: list[Row] = []
     for key in settings.models:
         say(f"{key}: build")
-        example = MODELS[key](settings.device, size=settings.size)
-        rows += _rows_of(example, settings, prefixed(say, key))
-        del example
+        try:
+            rows += _rows_of(MODELS[key](settings.device, size=settings.size), settings, prefixed(say, key))
+        except torch.OutOfMemoryError as error:
+            raise PlannerError(
+                f"{key} in {settings.size} size does not fit on {settings.device}: "
+                f"{str(error).splitlines()[0]} Other processes and contexts hold "
+                f"{held_by_others(settings.device) / 1e9:.1f} GB of it; take --size demo, or fewer --models"
+            ) from error
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
     return Check(tuple(rows), time.perf_counter() - began)

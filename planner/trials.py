@@ -196,9 +196,10 @@ def seconds_of(work: Callable[[], None], device: torch.device) -> float:
         work()
         return time.perf_counter() - began
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)  # the current device may be another
     torch.cuda.synchronize(device)
-    begin.record()
+    begin.record(stream)
     work()
-    end.record()
+    end.record(stream)
     torch.cuda.synchronize(device)
     return float(begin.elapsed_time(end)) / 1e3
