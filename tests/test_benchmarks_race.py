@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from planner import cuda_check
+from planner.devices import DeviceMemory
 from planner.errors import PlannerError
 from planner.kernel_check import CASES, compare_kernels
-from tests.benchmarks import bench_cuda, race, race_models, race_plots, race_table
+from tests.benchmarks import bench_cuda, race, race_largest, race_models, race_plots, race_table
 from tests.benchmarks.race import Job, Worker
 from tests.benchmarks.race_largest import largest, largest_batches
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, timed
@@ -261,9 +263,11 @@ def test_errors_are_rows_and_the_race_goes_on(
         worker.cell("eager", "", no_memory)
 
 
-def test_largest_batches_under_a_cap(raced: tuple[Worker, Path], tmp_path: Path) -> None:
+def test_largest_batches_under_a_cap(
+    raced: tuple[Worker, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     eager = next(row for row in read(raced[1]) if row.method == "eager")
-    cap_gb = 2 * (eager.allocated_bytes or 0) / 1e9
+    cap_gb = 1.2 * (eager.allocated_bytes or 0) / 1e9
     job = dataclasses.replace(
         raced[0].job,
         part="batch",
@@ -274,6 +278,8 @@ def test_largest_batches_under_a_cap(raced: tuple[Worker, Path], tmp_path: Path)
     )
     worker = Worker(job)
     worker.rows |= {row.cell: row for row in read(raced[1])}
+    monkeypatch.setattr(race_largest, "MOST_TRIES", 2)
+    monkeypatch.setattr(race_largest, "SHARES", (1.0,))
     largest_batches(worker)
     found = {row.method: row for row in read(tmp_path / "b.jsonl")}
     assert found.keys() == {"ours", *HAND_MADE}
@@ -353,8 +359,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_a_second_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner.cuda_check import checked_device, held_by_others
-
+    checked_device, held_by_others = cuda_check.checked_device, cuda_check.held_by_others
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -362,8 +367,8 @@ def test_a_second_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert checked_device("cuda") == torch.device("cuda", 1) == checked_device("cuda:1")
     with pytest.raises(PlannerError, match=r"no cuda:2: torch sees 2"):
         checked_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**9)
+    memory = DeviceMemory("GPU", 80 * 10**9, 60 * 10**9, 5 * 10**9)
+    monkeypatch.setattr(cuda_check, "memory_of", lambda device: memory if device.type == "cuda" else None)
     assert held_by_others(torch.device("cuda", 0)) == 15 * 10**9
     assert held_by_others(CPU) == 0
 
