@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ import torch
 from planner import cuda_check
 from planner.devices import DeviceMemory
 from planner.errors import PlannerError
-from planner.kernel_check import CASES, compare_kernels
+from planner.kernel_check import CASES
 from tests.benchmarks import bench_cuda, race, race_largest, race_models, race_plots, race_table
 from tests.benchmarks.race import Job, Worker
 from tests.benchmarks.race_largest import largest, largest_batches
@@ -386,29 +383,22 @@ def test_a_worker_that_dies_is_a_row(tmp_path: Path) -> None:
     assert not bench_cuda._goes_on(bench_cuda.Run(job), machine, 1)  # it died before its first cell
 
 
-def test_the_command_measures_kernels_and_goes_on(tmp_path: Path) -> None:
-    """The whole command in processes of its own, on its shortest part; a second call has nothing to do."""
+def test_the_command_measures_kernels_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command on its shortest part, with a worker of its own; a second call has nothing to do."""
     results = tmp_path / "cuda.jsonl"
-    command = [sys.executable, "-m", "tests.benchmarks.bench_cuda", "--device", "cpu", "--part", "kernels"]
-    command += ["--results", str(results), "--limit-s", "240"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
+    command = ["--device", "cpu", "--part", "kernels", "--results", str(results), "--limit-s", "500"]
     for said in ("1 of 1 jobs", "0 of 1 jobs"):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
-        assert said in done.stderr and done.returncode in (bench_cuda.HELD, bench_cuda.FAILED), done.stderr
+        assert bench_cuda.main(command) in (bench_cuda.HELD, bench_cuda.FAILED)
+        assert said in capfd.readouterr().err
     rows = {row.label: row for row in read(results)}
     assert rows.keys() == CASES.keys() and all(row.status == "ok" for row in rows.values())
     assert rows["attention, causal"].kernels_differ == {}
     assert rows["attention, bool mask"].kernels_differ == {}
     assert rows["products, TF32"].kernels_differ == {}
-    assert results.with_suffix(".md").exists()
-
-
-def test_channels_last_keeps_its_kernels() -> None:
-    """But for batch norm's, which on a CPU has another name, and its count of batches."""
     renamed = {"aten._native_batch_norm_legit": 1, "aten.native_batch_norm": -1, "aten.copy": 1}
-    for name in ("convolutions", "convolutions, channels last"):
-        assert compare_kernels(name, CPU) == renamed
+    for name in ("convolutions", "convolutions, channels last"):  # batch norm's name and count of batches
+        assert rows[name].kernels_differ == renamed
+    assert results.with_suffix(".md").exists()
 
 
 def test_compiled_methods_are_torchs_own_settings() -> None:
