@@ -60,6 +60,8 @@ NEAR_SLOTS = 300
 # Where windows of a layer are too hard they are halved down to this many first runs, and those that lower a
 # peak begin no wider than that many.
 NARROWEST, WIDEST_OVER = 4, 16
+# So do those where the gap is a larger share of the step: near the floor wide ones are given up.
+HARD_GAP = 0.02
 # Once this share of a sweep's windows is given up, wider ones are not tried; a sweep that begins with so many
 # and gains nothing is left.
 GIVE_UP = 0.6
@@ -312,7 +314,8 @@ def improve(
     scale = max(4, min(n, layer or max(8, n // 24)))
     while not run.done and not (until_fits and run.fits):
         fits = run.fits
-        scale = scale if fits else min(scale, WIDEST_OVER)
+        hard = not fits or run.gap_s > HARD_GAP * run.total_s
+        scale = min(scale, WIDEST_OVER) if hard else scale
         outcome = _all_sizes(search, scale, workers)
         if outcome == "given up" and scale > NARROWEST:
             scale = max(NARROWEST, scale // 2)

@@ -60,7 +60,7 @@ FLOOR_SHARE = 0.5
 # Where local search starts from several schedules: a gap above this share of the step; at most so many; none
 # that exceeds the budget by more than this share of it, less if something fits, and then none that recomputes
 # for so much longer.
-RESTART_GAP = 0.02
+RESTART_GAP = 0.05
 MOST_STARTS = 4
 FAR_OVER, NEAR_OVER = 0.5, 0.1
 FAR_SLOWER = 1.5
