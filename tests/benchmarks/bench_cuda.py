@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=0, help="default: the family's own")
     parser.add_argument("--caps-gb", nargs="+", type=float, help="default: 24 48 80 on a GPU")
     parser.add_argument("--limit-s", type=float, default=530.0, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, help="workers side by side (default: 5 on a GPU, 1 on a CPU)")
+    parser.add_argument("--jobs", type=int, help="workers side by side (default: 7 on a GPU, 1 on a CPU)")
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default: %(default)s)")
     parser.add_argument("--solve-s", type=float, default=4.0, help="seconds a budget (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = device.type == "cuda"
     given.size = given.size or ("large" if cuda else "small")
     given.caps_gb = given.caps_gb or ([24.0, 48.0, 80.0] if cuda else [0.1])
-    given.jobs = given.jobs or (5 if cuda else 1)
+    given.jobs = given.jobs or (7 if cuda else 1)
     dtype = getattr(torch, given.dtype or ("bfloat16" if cuda else "float32"))
     machine = machine_of(device, dtype)
     others = held_by_others(device)

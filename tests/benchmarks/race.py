@@ -85,7 +85,7 @@ class Job:
     turns: str
     batch: int = 0
     steps: int = 12
-    warm_up: int = 3
+    warm_up: int = 2
     solve_s: float = 4.0
     least_s: float = 6.0
     costs: CostSource = "auto"
@@ -140,7 +140,7 @@ class Worker:
         known = latest(read(Path(job.results)), self.machine)
         self.rows = {row.cell: row for row in known if row.model == job.model}
         self.prepared_s = 0.0
-        self.longest_s = 0.0
+        self.last_s = 0.0  # the cell before; the next one is taken to be as long
         self._failure: BaseException | None = None
 
     # -- the case ------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class Worker:
         job = self.job
         if (job.part, job.model, method, label) in self.rows:
             return
-        if self.turns.left_s < max(2.0, 1.2 * self.longest_s):
+        if self.turns.left_s < max(2.0, 1.2 * self.last_s):
             raise TimeIsUp
         print(f"> {job.part}\t{job.model}\t{method}\t{label}", flush=True)
         began = time.perf_counter()
@@ -215,7 +215,7 @@ class Worker:
             traceback.print_exc()
             broken = _breaks_the_context(error)
             fields = {"status": "error", "note": f"{type(error).__name__}: {_first_line(error)}"}
-        self.longest_s = max(self.longest_s, time.perf_counter() - began)
+        self.last_s = time.perf_counter() - began
         self.write(method, label, fields)
         if broken:
             raise SystemExit(BROKEN)

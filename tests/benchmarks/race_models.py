@@ -257,7 +257,7 @@ _ALL = (
     Contender(
         "gpt2-medium",
         "tokens",
-        Size(16, _gpt2(n_embd=1024, n_layer=24, n_head=16, n_positions=1024), _packed(1024, 50257), 1024),
+        Size(8, _gpt2(n_embd=1024, n_layer=24, n_head=16, n_positions=1024), _packed(1024, 50257), 1024),
         Size(
             4,
             _gpt2(n_embd=128, n_layer=4, n_head=2, n_positions=128, vocab_size=1024),
@@ -270,7 +270,7 @@ _ALL = (
     Contender(
         "bert-large",
         "tokens",
-        Size(32, _bert(**_BERT_LARGE), _pairs(512, 30522), 512),
+        Size(16, _bert(**_BERT_LARGE), _pairs(512, 30522), 512),
         Size(8, _bert(**_BERT_SMALL), _pairs(96, 1024), 96),
         ("BertLayer",),
         has_dropout=True,
@@ -279,7 +279,7 @@ _ALL = (
     Contender(
         "llama-1b",
         "tokens",
-        Size(4, _llama(**_LLAMA_1B), _packed(2048, 128256), 2048),
+        Size(2, _llama(**_LLAMA_1B), _packed(2048, 128256), 2048),
         Size(4, _llama(**_LLAMA_SMALL), _packed(128, 1024), 128),
         ("LlamaDecoderLayer",),
     ),
@@ -304,7 +304,7 @@ _ALL = (
     Contender(
         "resnet-50",
         "images",
-        Size(256, zoo.ResNet, _images(224, 1000), 1),
+        Size(128, zoo.ResNet, _images(224, 1000), 1),
         Size(8, lambda: zoo.ResNet((2, 2, 2, 2), width=16, classes=10), _images(64, 10), 1),
         ("Bottleneck",),
         has_flag=False,
@@ -313,7 +313,7 @@ _ALL = (
         "convnext-b",
         "images",
         Size(
-            128,
+            64,
             _convnext(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=1000),
             _images(224, 1000, "pixel_values"),
             1,
@@ -330,7 +330,7 @@ _ALL = (
     Contender(
         "unet",
         "images",
-        Size(64, zoo.UNet, _masks(256, 8), 1),
+        Size(32, zoo.UNet, _masks(256, 8), 1),
         Size(4, lambda: zoo.UNet(width=8, levels=3, classes=4), _masks(64, 4), 1),
         ("Sequential",),  # its double convolutions
         has_flag=False,
