@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test test-nightly lint bench bench-cuda bench-solvers pictures check-cuda venv clean
+.PHONY: demo test test-nightly lint notebooks bench bench-cuda bench-solvers pictures check-cuda venv clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.ready
@@ -23,6 +23,10 @@ lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Runs them from top to bottom and writes their outputs back. NAMES="05_solvers" for some of them.
+notebooks: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m tests.test_notebooks $(NAMES)
 
 bench: $(VENV)/.ready
 	set -e; for name in overhead peers switch internvl2 display; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
