@@ -31,6 +31,7 @@ MOST_BYTES = 600_000
 # What the tests put behind a notebook's cell of parameters (tagged so), by its name.
 SMALL: Mapping[str, str] = {
     "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST = 2, 32, 320, 40",
+    "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.5, 0.9], 2, 4",
 }
 
 
