@@ -75,7 +75,7 @@ def shared_plan(
     the first rank's ``inputs``; the others pass inputs of the same sizes, or ``None`` to take its word.
     Wrap the model in DistributedDataParallel before, so that its buckets are counted.
 
-    ``options`` are those of :func:`planner.plan`.  Each rank's plan belongs to its own ``model``.
+    ``budget_gb`` and ``options`` as for :func:`planner.plan`.  Each rank's plan belongs to its own ``model``.
 
     Raises, on every rank, what the first rank's ``plan`` raised, or ``PlannerError`` that names the rank
     whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.

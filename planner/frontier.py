@@ -78,7 +78,7 @@ class Frontier:
         return (*out, None) if self.points else ()
 
     def overhead_at(self, budget_gb: float) -> float | None:
-        """Overhead at a budget, on the line between the solved ones; ``None`` below the least of them.
+        """Overhead at a budget in GB, on the line between the solved ones; ``None`` below the least of them.
 
         Above the last budget it is what it is there: a plan for less memory also serves more.
         """

@@ -353,6 +353,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
+        """Outputs, their type, gradients, buffers and random state: bit for bit."""
         parts = (self.outputs, self.gradients, self.buffers, self.rng)
         return self.same_output_type and all(part.equal for part in parts)
 

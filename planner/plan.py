@@ -251,6 +251,7 @@ class Plan:
     ) -> matplotlib.axes.Axes:
         """Overhead against budget, with the proved bound, and this plan on it; solves ``points`` budgets.
 
+        ``time_limit_s``: seconds of search for each of them.
         ``peers``: other ways to train the same step, name -> (peak in bytes, overhead as a share of step
         time).
         """

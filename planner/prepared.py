@@ -338,19 +338,24 @@ class Prepared:
         tell.found(solution, self.problem.total_seconds)
         if not solution.fits:
             tell.phase("least", LEAST)
-        if not solution.fits and budget_bytes >= self.minimum_peak_bytes:
-            solution = dataclasses.replace(
-                solution,
-                schedule=self.least.schedule,
-                seconds=self.least.seconds,
-                recompute_seconds=self.least.recompute_seconds,
-                peak_bytes=self.least.peak_bytes,
-                status="feasible",
-                solver=self.least.solver,
-            )
+        solution = self._or_least(solution)
         if not solution.fits:
             raise self.infeasible(budget_bytes)
         return self._plan_of(solution)
+
+    def _or_least(self, solution: Solution) -> Solution:
+        """``solution``, or the schedule of the least plan where only that one fits its budget."""
+        if solution.fits or solution.budget_bytes < self.minimum_peak_bytes:
+            return solution
+        return dataclasses.replace(
+            solution,
+            schedule=self.least.schedule,
+            seconds=self.least.seconds,
+            recompute_seconds=self.least.recompute_seconds,
+            peak_bytes=self.least.peak_bytes,
+            status="feasible",
+            solver=self.least.solver,
+        )
 
     def least_plan(self) -> Plan:
         """The plan of the lowest peak that was found; its budget is that peak."""
@@ -417,6 +422,8 @@ class Prepared:
         found: list[FrontierPoint] = []
         for budget in budgets:
             answer = answers.get(budget)
+            if isinstance(answer, Solution):
+                answer = self._or_least(answer)
             if not isinstance(answer, Solution) or not answer.fits:
                 error = self.infeasible(budget)
                 found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))

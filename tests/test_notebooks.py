@@ -30,7 +30,13 @@ MOST_BYTES = 600_000
 
 # What the tests put behind a notebook's cell of parameters (tagged so), by its name.
 SMALL: Mapping[str, str] = {
-    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST = 2, 32, 320, 40",
+    "01_plan_and_inspect": """
+LAYERS, WIDTH, ROWS, SEARCH_S = 2, 96, 8, 1
+BUDGET_GB, TOO_LITTLE_GB, CURVE_GB = 0.020, 0.009, [0.017, 0.020]""",
+    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 1, 32, 80, 40, 0.5",
+    "03_internvl2": """
+LAYERS, TILES, TEXT, SEARCH_S, TRAIN_ROWS = 1, 2, 64, 1, 6
+BUDGETS_GB, BUDGET_GB = [3.3], 3.6""",
     "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.5, 0.9], 2, 4",
 }
 

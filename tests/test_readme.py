@@ -18,6 +18,7 @@ from solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BREAK = "==== next block ===="
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
@@ -54,6 +55,12 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     # HiGHS has a line of its own that it writes past every switch, on some machines and at some times.
     lines = [x for x in ran.stdout.splitlines(keepends=True) if not x.startswith("HighsMipSolverData::")]
     return "".join(lines).split(BREAK + "\n")
+
+
+def of(printed: list[str], code: str) -> tuple[str, str]:
+    """What is quoted under the block that has ``code``, and what it prints."""
+    (k,) = [k for k, example in enumerate(examples()) if code in example.code]
+    return examples()[k].quoted, printed[k]
 
 
 def masked(text: str) -> list[str]:
@@ -106,7 +113,7 @@ def test_what_is_printed_is_what_is_promised(printed: list[str], quoted: bool) -
 
 
 def test_the_summary_is_that_of_a_run(printed: list[str]) -> None:
-    quoted, now = examples()[1].quoted, printed[1]
+    quoted, now = of(printed, "plan.summary()")
     names = [line[2:20].strip() for line in now.split("\n\n")[0].splitlines()[1:]]
     assert names == [line[2:20].strip() for line in quoted.split("\n\n")[0].splitlines()[1:]]
     for pattern in (
@@ -123,24 +130,45 @@ def test_the_summary_is_that_of_a_run(printed: list[str]) -> None:
     assert [line for line in masked(now) if line.endswith(":")][1:] == ["Where it is decided:"]
 
 
+def test_a_model_of_ones_own(printed: list[str]) -> None:
+    quoted, now = of(printed, "class Tagger")
+    assert masked(now) == masked(quoted)
+    for pattern in (rf"peak ({NUMBER} GB) \(", rf"nothing recomputed: ({NUMBER} GB)"):
+        assert the(pattern, now) == the(pattern, quoted)
+    quoted, now = of(printed, "planner.frontier")
+    assert [line.split()[0] for line in now.splitlines()] == [line.split()[0] for line in quoted.splitlines()]
+    for text in (quoted, now):
+        rows = re.findall(rf"^ +({NUMBER}) +({NUMBER}) +({NUMBER})% +({NUMBER})% ", text, re.MULTILINE)
+        budgets, peaks, overheads, bounds = (list(map(float, column)) for column in zip(*rows, strict=True))
+        assert budgets == [0.09, 0.12, 0.15]
+        assert all(peak <= budget for peak, budget in zip(peaks, budgets, strict=True))
+        assert all(bound <= overhead for bound, overhead in zip(bounds, overheads, strict=True))
+        assert overheads == sorted(overheads, reverse=True)
+    assert of(printed, "tagging.apply()") == ("", "")  # its assertion held
+
+
 # -- what it names ---------------------------------------------------------------------------------
 
 
 def test_make_targets_exist() -> None:
-    named = set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^ {0,4}|`)make ([a-z-]+)", README + CONTRIBUTING, re.MULTILINE))
     assert {"demo", "test", "check-cuda"} <= named
     assert named <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 
 
 def test_planner_commands_parse() -> None:
-    commands = re.findall(r"`python -m planner ([^`]*)`", README)
-    assert commands
+    commands = re.findall(r"`python -m planner ([^`]+)`", README)
+    commands += re.findall(r"^rematplan (.*)$", README, re.MULTILINE)
+    assert len(commands) > 3
     for command in commands:
         _parser().parse_args(shlex.split(command))
 
 
 def test_links_and_files_exist() -> None:
     links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in x]
+    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
     files = re.findall(r"`((?:planner|solvers|tests|notebooks)/[\w./]*)`", README)
     assert len(links) > 2 and len(files) > 10
     made_by_hand = {"tests/benchmarks/results/cuda.jsonl"}  # by whoever has a GPU
@@ -150,6 +178,8 @@ def test_links_and_files_exist() -> None:
 
 def test_extras_exist() -> None:
     extras = the(r"-e '\.\[([a-z,]+)\]'", README).split(",")
+    for command in re.findall(r"^    (.*)$", CONTRIBUTING, re.MULTILINE):
+        assert command in ("make test", "make notebooks", "make bench") or command.startswith("git clone")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
 
