@@ -33,7 +33,7 @@ SMALL: Mapping[str, str] = {
     "01_plan_and_inspect": """
 LAYERS, WIDTH, ROWS, SEARCH_S = 2, 96, 8, 1
 BUDGET_GB, TOO_LITTLE_GB, CURVE_GB = 0.020, 0.009, [0.017, 0.020]""",
-    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 1, 32, 80, 40, 0.5",
+    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 2, 32, 80, 40, 1",
     "03_internvl2": """
 LAYERS, TILES, TEXT, SEARCH_S, TRAIN_ROWS = 1, 2, 64, 1, 6
 BUDGETS_GB, BUDGET_GB = [3.3], 3.6""",
