@@ -48,7 +48,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         env=os.environ | {"PYTHONPATH": search},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
