@@ -28,19 +28,19 @@ NOISE = 4.0
 class Verdict:
     """One thing that must hold for one family; ``held`` is ``None`` where it was not measured.
 
-    ``by_clock``  it is about seconds, which only a GPU that runs nothing else can settle.
+    ``needs_gpu``  it is about seconds or kernels, which only a GPU that runs nothing else can settle.
     """
 
     claim: str
     model: str
     figures: str
     held: bool | None
-    by_clock: bool = False
+    needs_gpu: bool = False
     on_cpu: bool = False
 
     @property
     def failed(self) -> bool:
-        return self.held is False and not (self.by_clock and self.on_cpu)
+        return self.held is False and not (self.needs_gpu and self.on_cpu)
 
     @property
     def word(self) -> str:
@@ -59,7 +59,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     for model in dict.fromkeys(row.model for row in rows if row.part in ("race", "batch")):
         found += _of_model(model, [row for row in rows if row.model == model])
     found += [
-        Verdict("same kernels as eager", row.model, _kernels(row), not row.kernels_differ, on_cpu=_cpu(row))
+        Verdict("same kernels as eager", row.label, _kernels(row), not row.kernels_differ, True, _cpu(row))
         for row in rows
         if row.part == "kernels" and row.status == "ok"
     ]
@@ -79,7 +79,7 @@ def _of_model(model: str, rows: list[Row]) -> list[Verdict]:
     ]
     found += _gradients(model, eager, ours)
     found += _batches(model, [row for row in rows if row.part == "batch"])
-    return [Verdict(v.claim, v.model, v.figures, v.held, v.by_clock, on_cpu) for v in found]
+    return [Verdict(v.claim, v.model, v.figures, v.held, v.needs_gpu, on_cpu) for v in found]
 
 
 def _memory(model: str, ours: dict[str, Row], calibrated: list[Row]) -> Iterator[Verdict]:
@@ -109,7 +109,7 @@ def _seconds(model: str, eager: Row | None, ours: dict[str, Row]) -> Iterator[Ve
     if everything is not None and everything.step_s and everything.eager_step_s:
         ratio = everything.step_s / everything.eager_step_s
     yield _most(
-        "nothing recomputed <= 1.02x eager", model, ratio, NOTHING_RECOMPUTED, "{:.3f}x", by_clock=True
+        "nothing recomputed <= 1.02x eager", model, ratio, NOTHING_RECOMPUTED, "{:.3f}x", needs_gpu=True
     )
     for label in ("70%", "50%"):
         row, claim = ours.get(label), f"overhead at {label} <= bound + 2 points"
@@ -139,12 +139,12 @@ def _peers(
             yield Verdict(claim, model, "", None, True)
             continue
         ratio = mine.step_s / other.step_s
-        yield _most(claim, model, ratio, 1.0, "{:.3f} of its step time", by_clock=True)
+        yield _most(claim, model, ratio, 1.0, "{:.3f} of its step time", needs_gpu=True)
         if peer == "hf" and eager is not None and eager.step_s:
             theirs = other.step_s - eager.step_s
             share = (mine.step_s - eager.step_s) / theirs if theirs > 0 else None
             yield _most(
-                "<= 0.6 of the flag's extra time", model, share, SHARE_OF_FLAG, "{:.2f}", by_clock=True
+                "<= 0.6 of the flag's extra time", model, share, SHARE_OF_FLAG, "{:.2f}", needs_gpu=True
             )
     for (method, _), other in race.items():
         if not is_compiled(method) or not other.allocated_bytes or not other.step_s:
@@ -182,11 +182,11 @@ def _batches(model: str, rows: list[Row]) -> Iterator[Verdict]:
 
 
 def _most(
-    claim: str, model: str, value: float | None, most: float, text: str, by_clock: bool = False
+    claim: str, model: str, value: float | None, most: float, text: str, needs_gpu: bool = False
 ) -> Verdict:
     if value is None:
-        return Verdict(claim, model, "", None, by_clock)
-    return Verdict(claim, model, text.format(value), value <= most, by_clock)
+        return Verdict(claim, model, "", None, needs_gpu)
+    return Verdict(claim, model, text.format(value), value <= most, needs_gpu)
 
 
 def _cpu(row: Row) -> bool:
