@@ -123,8 +123,8 @@ class Frontier:
         return min(10**9, 10 ** max(0, math.floor(math.log10(max(1, room) / 5))))
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per budget, columns as in :func:`planner.display.frontier_dataframe` (needs pandas)."""
-        from planner.display import frontier_dataframe
+        """One row per budget; columns: :func:`planner.view.display.frontier_dataframe` (needs pandas)."""
+        from planner.view.display import frontier_dataframe
 
         return frontier_dataframe(self)
 
@@ -136,6 +136,6 @@ class Frontier:
         ``plan`` is marked on it, and so are ``peers``, other ways to train the same step: name -> (peak in
         bytes, overhead as a share of step time), one pair or several.
         """
-        from planner.plots import plot_frontier
+        from planner.view.plots import plot_frontier
 
         return plot_frontier(self, ax, plan=plan, peers=peers)

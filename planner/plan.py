@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from planner.calibrate import Calibration
     from planner.capture import LossFn
-    from planner.diff import PlanDiff
-    from planner.explain import Explanation
     from planner.frontier import Peers
-    from planner.outline import Outline
     from planner.prepared import Prepared
     from planner.verify import Report
+    from planner.view.diff import PlanDiff
+    from planner.view.explain import Explanation
+    from planner.view.outline import Outline
 
 __all__ = ["CheckpointedModule", "Decision", "Placement", "Plan"]
 
@@ -180,7 +180,7 @@ class Plan:
 
     def summary(self) -> str:
         """A page of text: budget, peak, overhead, what fills the peak, what is recomputed where."""
-        from planner.display import summary
+        from planner.view.display import summary
 
         return summary(self)
 
@@ -195,7 +195,7 @@ class Plan:
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        from planner.display import html
+        from planner.view.display import html
 
         return html(self)
 
@@ -205,7 +205,7 @@ class Plan:
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per value of the forward, in order of execution (needs pandas)."""
-        from planner.display import dataframe
+        from planner.view.display import dataframe
 
         return dataframe(self)
 
@@ -214,9 +214,9 @@ class Plan:
 
         ``name`` is a value, a module path, or both: ``"encoder.layer.3.output.dense"``, ``"mm_5"``.  Every
         number comes from the plan's schedule with that choice turned round, as simulated
-        (:mod:`planner.explain`).  Raises ``ValueError`` for an unknown name, with those that are near.
+        (:mod:`planner.view.explain`).  Raises ``ValueError`` for an unknown name, with those that are near.
         """
-        from planner.explain import explain
+        from planner.view.explain import explain
 
         return explain(self, name)
 
@@ -225,19 +225,19 @@ class Plan:
 
         Raises ``PlannerError`` for a plan of another model.
         """
-        from planner.diff import diff
+        from planner.view.diff import diff
 
         return diff(self, other)
 
     def plot_memory(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Live bytes over the step, by kind, against the budget and the step without recomputation."""
-        from planner.plots import plot_memory
+        from planner.view.plots import plot_memory
 
         return plot_memory(self, ax)
 
     def plot_placements(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Model depth against time: when each layer's values are kept, dropped and recomputed."""
-        from planner.depth import plot_placements
+        from planner.view.depth import plot_placements
 
         return plot_placements(self, ax)
 
@@ -255,7 +255,7 @@ class Plan:
         ``peers``: other ways to train the same step, name -> (peak in bytes, overhead as a share of step
         time).
         """
-        from planner.plots import plot_frontier
+        from planner.view.plots import plot_frontier
 
         if self._prepared is None:
             raise PlannerError(
@@ -270,7 +270,7 @@ class Plan:
         Raises ``PlannerError`` if there is no such module, if it has more ops than can be read, or if the
         plan is of a file that does not have its ops.
         """
-        from planner.block import plot_graph
+        from planner.view.block import plot_graph
 
         return plot_graph(self, module, ax)
 
@@ -288,9 +288,9 @@ class Plan:
         """Write the planned step as a memory snapshot, to lie beside one recorded on a GPU.
 
         https://pytorch.org/memory_viz and ``python -m torch.cuda._memory_viz`` read it
-        (:mod:`planner.snapshot`); it is a pickle of plain data, since they read nothing else.
+        (:mod:`planner.view.snapshot`); it is a pickle of plain data, since they read nothing else.
         """
-        from planner.snapshot import save
+        from planner.view.snapshot import save
 
         save(self, path)
 

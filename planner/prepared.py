@@ -24,7 +24,6 @@ from planner.guards import Expectation, expectation_of, fingerprint_of
 from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
 from planner.lowering import as_executed, judge, lower, steps_of
-from planner.outline import Outline
 from planner.placements import placements_of
 from planner.plan import Plan
 from planner.progress import Reporter
@@ -35,6 +34,7 @@ from planner.training_graph import TrainingGraph, training_graph
 from planner.translation import Translation
 from planner.units import bytes_text
 from planner.variants import OnLarger, Varying
+from planner.view.outline import Outline
 from planner.wrappers import unwrapped
 from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
 from solvers import frontier as solve_frontier

@@ -23,9 +23,9 @@ from planner._compat import FakeTensorMode
 from planner.calibrate import Calibration, Round
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.inputs import Inputs
-from planner.outline import Outline
 from planner.plan import Placement, Plan
 from planner.sizes import Dims
+from planner.view.outline import Outline
 
 __all__ = ["FORMAT", "VERSION", "from_text", "inputs_of", "load", "save", "to_text"]
 

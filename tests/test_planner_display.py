@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import planner
-from planner import Plan, PlannerError, bands, block, layers, units
+from planner import Plan, PlannerError, units
+from planner.view import bands, block, layers
 from tests.made_plans import MB, made_plan, planned_gpt2, stack, value
 
 

@@ -22,15 +22,11 @@ from planner import (
     Placement,
     Plan,
     PlannerError,
-    bands,
-    block,
-    depth,
-    layers,
-    plots,
     prepared,
     units,
 )
 from planner.frontier import FrontierPoint
+from planner.view import bands, block, depth, layers, plots
 from tests import tiny
 from tests.benchmarks import bench_display
 from tests.made_plans import MB, made_plan, planned_gpt2, stack, value

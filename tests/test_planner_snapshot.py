@@ -14,9 +14,10 @@ import torch
 from torch.cuda import _memory_viz as viz
 
 import planner
-from planner import Plan, snapshot
+from planner import Plan
 from planner.lifetimes import KINDS
 from planner.prepared import Prepared, prepare
+from planner.view import snapshot
 from tests import tiny
 
 # What the web viewer's own pickle reader knows (torch/utils/viz/MemoryViz.js), by pickletools' names.

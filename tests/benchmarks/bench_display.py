@@ -23,8 +23,8 @@ import torch
 
 from planner import zoo
 from planner.demo import aligned
-from planner.plots import plot_frontier
 from planner.prepared import Prepared, prepare
+from planner.view.plots import plot_frontier
 
 RESULTS = Path(__file__).parent / "results" / "display.json"
 LAYERS = 114

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 
-from planner.canvas import FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
 from planner.errors import PlannerError
 from planner.units import bytes_text
+from planner.view.canvas import FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-    from planner.outline import Outline
     from planner.plan import Placement, Plan
+    from planner.view.outline import Outline
 
 __all__ = ["block_graph", "plot_graph"]
 

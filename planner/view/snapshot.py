@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlannerError
 from planner.lifetimes import Copy
-from planner.outline import Outline
+from planner.view.outline import Outline
 
 if TYPE_CHECKING:
     from planner.plan import Plan

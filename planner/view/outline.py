@@ -1,7 +1,7 @@
 """A step in outline: what runs, reads, makes and costs, without the code to run it.
 
-It is what :mod:`planner.explain` and :mod:`planner.snapshot` need to play a plan through, and all of it
-is data, so it travels with the plan in its file.  Sizes, seconds and the order are those of the
+It is what :mod:`planner.view.explain` and :mod:`planner.view.snapshot` need to play a plan through, and all
+of it is data, so it travels with the plan in its file.  Sizes, seconds and the order are those of the
 ``solvers.Problem`` the plan was solved as; beside them stand the names a reader knows ops and values by.
 """
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.bands import aligned_baseline, bands_of, peak_place, picture_title, top_bytes, turn_of
-from planner.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
 from planner.units import ByteUnit, bytes_text
+from planner.view.bands import aligned_baseline, bands_of, peak_place, picture_title, top_bytes, turn_of
+from planner.view.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

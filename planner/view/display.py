@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.bands import aligned_baseline, bands_of, highest, peak_place, picture_title, top_bytes, turn_of
-from planner.canvas import FREED, KEPT, RECOMPUTED
 from planner.errors import PlannerError
-from planner.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
 from planner.units import ByteUnit, bytes_text, gb_text, label, seconds_text
+from planner.view.bands import (
+    aligned_baseline,
+    bands_of,
+    highest,
+    peak_place,
+    picture_title,
+    top_bytes,
+    turn_of,
+)
+from planner.view.canvas import FREED, KEPT, RECOMPUTED
+from planner.view.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
 
 if TYPE_CHECKING:
     import pandas

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from planner.errors import PlannerError
-from planner.layers import ROOT, layers_of, recompute_seconds
 from planner.units import bytes_text, seconds_text
+from planner.view.layers import ROOT, layers_of, recompute_seconds
 
 if TYPE_CHECKING:
     import pandas

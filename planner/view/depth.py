@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.bands import highest, turn_of
-from planner.canvas import DROPPED, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
-from planner.layers import Row, depth_rows, layers_of
 from planner.units import ByteUnit, seconds_text
+from planner.view.bands import highest, turn_of
+from planner.view.canvas import DROPPED, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
+from planner.view.layers import Row, depth_rows, layers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
