@@ -97,6 +97,18 @@ def test_memory_of_a_large_model_is_in_gb() -> None:
     assert _line(ax, "budget")[0, 1] == pytest.approx(big.budget_bytes / 1e9)
 
 
+def test_a_spike_of_one_step_among_thousands_is_as_wide_as_a_column() -> None:
+    low = [value(f"v{i}", f"net.{i}", decision="free") for i in range(3000)]
+    plan = made_plan([value("spike", "net", decision="recompute", size=900 * MB), *low])
+    assert (plan.timeline > plan.peak_bytes / 2).sum() == 1
+    ax = plan.plot_memory()
+    corners = np.concatenate([c.get_paths()[0].vertices for c in ax.collections])
+    high = corners[corners[:, 1] > 0.5 * plan.peak_bytes / 1e9]
+    assert ax.get_ylabel() == "live memory (GB)"
+    assert high[:, 1].max() == pytest.approx(plan.peak_bytes / 1e9)
+    assert np.ptp(high[:, 0]) == pytest.approx(len(plan.sequence) / plots._COLUMNS)
+
+
 def test_a_peak_in_the_optimizer_is_marked_there() -> None:
     plan = made_plan(stack(3))
     plan = dataclasses.replace(

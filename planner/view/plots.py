@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.units import ByteUnit, bytes_text
-from planner.view.bands import aligned_baseline, bands_of, peak_place, picture_title, top_bytes, turn_of
+from planner.view.bands import (
+    aligned_baseline,
+    bands_of,
+    highest,
+    peak_place,
+    picture_title,
+    top_bytes,
+    turn_of,
+)
 from planner.view.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
 
 if TYPE_CHECKING:
@@ -26,30 +34,33 @@ __all__ = ["plot_frontier", "plot_memory"]
 
 _MARKS = "sDv^Xp"  # of peers
 _OPTIMIZER = "#a8937e"
+_COLUMNS = 700  # more steps than this share one
 
 
 def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
     """Live bytes at each step, stacked by kind, against the budget and the step without recomputation.
 
-    The horizontal axis counts the steps of the plan; the line of the step without recomputation has
-    each op where the plan first runs it.  Raises ``PlannerError`` without matplotlib.
+    The horizontal axis counts the steps of the plan, of which the highest are drawn where there are more
+    than pixels; the line of the step without recomputation has each op where the plan first runs it.
+    Raises ``PlannerError`` without matplotlib.
     """
     ax = new_axes(9.0, 4.2) if ax is None else ax
     top = top_bytes(plan)
     unit = ByteUnit.of(top)
     steps = len(plan.timeline)
-    below = np.zeros(steps)
+    # A step narrower than a pixel would fade: each column shows the highest of its steps.
+    at, at_before = highest(plan.timeline, _COLUMNS), highest(baseline := aligned_baseline(plan), _COLUMNS)
+    below = np.zeros(len(at))
     for band in bands_of(plan):
-        above = below + band.bytes / unit.bytes
+        above = below + band.bytes[at] / unit.bytes
         name = band.name if band.visible else None
         ax.fill_between(
-            _edges(steps), _held(below), _held(above), step="post", color=band.color, label=name, lw=0
+            _edges(at, steps), _held(below), _held(above), step="post", color=band.color, label=name, lw=0
         )
         below = above
-    before = aligned_baseline(plan) / unit.bytes
     ax.step(
-        _edges(steps),
-        _held(before),
+        _edges(at_before, steps),
+        _held(baseline[at_before] / unit.bytes),
         where="post",
         color=ink(ax),
         lw=1.1,
@@ -124,8 +135,9 @@ def plot_frontier(
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def _edges(steps: int) -> np.ndarray:
-    return np.arange(steps + 1)
+def _edges(at: np.ndarray, steps: int) -> np.ndarray:
+    """Where the columns that show the steps ``at`` begin, and where the last one ends."""
+    return np.linspace(0, steps, len(at) + 1)
 
 
 def _held(level: np.ndarray) -> np.ndarray:
