@@ -32,7 +32,8 @@ def frontier(
 ) -> dict[int, Solution | InfeasibleError]:
     """The solution at each budget, in order of budget; an ``InfeasibleError`` where none can be.
 
-    ``time_limit_s`` is per budget; ``hint`` is a schedule to start from, such as that of the least peak.
+    ``budgets_bytes`` are of the whole memory, ``problem.resident_bytes`` included; ``time_limit_s`` is
+    seconds of search per budget; ``hint`` is a schedule to start from, such as that of the least peak.
     Among the solutions that fit, ``seconds`` never rises with the budget, and no bound does.  Raises as
     :func:`solvers.solve`.
     """

@@ -184,7 +184,7 @@ class Problem:
             raise bad(f"its values take {total} bytes in all, more than can be counted (2**62)")
 
     def with_resident_bytes(self, resident_bytes: int) -> Problem:
-        """The same problem with another constant; values and ops are shared."""
+        """The same problem with other bytes that are there throughout; values and ops are shared."""
         return replace(self, resident_bytes=resident_bytes)
 
     @classmethod

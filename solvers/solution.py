@@ -113,6 +113,7 @@ def solution_of(
 ) -> Solution:
     """Simulate ``schedule`` and say what it is worth.
 
+    ``budget_bytes`` is what the peak, ``problem.resident_bytes`` included, is held against;
     ``bound_seconds`` is a lower bound on total seconds; it is never taken below
     ``problem.total_seconds``, which always holds (and is what ``None`` means).
 

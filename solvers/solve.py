@@ -123,7 +123,8 @@ def solve(
 def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
     """The schedule of lowest peak that is found, then made as fast as that peak allows.
 
-    Its ``budget_bytes`` is its own ``peak_bytes``: the least budget that is known to be feasible.
+    ``time_limit_s`` is seconds for both.  The answer's ``budget_bytes`` is its own ``peak_bytes``: the least
+    budget that is known to be feasible.
     """
     limit_s = checked_time_limit(time_limit_s)
     started = time.perf_counter()
