@@ -106,7 +106,7 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), masks_as_eager(not_compiling), contextlib.ExitStack() as stack:
+    with _tracing_flags(), masks_as_eager(module, not_compiling), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, _record_nn_module_stack=True)
         return joint.graph_module
 

@@ -15,7 +15,8 @@ A batch that has an ``attention_mask`` is captured with the mask, whatever it ho
 every mask, and where nothing is padded eager would have used another kernel.
 
 Known weakness: this names three functions of ``transformers.masking_utils``; a version that has others is
-traced as it wants to be, with masks.
+traced as it wants to be, with masks, and so is a model with compiled parts: these are traced through, but
+not while a mode watches every call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["masks_as_eager"]
@@ -48,11 +50,20 @@ _KEEPS = frozenset(
 )
 
 
+def _is_one_of_theirs(model: nn.Module) -> bool:
+    """Whether ``model`` may call what makes transformers' masks, and no part of it is compiled."""
+    modules = [*model.modules()]
+    theirs = any(cls.__module__.startswith("transformers") for m in modules for cls in type(m).__mro__)
+    return theirs and all(m._compiled_call_impl is None for m in modules)
+
+
 @contextlib.contextmanager
-def masks_as_eager(eagerly: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+def masks_as_eager(
+    model: nn.Module, eagerly: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Iterator[None]:
     """Leave out of the capture what eager leaves out; ``eagerly()`` is a context in which nobody traces."""
     masking = sys.modules.get(_MASKING)
-    if masking is None:
+    if masking is None or not _is_one_of_theirs(model):
         yield
         return
     wrappers: dict[str, Callable[..., Any]] = {
