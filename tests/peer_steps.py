@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from planner.costs import DEVICES
+from planner.lowering import graph_costs
 from planner.measure import StepRecord, compare, run_step, step_flops, step_peak
 from planner.plan import Plan
 from planner.prepared import Prepared, prepare
@@ -84,10 +86,16 @@ def measured(model: nn.Module, inputs: dict[str, Any], eager_flops: int) -> Meas
 
 
 def peer(name: str, *, costs: Any = "roofline", least_s: float = 10.0) -> Peer:
-    """Build and measure one of ``PEERS``; roofline costs do not depend on how busy the machine is."""
+    """Build and measure one of ``PEERS``.
+
+    A roofline is a fixed one, so that what is planned does not depend on how busy the machine is.
+    """
     case = PEERS[name]
     model, inputs = case.build(), dict(case.make_inputs(0))
     prepared = replace(prepare(model, inputs, costs=costs), least_limit_s=least_s)
+    if costs == "roofline":
+        rates = DEVICES["cpu"]
+        prepared = replace(prepared, costs=graph_costs(prepared.graph, "roofline", rates=rates))
     eager_flops = step_flops(model, inputs)
     return Peer(
         name,

@@ -16,7 +16,7 @@ SOLVE_S = 5.0
 
 @pytest.fixture(scope="module", params=sorted(PEERS_EAGER_MB))
 def case(request: pytest.FixtureRequest) -> Peer:
-    return peer(request.param, least_s=6.0)
+    return peer(request.param, least_s=3.0)
 
 
 @pytest.fixture(scope="module")
