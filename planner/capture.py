@@ -326,10 +326,11 @@ def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Trac
 class _Loss(nn.Module):
     def __init__(self, template: OutputTemplate, loss_fn: LossFn) -> None:
         super().__init__()
-        self.template, self.loss_fn = template, loss_fn
+        self.template = template
+        self.loss_fn = (loss_fn,)  # no submodule: its tensors are the loss's own, not the step's
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        loss = self.loss_fn(self.template.rebuild(list(tensors)))
+        loss = self.loss_fn[0](self.template.rebuild(list(tensors)))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = (
                 f"a tensor of shape {tuple(loss.shape)}"

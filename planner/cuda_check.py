@@ -284,8 +284,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     """One model: eager, keep-all, and the planned steps."""
     say("capture and price")
     prepared = dataclasses.replace(prepare_example(example, settings.costs), least_limit_s=settings.least_s)
-    resident_bytes = prepared.resident.total_bytes
-    eager = _peak(example, resident_bytes)
+    eager = _peak(example, prepared)
     say("solve")
     plans = _plans(prepared, eager[0], settings)
     say("measure")
@@ -302,7 +301,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
         allocated_bytes=eager[0],
         reserved_bytes=eager[1],
         predicted_bytes=None,
-        resident_bytes=resident_bytes,
+        resident_bytes=prepared.resident.total_bytes,
         step_s=ran.step_s[0],
         time_ratio=1.0,
         eager_rel_err=reference.noise,
@@ -319,7 +318,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
                     predicted_bytes=plan.peak_bytes,
                     step_s=ran.step_s[k + 1],
                     time_ratio=ran.ratios[k],
-                    **_peak_fields(_peak(example, resident_bytes)),
+                    **_peak_fields(_peak(example, prepared)),
                     **reference.judge(example, settings.device, kernels=method == "keep_all"),
                 )
             )
@@ -344,15 +343,17 @@ def _plans(prepared: Prepared, eager_bytes: int, settings: Settings) -> dict[str
 # -------------------------------------------------------------------------------------- measuring
 
 
-def _peak(example: Example, resident_bytes: int) -> tuple[int, int | None]:
+def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None]:
     """Allocated bytes of the whole step, and reserved ones where there is an allocator."""
+    resident_bytes = prepared.resident.total_bytes
     model, inputs, loss_fn = example.model, example.inputs, example.loss_fn
     device = next(model.parameters()).device
     if device.type != "cuda":
         above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
         return resident_bytes + above_bytes, None
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
-    return resident_bytes + peak.allocated_bytes - peak.resident_bytes, peak.reserved_bytes
+    there_bytes = resident_bytes + prepared.constant_bytes
+    return there_bytes + peak.allocated_bytes - peak.resident_bytes, peak.reserved_bytes
 
 
 def _peak_fields(peak: tuple[int, int | None]) -> dict[str, Any]:

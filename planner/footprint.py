@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 from planner._compat import storage_key
 from planner.devices import library_bytes, rounded_up
 from planner.training_graph import TrainingGraph
@@ -20,13 +24,20 @@ def tangent_bytes(graph: TrainingGraph, grain: int) -> int:
     return sum(rounded_up(v.bytes, grain) for v in given)
 
 
-def constant_bytes(graph: TrainingGraph, grain: int) -> int:
-    """Of tensors the trace baked into the graph."""
-    sizes = {
-        storage_key(t): rounded_up(t.untyped_storage().nbytes(), grain)
-        for t in graph.constants.values()
-        if t.device == graph.device
-    }
+def constant_bytes(graph: TrainingGraph, grain: int, held: Iterable[torch.Tensor] = ()) -> int:
+    """Of tensors the trace baked into the graph and those that ``loss_fn`` holds itself.
+
+    ``held`` are counted elsewhere: a loss may read an input or a parameter.  What ``loss_fn`` trains is
+    counted with its gradient, which is there from the start of the backward.
+    """
+    sizes: dict[int, int] = {}
+    for tensor in (*graph.constants.values(), *graph.loss_tensors):
+        if tensor.device == graph.device:
+            storage_bytes = rounded_up(tensor.untyped_storage().nbytes(), grain)
+            trained = tensor.requires_grad and tensor.is_leaf
+            sizes[storage_key(tensor)] = storage_bytes * (2 if trained else 1)
+    for tensor in held:
+        sizes.pop(storage_key(tensor), None)
     return sum(sizes.values())
 
 

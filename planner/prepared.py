@@ -28,7 +28,7 @@ from planner.placements import placements_of
 from planner.plan import Plan
 from planner.progress import Reporter
 from planner.sizes import Dynamic, varying_dims
-from planner.step import device_of
+from planner.step import device_of, held
 from planner.target import CostSource, Target, target_for
 from planner.training_graph import TrainingGraph, training_graph
 from planner.translation import Translation
@@ -154,8 +154,9 @@ class Prepared:
 
     @cached_property
     def constant_bytes(self) -> int:
-        """Bytes of tensors the trace baked into the graph."""
-        return footprint.constant_bytes(self.graph, self.target.grain)
+        """Bytes of tensors the trace baked into the graph or that ``loss_fn`` holds itself."""
+        arguments = self.joint.inputs.args, self.joint.inputs.kwargs
+        return footprint.constant_bytes(self.graph, self.target.grain, held(self.model, arguments))
 
     @cached_property
     def library_bytes(self) -> int:

@@ -99,6 +99,7 @@ class TrainingGraph:
     ``gradients``     parameter name, or input position -> node.
     ``tangents``      index of an output -> placeholder of its gradient.
     ``constants``     tensors the trace baked in, by placeholder name.
+    ``loss_tensors``  tensors that ``loss_fn`` holds itself: targets in a closure, weights of a module.
     """
 
     ops: tuple[GraphOp, ...]
@@ -112,6 +113,7 @@ class TrainingGraph:
     tangents: dict[int, fx.Node]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loss_tensors: tuple[torch.Tensor, ...] = ()
 
     def __repr__(self) -> str:
         forward = sum(op.phase == "forward" for op in self.ops)
@@ -142,8 +144,9 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         table.add_source(node, kind, str(name))
     for node in forward:
         table.add_call(node, "forward", step.pinned)
+    loss_tensors: tuple[torch.Tensor, ...] = ()
     if joint.loss is not None:
-        _splice_loss(step, table, joint.loss)
+        loss_tensors = _splice_loss(step, table, joint.loss)
         turn = next(i for i, op in enumerate(table.ops) if op.node is None)
     else:
         turn = len(table.ops)
@@ -168,11 +171,15 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         step.tangents,
         step.constants,
         table.device,
+        loss_tensors,
     )
 
 
-def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> None:
-    """``loss_fn`` runs in eager between the model's forward and backward; its ops never run again."""
+def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> tuple[torch.Tensor, ...]:
+    """``loss_fn`` runs in eager between the model's forward and backward; its ops never run again.
+
+    Returns the tensors that it holds itself.
+    """
     inner = Normalized(loss)
     for source, (kind, name) in inner.sources.items():
         if kind == "input":
@@ -195,6 +202,7 @@ def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> None:
         gradient = inner.gradients.get(index)
         if gradient is not None:
             table.alias(tangent, gradient)
+    return tuple(inner.constants.values())
 
 
 class _Table:

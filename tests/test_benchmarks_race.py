@@ -143,7 +143,6 @@ def test_families_at_their_small_sizes() -> None:
         case = race_models.build(name, CPU, torch.float32, large=False)
         inputs = case.inputs(2)
         assert set(family.blocks) <= {type(m).__name__ for m in case.model.modules()}
-        assert case.loss_bytes(2) == (2 * 4 if family.outer_loss else 0)
         if family.unit == "tokens":
             assert inputs["input_ids"].numel() == case.items(2)
         assert all(torch.equal(a, b) for a, b in zip(inputs.values(), case.inputs(2).values(), strict=True))

@@ -23,6 +23,7 @@ from planner.accounting import (
     resident_of,
 )
 from planner.errors import PlannerError
+from planner.measure import step_peak
 from planner.meter import StorageMeter
 from planner.prepared import prepare
 from tests.models import CASES
@@ -357,3 +358,42 @@ def test_the_memory_of_a_loss_is_predicted_to_the_byte(name: str, inside: bool) 
     )
     report = step.plan_bytes(10**9, solver="keep_all").verify()
     assert report.peak_bytes == report.predicted_peak_bytes
+
+
+class Proxies(nn.Module):
+    """A loss with targets, class weights and a trained tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets = torch.randint(4, (100,))
+        self.register_buffer("weights", torch.rand(4))
+        self.scale = nn.Parameter(torch.rand(1000))
+
+    def forward(self, output: Tensor) -> Tensor:
+        return F.cross_entropy(output, self.targets, self.weights) * self.scale.sum()
+
+
+def losses_by_own_bytes(x: Tensor, model: nn.Sequential) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
+    """Loss functions, and the bytes that each holds beside the model and its inputs."""
+    targets, classes = torch.randn(100, 4), torch.randint(4, (100,))
+    weight = model[0].weight
+    return {
+        "closure": (lambda output: F.cross_entropy(output, classes), 800),
+        "view": (lambda output: F.mse_loss(output[:50], targets[50:]), 1600),
+        "input": (lambda output: F.mse_loss(output, x[:, :4]), 0),
+        "parameter": (lambda output: F.mse_loss(output, targets) + weight.detach().sum(), 1600),
+        "module": (Proxies(), 800 + 16 + 2 * 4000),
+        "nothing": (lambda output: output.sum(), 0),
+    }
+
+
+@pytest.mark.parametrize("name", ["closure", "view", "input", "parameter", "module", "nothing"])
+def test_what_a_loss_function_holds_is_in_the_budget(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    x = torch.randn(100, 8)
+    loss_fn, own_bytes = losses_by_own_bytes(x, model)[name]
+    prepared = prepare(model, (x,), loss_fn=loss_fn, costs="roofline")
+    assert prepared.constant_bytes == own_bytes
+    plan = prepared.plan_bytes(prepared.minimum_peak_bytes)
+    plan.apply(model)
+    assert step_peak(model, (x,), loss_fn=loss_fn) == plan.peak_bytes == plan.budget_bytes

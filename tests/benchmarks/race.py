@@ -242,7 +242,7 @@ class Worker:
         random = compiled and self.case.family.has_dropout
         error = None if random else gradient_error(step, self.reference)
         return {
-            "allocated_bytes": peak.allocated_bytes - self.case.loss_bytes(self.batch),
+            "allocated_bytes": peak.allocated_bytes,
             "reserved_bytes": peak.reserved_bytes,
             "resident_bytes": self.resident_bytes,
             "meter": peak.meter,

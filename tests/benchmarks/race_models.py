@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import zoo
-from planner.devices import allocation_grain
 from planner.step import LossFn
 
 __all__ = ["MODELS", "Contender", "Size", "build"]
@@ -54,8 +53,7 @@ class Contender:
     ``blocks``      class names of its repeated blocks, which checkpointing by hand wraps.
     ``has_flag``    whether transformers' gradient checkpointing works on it.
     ``has_dropout`` whether a step draws random numbers.
-    ``outer_loss``  makes the loss function for a batch of ``n``, where the loss is outside the model, and
-                    says how many bytes of targets it holds itself.
+    ``outer_loss``  makes the loss function for a batch of ``n``, where the loss is outside the model.
     """
 
     name: str
@@ -65,7 +63,7 @@ class Contender:
     blocks: tuple[str, ...]
     has_flag: bool = True
     has_dropout: bool = False
-    outer_loss: Callable[[int, torch.device], tuple[LossFn, int]] | None = None
+    outer_loss: Callable[[int, torch.device], LossFn] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +85,7 @@ class Case:
 
     def loss_fn(self, batch: int) -> LossFn | None:
         outer = self.family.outer_loss
-        return None if outer is None else outer(batch, self.device)[0]
-
-    def loss_bytes(self, batch: int) -> int:
-        """Bytes on the device that the loss function holds, which neither model nor inputs know of."""
-        outer = self.family.outer_loss
-        grain = allocation_grain(self.device)
-        return 0 if outer is None else -(-outer(batch, self.device)[1] // grain) * grain
+        return None if outer is None else outer(batch, self.device)
 
     def items(self, batch: int) -> int:
         """Tokens or images in a batch."""
@@ -134,14 +126,14 @@ def _pairs(length: int, words: int) -> Callable[[int], Inputs]:
     return make
 
 
-def _relevance(batch: int, device: torch.device) -> tuple[LossFn, int]:
+def _relevance(batch: int, device: torch.device) -> LossFn:
     targets = torch.rand(batch, generator=_random(1), device="cpu").to(device)
 
     def loss_fn(outputs: Any) -> Tensor:
         logits = outputs.logits.squeeze(-1)
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
-    return loss_fn, targets.nbytes
+    return loss_fn
 
 
 def _images(side: int, classes: int, name: str = "pixels") -> Callable[[int], Inputs]:

@@ -54,8 +54,7 @@ class Row:
     ``status``, ``note`` "error" and its first line; "skipped" and the reason.
     ``budget_bytes``     the plan's budget; in part "batch" the cap on what the allocator may reserve.
     ``allocated_bytes``, ``reserved_bytes``  peaks of the whole process over one step; on a CPU the first is
-                         counted as ``meter`` says, and the second is not known.  Targets that a
-                         loss function holds itself are no part of the first.
+                         counted as ``meter`` says, and the second is not known.
     ``resident_bytes``   parameters, buffers, inputs.
     ``predicted_bytes``, ``predicted_step_s``, ``overhead``, ``overhead_bound``  the plan's own.
     ``step_s``           median seconds of forward and backward over ``steps`` steps, after a warm-up.
