@@ -177,13 +177,9 @@ def _refuse_unreal(step: Prepared) -> None:
 def _with_rounds(error: InfeasibleBudgetError, found: list[Round]) -> InfeasibleBudgetError:
     if not found:
         return error
-    return InfeasibleBudgetError(
+    return error.saying(
         f"{error}. A step planned for this budget was measured to take {bytes_text(found[-1].taken_bytes)}:\n"
-        f"{Calibration(tuple(found))}",
-        budget_bytes=error.budget_bytes,
-        minimum_bytes=error.minimum_bytes,
-        floor_bytes=error.floor_bytes,
-        breakdown=error.breakdown,
+        f"{Calibration(tuple(found))}"
     )
 
 

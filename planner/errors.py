@@ -54,5 +54,15 @@ class InfeasibleBudgetError(PlannerError):
         self.floor_bytes = floor_bytes
         self.breakdown = breakdown
 
+    def saying(self, message: str) -> InfeasibleBudgetError:
+        """The same refusal, with the same numbers, in other words."""
+        return InfeasibleBudgetError(
+            message,
+            budget_bytes=self.budget_bytes,
+            minimum_bytes=self.minimum_bytes,
+            floor_bytes=self.floor_bytes,
+            breakdown=self.breakdown,
+        )
+
     def __reduce__(self) -> Any:
         return functools.partial(InfeasibleBudgetError, **vars(self)), self.args

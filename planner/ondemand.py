@@ -369,13 +369,9 @@ class OnDemand:
         if self._calls == 1:
             return error
         known = f"of {self._calls}" if self._calls else "in the first step, which tells how many there are,"
-        return InfeasibleBudgetError(
+        return error.saying(
             f"call {place} {known} of {type(self.planned).__name__} before the backward, {held / 1e9:.4g} GB "
-            f"held by those before it: {error}",
-            budget_bytes=error.budget_bytes,
-            minimum_bytes=error.minimum_bytes,
-            floor_bytes=error.floor_bytes,
-            breakdown=error.breakdown,
+            f"held by those before it: {error}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What all pictures share: axes made on demand, colours of the decisions, names cut to fit.
+"""What all pictures share: axes made on demand, colours of the decisions, the turn, names cut to fit.
 
 Nothing is shown, saved or set globally.  Text and lines take the colours of the style in force, so that
 dark styles work; fills are of middling lightness, legible on white and on black.
@@ -13,7 +13,18 @@ from planner.errors import PlannerError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BUDGET", "DROPPED", "FREED", "KEPT", "RECOMPUTED", "finish", "ink", "new_axes", "short"]
+__all__ = [
+    "BUDGET",
+    "DROPPED",
+    "FREED",
+    "KEPT",
+    "RECOMPUTED",
+    "finish",
+    "ink",
+    "mark_turn",
+    "new_axes",
+    "short",
+]
 
 BUDGET = "#d0433b"
 KEPT = "#4479b5"
@@ -42,6 +53,19 @@ def finish(ax: Axes, title: str, *, pad: float = 8.0) -> None:
     ax.set_title(title, loc="left", fontsize=11, pad=pad)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
+
+
+def mark_turn(ax: Axes, step: int | None, *, inside: bool) -> None:
+    """A line where the backward begins, with the names of both sides ``inside`` the axes or above them."""
+    if step is None:
+        return
+    ax.axvline(step, color=ink(ax), lw=0.8, ls=":", alpha=0.6)
+    drop, va, size = (-3, "top", 9) if inside else (2, "bottom", 8)
+    for text, side, offset in (("forward", "right", -5), ("backward", "left", 5)):
+        ax.annotate(
+            text, (step, 1.0), (offset, drop), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha=side, va=va, fontsize=size, alpha=0.75,
+        )  # fmt: skip
 
 
 def short(name: str, limit: int = 44) -> str:

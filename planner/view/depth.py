@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.units import ByteUnit, seconds_text
 from planner.view.bands import highest, turn_of
-from planner.view.canvas import DROPPED, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
+from planner.view.canvas import DROPPED, FREED, KEPT, RECOMPUTED, finish, ink, mark_turn, new_axes, short
 from planner.view.layers import Row, depth_rows, layers_of
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def plot_placements(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("step of the plan")
     extra = f"{plan.overhead:.1%} more step time ({seconds_text(plan.recompute_s)})"
     finish(ax, f"{plan.model_name}: what is kept and what is recomputed, {extra}", pad=36)
-    _mark_turn(ax, plan)
+    mark_turn(ax, turn_of(plan), inside=False)
     _legend(ax)
     _bytes_panel(ax, rows, font)
     return ax
@@ -114,18 +114,6 @@ def _opacity(state: int) -> float:
 def _room(ax: Axes, rows: int) -> float:
     """Points from one row to the next."""
     return float(72 * ax.get_window_extent().height / ax.figure.dpi / max(1, rows))
-
-
-def _mark_turn(ax: Axes, plan: Plan) -> None:
-    turn = turn_of(plan)
-    if turn is None:
-        return
-    ax.axvline(turn, color=ink(ax), lw=0.8, ls=":", alpha=0.6)
-    for text, side, offset in (("forward", "right", -5), ("backward", "left", 5)):
-        ax.annotate(
-            text, (turn, 1.0), (offset, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-            ha=side, va="bottom", fontsize=8, alpha=0.75,
-        )  # fmt: skip
 
 
 def _legend(ax: Axes) -> None:

@@ -22,7 +22,7 @@ from planner.view.bands import (
     top_bytes,
     turn_of,
 )
-from planner.view.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, new_axes, short
+from planner.view.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, mark_turn, new_axes, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.axhline(plan.budget_bytes / unit.bytes, color=BUDGET, ls=(0, (6, 3)), lw=1.4, label="budget")
     ax.set_xlim(0, max(1, steps) * (1.04 if plan.optimizer_step_bytes else 1.0))
     ax.set_ylim(0, 1.25 * top / unit.bytes)
-    _mark_turn(ax, plan)
+    mark_turn(ax, turn_of(plan), inside=True)
     _mark_peak(ax, plan, unit)
     ax.set_xlabel("step of the plan (ops run, recomputed ones included)")
     ax.set_ylabel(f"live memory ({unit.name})")
@@ -143,25 +143,6 @@ def _edges(at: np.ndarray, steps: int) -> np.ndarray:
 def _held(level: np.ndarray) -> np.ndarray:
     """``level`` with its last entry repeated, so that the last step has a width too."""
     return np.append(level, level[-1:])
-
-
-def _mark_turn(ax: Axes, plan: Plan) -> None:
-    turn = turn_of(plan)
-    if turn is None:
-        return
-    ax.axvline(turn, color=ink(ax), lw=0.8, ls=":", alpha=0.6)
-    for text, side, offset in (("forward", "right", -5), ("backward", "left", 5)):
-        ax.annotate(
-            text,
-            (turn, 1.0),
-            (offset, -3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha=side,
-            va="top",
-            fontsize=9,
-            alpha=0.75,
-        )
 
 
 def _mark_peak(ax: Axes, plan: Plan, unit: ByteUnit) -> None:
