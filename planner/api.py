@@ -87,17 +87,9 @@ def plan(
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
     with reporting(progress) as tell:
         step = prepare(
-            model,
-            inputs,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            costs=costs,
-            dynamic=dynamic,
-            on_larger=on_larger,
-            solver=solver,
-            time_limit_s=time_limit_s,
-            progress=tell,
-        )
+            model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
+            on_larger=on_larger, solver=solver, time_limit_s=time_limit_s, progress=tell,
+        )  # fmt: skip
         make = partial(calibrated, step) if calibrate else step.plan_bytes
         made = make(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)

@@ -147,9 +147,8 @@ class CostCache:
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                     json.dump(record, file)
                 os.replace(partial, self.path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+            finally:
+                Path(partial).unlink(missing_ok=True)  # there only if something went wrong
         except OSError as error:
             log.warning("measured costs are not kept in %s: %s", self.path, error)
 

@@ -77,18 +77,11 @@ def enable(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
     settings = Settings(
-        None if budget_gb is None else budget_bytes_of(budget_gb),
-        loss_fn,
-        optimizer,
-        costs,
-        solver,
-        time_limit_s,
-        on_larger,
-        max_plans,
-        calls_per_step,
-        progress,
-    )
+        budget_bytes, loss_fn, optimizer, costs, solver, time_limit_s, on_larger, max_plans,
+        calls_per_step, progress,
+    )  # fmt: skip
     root = unwrapped(model)
     switch = vars(root).get(_KEY)
     if switch is None:

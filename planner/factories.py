@@ -127,15 +127,15 @@ def _file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, where)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(where.parent))  # what lies beside it can be imported, as in a script
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(str(where.parent))
+    with contextlib.ExitStack() as if_it_fails:
+        sys.path.insert(0, str(where.parent))  # what lies beside it can be imported, as in a script
+        sys.modules[name] = module
+        if_it_fails.callback(sys.modules.pop, name, None)
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(where.parent))
+        if_it_fails.pop_all()
     return module
 
 
