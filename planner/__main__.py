@@ -99,7 +99,8 @@ would be with that choice turned round, as simulated."""
 
 _EXPLAIN_EXAMPLES = """\
 examples:
-  {prog} explain plan.json encoder.layer.3            all that a module makes
+  {prog} explain plan.json bert.encoder.layer.3       all that a module makes
+  {prog} explain plan.json layer.3                    the same, if no other path ends so
   {prog} explain plan.json encoder.layer.3.output.mm_5
   {prog} explain plan.json mm_5                       a value, as `show` and the tables name it"""
 
@@ -209,7 +210,7 @@ def _add_looking(command: Command) -> None:
 
     explain = command("explain", cli.explain, "why is this recomputed?", _EXPLAIN, _EXPLAIN_EXAMPLES)
     explain.add_argument("plan", type=Path, metavar="PLAN", help="a saved plan")
-    explain.add_argument("name", metavar="NAME", help="a value, a module path, or both")
+    explain.add_argument("name", metavar="NAME", help="a value, a module path or its end, or both")
 
     diff = command("diff", cli.diff, "what another plan decides otherwise", _DIFF, _DIFF_EXAMPLES)
     diff.add_argument("first", type=Path, metavar="FIRST", help="a saved plan")

@@ -212,9 +212,10 @@ class Plan:
     def explain(self, name: str) -> Explanation:
         """Why a value, or what a module makes, is kept, recomputed or freed, in a few sentences.
 
-        ``name`` is a value, a module path, or both: ``"encoder.layer.3.output.dense"``, ``"mm_5"``.  Every
-        number comes from the plan's schedule with that choice turned round, as simulated
-        (:mod:`planner.view.explain`).  Raises ``ValueError`` for an unknown name, with those that are near.
+        ``name`` is a value, a module path, or both: ``"encoder.layer.3.output.dense"``, ``"mm_5"``; of a
+        path the end will do where it means one thing: ``"layer.3"``.  Every number comes from the plan's
+        schedule with that choice turned round, as simulated (:mod:`planner.view.explain`).  Raises
+        ``ValueError`` for an unknown name, with those that are near, or one that means several, with these.
         """
         from planner.view.explain import explain
 

@@ -146,6 +146,8 @@ def test_explain(run: Run, plan: planner.Plan) -> None:
     assert run(f"explain plan.json {p.name}") == (HELD, str(plan.explain(p.name)) + "\n", "")
     code, out, _ = run(f"explain plan.json {p.module} --json")
     assert code == HELD and json.loads(out)["sentences"] == list(plan.explain(p.module).sentences)
+    end = f"{p.module.split('.')[-1]}.{p.name}"
+    assert run(f"explain plan.json {end}") == (HELD, str(plan.explain(p.name)) + "\n", "")
     code, out, err = run("explain plan.json gelo_1")
     assert (code, out) == (CANNOT, "") and "near it: gelu_1" in err
 

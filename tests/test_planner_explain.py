@@ -17,6 +17,7 @@ from planner.units import bytes_text, seconds_text
 from planner.view.explain import Alternative, Explanation
 from planner.view.layers import layers_of, recompute_seconds, rows_of
 from tests import tiny
+from tests.made_plans import made_plan, stack, value
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,35 @@ def test_names_with_their_module_and_the_model_itself(plan: Plan) -> None:
     p = next(p for p in plan.placements if p.module)
     assert plan.explain(f"{p.module}.{p.name}").placements == (p,)
     assert all(not p.module for p in plan.explain("(model itself)").placements)
+
+
+def test_the_end_of_a_path_will_do_where_it_means_one_thing(plan: Plan) -> None:
+    for full in ("transformer.h.0", "transformer.h.1.mlp", "transformer.ln_f"):
+        for part in (full.split(".", 1)[1], full):
+            why = plan.explain(part)
+            assert why.name == full and str(why) == str(plan.explain(full))
+    p = next(p for p in plan.placements if p.module.startswith("transformer.h.1."))
+    why = plan.explain(f"{p.module.removeprefix('transformer.h.')}.{p.name}")
+    assert why.name == f"{p.module}.{p.name}" and why.placements == (p,)
+    with pytest.raises(ValueError, match=r"no value or module .* called '\.0'"):
+        plan.explain(".0")  # not at the edge of a name
+    with pytest.raises(ValueError, match=r"no value or module .* called 'n_f'"):
+        plan.explain("n_f")
+
+
+def test_the_end_of_several_paths_lists_them() -> None:
+    blocks = made_plan(stack(10))
+    assert len(blocks.explain("h.7").placements) == 3
+    assert blocks.explain("h.7.mlp.v7_1").placements == blocks.explain("v7_1").placements
+    with pytest.raises(ValueError, match=r"^'mlp' is the end of 10 paths in this plan of Made: ") as told:
+        blocks.explain("mlp")
+    assert re.findall(r"[\w.]+\.mlp\b", str(told.value)) == [f"net.h.{i}.mlp" for i in range(8)]
+    assert str(told.value).endswith(" and 2 more; write more of the one that is meant")
+    with pytest.raises(ValueError, match=r": a\.x\.b, c\.x\.b; write more"):
+        made_plan([value("one", "a.x.b"), value("two", "c.x.b")]).explain("x.b")
+    # What is called so goes before what only ends so.
+    same = made_plan([value("one", "b"), value("two", "a.b")])
+    assert [p.name for p in same.explain("b").placements] == ["one"]
 
 
 def test_a_plan_with_room_recomputes_nothing(roomy: Plan) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Alternative", "Explanation", "explain"]
 
 _FEW = 3  # names in a list before it is cut short
+_MANY = 8  # paths with the end that was asked about
 _WORDS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 
 
@@ -62,7 +63,7 @@ class Alternative:
 class Explanation:
     """The answer of :meth:`planner.Plan.explain`; printed, it is the sentences.
 
-    ``name``         what was asked about; ``placements`` the values it stands for.
+    ``name``         what was asked about, in full; ``placements`` the values it stands for.
     ``bytes``        of them all; ``kept_bytes``, ``recomputed_bytes`` and ``freed_bytes`` by decision.
     ``recompute_s``  seconds the plan spends on running their own ops again.
     ``if_kept``      the plan, had it kept what it recomputes of them; ``None`` if it recomputes none.
@@ -102,14 +103,15 @@ def explain(plan: Plan, name: str) -> Explanation:
     """Why the value or the values of the module called ``name`` are kept, recomputed or freed.
 
     ``name``  a value (``gelu_3``), a module path (all below it), both (``model.layers.0.mlp.mm_7``), or a
-              layer as :meth:`planner.Plan.summary` names it.
+              layer as :meth:`planner.Plan.summary` names it.  The front of a path may be left out where
+              what is left means one thing: ``layers.0``.
 
-    Raises ``ValueError`` for a name the plan does not have, with names that are near; ``TypeError`` for
-    anything but a string.
+    Raises ``ValueError`` for a name the plan does not have, with names that are near, and for the end of
+    several paths, with these; ``TypeError`` for anything but a string.
     """
     if not isinstance(name, str):
         raise TypeError(f"explain() takes the name of a value or a module, not {name!r}")
-    placements = _named(plan, name)
+    name, placements = _named(plan, name)
     seconds = dict(zip(map(id, plan.placements), recompute_seconds(plan), strict=True))
     spent = sum(seconds[id(p)] for p in placements)
     outline = plan.outline_if_known
@@ -138,8 +140,30 @@ def explain(plan: Plan, name: str) -> Explanation:
 # -- names ----------------------------------------------------------------------------------------
 
 
-def _named(plan: Plan, name: str) -> tuple[Placement, ...]:
-    """The placements of a value, a module, a value in its module, or a row of the summary."""
+def _named(plan: Plan, name: str) -> tuple[str, tuple[Placement, ...]]:
+    """The name in full, and the placements it stands for."""
+    exact = _exactly(plan, name)
+    if exact:
+        return name, exact
+    modules = list(dict.fromkeys(m for p in plan.placements for m in _prefixes(p.module)))
+    inside = [f"{p.module}.{p.name}" for p in plan.placements if p.module]
+    full = [path for path in (*modules, *inside) if path.endswith(f".{name}")]
+    if len(full) == 1:
+        return full[0], _exactly(plan, full[0])
+    if full:
+        rest = f" and {len(full) - _MANY} more" if len(full) > _MANY else ""
+        raise ValueError(
+            f"{name!r} is the end of {len(full)} paths in this plan of {plan.model_name}: "
+            f"{', '.join(full[:_MANY])}{rest}; write more of the one that is meant"
+        )
+    known = [p.name for p in plan.placements] + modules
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"; near it: {', '.join(near)}" if near else f"; there are {', '.join(known[:_FEW])}, ..."
+    raise ValueError(f"no value or module of this plan of {plan.model_name} is called {name!r}{hint}")
+
+
+def _exactly(plan: Plan, name: str) -> tuple[Placement, ...]:
+    """The placements of a value, a value in its module, a module, or a row of the summary."""
     of_value = tuple(p for p in plan.placements if name in (p.name, f"{p.module}.{p.name}"))
     if of_value:
         return of_value
@@ -149,14 +173,9 @@ def _named(plan: Plan, name: str) -> tuple[Placement, ...]:
     if name and below:
         return below
     layers = layers_of(plan)
-    for row in (*rows_of(layers, 16), *rows_of(layers, len(layers) or 1)):
-        if row.name == name:
-            return tuple(p for layer in row.layers for p in layer.placements)
-    modules = [m for p in plan.placements for m in _prefixes(p.module)]
-    known = list(dict.fromkeys([p.name for p in plan.placements] + modules))
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"; near it: {', '.join(near)}" if near else f"; there are {', '.join(known[:_FEW])}, ..."
-    raise ValueError(f"no value or module of this plan of {plan.model_name} is called {name!r}{hint}")
+    rows = (*rows_of(layers, 16), *rows_of(layers, len(layers) or 1))
+    row = next((row for row in rows if row.name == name), None)
+    return () if row is None else tuple(p for layer in row.layers for p in layer.placements)
 
 
 def _prefixes(module: str) -> list[str]:
