@@ -38,6 +38,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "batch_norm_is_cudnns",
+    "batch_norm_reserve_bytes",
     "checkpoint_calls",
     "clear_cublas_workspaces",
     "compiled",
@@ -145,6 +147,29 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def clear_cublas_workspaces() -> None:
     """Give back the scratch that cuBLAS keeps per thread; the next product takes it again; 1.12+."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def batch_norm_is_cudnns(
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    training: bool,
+    eps: float,
+) -> bool:
+    """Whether eager's batch norm of these (fake) tensors is cuDNN's; 2.3+."""
+    private: Any = torch._C
+    chosen = private._select_batch_norm_backend(x, weight, bias, mean, variance, training, eps)
+    return bool(chosen == private._BatchNormBackend.Cudnn)
+
+
+def batch_norm_reserve_bytes(x: torch.Tensor, training: bool) -> int:
+    """What cuDNN's batch norm keeps for its backward beside the statistics; needs a GPU; 2.3+."""
+    if not training:
+        return 0
+    private: Any = torch._C
+    return int(private._get_cudnn_batch_norm_reserve_space_size(x, training))
 
 
 def cuda_driver_version() -> int:

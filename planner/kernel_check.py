@@ -7,10 +7,8 @@ the names that torch's profiler saw on the device, on a CPU the ops that make or
 scaled dot product attention, chosen by mask, dropout, dtype and head size; convolutions in channels-last;
 products in TF32.  Each is a small module, so that all of them take seconds.
 
-Known weaknesses: batch norm in float32 is cuDNN's in eager, and torch's own kernel in a capture, whose
-tracer takes cuDNN's apart (``cudnn_batch_norm`` changes running statistics without its schema saying so);
-in bfloat16 eager runs torch's own, too.  Names of cuBLAS and cuDNN kernels depend on heuristics that look
-at pointers' alignment; a difference in these alone is for a person to judge.
+Known weakness: names of cuBLAS and cuDNN kernels depend on heuristics that look at pointers' alignment; a
+difference in these alone is for a person to judge.
 """
 
 from __future__ import annotations

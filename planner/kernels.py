@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "cudnn_batch_norm_functional",
     "dropout_apply",
     "dropout_mask",
     "dropout_mask_again",
@@ -54,6 +55,27 @@ def dropout_scale(p: float, dtype: torch.dtype, device: str) -> float:
     if device.startswith("cuda"):
         return 1.0 / (1.0 - p)
     return float(torch.ones((), dtype=dtype).div_(1.0 - p))
+
+
+def cudnn_batch_norm_functional(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """cuDNN's batch norm on copies of the running statistics.
+
+    Output, saved mean and inverse deviation, the moved running statistics, cuDNN's reserve.
+    """
+    mean, variance = mean.clone(), variance.clone()
+    *made, reserve = torch.ops.aten.cudnn_batch_norm.default(
+        x, weight, bias, mean, variance, training, momentum, eps
+    )
+    return (*made, mean, variance, reserve)
 
 
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,10 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_mutation(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    """Whether the call writes to an argument; cuDNN's batch norm moves its statistics, its schema silent."""
+    if node.target is aten.cudnn_batch_norm.default:
+        return argument(node, "training") is True and argument(node, "running_mean") is not None
+    return _compat.writes_arguments(node.target)
 
 
 def module_of(node: fx.Node) -> str | None:

@@ -10,6 +10,7 @@
 * each random op is preceded by a note of the generator's state, from which it can be replayed;
 * a size that varies becomes an argument, and whatever computed it goes;
 * a buffer's new value is copied into it in the forward, once, whatever is recomputed;
+* batch norm is cuDNN's where eager's is (:mod:`planner.batch_norm`);
 * forward work that only the backward reads moves to where the backward first reads it.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner import _compat, kernels
+from planner import _compat, batch_norm, kernels
 from planner.autocast import share_weight_casts
 from planner.capture import Traced
 from planner.errors import TraceError
@@ -50,6 +51,7 @@ def normalize(traced: Traced) -> Normalized:
     graph.split_dropout()
     graph.note_random_state()
     graph.update_buffers()
+    batch_norm.as_eager(graph.graph)
     return graph
 
 

@@ -143,7 +143,7 @@ RULES: tuple[Rule, ...] = (
                 "cudnn_batch_norm",
             )
         ),
-        "saved mean and inverse deviation of half-precision inputs are fp32; the reserve is empty",
+        "mean and inverse deviation of half-precision inputs are fp32; cuDNN's reserve is taken for none",
         "aten/src/ATen/native/cuda/Normalization.cu, acc_type; aten/src/ATen/native/cudnn/BatchNorm.cpp",
         outputs=_statistics_in_fp32,
     ),
