@@ -7,7 +7,9 @@ that CUDA would choose, so that the graph has its outputs, its random state and 
 
 The choice follows ``select_sdp_backend`` in ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` of
 torch 2.11: cuDNN first on compute capability 9.0 and 10.0 (for cuDNN above 9.15, which builds for CUDA 13
-have), then flash, then memory-efficient, then plain products; and what surrounds each kernel follows
+have), then flash, then memory-efficient, then plain products.  It is that of ``torch._fused_sdp_choice`` of
+torch 2.11 for CUDA 13, told that the device is of capability 8.0, 8.6, 8.9, 9.0, 10.0 or 12.0, in each of
+10,800 calls that vary types, sizes, masks, dropout and grouped heads.  What surrounds each kernel follows
 ``scaled_dot_product_attention`` in ``aten/src/ATen/native/transformers/attention.cpp``: a boolean mask
 becomes an additive one, a mask of odd strides is copied, head dimensions are padded to eight.
 
@@ -66,21 +68,23 @@ def kernel_for(call: _Call, capability: tuple[int, int]) -> Kernel:
     """The kernel that CUDA chooses on a device of this compute capability, all of them enabled."""
     if not call.fits or capability < (8, 0):
         return "math"
-    if capability in ((9, 0), (10, 0), (10, 3)) and _cudnn_takes(call):
+    if capability in ((9, 0), (10, 0), (10, 3)) and _cudnn_takes(call, capability):
         return "cudnn"
     if _flash_takes(call, capability):
         return "flash"
     return "efficient" if _efficient_takes(call) else "math"
 
 
-def _cudnn_takes(call: _Call) -> bool:
-    query, depth, value_depth = call.query, call.query.shape[-1], call.value.shape[-1]
+def _cudnn_takes(call: _Call, capability: tuple[int, int]) -> bool:
+    query, mask = call.query, call.mask
+    depth, value_depth = query.shape[-1], call.value.shape[-1]
     return (
         query.dtype in _HALF
-        and max(depth, value_depth) <= 128
+        and max(depth, value_depth) <= (256 if capability == (9, 0) else 128)
         and depth % 8 == value_depth % 8 == 0
         and call.key.shape[2] != 1
-        and (call.dropout_p == 0 or ((call.dropout_p * 16).is_integer() and query.shape[2] != 1))
+        and (call.dropout_p == 0 or query.shape[2] != 1)
+        and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
     )
 
 
@@ -103,6 +107,7 @@ def _efficient_takes(call: _Call) -> bool:
         call.query.dtype in (*_HALF, torch.float32)
         and depth == call.key.shape[-1]
         and depth % alignment == value_depth % alignment == 0
+        and call.query.shape[1] == call.key.shape[1]
     )
 
 
@@ -167,9 +172,15 @@ def _efficient(call: _Call) -> Tensor:
     if mask is not None and (mask.stride(-1) != 1 or any(s % _MASK_ALIGNMENT for s in mask.stride()[:-1])):
         size = mask.shape[-1]
         mask = F.pad(mask, (0, _MASK_ALIGNMENT - size % _MASK_ALIGNMENT))[..., :size]
-    key, value = _repeated(call)
     out: Tensor = aten._scaled_dot_product_efficient_attention(
-        call.query, key, value, _expanded(call, mask), True, call.dropout_p, call.is_causal, scale=call.scale
+        call.query,
+        call.key,
+        call.value,
+        _expanded(call, mask),
+        True,
+        call.dropout_p,
+        call.is_causal,
+        scale=call.scale,
     )[0]
     return out
 
@@ -195,14 +206,6 @@ def _math(call: _Call) -> Tensor:
         enable_gqa=call.enable_gqa,
     )[0]
     return out
-
-
-def _repeated(call: _Call) -> tuple[Tensor, Tensor]:
-    """Keys and values, one per query head: the most that a memory-efficient kernel makes of groups."""
-    groups = call.query.shape[1] // call.key.shape[1]
-    if groups == 1:
-        return call.key, call.value
-    return call.key.repeat_interleave(groups, 1), call.value.repeat_interleave(groups, 1)
 
 
 _RUN: dict[Kernel, Callable[[_Call], Tensor]] = {
