@@ -260,7 +260,10 @@ def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
         "--optimizer", metavar="NAME", help="adamw, adam, sgd, or MODULE:NAME of a class; its state counts"
     )
     parser.add_argument(
-        "--costs", default="auto", metavar="SOURCE", help="auto, profile or roofline (default: %(default)s)"
+        "--costs",
+        default="auto",
+        metavar="SOURCE",
+        help="auto, profile, roofline, or a GPU that is elsewhere, such as H100 (default: %(default)s)",
     )
     parser.add_argument("--solver", default="auto", metavar="NAME", help="a method (default: %(default)s)")
     parser.add_argument(

@@ -14,6 +14,8 @@ import pytest
 
 import planner
 from planner.__main__ import _parser
+from planner.cost_cache import VARIABLE
+from planner.devices import DEVICES
 from solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +147,17 @@ def test_a_model_of_ones_own(printed: list[str]) -> None:
         assert all(bound <= overhead for bound, overhead in zip(bounds, overheads, strict=True))
         assert overheads == sorted(overheads, reverse=True)
     assert of(printed, "tagging.apply()") == ("", "")  # its assertion held
+
+
+def test_a_gpu_that_is_elsewhere(printed: list[str]) -> None:
+    here = the(rf"nothing recomputed: ({NUMBER}) GB", of(printed, "class Tagger")[1])
+    quoted, now = of(printed, 'costs="H100"')
+    assert now == quoted  # nothing in it is timed or searched for
+    assert float(the(rf"peak ({NUMBER}) GB", now)) > float(here) and f"takes {here} GB on the CPU" in README
+    section = README.split("**A GPU that is elsewhere.**")[1].split("```")[0]
+    named = re.findall(r'"([A-Z][A-Z0-9 ]+)"', section)
+    assert named == [name for name, device in DEVICES.items() if device.capability is not None]
+    assert f"`{VARIABLE}`" in README
 
 
 # -- what it names ---------------------------------------------------------------------------------
