@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -102,13 +103,98 @@ def not_compiling() -> Iterator[None]:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
 
 
+# Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
+# norms), reads values (one_hot, istft, tensor_split), wants sizes as numbers (matmul) or has no fake form
+# (RNNs), or the planner restates them itself (dropout).
+_PYTHON_FORMS = frozenset({
+    "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "gru", "istft", "lstm", "matmul",
+    "miopen_batch_norm", "native_batch_norm", "one_hot", "pad_sequence", "rnn_relu", "rnn_tanh", "stft",
+    "tensor_split", "unsafe_chunk",
+})  # fmt: skip
+
+
+@functools.cache
+def _python_forms() -> tuple[tuple[Any, Any], ...]:
+    """(op, dispatch key) of the Python formulas that a trace would run where eager runs a kernel."""
+    importlib.import_module("torch._decomp.decompositions")  # registers them
+    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
+    packets = (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten) if name not in _PYTHON_FORMS)
+    ops = (
+        getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads()
+    )
+    return tuple((op, key) for op in ops for key in keys if key in op.py_kernels)
+
+
+@contextlib.contextmanager
+def kernels_as_eager() -> Iterator[None]:
+    """Inside a trace: ops that torch would restate in Python for compilers stay the kernels that eager runs.
+
+    Interpolation is the case that matters: its formula has other rounding, twenty times the ops, and
+    other memory.  Where a kernel's output is laid out otherwise than its fake form says, the fake form is
+    corrected: a ``reshape`` after it is a view or a copy by that layout.  2.0+
+    """
+    formulas = importlib.import_module("torch._decomp").decomposition_table
+    taken = [(op, key, op.py_kernels.pop(key)) for op, key in _python_forms() if key in op.py_kernels]
+    for op, _, _ in taken:
+        op._dispatch_cache.clear()
+    laid_out = _laid_out_anew()
+    before = {op: formulas[op] for op in laid_out if op in formulas}
+    formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
+    FakeTensorMode.cache_clear()  # it remembers layouts
+    try:
+        yield
+    finally:
+        formulas.update(before)
+        FakeTensorMode.cache_clear()
+        for op, key, formula in taken:
+            op.py_kernels[key] = formula
+            op._dispatch_cache.clear()
+
+
+def _dense(tensor: Any) -> Any:
+    return tensor.contiguous() if isinstance(tensor, torch.Tensor) else tensor
+
+
+def _dense_on_cpu(tensor: Any) -> Any:
+    """Contiguous, or so with channels last; CUDA's batch norm keeps strides."""
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+        return tensor
+    return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
+
+
+def _laid_out_anew() -> dict[Any, Callable[[Any], Any]]:
+    """Ops whose kernels lay their results out anew, and how their arguments would be for that."""
+    aten = torch.ops.aten
+    return {
+        aten._native_batch_norm_legit.default: _dense_on_cpu,
+        aten._native_batch_norm_legit_functional.default: _dense_on_cpu,
+        aten.native_batch_norm_backward.default: _dense_on_cpu,
+        aten.native_layer_norm_backward.default: _dense,
+        aten.mse_loss_backward.default: _dense,
+        aten.smooth_l1_loss_backward.default: _dense,
+    }
+
+
+def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(formula)
+    def on_dense(*args: Any, **kwargs: Any) -> Any:
+        return formula(*map(dense, args), **kwargs)
+
+    return on_dense
+
+
 def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), masks_as_eager(module, not_compiling), contextlib.ExitStack() as stack:
+    with (
+        _tracing_flags(),
+        kernels_as_eager(),
+        masks_as_eager(module, not_compiling),
+        contextlib.ExitStack() as stack,
+    ):
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, _record_nn_module_stack=True)
         return joint.graph_module
 

@@ -35,13 +35,13 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import descriptors, pytree
-from planner.effects import attributes_kept, hooks_on_submodules, original_forward
+from planner.effects import attributes_kept, original_forward
 from planner.errors import PlannerError, TraceError
 from planner.fakes import fake_inputs, fake_of
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
+from planner.refusals import checkpoints_itself, refuse_unplannable
 from planner.sizes import Dims, Sizes, evaluate
-from planner.wrappers import refuse_sharded
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
@@ -157,7 +157,7 @@ def capture(
     not fit ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     given = Inputs.of(model, inputs)
-    _refuse(model)
+    refuse_unplannable(model)
     given.check(model)
     flat, in_spec = given.flatten()
     mode, fake, sizes = fake_inputs(model, flat, dims)
@@ -207,7 +207,7 @@ def _refuse_side_effects(model: nn.Module, checkpointed: bool, effects: list[str
     """Raise for what the forward did beside computing."""
     name = type(model).__name__
     if checkpointed:
-        raise TraceError(_CHECKPOINTED.format(name, "its forward calls torch.utils.checkpoint"))
+        raise checkpoints_itself(name, "its forward calls torch.utils.checkpoint")
     if effects:
         raise TraceError(
             f"the forward of {name} stores tensors or counts in {', '.join(effects[:3])}; a planned step "
@@ -355,6 +355,13 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
             out.inputs[desc.idx] = node
         elif isinstance(desc, d.TangentAOTInput) and isinstance(desc.output, d.PlainAOTOutput):
             out.tangents[desc.output.idx] = node
+        elif isinstance(desc, d.TangentAOTInput) and isinstance(desc.output, d.InputMutationAOTOutput):
+            what = getattr(desc.output.mutated_input, "target", "an input")
+            raise TraceError(
+                f"the forward writes into {names.get(what, what)} (an embedding's max_norm does, and any "
+                "in-place operation on a parameter or an input); a plan cannot carry that. "
+                "Take it out of forward"
+            )
         else:
             raise TraceError(f"the capture made an input this version does not know: {desc}")
     (output,) = module.graph.find_nodes(op="output")
@@ -380,48 +387,6 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
                 "inputs and parameters must not be modified in place by the forward"
             )
     return out
-
-
-_CHECKPOINTED = (
-    "{} already checkpoints itself: {}. Switch it off first (Hugging Face: "
-    "model.gradient_checkpointing_disable()); the plan decides what to recompute"
-)
-
-
-def _refuse(model: nn.Module) -> None:
-    """Raise for models whose graph would not be their training step."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise PlannerError(
-            f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
-            f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) is True:
-            raise TraceError(
-                _CHECKPOINTED.format(
-                    type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"
-                )
-            )
-    refuse_sharded(model)
-    hooked = hooks_on_submodules(model)
-    if hooked:
-        raise PlannerError(
-            f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
-            f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
-            "Remove them, or register them on the model itself"
-        )
-    devices = {t.device for t in (*model.parameters(), *model.buffers())}
-    if any(device.type == "meta" for device in devices):
-        raise TraceError(
-            f"{type(model).__name__} lives on the meta device, which drops the backward; build it under "
-            "torch's FakeTensorMode or on a real device"
-        )
-    if len(devices) > 1:
-        raise TraceError(
-            f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device"
-        )
 
 
 @contextlib.contextmanager
@@ -472,7 +437,7 @@ def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
         name = type(model).__name__
         if checkpointed:
             why = "its forward calls torch.utils.checkpoint"
-            raise TraceError(_CHECKPOINTED.format(name, why)) from e
+            raise checkpoints_itself(name, why) from e
         place = _place_in_source(e)
         if _compat.is_data_dependent(e):
             raise TraceError(

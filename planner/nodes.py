@@ -45,7 +45,9 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def keeps_unreduced(node: fx.Node) -> fx.Node | None:
-    """The argument whose size a reduced loss keeps as its storage: two kernels shrink the sizes only."""
+    """The argument whose size the result keeps as its storage: three kernels shrink the sizes only."""
+    if node.target is aten.col2im.default:
+        return node.all_input_nodes[0]
     if node.target not in (aten.mse_loss.default, aten.smooth_l1_loss.default):
         return None
     if argument(node, "reduction") == 0:

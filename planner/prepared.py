@@ -324,8 +324,9 @@ class Prepared:
         tell.phase("solve", f"{len(self.problem)} ops in {bytes_text(budget_bytes)}")
         if budget_bytes < self.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
+        found: Solution | None
         try:
-            solution = solve(
+            found = solve(
                 self.problem,
                 budget_bytes,
                 solver=solver,
@@ -334,28 +335,31 @@ class Prepared:
                 hint=None if hint is None else self._schedule_of(hint),
             )
         except InfeasibleError:
+            found = None
+        if found is None or not found.fits:
             tell.phase("least", LEAST)
-            raise self.infeasible(budget_bytes) from None
-        tell.found(solution, self.problem.total_seconds)
-        if not solution.fits:
-            tell.phase("least", LEAST)
-        solution = self._or_least(solution)
-        if not solution.fits:
+        solution = self._or_least(found, budget_bytes)
+        if solution is None:
             raise self.infeasible(budget_bytes)
+        tell.found(solution, self.problem.total_seconds)
         return self._plan_of(solution)
 
-    def _or_least(self, solution: Solution) -> Solution:
-        """``solution``, or the schedule of the least plan where only that one fits its budget."""
-        if solution.fits or solution.budget_bytes < self.minimum_peak_bytes:
-            return solution
+    def _or_least(self, found: Solution | None, budget_bytes: int) -> Solution | None:
+        """What a solver found, or the schedule of the least plan where only that one fits.
+
+        It may fit where the solvers proved that nothing does: they count the state of the generator
+        before every random op, and a plan that replays none of them runs without.
+        """
+        if found is not None and found.fits:
+            return found
+        if budget_bytes < self.minimum_peak_bytes:
+            return None
         return dataclasses.replace(
-            solution,
-            schedule=self.least.schedule,
-            seconds=self.least.seconds,
-            recompute_seconds=self.least.recompute_seconds,
-            peak_bytes=self.least.peak_bytes,
+            self.least,
+            budget_bytes=budget_bytes,
+            peak_bytes=self.minimum_peak_bytes,
+            bound_seconds=self.problem.total_seconds if found is None else found.bound_seconds,
             status="feasible",
-            solver=self.least.solver,
         )
 
     def least_plan(self) -> Plan:
@@ -423,13 +427,12 @@ class Prepared:
         found: list[FrontierPoint] = []
         for budget in budgets:
             answer = answers.get(budget)
-            if isinstance(answer, Solution):
-                answer = self._or_least(answer)
-            if not isinstance(answer, Solution) or not answer.fits:
+            solution = self._or_least(answer if isinstance(answer, Solution) else None, budget)
+            if solution is None:
                 error = self.infeasible(budget)
                 found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))
                 continue
-            plan = self._plan_of(answer)
+            plan = self._plan_of(solution)
             found.append(
                 FrontierPoint(budget, plan.peak_bytes, plan.overhead, plan.overhead_bound, plan.status)
             )

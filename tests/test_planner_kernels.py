@@ -1,0 +1,144 @@
+"""Every kernel a model may call is captured as eager runs it: the same bits, the same bytes, the same op.
+
+The tracer restates some ops in Python, as a compiler would want them, with other rounding and other
+memory; and the fake forms of some kernels lay their results out otherwise than the kernels do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from planner import _compat
+from planner.errors import TraceError
+from planner.prepared import Prepared, prepare
+
+
+class Around(nn.Module):
+    """``op`` between two linear layers over the last dimension."""
+
+    def __init__(self, op: Callable[..., Tensor], width: int, *modules: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(width, 8)
+        self.op, self.inner = op, nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.op(self.first(x), *self.inner))
+
+
+def around(op: Callable[..., Tensor], x: Tensor, *modules: nn.Module) -> Prepared:
+    """The step of ``op`` on ``x``; it takes whatever width ``op`` leaves."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        width = op(nn.Linear(8, 8)(x), *modules).shape[-1]
+    model = Around(op, width, *modules)
+    return prepare(model, (x,), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", time_limit_s=1)
+
+
+def assert_as_eager(step: Prepared) -> None:
+    """Bit-equal and to the byte, with everything kept and with as little as can be."""
+    for plan in (step.plan_bytes(step.baseline.peak_bytes, solver="keep_all"), step.least_plan()):
+        report = plan.verify()
+        assert report.equal, str(report)
+        assert report.peak_bytes == report.predicted_peak_bytes <= plan.budget_bytes, str(report)
+
+
+WORDS, IMAGES, VOLUMES = torch.randn(4, 6, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 2, 4, 6, 8)
+
+
+def resized(mode: str, **how: object) -> Callable[[Tensor], Tensor]:
+    return lambda h: F.interpolate(h, mode=mode, **how)  # type: ignore[arg-type]
+
+
+RESIZED: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "upsample_nearest1d": (resized("nearest", scale_factor=2), WORDS),
+    "upsample_linear1d": (resized("linear", scale_factor=2), WORDS),
+    "upsample_nearest2d": (resized("nearest", scale_factor=2), IMAGES),
+    "upsample_bilinear2d": (resized("bilinear", size=(9, 11), align_corners=True), IMAGES),
+    "upsample_bicubic2d": (resized("bicubic", size=(4, 5)), IMAGES),
+    "_upsample_bilinear2d_aa": (resized("bilinear", size=(4, 5), antialias=True), IMAGES),
+    "_upsample_nearest_exact2d": (resized("nearest-exact", size=(9, 11)), IMAGES),
+    "upsample_trilinear3d": (resized("trilinear", scale_factor=2), VOLUMES),
+    "upsample_nearest3d": (resized("nearest", scale_factor=2), VOLUMES),
+    "hardshrink": (F.hardshrink, WORDS),
+    "softshrink": (F.softshrink, WORDS),
+    "multi_margin_loss": (lambda h: h + F.multi_margin_loss(h[0], torch.arange(6)), WORDS),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_an_op_is_not_restated(name: str) -> None:
+    op, x = RESIZED[name]
+    step = around(op, x)
+    targets = [op.target for op in step.graph.ops]
+    assert targets.count(f"aten.{name}") == 1 and targets.count(f"aten.{name}_backward") == 1
+    assert_as_eager(step)
+
+
+def turned(h: Tensor, norm: nn.Module) -> Tensor:
+    """A norm over a tensor whose memory lies the other way round, and a reshape of its result."""
+    return norm(h.transpose(1, 2)).transpose(1, 2).reshape(-1, 8)
+
+
+OTHERS: dict[str, tuple[Callable[..., Tensor], Tensor, tuple[nn.Module, ...]]] = {
+    "batch_norm, turned": (turned, WORDS, (nn.BatchNorm1d(8),)),
+    "layer_norm, turned": (turned, WORDS, (nn.LayerNorm(6),)),
+    "mse, turned": (lambda h: h + F.mse_loss(h.transpose(1, 2), torch.ones(4, 8, 6)), WORDS, ()),
+    "fold": (lambda h: F.fold(F.unfold(h, 3, padding=1), (6, 8), 3, padding=1), IMAGES, ()),
+    "instance_norm": (lambda h, m: m(h), IMAGES, (nn.InstanceNorm2d(4, track_running_stats=True),)),
+    "group_norm": (lambda h, m: m(h), IMAGES, (nn.GroupNorm(2, 4),)),
+    "conv_transpose": (lambda h, m: m(h), IMAGES, (nn.ConvTranspose2d(4, 4, 3, padding=1),)),
+    "max_pool": (lambda h: F.max_pool2d(h, 2), IMAGES, ()),
+    "adaptive_pool": (lambda h: F.adaptive_avg_pool2d(h, 3), IMAGES, ()),
+    "rrelu": (lambda h, m: m(h), IMAGES, (nn.RReLU(),)),
+    "alpha_dropout": (lambda h, m: m(h), IMAGES, (nn.AlphaDropout(0.2),)),
+    "noise": (lambda h: h + torch.randn_like(h), WORDS, ()),
+    "shuffle": (lambda h: h[torch.randperm(4)], WORDS, ()),
+    "attention": (lambda h, m: m(h, h, h)[0], WORDS, (nn.MultiheadAttention(8, 2, 0.1, batch_first=True),)),
+    "rnn": (lambda h, m: m(h)[0], WORDS, (nn.RNN(8, 8),)),
+    "lstm cell": (lambda h, m: m(h[0])[0], WORDS, (nn.LSTMCell(8, 8),)),
+    "weight_norm": (lambda h, m: m(h), WORDS, (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),)),
+    "fft": (lambda h: torch.fft.irfft(torch.fft.rfft(h)), WORDS, ()),
+    "scatter": (lambda h: torch.zeros_like(h).index_add(0, torch.tensor([0, 0, 1, 2]), h), WORDS, ()),
+    "sort": (lambda h: h.sort(-1)[0], WORDS, ()),
+    "grid_sample": (lambda h: F.grid_sample(h, torch.rand(2, 6, 8, 2) * 2 - 1), IMAGES, ()),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore:Default grid_sample")
+def test_an_op_is_as_in_eager(name: str) -> None:
+    op, x, modules = OTHERS[name]
+    assert_as_eager(around(op, x, *modules))
+
+
+def test_the_tracer_is_left_as_it_was() -> None:
+    formulas = torch._decomp.decomposition_table
+    forms = {(op, key): op.py_kernels[key] for op, key in _compat._python_forms()}
+    before = dict(formulas)
+    assert len(forms) > 40
+    with pytest.raises(TraceError, match="0, False"), _compat.kernels_as_eager():
+        raise TraceError(f"{sum(key in op.py_kernels for op, key in forms)}, {dict(formulas) == before}")
+    assert {(op, key): op.py_kernels.get(key) for op, key in forms} == forms and dict(formulas) == before
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_fused_recurrence_is_warned_of(kind: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "planner"):
+        step = around(lambda h, m: m(h)[0], WORDS, kind(8, 8))
+    assert f"inner.0 is an {kind.__name__}: eager runs it as one kernel" in caplog.text
+    report = step.least_plan().verify()
+    assert report.within_budget and report.comparison.gradients.max_relative < 1e-5
+
+
+def test_a_parameter_that_the_forward_writes_to_is_refused() -> None:
+    words = torch.randint(9, (4, 6))
+    with pytest.raises(
+        TraceError, match=r"the forward writes into inner\.0\.weight \(an embedding's max_norm"
+    ):
+        around(lambda h, m: h + m(words), WORDS, nn.Embedding(9, 8, max_norm=1.0))
