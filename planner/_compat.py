@@ -245,6 +245,10 @@ def batch_norm_is_cudnns(
     eps: float,
 ) -> bool:
     """Whether eager's batch norm of these (fake) tensors is cuDNN's; 2.3+."""
+    if weight is None or bias is None or (mean is None and not training):
+        return False  # torch's first conditions; its function does not take None
+    if mean is None or variance is None:
+        mean = variance = weight  # neither is as good as both
     private: Any = torch._C
     chosen = private._select_batch_norm_backend(x, weight, bias, mean, variance, training, eps)
     return bool(chosen == private._BatchNormBackend.Cudnn)

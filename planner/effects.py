@@ -19,19 +19,30 @@ from torch import nn
 
 __all__ = ["attributes_kept", "has_hooks", "hooks_on_submodules", "original_forward"]
 
-_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks are looked after elsewhere
+_OWN = frozenset(vars(nn.Module()))  # parameters, buffers and submodules are looked after elsewhere
+_HOOKS = tuple(
+    name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)
+)
 
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Put every module's attributes back on leaving; the list then names those a plan cannot do without."""
+    """Put every module's attributes back on leaving; the list then names those a plan cannot do without.
+
+    Hooks that the forward set are taken off with the attribute that remembers them: transformers sets its
+    recorders at a model's first call, and would set them twice.
+    """
     before = [(path, module, _contents(module)) for path, module in model.named_modules()]
+    hooks = [(held, dict(held)) for _, m, _ in before for held in (getattr(m, name) for name in _HOOKS)]
     effects: list[str] = []
     try:
         yield effects
     finally:
         for path, module, contents in before:
             _put_back(path, module, contents, effects)
+        for held, was in hooks:
+            for key in held.keys() - was.keys():
+                del held[key]
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:

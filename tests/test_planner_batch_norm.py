@@ -215,7 +215,8 @@ def test_it_copies_where_eager_copies() -> None:
     graph = graph_of(Sliced(), x)
     assert norms_of(graph) == {"aten.cudnn_batch_norm": 1, "aten.cudnn_batch_norm_backward": 1}
     copies = [op for op in graph.ops if op.target == "aten.clone"]
-    assert [graph.values[op.outputs[0]].bytes for op in copies] == [4 * x.numel()] * 2  # input, gradient
+    # The input; the gradient is dense already, since on a CPU the norm's result is laid out anew.
+    assert [graph.values[op.outputs[0]].bytes for op in copies] == [4 * x.numel()]
     agrees(Sliced(), x)
 
 

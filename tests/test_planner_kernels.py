@@ -142,3 +142,28 @@ def test_a_parameter_that_the_forward_writes_to_is_refused() -> None:
         TraceError, match=r"the forward writes into inner\.0\.weight \(an embedding's max_norm"
     ):
         around(lambda h, m: h + m(words), WORDS, nn.Embedding(9, 8, max_norm=1.0))
+
+
+class Recording(nn.Module):
+    """Sets hooks at its first call and remembers that it did, as transformers' recorders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.heard = nn.Linear(8, 8), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "is_set", False):
+            hook = lambda *_: self.heard.append(1)  # noqa: E731
+            hook.__module__ = "transformers.utils.output_capturing"
+            self.inner.register_forward_hook(hook)
+            self.is_set = True
+        self.heard.clear()
+        return self.inner(x) * len(self.heard)
+
+
+def test_hooks_that_the_forward_sets_are_set_once() -> None:
+    model = Recording()
+    step = prepare(model, (WORDS,), loss_fn=lambda y: y.sum(), costs="roofline")
+    assert not model.inner._forward_hooks and not hasattr(model, "is_set")
+    assert model(WORDS).allclose(model.inner(WORDS)) and len(model.inner._forward_hooks) == 1
+    assert step.least_plan().verify().ok
