@@ -29,7 +29,8 @@ _VISION = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3, **_LAYERS}
 _TEXT = {"vocab_size": WORDS, "num_hidden_layers": 2, "max_position_embeddings": 32, **_LAYERS}
 _BOTH_SIDES = {
     "vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "use_cache": False, **_ENDS,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "use_cache": False, **_ENDS,
     "decoder_start_token_id": 3,
 }  # fmt: skip
 _AUDIO = {
