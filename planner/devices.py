@@ -8,10 +8,16 @@ CUDA's caching allocator rounds every block up to 512 bytes (``kMinBlockSize`` i
 
 ``library_bytes`` is what cuBLAS keeps on a CUDA device.  PyTorch hands every handle a workspace from its
 caching allocator and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``,
-``parseChosenWorkspaceSize``): 32 MiB on compute capability 9, 10 and 12, else 8 MiB + 128 KiB, or what
-``CUBLAS_WORKSPACE_CONFIG`` says.  Handles belong to threads, and the backward of a step runs in a thread
-of the autograd engine, so a training step has two.  cuBLASLt shares the workspace unless
-``TORCH_CUBLASLT_UNIFIED_WORKSPACE=0``; then it has its own, of ``CUBLASLT_WORKSPACE_SIZE`` KiB or 1 MiB.
+``parseChosenWorkspaceSize``): 32 MiB on compute capability 9, and in later versions 10 and 12, else 8 MiB +
+128 KiB, or what ``CUBLAS_WORKSPACE_CONFIG`` says.  Handles belong to threads, and the backward of a step runs
+in a thread of the autograd engine, so a training step has two.  Products with a bias go through cuBLASLt,
+which has a workspace of its own, of ``CUBLASLT_WORKSPACE_SIZE`` KiB or 1 MiB, unless
+``TORCH_CUBLASLT_UNIFIED_WORKSPACE=1`` has it share the other: so torch 2.11 for CUDA 13, asked with a made
+driver under its own allocator.
+
+That allocator leaves a block above 1 MiB whole if less than 1 MiB would remain of it (``should_split``), and
+counts all of it as allocated: a measured peak can exceed a prediction by up to 1 MiB for each such block
+alive.  ``PYTORCH_ALLOC_CONF=expandable_segments:True`` splits every block to the last 512 bytes.
 
 :func:`memory_of` and :func:`capability_of` are the only places that ask a device for its state.
 """
@@ -38,6 +44,7 @@ __all__ = [
     "allocation_grain",
     "capability_of",
     "cublas_workspace_bytes",
+    "cublaslt_workspace_bytes",
     "device_named",
     "library_bytes",
     "memory_of",
@@ -223,23 +230,29 @@ def warn_of_little_memory(budget_bytes: int, peak_bytes: int, memory: DeviceMemo
 
 
 def cublas_workspace_bytes(capability: tuple[int, int], environ: Mapping[str, str] | None = None) -> int:
-    """Bytes that PyTorch gives each cuBLAS handle, cuBLASLt's own workspace included if it has one."""
+    """Bytes that PyTorch gives each cuBLAS handle."""
     environ = os.environ if environ is None else environ
     default_bytes = 32 * 2**20 if capability[0] in (9, 10, 12) else 2 * 4096 * 1024 + 8 * 16 * 1024
     config = environ.get("CUBLAS_WORKSPACE_CONFIG")
     pairs = re.findall(r":([0-9]+):([0-9]+)", config) if config else []
-    cublas_bytes = sum(int(kib) * 1024 * int(count) for kib, count in pairs) if pairs else default_bytes
-    if environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") != "0":
-        return cublas_bytes
+    return sum(int(kib) * 1024 * int(count) for kib, count in pairs) if pairs else default_bytes
+
+
+def cublaslt_workspace_bytes(environ: Mapping[str, str] | None = None) -> int:
+    """Bytes that PyTorch gives a thread's cuBLASLt beyond its cuBLAS workspace."""
+    environ = os.environ if environ is None else environ
+    if environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") == "1":
+        return 0
     own = environ.get("CUBLASLT_WORKSPACE_SIZE", "")
-    return cublas_bytes + (int(own) if own.isdecimal() else 1024) * 1024
+    return (int(own) if own.isdecimal() else 1024) * 1024
 
 
-def library_bytes(capability: tuple[int, int] | None, *, forward: bool, backward: bool) -> int:
-    """Bytes that cuBLAS keeps through a step with matrix products in its forward, in its backward.
+def library_bytes(capability: tuple[int, int] | None, *, products: bool, biased: bool) -> int:
+    """Bytes that cuBLAS keeps through a step with matrix products, some of them with a bias.
 
+    Both threads of the step are counted for both: a product of the forward may be recomputed in the other.
     0 where ``capability`` is ``None``: other devices have no such workspace.
     """
     if capability is None:
         return 0
-    return (forward + backward) * cublas_workspace_bytes(capability)
+    return 2 * (products * cublas_workspace_bytes(capability) + biased * cublaslt_workspace_bytes())

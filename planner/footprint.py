@@ -17,6 +17,9 @@ _PRODUCTS = frozenset(
     f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear")
 )
 
+# Those of them that it runs through cuBLASLt.
+_BIASED = frozenset(f"aten.{name}" for name in ("addmm", "linear", "_addmm_activation"))
+
 
 def tangent_bytes(graph: TrainingGraph, grain: int) -> int:
     """Of output gradients that come from outside and are there throughout."""
@@ -48,9 +51,7 @@ def gradient_bytes(graph: TrainingGraph, grain: int) -> int:
 
 def cublas_bytes(graph: TrainingGraph, capability: tuple[int, int] | None) -> int:
     """That cuBLAS keeps for itself through the step; see :mod:`planner.devices`."""
-    multiply = [i for i, op in enumerate(graph.ops) if op.target in _PRODUCTS]
+    targets = {op.target for op in graph.ops}
     return library_bytes(
-        capability,
-        forward=any(i < graph.turn for i in multiply),
-        backward=any(i >= graph.turn for i in multiply),
+        capability, products=bool(targets & (_PRODUCTS | _BIASED)), biased=bool(targets & _BIASED)
     )

@@ -22,6 +22,7 @@ from planner.devices import (
     DEVICES,
     DeviceMemory,
     cublas_workspace_bytes,
+    cublaslt_workspace_bytes,
     device_named,
     library_bytes,
     memory_of,
@@ -133,7 +134,7 @@ def test_it_says_which_device_it_is_for_and_its_bytes_add_up(
     assert sum(plan.breakdown.values()) == plan.peak_bytes <= plan.budget_bytes
     assert all(size % 512 == 0 for size in plan.breakdown.values())
     assert (plan.timeline % 512 == 0).all()
-    assert plan.breakdown["library_workspace"] == step.library_bytes == 2 * 32 * MB
+    assert plan.breakdown["library_workspace"] == step.library_bytes == 2 * (32 + 1) * MB
     assert "cuBLAS workspace" in plan.summary()
     assert plan.recompute_flops > 0
     plan.save(tmp_path / "plan.json")
@@ -174,7 +175,7 @@ def test_a_model_without_memory_is_planned_for_a_gpu() -> None:
     found = planner.frontier(model, inputs, costs="L4", points=2)
     assert inside.planned_for == "L4"
     assert found.baseline_peak_bytes == inside.baseline_peak_bytes
-    assert inside.breakdown["library_workspace"] == 2 * (8 * MB + 128 * 1024)
+    assert inside.breakdown["library_workspace"] == 2 * (9 * MB + 128 * 1024)
 
 
 # --- Which kernels ----------------------------------------------------------------------------
@@ -339,12 +340,8 @@ def test_scratch_is_what_the_kernels_sources_say() -> None:
         ((9, 0), {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, 128 * 1024),
         ((8, 0), {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}, 8 * MB + 128 * 1024),
         ((9, 0), {"CUBLAS_WORKSPACE_CONFIG": "nonsense"}, 32 * MB),
-        ((9, 0), {"TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0"}, 33 * MB),
-        (
-            (9, 0),
-            {"TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "CUBLASLT_WORKSPACE_SIZE": "512"},
-            32 * MB + 2**19,
-        ),
+        ((9, 0), {"TORCH_CUBLASLT_UNIFIED_WORKSPACE": "1"}, 32 * MB),
+        ((9, 0), {"CUBLASLT_WORKSPACE_SIZE": "512"}, 32 * MB),
     ],
 )
 def test_the_workspace_is_pytorchs(
@@ -355,9 +352,12 @@ def test_the_workspace_is_pytorchs(
         monkeypatch.delenv(name, raising=False)
         if name in environ:
             monkeypatch.setenv(name, environ[name])
-    assert library_bytes(capability, forward=True, backward=True) == 2 * expected
-    assert library_bytes(capability, forward=True, backward=False) == expected
-    assert library_bytes(None, forward=True, backward=True) == 0
+    unified = environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") == "1"
+    own = 0 if unified else int(environ.get("CUBLASLT_WORKSPACE_SIZE", 1024)) * 1024
+    assert cublaslt_workspace_bytes(environ) == own
+    assert library_bytes(capability, products=True, biased=True) == 2 * (expected + own)
+    assert library_bytes(capability, products=True, biased=False) == 2 * expected
+    assert library_bytes(None, products=True, biased=True) == 0
 
 
 def test_a_step_without_products_has_no_workspace() -> None:
