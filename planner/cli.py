@@ -12,6 +12,7 @@ import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,9 @@ def check_cuda(arguments: Namespace) -> Outcome:
 
     settings = cuda_check.settings_of(arguments.device, size=arguments.size, quick=arguments.quick)
     if arguments.models:
-        settings = cuda_check.with_models(settings, tuple(arguments.models))
+        settings = dataclasses.replace(settings, models=tuple(arguments.models))
     with PhaseBar(settings.phases) as bar:
-        check = cuda_check.run(settings, tell=bar.tell)
-    check.append_to(arguments.results)
+        check = cuda_check.run(settings, bar.tell, partial(cuda_check.append_rows, arguments.results))
     told = f"total {check.seconds:.0f} s; {len(check.rows)} lines appended to {arguments.results}"
     return _judged(f"{check}\n\n{told}", check.failures())
 

@@ -8,7 +8,11 @@ gradients, kernels.
 CUDA kernels that add atomically (an embedding's backward) give other last bits each time, so
 gradients are compared twice: as they come, beside the difference of two eager steps, and once more
 with ``torch.use_deterministic_algorithms(True, warn_only=True)``, where they should be bit-equal.
-Kernels are compared as a multiset of names, from torch's profiler.
+Kernels are compared as a multiset of names, from torch's profiler; those of the small modules of
+:mod:`planner.kernel_check` too.
+
+A model that cannot be measured is told with its reason, and the others are measured all the same; so are
+those for which ``Settings.limit_s`` leaves no time.
 
 On a CPU (``device="cpu"``) the same code runs with the CPU's means: allocated bytes by counting
 storages, no reserved bytes, ops that make or change a storage in place of kernels.
@@ -22,13 +26,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +43,7 @@ import torch
 from planner.demo import MISPREDICTED, Tell, aligned, prefixed
 from planner.devices import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.kernel_check import kernel_counts, kernels_differ
+from planner.kernel_check import CASES, compare_kernels, kernel_counts, kernels_differ
 from planner.measure import StepRecord, compare, cuda_step_peak, run_step, step_peak
 from planner.plan import Plan
 from planner.prepared import CostSource, Prepared
@@ -49,19 +54,27 @@ __all__ = [
     "Check",
     "Row",
     "Settings",
+    "append_rows",
     "checked_device",
     "held_by_others",
     "run",
     "settings_of",
-    "with_models",
 ]
+
+# What building, planning or running a model may raise.
+_RAISED = (PlannerError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 LARGE_DEVICE_BYTES = 40 * 10**9  # below it the published sizes' eager steps may not fit
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run where; ``fractions`` are of what the eager step adds to what is resident."""
+    """What to run where.
+
+    ``fractions``  of what the eager step adds to what is resident.
+    ``cases``      of :data:`planner.kernel_check.CASES`.
+    ``limit_s``    seconds after which no model begins that would take as long as the longest so far.
+    """
 
     device: torch.device
     size: Literal["demo", "large"]
@@ -71,6 +84,8 @@ class Settings:
     least_s: float = 8.0
     steps: int = 8
     costs: CostSource = "profile"
+    cases: tuple[str, ...] = tuple(CASES)
+    limit_s: float = 520.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.models if name not in MODELS]
@@ -80,7 +95,7 @@ class Settings:
     @property
     def phases(self) -> int:
         """How often :func:`run` tells what it does."""
-        return 4 * len(self.models)
+        return 4 * len(self.models) + 1
 
 
 def checked_device(device: str) -> torch.device:
@@ -131,13 +146,9 @@ def settings_of(device: str, *, size: str = "auto", quick: bool = False) -> Sett
             least_s=1.0,
             steps=2,
             costs="roofline",
+            cases=("attention",),
         )
     return settings
-
-
-def with_models(settings: Settings, models: tuple[str, ...]) -> Settings:
-    """The same for other models."""
-    return dataclasses.replace(settings, models=models)
 
 
 @dataclass(frozen=True)
@@ -197,24 +208,38 @@ class Row:
         return [f"{self.model}, {self.method}: {what}" for what in found]
 
 
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Append one line of JSON per row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(row.json() + "\n" for row in rows)
+
+
 @dataclass(frozen=True)
 class Check:
-    """All rows, and how long they took."""
+    """All rows, what could not be measured and why, and how long it took.
+
+    ``cases``  by name: calls of a planned step beyond eager's, none where the kernels are the same.
+    """
 
     rows: tuple[Row, ...]
     seconds: float
+    missing: tuple[str, ...] = ()
+    cases: Mapping[str, dict[str, int]] = field(default_factory=dict)
 
     def failures(self) -> list[str]:
         """What went wrong, one line each."""
-        return [line for row in self.rows for line in row.failures()]
-
-    def append_to(self, path: Path) -> None:
-        """Append one line of JSON per row."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(row.json() + "\n" for row in self.rows)
+        return [*self.missing, *(line for row in self.rows for line in row.failures())]
 
     def __str__(self) -> str:
+        parts = [self._table()] if self.rows else []
+        if self.cases:
+            same = [name for name, differ in self.cases.items() if not differ]
+            parts.append(f"the same kernels as eager's in {len(same)} of {len(self.cases)} small modules")
+            parts += [f"  {name}: {differ}" for name, differ in self.cases.items() if differ]
+        return "\n".join(parts)
+
+    def _table(self) -> str:
         first = self.rows[0]
         head = (
             "model", "method", "budget MB", "predicted MB", "allocated MB", "reserved MB", "step ms", "ratio",
@@ -258,26 +283,57 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def run(settings: Settings, tell: Tell | None = None) -> Check:
-    """Check every model; ``tell`` hears of each of ``settings.phases`` phases as it begins."""
+def run(
+    settings: Settings, tell: Tell | None = None, found: Callable[[Sequence[Row]], None] | None = None
+) -> Check:
+    """Check every model; ``tell`` hears of each of ``settings.phases`` phases as it begins.
+
+    ``found`` is given the rows of a model as soon as they are measured.
+    """
     began = time.perf_counter()
     say = tell or _silent
     if settings.device.type == "cuda":  # read when cuBLAS starts; deterministic products need it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    say("kernels")
     rows: list[Row] = []
+    missing: list[str] = []
+    cases: dict[str, dict[str, int]] = {}
+    for name in settings.cases:
+        try:
+            cases[name] = compare_kernels(name, settings.device)
+        except _RAISED as error:
+            missing.append(f"kernels of {name}: {_reason(error, settings)}")
+    longest_s = 0.0
     for key in settings.models:
+        start_s = time.perf_counter() - began
+        if start_s + longest_s > settings.limit_s:
+            missing.append(f"{key}: not begun, {start_s:.0f} s had passed; run it with --models {key}")
+            continue
         say(f"{key}: build")
         try:
-            rows += _rows_of(MODELS[key](settings.device, size=settings.size), settings, prefixed(say, key))
-        except torch.OutOfMemoryError as error:
-            raise PlannerError(
-                f"{key} in {settings.size} size does not fit on {settings.device}: "
-                f"{str(error).splitlines()[0]} Other processes and contexts hold "
-                f"{held_by_others(settings.device) / 1e9:.1f} GB of it; take --size demo, or fewer --models"
-            ) from error
+            mine = _rows_of(MODELS[key](settings.device, size=settings.size), settings, prefixed(say, key))
+        except _RAISED as error:
+            missing.append(f"{key}: {_reason(error, settings)}")
+        else:
+            rows += mine
+            if found is not None:
+                found(mine)
+        gc.collect()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-    return Check(tuple(rows), time.perf_counter() - began)
+        longest_s = max(longest_s, time.perf_counter() - began - start_s)
+    return Check(tuple(rows), time.perf_counter() - began, tuple(missing), cases)
+
+
+def _reason(error: BaseException, settings: Settings) -> str:
+    """Why something could not be measured, in a line."""
+    what = next(iter(str(error).splitlines()), "")
+    if not isinstance(error, torch.OutOfMemoryError):
+        return what if isinstance(error, PlannerError) else f"{type(error).__name__}: {what}"
+    return (
+        f"{settings.size} size does not fit on {settings.device}: {what} Other processes and contexts hold "
+        f"{held_by_others(settings.device) / 1e9:.1f} GB of it; take --size demo, or fewer --models"
+    )
 
 
 def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
@@ -318,7 +374,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
                     predicted_bytes=plan.peak_bytes,
                     step_s=ran.step_s[k + 1],
                     time_ratio=ran.ratios[k],
-                    **_peak_fields(_peak(example, prepared)),
+                    **dict(zip(("allocated_bytes", "reserved_bytes"), _peak(example, prepared), strict=True)),
                     **reference.judge(example, settings.device, kernels=method == "keep_all"),
                 )
             )
@@ -354,10 +410,6 @@ def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None]:
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
     there_bytes = resident_bytes + prepared.constant_bytes
     return there_bytes + peak.allocated_bytes - peak.resident_bytes, peak.reserved_bytes
-
-
-def _peak_fields(peak: tuple[int, int | None]) -> dict[str, Any]:
-    return {"allocated_bytes": peak[0], "reserved_bytes": peak[1]}
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,8 +135,8 @@ def test_nothing_recomputed_calls_the_same_ops(check: cuda_check.Check) -> None:
 
 def test_lines_of_json(check: cuda_check.Check, tmp_path: Path) -> None:
     path = tmp_path / "results" / "cuda.jsonl"
-    check.append_to(path)
-    check.append_to(path)
+    cuda_check.append_rows(path, check.rows)
+    cuda_check.append_rows(path, check.rows)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 2 * len(check.rows)
     asked = {"gpu", "driver", "torch", "commit", "date", "model", "batch", "method", "budget_bytes"}
@@ -144,6 +144,42 @@ def test_lines_of_json(check: cuda_check.Check, tmp_path: Path) -> None:
     assert all(asked <= line.keys() for line in lines)
     assert lines[0]["reserved_bytes"] is None and lines[2]["allocated_bytes"] > 0
     assert "plan least" in str(check)
+    assert "the same kernels as eager's in 1 of 1 small modules" in str(check)
+
+
+def test_a_model_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = cuda_check.Row(
+        "g", "d", "t", "c", "2026", "m", "demo", "x", "eager", None, 10, 12, None, 5, step_s=1.0
+    )
+
+    def build(key: str) -> str:
+        if key == "gpt2":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried a lot.\nmore")
+        if key == "unet":
+            raise RuntimeError("a kernel broke\nits stack")
+        return key
+
+    def rows(example: str, *_: object) -> list[cuda_check.Row]:
+        return [dataclasses.replace(row, model=example)]
+
+    names = ("bert", "gpt2", "unet", "resnet")
+    made = {key: lambda *_, key=key, **__: build(key) for key in names}
+    monkeypatch.setattr(cuda_check, "MODELS", made)
+    monkeypatch.setattr(cuda_check, "_rows_of", rows)
+    monkeypatch.setattr(cuda_check, "compare_kernels", lambda name, device: {"gemm": 1})
+    settings = cuda_check.Settings(torch.device("cpu"), "demo", names, cases=("attention",))
+    written: list[str] = []
+    check = cuda_check.run(settings, None, lambda rows: written.extend(r.model for r in rows))
+    assert written == [r.model for r in check.rows] == ["bert", "resnet"]
+    memory, broken = check.failures()
+    assert memory.startswith("gpt2: demo size does not fit on cpu: CUDA out of memory. Tried a lot. Other")
+    assert "--size demo" in memory and "more" not in memory.split("--size")[0]
+    assert broken == "unet: RuntimeError: a kernel broke"
+    assert "0 of 1 small modules\n  attention: {'gemm': 1}" in str(check)
+    late = cuda_check.run(dataclasses.replace(settings, limit_s=-1.0))
+    assert late.rows == () and len(late.failures()) == 4
+    assert "not begun" in late.failures()[0] and "--models bert" in late.failures()[0]
+    assert "small modules" in str(late)
 
 
 def test_the_check_fails_on_what_it_should(check: cuda_check.Check) -> None:
