@@ -366,6 +366,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     for k, (method, plan) in enumerate(plans.items()):
         plan.apply(example.model)
         try:
+            allocated_bytes, reserved_bytes = _peak(example, prepared)
             rows.append(
                 dataclasses.replace(
                     start,
@@ -374,7 +375,8 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
                     predicted_bytes=plan.peak_bytes,
                     step_s=ran.step_s[k + 1],
                     time_ratio=ran.ratios[k],
-                    **dict(zip(("allocated_bytes", "reserved_bytes"), _peak(example, prepared), strict=True)),
+                    allocated_bytes=allocated_bytes,
+                    reserved_bytes=reserved_bytes,
                     **reference.judge(example, settings.device, kernels=method == "keep_all"),
                 )
             )
