@@ -35,7 +35,7 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import descriptors, pytree
-from planner.effects import attributes_kept, original_forward
+from planner.effects import Effects, attributes_kept, original_forward, settled
 from planner.errors import PlannerError, TraceError
 from planner.fakes import fake_inputs, fake_of
 from planner.inputs import Inputs
@@ -175,7 +175,7 @@ def capture(
         step = _Step(model, fake, in_spec, used)
         with _module_paths(model):
             module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
-    _refuse_side_effects(model, bool(found), effects)
+    _refuse_side_effects(model, given, bool(found), effects)
     template = step.template
     assert template is not None
     traced = _sort_out(module, step.names, tuple(step.rebound))
@@ -203,15 +203,19 @@ def capture(
     return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
 
 
-def _refuse_side_effects(model: nn.Module, checkpointed: bool, effects: list[str]) -> None:
-    """Raise for what the forward did beside computing."""
+def _refuse_side_effects(model: nn.Module, given: Inputs, checkpointed: bool, effects: Effects) -> None:
+    """Raise for what the forward did beside computing, unless it does so at its first call only."""
     name = type(model).__name__
     if checkpointed:
         raise checkpoints_itself(name, "its forward calls torch.utils.checkpoint")
-    if effects:
+    if effects.stored or (
+        effects.changed
+        and not settled(model, effects, lambda: _output_on_fakes(model, given))
+        and effects.lost
+    ):
         raise TraceError(
-            f"the forward of {name} stores tensors or counts in {', '.join(effects[:3])}; a planned step "
-            "runs one graph and would not. Return them, keep them in buffers, or do it outside forward"
+            f"the forward of {name} stores tensors or counts in {', '.join(effects.lost[:3])}; a planned "
+            "step runs one graph and would not. Return them, keep them in buffers, or do it outside forward"
         )
 
 
@@ -305,15 +309,19 @@ def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
         return _trace_loss(model, inputs, loss_fn)[0]
 
 
-def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:
-    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads; sizes are fixed."""
+def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output, without memory."""
     flat, spec = inputs.flatten()
     mode, fake, _ = fake_inputs(model, flat, None)
     state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode:
-        output = _call(model, state, args, kwargs)
-    template, tensors = template_of(type(model).__name__, output, None)
+        return _call(model, state, args, kwargs)
+
+
+def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:
+    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads; sizes are fixed."""
+    template, tensors = template_of(type(model).__name__, _output_on_fakes(model, inputs), None)
     inner = _Loss(template, loss_fn)
     leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
     traced = _sort_out(_compat.export_joint(inner, leaves, {}), {})

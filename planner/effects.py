@@ -3,6 +3,8 @@
 A captured graph computes outputs and new buffer values.  A forward that also stores tensors on its
 modules, or counts there, would be left without that by a planned step, and would keep fake tensors
 from the trace.  Caches of anything else (masks' keys, chosen functions) are put back and let pass.
+Numbers and strings that a first call corrects and later calls leave (Swin's windows at a small image,
+BigBird's attention at a short text) are corrected, as eager's first call would: see :func:`settled`.
 
 Known limits: objects are compared by identity, lists and dicts by what they hold; what is changed
 deeper inside, or outside the model, goes unseen.
@@ -12,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["attributes_kept", "has_hooks", "hooks_on_submodules", "original_forward"]
+__all__ = ["Effects", "attributes_kept", "has_hooks", "hooks_on_submodules", "original_forward", "settled"]
 
 _OWN = frozenset(vars(nn.Module()))  # parameters, buffers and submodules are looked after elsewhere
 _HOOKS = tuple(
@@ -25,16 +28,46 @@ _HOOKS = tuple(
 )
 
 
+@dataclass
+class Effects:
+    """What a forward left on its modules, since put back.
+
+    ``stored``   names of attributes that held tensors.
+    ``changed``  (name, module, key, value before, value left) of numbers and strings that were there.
+    """
+
+    stored: list[str] = field(default_factory=list)
+    changed: list[tuple[str, nn.Module, str, Any, Any]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> list[str]:
+        """Names of what a plan would have to store or count."""
+        counts = [name for name, _, _, _, now in self.changed if type(now) in (int, float)]
+        return self.stored + counts
+
+
+def settled(model: nn.Module, effects: Effects, call: Callable[[], object]) -> bool:
+    """Leave ``effects.changed`` on the modules if another ``call`` leaves them as they are then."""
+    for _, module, key, _, now in effects.changed:
+        vars(module)[key] = now
+    with attributes_kept(model) as again:
+        call()
+    if again.changed:
+        for _, module, key, was, _ in effects.changed:
+            vars(module)[key] = was
+    return not again.changed
+
+
 @contextlib.contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Put every module's attributes back on leaving; the list then names those a plan cannot do without.
+def attributes_kept(model: nn.Module) -> Iterator[Effects]:
+    """Put every module's attributes back on leaving; what is yielded then says what they had become.
 
     Hooks that the forward set are taken off with the attribute that remembers them: transformers sets its
     recorders at a model's first call, and would set them twice.
     """
     before = [(path, module, _contents(module)) for path, module in model.named_modules()]
     hooks = [(held, dict(held)) for _, m, _ in before for held in (getattr(m, name) for name in _HOOKS)]
-    effects: list[str] = []
+    effects = Effects()
     try:
         yield effects
     finally:
@@ -53,17 +86,19 @@ def _snapshot(value: Any) -> Any:
     return value.copy() if type(value) in (list, dict) else None
 
 
-def _put_back(path: str, module: nn.Module, contents: dict[str, tuple[Any, Any]], effects: list[str]) -> None:
+def _put_back(path: str, module: nn.Module, contents: dict[str, tuple[Any, Any]], effects: Effects) -> None:
     attributes = vars(module)
     for key in [k for k in attributes if k not in _OWN]:
         now = attributes[key]
         was, held = contents.get(key, (None, None))
         if now is was and (held is None or _same_items(now, held)):
             continue
-        counted = key in contents and type(now) in (int, float) and now != was
+        name = f"{path}.{key}" if path else key
         listed = key == "_flat_weights" and isinstance(module, nn.RNNBase)  # the parameters once more
-        if not listed and (counted or _holds_tensor(now)):
-            effects.append(f"{path}.{key}" if path else key)
+        if not listed and _holds_tensor(now):
+            effects.stored.append(name)
+        elif key in contents and type(now) in (int, float, str) and now != was:
+            effects.changed.append((name, module, key, was, now))
         if key not in contents:
             del attributes[key]
     for key, (was, held) in contents.items():

@@ -167,3 +167,23 @@ def test_hooks_that_the_forward_sets_are_set_once() -> None:
     assert not model.inner._forward_hooks and not hasattr(model, "is_set")
     assert model(WORDS).allclose(model.inner(WORDS)) and len(model.inner._forward_hooks) == 1
     assert step.least_plan().verify().ok
+
+
+class Correcting(nn.Module):
+    """Finds at its first call that the text is short, and stays with that, as Swin and BigBird do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.window, self.kind = nn.Linear(8, 8), 9, "sparse"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < self.window:
+            self.window, self.kind = 0, "full"
+        return self.inner(x) * (2.0 if self.kind == "full" else 3.0)
+
+
+def test_what_the_first_call_corrects_is_corrected() -> None:
+    model = Correcting()
+    step = prepare(model, (WORDS,), loss_fn=lambda y: y.sum(), costs="roofline")
+    assert (model.window, model.kind) == (0, "full")
+    assert step.least_plan().verify().ok

@@ -101,7 +101,7 @@ def main(names: list[str]) -> int:
     counts = table["verdict"].value_counts().to_dict()
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print(f"{len(table)} families: {summary}")
-    if not names:
+    if set(FAMILIES) <= set(table["family"]):
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         run = {**versions, "rows": json.loads(table.to_json(orient="records", double_precision=2))}
         (RESULTS / "families.json").write_text(json.dumps(run, indent=1) + "\n")
