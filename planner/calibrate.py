@@ -110,13 +110,14 @@ class Calibration:
 def measured_bytes(module: nn.Module, batch: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
     """One step by the device's own meter: CUDA's caching allocator, or the count of live storages.
 
-    What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out.
+    What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out, but
+    for the allocator's slack: that around the model's own tensors is the step's.
     """
     device = next(p.device for p in module.parameters())
     if device.type != "cuda":
         return StepBytes(step_peak(module, batch, loss_fn=loss_fn), None)
     peak = cuda_step_peak(module, batch, loss_fn=loss_fn)
-    others = max(0, peak.resident_bytes - resident_bytes)
+    others = max(0, peak.resident_bytes - peak.resident_slack_bytes - resident_bytes)
     return StepBytes(peak.allocated_bytes - others, peak.reserved_bytes - others)
 
 

@@ -8,18 +8,13 @@ gradients, kernels.
 CUDA kernels that add atomically (an embedding's backward) give other last bits each time, so
 gradients are compared twice: as they come, beside the difference of two eager steps, and once more
 with ``torch.use_deterministic_algorithms(True, warn_only=True)``, where they should be bit-equal.
-Kernels are compared as a multiset of names, from torch's profiler; those of the small modules of
-:mod:`planner.kernel_check` too.
-
-A model that cannot be measured is told with its reason, and the others are measured all the same; so are
-those for which ``Settings.limit_s`` leaves no time.
+Kernels are compared by name and count, those of :mod:`planner.kernel_check`'s small modules too.
+A model that cannot be measured, or for which no time is left, is told, and the others are measured.
 
 On a CPU (``device="cpu"``) the same code runs with the CPU's means: allocated bytes by counting
 storages, no reserved bytes, ops that make or change a storage in place of kernels.
 
-Known weaknesses: allocated bytes are rounded up to the allocator's 512 and include libraries'
-workspaces, which plans know only as far as costs measured them; whatever else the process holds on
-the device is subtracted as it stood before the step.
+Known weakness: what else the process holds on the device is subtracted as it stood before the step.
 """
 
 from __future__ import annotations
@@ -28,6 +23,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import time
@@ -161,6 +157,7 @@ class Row:
     ``grad_rel_err``       largest max|a - b| / max|a| of a gradient against the eager step.
     ``eager_rel_err``      the same between two eager steps.
     ``deterministic_equal``  every bit of the step equal to eager's under deterministic algorithms.
+    ``slack_bytes``        of the allocated ones, what the allocator gave beyond what was asked for.
     ``kernels_equal``      the same kernels as often as eager's (``keep_all`` only); ``kernels_differ``
                            says which not: name -> calls beyond eager's.
     """
@@ -186,16 +183,22 @@ class Row:
     deterministic_equal: bool | None = None
     kernels_equal: bool | None = None
     kernels_differ: dict[str, int] | None = None
+    slack_bytes: int | None = None
 
     def json(self) -> str:
-        """The row as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False, default=str)
+        """The row as one line of JSON; an infinite error is the text "inf"."""
+        figures = dataclasses.asdict(self).items()
+        told = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures}
+        return json.dumps(told, allow_nan=False, default=str)
 
     def failures(self) -> list[str]:
         """What is wrong with this row."""
         found = []
         if self.budget_bytes is not None and self.allocated_bytes > self.budget_bytes:
-            found.append(f"allocated {self.allocated_bytes} over the budget of {self.budget_bytes} bytes")
+            slack = f"; {self.slack_bytes} are the allocator's slack" if self.slack_bytes else ""
+            found.append(
+                f"allocated {self.allocated_bytes} over the budget of {self.budget_bytes} bytes{slack}"
+            )
         predicted = self.predicted_bytes
         if (
             predicted is not None
@@ -291,18 +294,12 @@ def run(
     ``found`` is given the rows of a model as soon as they are measured.
     """
     began = time.perf_counter()
-    say = tell or _silent
+    say = tell or (lambda phase: None)
     if settings.device.type == "cuda":  # read when cuBLAS starts; deterministic products need it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    say("kernels")
     rows: list[Row] = []
     missing: list[str] = []
     cases: dict[str, dict[str, int]] = {}
-    for name in settings.cases:
-        try:
-            cases[name] = compare_kernels(name, settings.device)
-        except _RAISED as error:
-            missing.append(f"kernels of {name}: {_reason(error, settings)}")
     longest_s = 0.0
     for key in settings.models:
         start_s = time.perf_counter() - began
@@ -322,6 +319,12 @@ def run(
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
         longest_s = max(longest_s, time.perf_counter() - began - start_s)
+    say("kernels")
+    for name in settings.cases:
+        try:
+            cases[name] = compare_kernels(name, settings.device)
+        except _RAISED as error:
+            missing.append(f"kernels of {name}: {_reason(error, settings)}")
     return Check(tuple(rows), time.perf_counter() - began, tuple(missing), cases)
 
 
@@ -356,6 +359,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
         budget_bytes=None,
         allocated_bytes=eager[0],
         reserved_bytes=eager[1],
+        slack_bytes=eager[2],
         predicted_bytes=None,
         resident_bytes=prepared.resident.total_bytes,
         step_s=ran.step_s[0],
@@ -366,7 +370,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     for k, (method, plan) in enumerate(plans.items()):
         plan.apply(example.model)
         try:
-            allocated_bytes, reserved_bytes = _peak(example, prepared)
+            allocated_bytes, reserved_bytes, slack_bytes = _peak(example, prepared)
             rows.append(
                 dataclasses.replace(
                     start,
@@ -377,6 +381,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
                     time_ratio=ran.ratios[k],
                     allocated_bytes=allocated_bytes,
                     reserved_bytes=reserved_bytes,
+                    slack_bytes=slack_bytes,
                     **reference.judge(example, settings.device, kernels=method == "keep_all"),
                 )
             )
@@ -401,17 +406,18 @@ def _plans(prepared: Prepared, eager_bytes: int, settings: Settings) -> dict[str
 # -------------------------------------------------------------------------------------- measuring
 
 
-def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None]:
-    """Allocated bytes of the whole step, and reserved ones where there is an allocator."""
+def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None, int | None]:
+    """Allocated bytes of the whole step; reserved ones and slack where there is an allocator."""
     resident_bytes = prepared.resident.total_bytes
     model, inputs, loss_fn = example.model, example.inputs, example.loss_fn
     device = next(model.parameters()).device
     if device.type != "cuda":
         above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
-        return resident_bytes + above_bytes, None
+        return resident_bytes + above_bytes, None, None
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
     there_bytes = resident_bytes + prepared.constant_bytes
-    return there_bytes + peak.allocated_bytes - peak.resident_bytes, peak.reserved_bytes
+    added_bytes = peak.allocated_bytes - peak.resident_bytes + peak.resident_slack_bytes
+    return there_bytes + added_bytes, peak.reserved_bytes, peak.slack_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,7 +498,3 @@ def _batch_of(example: Example) -> str:
         k: "x".join(map(str, v.shape)) for k, v in example.inputs.items() if isinstance(v, torch.Tensor)
     }
     return ", ".join(f"{k} {s}" for k, s in shapes.items())
-
-
-def _silent(_: str) -> None:
-    return

@@ -127,11 +127,16 @@ class CudaPeak:
     ``resident_bytes``   allocated when the step began: parameters, buffers, inputs, tangents, and
                          anything else the process keeps there, but for the scratch of cuBLAS, which is
                          part of the step though it outlives it.
+    ``slack_bytes``      how far most allocated bytes exceed most requested ones: blocks are rounded up,
+                         and left whole where less than 1 MiB would remain (:mod:`planner.devices`).
+    ``resident_slack_bytes``  the same of what was there when the step began.
     """
 
     allocated_bytes: int
     reserved_bytes: int
     resident_bytes: int
+    slack_bytes: int = 0
+    resident_slack_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -160,9 +165,9 @@ def cuda_step_peak(
         raise ValueError(f"cuda_step_peak measures CUDA devices, got {where}: use step_peak")
     if module is None:
         call(fn_or_module, inputs)
-        resident_bytes = _resident_bytes(where)
+        resident = _resident_bytes(where)
         call(fn_or_module, inputs)
-        with _cuda_window(where, resident_bytes) as peak:
+        with _cuda_window(where, *resident) as peak:
             call(fn_or_module, inputs)
         return peak()
     with undone(module, inputs):
@@ -170,10 +175,10 @@ def cuda_step_peak(
         given = tangents_for(passed, tangents)
         backward(passed, given)
         del passed
-    resident_bytes = _resident_bytes(where)
+    resident = _resident_bytes(where)
     with undone(module, inputs):
         backward(forward(module, inputs, loss_fn), given)
-    with undone(module, inputs), _cuda_window(where, resident_bytes) as peak:
+    with undone(module, inputs), _cuda_window(where, *resident) as peak:
         passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
@@ -181,16 +186,25 @@ def cuda_step_peak(
         return peak()
 
 
-def _resident_bytes(device: torch.device) -> int:
-    """What is allocated between two steps; the scratch of cuBLAS is given back."""
+def _slack_bytes(device: torch.device, moment: str) -> int:
+    """Allocated beyond what was asked for, "current" or at the "peak"; 0 where no allocator says so."""
+    stats = torch.cuda.memory_stats(device)
+    allocated, requested = (stats.get(f"{kind}_bytes.all.{moment}", 0) for kind in ("allocated", "requested"))
+    return max(0, int(allocated - requested)) if requested else 0
+
+
+def _resident_bytes(device: torch.device) -> tuple[int, int]:
+    """What is allocated between two steps, and the slack in it; the scratch of cuBLAS is given back."""
     gc.collect()
     torch.cuda.synchronize(device)
     clear_cublas_workspaces()
-    return torch.cuda.memory_allocated(device)
+    return torch.cuda.memory_allocated(device), _slack_bytes(device, "current")
 
 
 @contextmanager
-def _cuda_window(device: torch.device, resident_bytes: int) -> Iterator[Callable[[], CudaPeak]]:
+def _cuda_window(
+    device: torch.device, resident_bytes: int, resident_slack_bytes: int
+) -> Iterator[Callable[[], CudaPeak]]:
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -199,7 +213,11 @@ def _cuda_window(device: torch.device, resident_bytes: int) -> Iterator[Callable
     def peak() -> CudaPeak:
         torch.cuda.synchronize(device)
         return CudaPeak(
-            torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), resident_bytes
+            torch.cuda.max_memory_allocated(device),
+            torch.cuda.max_memory_reserved(device),
+            resident_bytes,
+            _slack_bytes(device, "peak"),
+            resident_slack_bytes,
         )
 
     yield peak

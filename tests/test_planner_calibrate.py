@@ -236,6 +236,20 @@ def test_on_cuda_what_others_hold_in_the_process_is_left_out(monkeypatch: pytest
     )
 
 
+def test_slack_around_the_models_own_tensors_is_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block left whole around a parameter is no other tenant: subtracted, it would hide from the budget."""
+    with FakeTensorMode():
+        module = nn.Module()
+        module.register_parameter("weight", nn.Parameter(torch.empty(2, device="cuda")))
+    monkeypatch.setattr(calibrate, "cuda_step_peak", lambda *a, **k: CudaPeak(1000, 1500, 300, 120, 70))
+    assert measured_bytes(module, (), None, 230) == StepBytes(1000, 1500)
+    assert measured_bytes(module, (), None, 200) == StepBytes(970, 1470)
+    stats = {"allocated_bytes.all.peak": 90, "requested_bytes.all.peak": 70}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert measure._slack_bytes(torch.device("cuda"), "peak") == 20
+    assert measure._slack_bytes(torch.device("cuda"), "current") == 0
+
+
 def test_the_scratch_of_cublas_is_part_of_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator's figures when the step begins are taken without it, and the peak with it."""
     log: list[str] = []

@@ -143,6 +143,8 @@ def test_lines_of_json(check: cuda_check.Check, tmp_path: Path) -> None:
     asked |= {"allocated_bytes", "reserved_bytes", "predicted_bytes", "step_s", "grad_rel_err"}
     assert all(asked <= line.keys() for line in lines)
     assert lines[0]["reserved_bytes"] is None and lines[2]["allocated_bytes"] > 0
+    apart = dataclasses.replace(check.rows[2], grad_rel_err=math.inf, deterministic_equal=False)
+    assert json.loads(apart.json())["grad_rel_err"] == "inf" and "inf" in apart.failures()[0]
     assert "plan least" in str(check)
     assert "the same kernels as eager's in 1 of 1 small modules" in str(check)
 
@@ -189,7 +191,9 @@ def test_the_check_fails_on_what_it_should(check: cuda_check.Check) -> None:
     wrong = dataclasses.replace(row, predicted_bytes=row.allocated_bytes // 2)
     unequal = dataclasses.replace(row, deterministic_equal=False, grad_rel_err=1e-3, eager_rel_err=1e-6)
     noisy = dataclasses.replace(unequal, grad_rel_err=1e-7)
-    assert "over the budget" in over.failures()[0]
+    assert over.failures()[0].endswith("bytes") and "over the budget" in over.failures()[0]
+    slack = dataclasses.replace(over, slack_bytes=7)
+    assert slack.failures()[0].endswith("; 7 are the allocator's slack")
     assert "predicted" in wrong.failures()[0]
     assert "gradients differ" in unequal.failures()[0]
     assert noisy.failures() == []
