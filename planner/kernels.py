@@ -50,10 +50,15 @@ def dropout_scale(p: float, dtype: torch.dtype, device: str) -> float:
     """What eager's dropout multiplies the kept values by.
 
     Eager has no fused dropout on the CPU: it divides a mask of the input's dtype by ``1 - p``, which
-    rounds the factor to that dtype, while ``native_dropout`` multiplies by ``1 / (1 - p)``.
+    rounds the factor to that dtype, while ``native_dropout`` multiplies by ``1 / (1 - p)``.  CUDA's kernel
+    takes ``1 - p`` in the type it computes in, and its inverse in that type again
+    (``aten/src/ATen/native/cuda/Dropout.cu``, ``accscalar_t scale = 1.0 / p``); at ``p=0.15`` that is another
+    number.  Its backward is given ``1 / (1 - p)`` by autograd, in eager and here.
     """
     if device.startswith("cuda"):
-        return 1.0 / (1.0 - p)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        kept = float(torch.full((), 1.0 - p, dtype=wide))
+        return float(torch.full((), 1.0 / kept, dtype=wide))
     return float(torch.ones((), dtype=dtype).div_(1.0 - p))
 
 

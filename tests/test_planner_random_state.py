@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -151,3 +152,13 @@ def test_who_is_asked_whether_a_graph_is_captured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: not asked.append(True))
     assert not kernels.is_capturing(torch.device("cpu")) and not asked
     assert kernels.is_capturing(torch.device("cuda", 1)) and asked
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.15, 0.3, 0.5])
+def test_cudas_dropout_scale_is_its_kernels(p: float) -> None:
+    """In float32, from a probability that was rounded before: at 0.15 it is not the nearest to 1 / 0.85."""
+    expected = np.float32(1.0 / float(np.float32(1.0 - p)))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert kernels.dropout_scale(p, dtype, "cuda:0") == float(expected)
+    assert (expected == np.float32(1.0 / (1.0 - p))) == (p != 0.15)
+    assert kernels.dropout_scale(p, torch.float64, "cuda") == 1.0 / (1.0 - p)
