@@ -29,7 +29,7 @@ notebooks: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m tests.test_notebooks $(NAMES)
 
 bench: $(VENV)/.ready
-	set -e; for name in overhead peers switch internvl2 display; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
+	set -e; for name in overhead peers switch internvl2 display families; do echo "== bench_$$name"; $(RUN) -m tests.benchmarks.bench_$$name; done
 
 # Every committed picture, drawn again.
 pictures: $(VENV)/.ready

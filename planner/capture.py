@@ -451,7 +451,8 @@ def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
             raise TraceError(
                 f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the "
                 "step is being traced (an if, a loop bound, .item(), a mask used as an index). Compute it "
-                "outside forward and pass it in, or write it with torch.where"
+                "outside forward and pass it in, or write it with torch.where; where it is the model's own "
+                "loss that does it, leave the labels out and pass loss_fn"
             ) from e
         raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
 

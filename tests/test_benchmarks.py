@@ -18,7 +18,15 @@ from planner import zoo
 from planner._compat import dp_knapsack
 from solvers import Problem, Schedule, simulate
 from solvers.simulate import simulate_steps
-from tests.benchmarks import bench_solvers, graphs, knapsack, layered, solver_jobs, solver_table
+from tests.benchmarks import (
+    bench_families,
+    bench_solvers,
+    graphs,
+    knapsack,
+    layered,
+    solver_jobs,
+    solver_table,
+)
 from tests.benchmarks.bench_solvers import Results
 from tests.benchmarks.solver_jobs import Job
 from tests.joint_graphs import keep_all_peak, random_training_graph
@@ -338,3 +346,11 @@ def test_all_graphs_of_the_benchmark_are_there() -> None:
     stated = solver_jobs.load_graph("traced/internvl2-1b-2x1792")
     assert isinstance(stated, Problem)
     assert solver_jobs.keep_all_bytes("traced/internvl2-1b-2x1792", stated) == 22_918_219_140
+
+
+def test_families_are_planned_or_refused_with_a_reason() -> None:
+    assert len(bench_families.FAMILIES) >= 70
+    planned, refused = (bench_families.row_of(name) for name in ("PatchTST", "Wav2Vec2"))
+    assert planned.verdict == "equal" and planned.ops and not planned.note
+    assert refused.verdict == "refused"
+    assert refused.note.startswith("reads a tensor's value: ") and "labels.max()" in refused.note

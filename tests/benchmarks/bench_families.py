@@ -110,7 +110,7 @@ def main(names: list[str]) -> int:
 
 
 def _page(table: pd.DataFrame, versions: dict[str, str], summary: str) -> str:
-    shown = table.drop(columns=["note"]).round(1).astype(object)
+    shown = table.drop(columns=["note"]).round(1).astype({"ops": "Int64"}).astype(object)
     shown = shown.where(shown.notna(), "")
     lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()]
     body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
