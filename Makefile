@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
-# The solvers' tests with five times the examples (some 20,000 graphs against all their schedules), and two
+# The solvers' tests with five times the examples (some 18,000 graphs against all their schedules), and two
 # reports: how well time limits are kept, for which no other work should run, and how often the optimum is found.
 test-nightly: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --hypothesis-profile nightly tests/test_solvers_*.py

@@ -37,7 +37,7 @@ def around(op: Callable[..., Tensor], x: Tensor, *modules: nn.Module) -> Prepare
     with torch.no_grad():
         width = op(nn.Linear(8, 8)(x), *modules).shape[-1]
     model = Around(op, width, *modules)
-    return prepare(model, (x,), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", time_limit_s=1)
+    return prepare(model, (x,), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", time_limit_s=0.3)
 
 
 def assert_as_eager(step: Prepared) -> None:

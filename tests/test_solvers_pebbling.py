@@ -15,7 +15,7 @@ from solvers.pebbling import raised_floors, window_floor
 from solvers.reduction import Reduction
 from tests.solver_graphs import from_seeds, least_peak, random_problem, tense_problem
 
-quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @quick

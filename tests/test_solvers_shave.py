@@ -17,7 +17,7 @@ from solvers.simulate import simulate_steps
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, least_peak, tense_problem
 
-quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def tight(problem: Problem, share: float) -> Incumbent:
