@@ -153,8 +153,8 @@ def capture(
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
-    state.  Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do
-    not fit ``model.forward``, ``PlannerError`` where there is nothing to train.
+    state; but for numbers and strings that its first call corrects (:mod:`planner.effects`).
+    Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     given = Inputs.of(model, inputs)
     refuse_unplannable(model)

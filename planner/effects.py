@@ -50,12 +50,16 @@ def settled(model: nn.Module, effects: Effects, call: Callable[[], object]) -> b
     """Leave ``effects.changed`` on the modules if another ``call`` leaves them as they are then."""
     for _, module, key, _, now in effects.changed:
         vars(module)[key] = now
-    with attributes_kept(model) as again:
-        call()
-    if again.changed:
-        for _, module, key, was, _ in effects.changed:
-            vars(module)[key] = was
-    return not again.changed
+    stays = False
+    try:
+        with attributes_kept(model) as again:
+            call()
+        stays = not again.changed
+    finally:
+        if not stays:
+            for _, module, key, was, _ in effects.changed:
+                vars(module)[key] = was
+    return stays
 
 
 @contextlib.contextmanager

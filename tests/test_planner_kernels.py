@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import _compat
+from planner.effects import attributes_kept, settled
 from planner.errors import TraceError
 from planner.prepared import Prepared, prepare
 
@@ -187,3 +188,16 @@ def test_what_the_first_call_corrects_is_corrected() -> None:
     step = prepare(model, (WORDS,), loss_fn=lambda y: y.sum(), costs="roofline")
     assert (model.window, model.kind) == (0, "full")
     assert step.least_plan().verify().ok
+
+
+def test_a_correction_that_fails_is_taken_back() -> None:
+    model = Correcting()
+    with attributes_kept(model) as effects:
+        model(WORDS)
+    assert [(name, was, now) for name, _, _, was, now in effects.changed] == [
+        ("window", 9, 0),
+        ("kind", "sparse", "full"),
+    ]
+    with pytest.raises(ZeroDivisionError):
+        settled(model, effects, lambda: 1 // 0)
+    assert (model.window, model.kind) == (9, "sparse")
