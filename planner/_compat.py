@@ -134,19 +134,20 @@ def kernels_as_eager() -> Iterator[None]:
     corrected: a ``reshape`` after it is a view or a copy by that layout.  2.0+
     """
     formulas = importlib.import_module("torch._decomp").decomposition_table
-    taken = [(op, key, op.py_kernels.pop(key)) for op, key in _python_forms() if key in op.py_kernels]
-    for op, _, _ in taken:
-        op._dispatch_cache.clear()
+    forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms() if key in op.py_kernels]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
-    formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
-    FakeTensorMode.cache_clear()  # it remembers layouts
     try:
+        for op, key, _ in forms:
+            del op.py_kernels[key]
+            op._dispatch_cache.clear()
+        formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
+        FakeTensorMode.cache_clear()  # it remembers layouts
         yield
     finally:
         formulas.update(before)
         FakeTensorMode.cache_clear()
-        for op, key, formula in taken:
+        for op, key, formula in forms:
             op.py_kernels[key] = formula
             op._dispatch_cache.clear()
 

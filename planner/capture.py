@@ -154,7 +154,8 @@ def capture(
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.effects`).
-    Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit ``model.forward``, ``PlannerError`` where there is nothing to train.
+    Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit
+    ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     given = Inputs.of(model, inputs)
     refuse_unplannable(model)
