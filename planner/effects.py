@@ -146,13 +146,12 @@ def has_hooks(module: nn.Module) -> bool:
     of hidden states and attentions, and what makes embeddings require grad for checkpointing (it stays
     when checkpointing is switched off).
     """
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(_acts_on_the_side(hook) for kind in kinds if kind for hook in kind.values())
+    forward, before = module._forward_hooks, module._forward_pre_hooks
+    backward, before_backward = module._backward_hooks, module._backward_pre_hooks
+    if not (forward or before or backward or before_backward):  # asked of each module at each step
+        return False
+    kinds = forward, before, backward, before_backward
+    return any(_acts_on_the_side(hook) for kind in kinds for hook in kind.values())
 
 
 def _acts_on_the_side(hook: Callable[..., Any]) -> bool:

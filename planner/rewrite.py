@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from planner import kernels
 from planner._compat import BoxedCodeGen
+from planner.bindings import bind
 from planner.lowering import replayed_states
 from planner.nodes import layer_of, module_of
 from planner.training_graph import TrainingGraph
@@ -31,8 +32,7 @@ from planner.training_graph import TrainingGraph
 __all__ = ["Argument", "Program", "Segment", "emit"]
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """Where an argument of a generated graph comes from.
 
     ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index), "size"
@@ -138,6 +138,9 @@ class _Writer:
         """The current copy of ``node`` in the graph being written; views are made on the spot."""
         if node in self.source.sources:
             return self._placeholder(node, Argument(*self.source.sources[node]))
+        twice = _transposed_twice(node)
+        if twice is not None:
+            return self.operand(twice)
         if self._is_made(node):
             copy = self.current.get(node)
             if copy is not None:
@@ -350,6 +353,14 @@ def _cuts(
     return starts
 
 
+def _transposed_twice(node: fx.Node) -> fx.Node | None:
+    """What ``t(t(x))`` is a view of, which autograd writes for each weight and its gradient."""
+    t = torch.ops.aten.t.default
+    inner = node.args[0] if node.target is t else None
+    twice = isinstance(inner, fx.Node) and inner.target is t
+    return inner.args[0] if twice else None  # type: ignore[union-attr,return-value]
+
+
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
@@ -374,6 +385,7 @@ def _module(graph: fx.Graph, name: str) -> fx.GraphModule:
     for node in graph.nodes:  # a kernel may lay its result out otherwise than the trace believed
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+    bind(graph)
     graph.set_codegen(BoxedCodeGen())
     graph.lint()
     return fx.GraphModule({}, graph, name)

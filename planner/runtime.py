@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -220,6 +221,15 @@ class PlannedForward:
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         self.guard = Guard(model, step.expected)
 
+    @functools.cached_property
+    def _held(self) -> dict[str, Argument]:
+        """What a program calls the model's parameters and buffers, by name."""
+        parameters = self.guard.parameters
+        return {
+            n: Argument("parameter" if n in parameters else "buffer", n)
+            for n in self.step.expected.parameters
+        }
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         planned_for = self.step.expected.modules[0][2]
         if (
@@ -269,9 +279,8 @@ class PlannedForward:
         return Argument("parameter" if isinstance(gradient, str) else "input", gradient)
 
     def _given(self, leaves: list[Any]) -> dict[Argument, Any]:
-        given: dict[Argument, Any] = {}
-        for name, tensor in self.guard.tensors().items():
-            given[Argument("parameter" if name in self.guard.parameters else "buffer", name)] = tensor
+        held = self._held
+        given: dict[Argument, Any] = {held[name]: tensor for name, tensor in self.guard.tensors().items()}
         for i, tensor in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
             given[Argument("input", i)] = tensor
         return given
