@@ -23,6 +23,7 @@ from torch import fx, nn
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import OpOverload  # an op at one of its signatures: what a captured graph calls; 1.13+
 from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and storages, no memory; 2.0+
     DataDependentOutputException,
     FakeTensor,
@@ -38,6 +39,7 @@ __all__ = [
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
     "TorchDispatchMode",
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",

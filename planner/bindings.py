@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat import TorchDispatchMode, modes_set_aside, pytree, size_hint
+from planner._compat import OpOverload, TorchDispatchMode, modes_set_aside, pytree, size_hint
 
 __all__ = ["bind"]
 
@@ -44,7 +44,7 @@ def bind(graph: fx.Graph) -> None:
     """Turn ``graph``'s aten calls into calls of torch's functions and methods where these do the same."""
     with torch.no_grad(), modes_set_aside():
         for node in graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and _is_tensor(next(iter(node.args), None)):
+            if isinstance(node.target, OpOverload) and _is_tensor(next(iter(node.args), None)):
                 binding = _binding_of(node)
                 if isinstance(binding, types.MethodDescriptorType):
                     node.op, node.target = "call_method", binding.__name__

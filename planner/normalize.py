@@ -9,7 +9,8 @@
   without the other;
 * each random op is preceded by a note of the generator's state, from which it can be replayed;
 * a size that varies becomes an argument, and whatever computed it goes;
-* a buffer's new value is copied into it in the forward, once, whatever is recomputed;
+* a buffer's new value is written into it in the forward, once, whatever is recomputed: by the kernel that
+  does so in eager, else by a copy;
 * batch norm is cuDNN's where eager's is (:mod:`planner.batch_norm`);
 * forward work that only the backward reads moves to where the backward first reads it.
 """
@@ -259,7 +260,10 @@ class Normalized:
                 user.replace_input_with(new, buffer)  # a backward that does not look at them
             after = max((new, *(u for u in readers if u in reach)), key=lambda n: position.get(n, -1))
             with self.graph.inserting_after(last_of(after)):
-                update = self.graph.call_function(aten.copy_.default, (buffer, new))
+                if _counts(new, buffer):
+                    update = self.graph.call_function(aten.add_.Tensor, new.args)
+                else:
+                    update = self.graph.call_function(aten.copy_.default, (buffer, new))
             update.meta = {"val": buffer.meta["val"], "custom": new.meta.get("custom", {})}
             self.pinned.add(update)
             self.updates.append(update)
@@ -276,7 +280,7 @@ class Normalized:
         names = {node: name for name, node in self.buffers.items()}
         for node in self.graph.find_nodes(op="call_function", target=functional):
             x, weight, bias, mean, var, training, momentum, eps = node.args
-            parts = {user.args[1]: user for user in node.users}
+            parts = {user.args[1]: _to_its_buffer(user) for user in node.users}
             fits = all(
                 buffer in names
                 and self.mutations.get(names[buffer]) is parts.get(index)
@@ -288,11 +292,11 @@ class Normalized:
             for buffer, index in ((mean, 3), (var, 4)):
                 parts[index].replace_all_uses_with(buffer)
                 del self.mutations[names[buffer]]
-                self.graph.erase_node(parts[index])
             node.target = aten._native_batch_norm_legit.default
             again = (aten._native_batch_norm_legit.no_stats, (x, weight, bias, True, momentum, eps))
             node.meta = {**node.meta, "val": node.meta["val"][:3], "again": again}
             self.updates.append(node)
+        self._sweep()
 
     def _reaches(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Everything the targets are computed from, themselves included."""
@@ -347,3 +351,18 @@ class Normalized:
                 placed.add(node)
                 backward.append(node)
         return forward, backward
+
+
+def _to_its_buffer(statistic: fx.Node) -> fx.Node:
+    """What of a batch norm's new running statistic goes into the buffer: it, or its cast.
+
+    Traced formulas make statistics in float32; kernels write them in the buffer's own type.
+    """
+    casts = [u for u in statistic.users if u.target is aten._to_copy.default]
+    return casts[0] if len(casts) == len(statistic.users) == 1 else statistic
+
+
+def _counts(new: fx.Node, buffer: fx.Node) -> bool:
+    """Whether a buffer's ``new`` value is a number more than its last, and read by nobody else."""
+    plain = new.target is aten.add.Tensor and not new.kwargs and not new.users
+    return plain and new.args[0] is buffer and type(new.args[1]) in (int, float)
