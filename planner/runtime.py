@@ -239,13 +239,12 @@ class PlannedForward:
         ):
             return self.original(*args, **kwargs)
         leaves, in_spec = Inputs(args, kwargs).flatten()
-        self.check(leaves, in_spec)
-        return self.run(leaves, in_spec)
+        return self.run(leaves, in_spec, self.check(leaves, in_spec))
 
-    def run(self, leaves: list[Any], in_spec: Any) -> Any:
-        """The planned step at arguments that :meth:`check` has let pass."""
+    def run(self, leaves: list[Any], in_spec: Any, tensors: dict[str, torch.Tensor] | None = None) -> Any:
+        """The planned step at arguments that :meth:`check` has let pass; ``tensors``: what it returned."""
         step, variants = self.step, self.step.variants
-        given = self._given(leaves)
+        given = self._given(leaves, self.guard.tensors() if tensors is None else tensors)
         if variants is not None:
             step, sizes = variants.step_for(self.model, leaves, in_spec)
             given.update(sizes)
@@ -268,19 +267,19 @@ class PlannedForward:
             flat[position] = tensor
         return step.template.rebuild(flat)
 
-    def check(self, leaves: list[Any], in_spec: Any) -> None:
-        """``StalePlanError`` if the arguments or the model differ from what was planned."""
+    def check(self, leaves: list[Any], in_spec: Any) -> dict[str, torch.Tensor]:
+        """The model's tensors by name; ``StalePlanError`` if it or the arguments are not as planned."""
         self.guard.check_inputs(leaves, in_spec, sized=self.step.variants is None)
         self.guard.check_modules()
-        self.guard.tensors()
+        return self.guard.tensors()
 
     @staticmethod
     def _leaf(gradient: str | int) -> Argument:
         return Argument("parameter" if isinstance(gradient, str) else "input", gradient)
 
-    def _given(self, leaves: list[Any]) -> dict[Argument, Any]:
+    def _given(self, leaves: list[Any], tensors: dict[str, torch.Tensor]) -> dict[Argument, Any]:
         held = self._held
-        given: dict[Argument, Any] = {held[name]: tensor for name, tensor in self.guard.tensors().items()}
+        given: dict[Argument, Any] = {held[name]: tensor for name, tensor in tensors.items()}
         for i, tensor in enumerate(x for x in leaves if isinstance(x, torch.Tensor)):
             given[Argument("input", i)] = tensor
         return given
