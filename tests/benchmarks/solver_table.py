@@ -318,7 +318,7 @@ def _not_met(row: Row, found: Sequence[Check]) -> str:
 
 
 def _number(x: float | None, digits: int = 2) -> str:
-    return "" if x is None else f"{x:.{digits}f}"
+    return "" if x is None else f"{round(x, digits) + 0.0:.{digits}f}"  # no "-0.00"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
