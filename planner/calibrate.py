@@ -1,10 +1,10 @@
 """Plan, run the planned step once, and plan again until what was measured fits the budget.
 
-A prediction knows storages, the allocator's rounding and the scratch it has measured or estimated.  It
-does not know fragmentation (what the allocator has reserved but cannot use), nor the scratch of kernels
-that were never run.  So the rewritten step is run by itself, the model left as it is; what it takes
-beyond its prediction becomes a margin, a kind of its own in ``Plan.breakdown``, and the budget that is
-left is planned for again.
+A prediction knows storages, what the allocator hands out beyond them, and the scratch that was measured
+or estimated.  Fragmentation (what the allocator has reserved but cannot use) is predicted too, but not
+planned for, and the scratch of kernels that were never run is not known.  So the rewritten step is run by
+itself, the model left as it is; what it takes beyond its prediction becomes a margin, a kind of its own in
+``Plan.breakdown``, and the budget that is left is planned for again.
 
 On CUDA a step fits if the allocator's reserved bytes do, which are never less than the allocated ones;
 elsewhere live storages are counted.  What the process held before and the step has no part in is left
@@ -110,14 +110,13 @@ class Calibration:
 def measured_bytes(module: nn.Module, batch: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
     """One step by the device's own meter: CUDA's caching allocator, or the count of live storages.
 
-    What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out, but
-    for the allocator's slack: that around the model's own tensors is the step's.
+    What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out.
     """
     device = next(p.device for p in module.parameters())
     if device.type != "cuda":
         return StepBytes(step_peak(module, batch, loss_fn=loss_fn), None)
     peak = cuda_step_peak(module, batch, loss_fn=loss_fn)
-    others = max(0, peak.resident_bytes - peak.resident_slack_bytes - resident_bytes)
+    others = max(0, peak.resident_bytes - resident_bytes)
     return StepBytes(peak.allocated_bytes - others, peak.reserved_bytes - others)
 
 
@@ -190,6 +189,7 @@ def _round(step: Prepared, plan: Plan, meter: Meter) -> Round:
     batch: Any = inputs.kwargs if inputs.kwargs and not inputs.args else inputs.args
     state_bytes = resident.optimizer_state_bytes
     there_bytes = resident.total_bytes - state_bytes + step.tangent_bytes + step.constant_bytes
+    there_bytes += step.resident_slack_bytes
     predicted_bytes = int(plan.timeline.max(initial=0)) - step.margin_bytes
     with _gradients_set_aside(model, batch), undone(model, batch):
         try:

@@ -415,8 +415,8 @@ def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None, int | 
         above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
         return resident_bytes + above_bytes, None, None
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
-    there_bytes = resident_bytes + prepared.constant_bytes
-    added_bytes = peak.allocated_bytes - peak.resident_bytes + peak.resident_slack_bytes
+    there_bytes = resident_bytes + prepared.constant_bytes + prepared.resident_slack_bytes
+    added_bytes = peak.allocated_bytes - peak.resident_bytes
     return there_bytes + added_bytes, peak.reserved_bytes, peak.slack_bytes
 
 

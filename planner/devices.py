@@ -15,11 +15,10 @@ which has a workspace of its own, of ``CUBLASLT_WORKSPACE_SIZE`` KiB or 1 MiB, u
 ``TORCH_CUBLASLT_UNIFIED_WORKSPACE=1`` has it share the other: so torch 2.11 for CUDA 13, asked with a made
 driver under its own allocator.
 
-That allocator leaves a block above 1 MiB whole if less than 1 MiB would remain of it (``should_split``), and
-counts all of it as allocated: a measured peak can exceed a prediction by up to 1 MiB for each such block
-alive.  ``PYTORCH_ALLOC_CONF=expandable_segments:True`` splits every block to the last 512 bytes.
+What that allocator hands out beyond what it is asked for is computed in :mod:`planner.allocator`.
 
-:func:`memory_of` and :func:`capability_of` are the only places that ask a device for its state.
+:func:`memory_of`, :func:`allocated_blocks` and :func:`capability_of` are the only places that ask a device
+for its state.
 """
 
 from __future__ import annotations
@@ -41,11 +40,13 @@ __all__ = [
     "DEVICES",
     "Device",
     "DeviceMemory",
+    "allocated_blocks",
     "allocation_grain",
     "capability_of",
     "cublas_workspace_bytes",
     "cublaslt_workspace_bytes",
     "device_named",
+    "library_blocks",
     "library_bytes",
     "memory_of",
     "memory_on_paper",
@@ -171,6 +172,22 @@ def memory_of(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(name, total_bytes, free_bytes, torch.cuda.memory_reserved(device))
 
 
+def allocated_blocks(device: torch.device) -> dict[int, int]:
+    """Address -> bytes of each block that this process's caching allocator has handed out there."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return {}
+    found: dict[int, int] = {}
+    for segment in torch.cuda.memory_snapshot():
+        if segment["device"] != (torch.cuda.current_device() if device.index is None else device.index):
+            continue
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                found[address] = block["size"]
+            address += block["size"]
+    return found
+
+
 def memory_on_paper(device: Device) -> DeviceMemory:
     """The memory of a device that is elsewhere, all of it free."""
     return DeviceMemory(device.name, device.memory_bytes, device.memory_bytes, 0)
@@ -247,12 +264,18 @@ def cublaslt_workspace_bytes(environ: Mapping[str, str] | None = None) -> int:
     return (int(own) if own.isdecimal() else 1024) * 1024
 
 
-def library_bytes(capability: tuple[int, int] | None, *, products: bool, biased: bool) -> int:
-    """Bytes that cuBLAS keeps through a step with matrix products, some of them with a bias.
+def library_blocks(capability: tuple[int, int] | None, *, products: bool, biased: bool) -> tuple[int, ...]:
+    """Bytes of each workspace that cuBLAS keeps through a step with matrix products, some with a bias.
 
     Both threads of the step are counted for both: a product of the forward may be recomputed in the other.
-    0 where ``capability`` is ``None``: other devices have no such workspace.
+    None where ``capability`` is ``None``: other devices have no such workspace.
     """
     if capability is None:
-        return 0
-    return 2 * (products * cublas_workspace_bytes(capability) + biased * cublaslt_workspace_bytes())
+        return ()
+    of_a_thread = [cublas_workspace_bytes(capability)] * products + [cublaslt_workspace_bytes()] * biased
+    return tuple(2 * of_a_thread)
+
+
+def library_bytes(capability: tuple[int, int] | None, *, products: bool, biased: bool) -> int:
+    """Bytes of all of :func:`library_blocks`."""
+    return sum(library_blocks(capability, products=products, biased=biased))

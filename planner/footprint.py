@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 
-from planner._compat import storage_key
-from planner.devices import library_bytes, rounded_up
+from planner._compat import FakeTensor, storage_key
+from planner.accounting import Resident
+from planner.devices import allocated_blocks, library_blocks, rounded_up
+from planner.inputs import Inputs
+from planner.step import tensors_in
 from planner.training_graph import TrainingGraph
 
-__all__ = ["constant_bytes", "cublas_bytes", "gradient_bytes", "tangent_bytes"]
+__all__ = ["blocks_of", "constant_bytes", "cublas_blocks", "gradient_bytes", "tangent_bytes"]
 
 # Ops that cuBLAS runs.
 _PRODUCTS = frozenset(
@@ -49,9 +53,43 @@ def gradient_bytes(graph: TrainingGraph, grain: int) -> int:
     return sum(rounded_up(v.bytes, grain) for v in graph.values if v.kind == "gradient")
 
 
-def cublas_bytes(graph: TrainingGraph, capability: tuple[int, int] | None) -> int:
+def cublas_blocks(graph: TrainingGraph, capability: tuple[int, int] | None) -> tuple[int, ...]:
     """That cuBLAS keeps for itself through the step; see :mod:`planner.devices`."""
     targets = {op.target for op in graph.ops}
-    return library_bytes(
+    return library_blocks(
         capability, products=bool(targets & (_PRODUCTS | _BIASED)), biased=bool(targets & _BIASED)
     )
+
+
+def blocks_of(
+    model: nn.Module, inputs: Inputs, resident: Resident, further: Sequence[int], device: torch.device
+) -> list[int]:
+    """Bytes of each block that a CUDA allocator has handed out when the step begins, in order.
+
+    ``device``  where the model is.  If that is a CUDA device, the blocks of its tensors are looked up;
+    elsewhere they are what is asked for, rounded up.  Optimizer state is laid out as so many copies of the
+    parameters; of other kinds whose tensors are not known there is one block each.
+    """
+    found = allocated_blocks(device)
+
+    def sizes(tensors: Iterable[torch.Tensor], asked_bytes: int) -> list[int]:
+        storages = {storage_key(t): t for t in tensors if t.device == device}
+        asked = {k: rounded_up(int(t.untyped_storage().nbytes()), 512) for k, t in storages.items()}
+        if sum(asked.values()) != asked_bytes:  # sizes of another batch, or storages that serve two purposes
+            return [asked_bytes]
+        for key, tensor in storages.items() if found else ():
+            if not isinstance(tensor, FakeTensor):
+                asked[key] = max(asked[key], found.get(tensor.untyped_storage().data_ptr(), 0))
+        return list(asked.values())
+
+    parameters = sizes(model.parameters(), resident.parameters_bytes)
+    copies, rest = divmod(resident.optimizer_state_bytes, max(1, resident.parameters_bytes))
+    return [
+        *parameters,
+        *sizes(model.buffers(), resident.buffers_bytes),
+        *sizes(tensors_in((inputs.args, inputs.kwargs)), resident.inputs_bytes),
+        *further,
+        *copies * parameters,
+        rest,
+        resident.gradients_bytes,
+    ]

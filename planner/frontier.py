@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from planner.accounting import budget_bytes_of
+from planner.progress import Reporter
+from planner.search import LEAST, fitted_each
 from planner.units import ByteUnit, bytes_text
 
 if TYPE_CHECKING:
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
     import pandas
 
     from planner.plan import Plan
+    from planner.prepared import Prepared
 
-__all__ = ["Frontier", "FrontierPoint", "Peers"]
+__all__ = ["Frontier", "FrontierPoint", "Peers", "frontier_of"]
 
 # Other ways to train the same step: name -> (peak in bytes, overhead as a share of step time), or several.
 Peers: TypeAlias = "Mapping[str, tuple[float, float] | Sequence[tuple[float, float]]]"
@@ -139,3 +143,43 @@ class Frontier:
         from planner.view.plots import plot_frontier
 
         return plot_frontier(self, ax, plan=plan, peers=peers)
+
+
+def frontier_of(
+    step: Prepared,
+    budgets_gb: Sequence[float] | None = None,
+    *,
+    points: int,
+    solver: str,
+    time_limit_s: float,
+    progress: Reporter | None,
+) -> Frontier:
+    """The frontier of a captured step; see :meth:`planner.prepared.Prepared.frontier`."""
+    tell = progress or Reporter()
+    if budgets_gb is None:
+        tell.phase("least", LEAST)
+        low, high = step.minimum_peak_bytes, max(step.baseline.peak_bytes, step.optimizer_step_bytes)
+        budgets = [round(low + (high - low) * (k / max(1, points - 1)) ** 1.5) for k in range(points)]
+    else:
+        budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
+    tell.phase("solve", f"{len(budgets)} budgets")
+    known = step.__dict__.get("least")
+    answers = fitted_each(
+        step.problem,
+        [b for b in budgets if b >= step.optimizer_step_bytes],
+        step.played,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        progress=tell.searching(step.problem.total_seconds),
+        hint=None if known is None else known.schedule,
+    )
+    found: list[FrontierPoint] = []
+    for budget in budgets:
+        solution = step.or_least(answers.get(budget), budget)
+        if solution is None:
+            error = step.infeasible(budget)
+            found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))
+            continue
+        plan = step.plan_of(solution)
+        found.append(FrontierPoint(budget, plan.peak_bytes, plan.overhead, plan.overhead_bound, plan.status))
+    return Frontier(type(step.model).__name__, step.baseline.peak_bytes, step.floor_bytes, tuple(found))

@@ -25,6 +25,7 @@ KINDS = (
     "inputs",
     "output_gradients",
     "library_workspace",
+    "allocator_slack",
     "margin",
     "gradients",
     "outputs",
@@ -123,10 +124,12 @@ def bytes_over_time(
     copies: list[Copy],
     resident: Resident,
     further: Mapping[str, int],
+    slack: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``.
 
-    ``further``: bytes by kind that are there throughout and not in ``resident``.
+    ``further``: bytes by kind that are there throughout and not in ``resident``.  ``slack``: what an
+    allocator hands out at each step beyond ``timeline.live_bytes``; ``None`` where there is none.
     """
     length = len(timeline.steps)
     delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
@@ -145,4 +148,8 @@ def bytes_over_time(
     }
     for kind, size in constant.items():
         out[kind] = out[kind] + size
+    if slack is None:
+        del out["allocator_slack"]
+    else:
+        out["allocator_slack"] = out["allocator_slack"] + slack
     return out

@@ -129,14 +129,12 @@ class CudaPeak:
                          part of the step though it outlives it.
     ``slack_bytes``      how far most allocated bytes exceed most requested ones: blocks are rounded up,
                          and left whole where less than 1 MiB would remain (:mod:`planner.devices`).
-    ``resident_slack_bytes``  the same of what was there when the step began.
     """
 
     allocated_bytes: int
     reserved_bytes: int
     resident_bytes: int
     slack_bytes: int = 0
-    resident_slack_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -167,7 +165,7 @@ def cuda_step_peak(
         call(fn_or_module, inputs)
         resident = _resident_bytes(where)
         call(fn_or_module, inputs)
-        with _cuda_window(where, *resident) as peak:
+        with _cuda_window(where, resident) as peak:
             call(fn_or_module, inputs)
         return peak()
     with undone(module, inputs):
@@ -178,7 +176,7 @@ def cuda_step_peak(
     resident = _resident_bytes(where)
     with undone(module, inputs):
         backward(forward(module, inputs, loss_fn), given)
-    with undone(module, inputs), _cuda_window(where, *resident) as peak:
+    with undone(module, inputs), _cuda_window(where, resident) as peak:
         passed = forward(module, inputs, loss_fn)
         if not hold_outputs:
             passed = passed._replace(outputs=None)
@@ -186,25 +184,23 @@ def cuda_step_peak(
         return peak()
 
 
-def _slack_bytes(device: torch.device, moment: str) -> int:
-    """Allocated beyond what was asked for, "current" or at the "peak"; 0 where no allocator says so."""
+def _slack_bytes(device: torch.device) -> int:
+    """Most allocated beyond most asked for; 0 where no allocator says so."""
     stats = torch.cuda.memory_stats(device)
-    allocated, requested = (stats.get(f"{kind}_bytes.all.{moment}", 0) for kind in ("allocated", "requested"))
+    allocated, requested = (stats.get(f"{kind}_bytes.all.peak", 0) for kind in ("allocated", "requested"))
     return max(0, int(allocated - requested)) if requested else 0
 
 
-def _resident_bytes(device: torch.device) -> tuple[int, int]:
-    """What is allocated between two steps, and the slack in it; the scratch of cuBLAS is given back."""
+def _resident_bytes(device: torch.device) -> int:
+    """What is allocated between two steps; the scratch of cuBLAS is given back."""
     gc.collect()
     torch.cuda.synchronize(device)
     clear_cublas_workspaces()
-    return torch.cuda.memory_allocated(device), _slack_bytes(device, "current")
+    return torch.cuda.memory_allocated(device)
 
 
 @contextmanager
-def _cuda_window(
-    device: torch.device, resident_bytes: int, resident_slack_bytes: int
-) -> Iterator[Callable[[], CudaPeak]]:
+def _cuda_window(device: torch.device, resident_bytes: int) -> Iterator[Callable[[], CudaPeak]]:
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -216,8 +212,7 @@ def _cuda_window(
             torch.cuda.max_memory_allocated(device),
             torch.cuda.max_memory_reserved(device),
             resident_bytes,
-            _slack_bytes(device, "peak"),
-            resident_slack_bytes,
+            _slack_bytes(device),
         )
 
     yield peak
@@ -232,19 +227,23 @@ def _attention_flops(query: Any, key: Any, value: Any, products: tuple[int, int]
     return 2 * batch * heads * rows * key[-2] * (products[0] * depth + products[1] * value[-1])
 
 
-def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return _attention_flops(query, key, value, (1, 1))  # QK', PV
 
 
-def _cpu_attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return _attention_flops(query, key, value, (3, 2))  # QK' again, dS K, dS'Q; dO V', P'dO
 
 
-# torch's counter knows CUDA's attention kernels, not the CPU's, which it would count as nothing.
+_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+
+# torch's counter does not know the CPU's attention kernels, which it would count as nothing, and that
+# of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
-        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
+        getattr(aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
+        for kernel in _ATTENTION
+        for suffix, formula in (("", _forward_flops), ("_backward", _backward_flops))
     }
 )
 

@@ -89,6 +89,8 @@ class Plan:
     ``varying_dims``         for each input tensor its dimensions that may vary; ``None`` if none may.
     ``planned_for``          name of the device planned for, where it is not the model's own; bytes and
                              seconds are then of that device, and the plan is not to be applied.
+    ``reserved_bytes``       predicted: what CUDA's caching allocator takes from the driver for the step, of
+                             which ``peak_bytes`` are allocated; ``None`` where there is no such allocator.
     ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
 
     Where sizes vary, all figures are for the sizes planned for.
@@ -128,6 +130,7 @@ class Plan:
     varying_dims: Dims | None = None
     calibration: Calibration | None = None
     planned_for: str = ""
+    reserved_bytes: int | None = None
     _prepared: Prepared | None = field(default=None, repr=False)
     _outline: Outline | None = field(default=None, repr=False)
 

@@ -15,18 +15,21 @@ from torch import nn
 from planner import footprint
 from planner._compat import modes_set_aside
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
+from planner.allocator import handed_out, is_default
 from planner.capture import JointGraph, LossFn, capture
 from planner.captures import Captures, capture_varying
 from planner.costs import Costs
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
-from planner.frontier import Frontier, FrontierPoint
+from planner.execution import Execution, execute
+from planner.frontier import Frontier, frontier_of
 from planner.guards import Expectation, expectation_of, fingerprint_of
 from planner.inputs import Inputs
 from planner.lifetimes import bytes_over_time, copies_of
-from planner.lowering import as_executed, judge, lower, steps_of
+from planner.lowering import as_executed, lower, steps_of
 from planner.placements import placements_of
 from planner.plan import Plan
 from planner.progress import Reporter
+from planner.search import LEAST, fitted, infeasible_error
 from planner.sizes import Dynamic, varying_dims
 from planner.step import device_of, held
 from planner.target import CostSource, Target, target_for
@@ -36,13 +39,10 @@ from planner.units import bytes_text
 from planner.variants import OnLarger, Varying
 from planner.view.outline import Outline
 from planner.wrappers import unwrapped
-from solvers import InfeasibleError, Problem, Schedule, Solution, Timeline, minimum_peak, solve
-from solvers import frontier as solve_frontier
+from solvers import Problem, Schedule, Solution, minimum_peak
 from solvers.bounds import peak_floor
 
 __all__ = ["CostSource", "Prepared", "prepare", "prepare_for"]
-
-LEAST = "the least budget that has a plan"
 
 
 def prepare(
@@ -161,14 +161,35 @@ class Prepared:
     @cached_property
     def library_bytes(self) -> int:
         """Bytes that cuBLAS keeps for itself; see :mod:`planner.devices`."""
-        return footprint.cublas_bytes(self.graph, self.target.capability)
+        return sum(footprint.cublas_blocks(self.graph, self.target.capability))
+
+    @cached_property
+    def blocks(self) -> list[int] | None:
+        """What a CUDA allocator has handed out when the step begins; ``None`` where there is no such one."""
+        if self.target.device.type != "cuda":
+            return None
+        further = [self.tangent_bytes, self.constant_bytes]
+        further += footprint.cublas_blocks(self.graph, self.target.capability)
+        return footprint.blocks_of(self.model, self.joint.inputs, self.resident, further, self.graph.device)
+
+    @cached_property
+    def resident_slack_bytes(self) -> int:
+        """What the allocator has handed out for ``blocks`` beyond what was asked for."""
+        if self.blocks is None or not is_default():
+            return 0
+        asked_bytes = (
+            self.resident.total_bytes + self.constant_bytes + self.tangent_bytes + self.library_bytes
+        )
+        return handed_out(self.blocks) - asked_bytes
 
     @property
     def further(self) -> dict[str, int]:
         """What is there throughout and not in ``resident``, by kind."""
+        slack = {} if self.blocks is None else {"allocator_slack": self.resident_slack_bytes}
         return {
             "output_gradients": self.tangent_bytes,
             "library_workspace": self.library_bytes,
+            **slack,
             "margin": self.margin_bytes,
         }
 
@@ -187,9 +208,17 @@ class Prepared:
         return Outline.of(self)
 
     @cached_property
-    def baseline(self) -> Timeline:
+    def baseline(self) -> Execution:
         """The step when nothing is recomputed."""
-        return judge(self.graph, self.problem, list(range(len(self.problem))))
+        return self.execution(list(range(len(self.problem))))
+
+    def execution(self, steps: list[int]) -> Execution:
+        """What running ``steps`` takes on the device planned for."""
+        return execute(self.graph, self.problem, steps, self.blocks, self.margin_bytes)
+
+    def played(self, schedule: Schedule) -> Execution:
+        """:meth:`execution` of a solver's schedule."""
+        return self.execution(steps_of(self.graph, self.problem, schedule))
 
     @cached_property
     def optimizer_step_bytes(self) -> int:
@@ -197,7 +226,8 @@ class Prepared:
         r = self.resident
         if not r.optimizer_state_bytes and not r.optimizer_step_bytes:
             return 0
-        return r.total_bytes + self.library_bytes + self._gradient_bytes + r.optimizer_step_bytes
+        slack = self.resident_slack_bytes
+        return r.total_bytes + self.library_bytes + slack + self._gradient_bytes + r.optimizer_step_bytes
 
     @cached_property
     def _gradient_bytes(self) -> int:
@@ -265,7 +295,7 @@ class Prepared:
 
     def peak_of(self, steps: list[int]) -> int:
         """Peak of a schedule, the optimizer's step included."""
-        return max(judge(self.graph, self.problem, steps).peak_bytes, self.optimizer_step_bytes)
+        return max(self.execution(steps).peak_bytes, self.optimizer_step_bytes)
 
     def peak_at(self, value_bytes: np.ndarray, inputs: Inputs, steps: list[int]) -> int:
         """Peak of a schedule where each of the graph's values has ``value_bytes``, shape (V,).
@@ -324,27 +354,24 @@ class Prepared:
         tell.phase("solve", f"{len(self.problem)} ops in {bytes_text(budget_bytes)}")
         if budget_bytes < self.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
-        found: Solution | None
-        try:
-            found = solve(
-                self.problem,
-                budget_bytes,
-                solver=solver,
-                time_limit_s=time_limit_s,
-                progress=tell.searching(self.problem.total_seconds),
-                hint=None if hint is None else self._schedule_of(hint),
-            )
-        except InfeasibleError:
-            found = None
+        found = fitted(
+            self.problem,
+            budget_bytes,
+            self.played,
+            solver=solver,
+            time_limit_s=time_limit_s,
+            progress=tell.searching(self.problem.total_seconds),
+            hint=None if hint is None else self._schedule_of(hint),
+        )
         if found is None or not found.fits:
             tell.phase("least", LEAST)
-        solution = self._or_least(found, budget_bytes)
+        solution = self.or_least(found, budget_bytes)
         if solution is None:
             raise self.infeasible(budget_bytes)
         tell.found(solution, self.problem.total_seconds)
-        return self._plan_of(solution)
+        return self.plan_of(solution)
 
-    def _or_least(self, found: Solution | None, budget_bytes: int) -> Solution | None:
+    def or_least(self, found: Solution | None, budget_bytes: int) -> Solution | None:
         """What a solver found, or the schedule of the least plan where only that one fits.
 
         It may fit where the solvers proved that nothing does: they count the state of the generator
@@ -364,7 +391,7 @@ class Prepared:
 
     def least_plan(self) -> Plan:
         """The plan of the lowest peak that was found; its budget is that peak."""
-        return self._plan_of(self.least)
+        return self.plan_of(self.least)
 
     def _schedule_of(self, plan: Plan) -> Schedule | None:
         """The schedule of a plan made for other sizes, if it runs the same ops."""
@@ -373,25 +400,9 @@ class Prepared:
 
     def infeasible(self, budget_bytes: int) -> InfeasibleBudgetError:
         """The error for a budget that no plan fits, with the least that one does and what fills it."""
-        least = self._plan_of(self.least)
-        need, floor = max(least.peak_bytes, self.optimizer_step_bytes), self.floor_bytes
-        largest = sorted(least.breakdown.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{k.replace('_', ' ')} {bytes_text(b)}" for k, b in largest if b > need / 1000)
-        decided = (
-            f"it is proved that none needs less than {floor / 1e9:.4g} GB"
-            if budget_bytes < floor
-            else f"none was found between the proved floor of {floor / 1e9:.4g} GB and there"
-        )
-        enough_gb = math.ceil(need / 1e3) / 1e6  # rounded up: the number in the message works as a budget
-        return InfeasibleBudgetError(
-            f"no plan for {type(self.model).__name__} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-            f"with a plan is {enough_gb:.6f} GB, and {decided}. At that plan's peak: {parts}. Raise the "
-            "budget, or make the batch smaller",
-            budget_bytes=budget_bytes,
-            minimum_bytes=need,
-            floor_bytes=floor,
-            breakdown=dict(least.breakdown),
-        )
+        least = self.plan_of(self.least)
+        need = max(least.peak_bytes, self.optimizer_step_bytes)
+        return infeasible_error(least, budget_bytes, need, self.floor_bytes)
 
     def frontier(
         self,
@@ -407,52 +418,26 @@ class Prepared:
         Those are denser towards the least, where the curve is steep.  A plan for a lower budget also
         serves every higher one, so the curve never rises.  ``time_limit_s`` is per budget.
         """
-        tell = progress or Reporter()
-        if budgets_gb is None:
-            tell.phase("least", LEAST)
-            low, high = self.minimum_peak_bytes, max(self.baseline.peak_bytes, self.optimizer_step_bytes)
-            budgets = [round(low + (high - low) * (k / max(1, points - 1)) ** 1.5) for k in range(points)]
-        else:
-            budgets = sorted(budget_bytes_of(b) for b in budgets_gb)
-        tell.phase("solve", f"{len(budgets)} budgets")
-        known = self.__dict__.get("least")
-        answers = solve_frontier(
-            self.problem,
-            [b for b in budgets if b >= self.optimizer_step_bytes],
-            solver=solver,
-            time_limit_s=time_limit_s,
-            progress=tell.searching(self.problem.total_seconds),
-            hint=None if known is None else known.schedule,
+        return frontier_of(
+            self, budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=progress
         )
-        found: list[FrontierPoint] = []
-        for budget in budgets:
-            answer = answers.get(budget)
-            solution = self._or_least(answer if isinstance(answer, Solution) else None, budget)
-            if solution is None:
-                error = self.infeasible(budget)
-                found.append(FrontierPoint(budget, error.minimum_bytes, None, None, "infeasible"))
-                continue
-            plan = self._plan_of(solution)
-            found.append(
-                FrontierPoint(budget, plan.peak_bytes, plan.overhead, plan.overhead_bound, plan.status)
-            )
-        return Frontier(type(self.model).__name__, self.baseline.peak_bytes, self.floor_bytes, tuple(found))
 
-    def _plan_of(self, solution: Solution) -> Plan:
+    def plan_of(self, solution: Solution) -> Plan:
+        """The plan that runs a solver's schedule."""
         graph, problem, costs = self.graph, self.problem, self.costs
         assert costs is not None
         steps = steps_of(graph, problem, solution.schedule)
-        timeline = judge(graph, problem, steps)
-        executed = as_executed(graph, problem, steps)
-        copies = copies_of(graph, executed, timeline)
+        ran = self.execution(steps)
+        timeline = ran.timeline
+        copies = copies_of(graph, ran.problem, timeline)
         resident = dataclasses.replace(
             self.resident, buffers_bytes=self.resident.buffers_bytes + self.constant_bytes
         )
-        by_kind = bytes_over_time(executed, timeline, copies, resident, self.further)
-        peak = timeline.peak_step
+        by_kind = bytes_over_time(ran.problem, timeline, copies, resident, self.further, ran.slack_bytes)
+        peak = ran.peak_step
         breakdown = {kind: int(b[peak]) for kind, b in by_kind.items()}
         peak_op, peak_module = graph.ops[steps[peak]].name, graph.ops[steps[peak]].module
-        if self.optimizer_step_bytes > timeline.peak_bytes:
+        if self.optimizer_step_bytes > ran.peak_bytes:
             breakdown = self._optimizer_breakdown(breakdown)
             peak_op, peak_module = "optimizer.step", ""
         total = problem.total_seconds
@@ -464,14 +449,14 @@ class Prepared:
         return Plan(
             model_name=type(self.model).__name__,
             budget_bytes=solution.budget_bytes,
-            peak_bytes=max(timeline.peak_bytes, self.optimizer_step_bytes),
+            peak_bytes=max(ran.peak_bytes, self.optimizer_step_bytes),
             baseline_peak_bytes=max(self.baseline.peak_bytes, self.optimizer_step_bytes),
             overhead=overhead,
             overhead_bound=proved,
             status="optimal" if solution.status == "optimal" else "feasible",
             placements=placements_of(graph, costs.seconds, steps, copies),
             breakdown=breakdown,
-            timeline=timeline.live_bytes,
+            timeline=ran.live_bytes,
             timeline_by_kind=by_kind,
             baseline_timeline=self.baseline.live_bytes,
             sequence=tuple(graph.ops[i].name for i in steps),
@@ -487,6 +472,7 @@ class Prepared:
             cost_device=costs.device,
             device=str(graph.device),
             planned_for=self.target.name,
+            reserved_bytes=ran.reserved_bytes,
             torch_version=str(torch.__version__),
             fingerprint=self.fingerprint,
             peak_op=peak_op,
@@ -505,6 +491,7 @@ class Prepared:
             "optimizer_state": r.optimizer_state_bytes,
             "inputs": r.inputs_bytes,
             "library_workspace": self.library_bytes,
+            **({} if self.blocks is None else {"allocator_slack": self.resident_slack_bytes}),
             "gradients": self._gradient_bytes + r.gradients_bytes,
             "workspace": r.optimizer_step_bytes,
         }

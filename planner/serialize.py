@@ -41,6 +41,7 @@ _SKIPPED = (
     "varying_dims",
     "calibration",
     "planned_for",
+    "reserved_bytes",
     "_prepared",
     "_outline",
     *_ARRAYS,
@@ -79,6 +80,8 @@ def to_text(plan: Plan) -> str:
         record["varying_dims"] = plan.varying_dims
     if plan.planned_for:
         record["planned_for"] = plan.planned_for
+    if plan.reserved_bytes is not None:
+        record["reserved_bytes"] = plan.reserved_bytes
     if plan.calibration is not None:
         record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
     outline = plan.outline_if_known
@@ -159,7 +162,8 @@ def _read(record: dict[str, Any]) -> Plan:
         varying_dims=_dims(record.get("varying_dims"), inputs),
         calibration=_calibration(record.get("calibration")),
         planned_for=str(record.get("planned_for", "")),
-        _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"]),
+        reserved_bytes=_optional_int(record.get("reserved_bytes")),
+        _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 
 
@@ -168,12 +172,17 @@ def _calibration(record: Any) -> Calibration | None:
     return None if record is None else Calibration(tuple(Round(*of) for of in record))
 
 
-def _outline(record: Any, sequence: tuple[str, ...], timeline: np.ndarray) -> Outline | None:
+def _outline(
+    record: Any, sequence: tuple[str, ...], timeline: np.ndarray, by_kind: Mapping[str, np.ndarray]
+) -> Outline | None:
     """Files of earlier versions do not have it."""
     if record is None:
         return None
     outline = Outline.decode(record)
-    if not np.array_equal(outline.judge(outline.steps(sequence)).live_bytes, timeline):
+    live = outline.judge(outline.steps(sequence)).live_bytes
+    if "allocator_slack" in by_kind:  # of which the outline knows what is there throughout
+        live = live + by_kind["allocator_slack"] - outline.resident.get("allocator_slack", 0)
+    if not np.array_equal(live, timeline):
         raise ValueError("'timeline' is not that of its 'outline'")
     return outline
 

@@ -67,5 +67,6 @@ _LABELS = {
     "temporaries": "forward temporaries",
     "workspace": "kernel workspace",
     "library_workspace": "cuBLAS workspace",
+    "allocator_slack": "the allocator's slack",
     "margin": "margin, as measured",
 }

@@ -15,6 +15,7 @@ import planner
 from planner import InfeasibleBudgetError, PlannerError, calibrate, measure
 from planner._compat import FakeTensorMode
 from planner.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
+from planner.devices import allocated_blocks
 from planner.measure import CudaPeak, cuda_step_peak, step_peak
 from planner.prepared import Prepared, prepare
 from planner.runtime import planned_forward_of
@@ -236,18 +237,22 @@ def test_on_cuda_what_others_hold_in_the_process_is_left_out(monkeypatch: pytest
     )
 
 
-def test_slack_around_the_models_own_tensors_is_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block left whole around a parameter is no other tenant: subtracted, it would hide from the budget."""
-    with FakeTensorMode():
-        module = nn.Module()
-        module.register_parameter("weight", nn.Parameter(torch.empty(2, device="cuda")))
-    monkeypatch.setattr(calibrate, "cuda_step_peak", lambda *a, **k: CudaPeak(1000, 1500, 300, 120, 70))
-    assert measured_bytes(module, (), None, 230) == StepBytes(1000, 1500)
-    assert measured_bytes(module, (), None, 200) == StepBytes(970, 1470)
+def test_what_the_allocator_handed_out_is_read_from_its_own_books(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"allocated_bytes.all.peak": 90, "requested_bytes.all.peak": 70}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    assert measure._slack_bytes(torch.device("cuda"), "peak") == 20
-    assert measure._slack_bytes(torch.device("cuda"), "current") == 0
+    assert measure._slack_bytes(torch.device("cuda")) == 20
+    segment = {
+        "device": 0,
+        "address": 4096,
+        "blocks": [
+            {"state": "inactive", "size": 512},
+            {"state": "active_allocated", "size": 1024},
+            {"state": "active_pending_free", "size": 512},
+        ],
+    }
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment, {**segment, "device": 1}])
+    assert allocated_blocks(torch.device("cuda", 0)) == {4096 + 512: 1024}
 
 
 def test_the_scratch_of_cublas_is_part_of_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ _COLORS = {
     "inputs": "#c6ccd5",
     "output_gradients": "#d6dae1",
     "library_workspace": "#d9c48a",
+    "allocator_slack": "#cdbfa0",
     "margin": "#e9e2d2",
     "gradients": "#4f8a83",
     "outputs": "#8f7fb8",

@@ -85,6 +85,7 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
             gb_text(plan.peak_bytes),
             f"{_share(plan.peak_bytes, plan.budget_bytes)} of the budget",
         ),
+        *_reserved(plan),
         (
             "nothing recomputed",
             gb_text(plan.baseline_peak_bytes),
@@ -110,6 +111,14 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
+
+
+def _reserved(plan: Plan) -> list[tuple[str, str, str]]:
+    """What the allocator would take from the driver, where there is one that takes more than it hands out."""
+    if plan.reserved_bytes is None:
+        return []
+    reserved = plan.reserved_bytes
+    return [("predicted reserved", gb_text(reserved), f"{_share(plan.peak_bytes, reserved)} of it allocated")]
 
 
 def _measured(plan: Plan) -> list[tuple[str, str, str]]:

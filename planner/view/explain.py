@@ -199,6 +199,11 @@ class _WhatIf:
     def line(self) -> Timeline:
         return self.outline.judge(self.steps)
 
+    @cached_property
+    def slack_bytes(self) -> int:
+        """What an allocator adds to the plan's peak; other schedules are taken to have as much added."""
+        return int(self.plan.timeline.max(initial=self.line.peak_bytes)) - self.line.peak_bytes
+
     def ops_of(self, placements: Iterable[Placement]) -> set[int]:
         return {self.outline.position[p.call] for p in placements}
 
@@ -227,8 +232,8 @@ class _WhatIf:
         plan, ops = self.plan, self.outline.ops
         line = self.outline.judge(steps)
         at_peak = ops[steps[line.peak_step]]
-        peak_bytes = max(line.peak_bytes, plan.optimizer_step_bytes)
-        in_optimizer = plan.optimizer_step_bytes > line.peak_bytes
+        peak_bytes = max(line.peak_bytes + self.slack_bytes, plan.optimizer_step_bytes)
+        in_optimizer = plan.optimizer_step_bytes > line.peak_bytes + self.slack_bytes
         before, after = Counter(self.steps), Counter(steps)
         along = tuple(op.name for i, op in enumerate(ops) if before[i] != after[i] and i not in own)
         return Alternative(
@@ -236,7 +241,7 @@ class _WhatIf:
             tuple(ops[i].name for i in steps),
             peak_bytes,
             peak_bytes - plan.budget_bytes,
-            int((line.live_bytes > plan.budget_bytes).sum()),
+            int((line.live_bytes + self.slack_bytes > plan.budget_bytes).sum()),
             "optimizer.step" if in_optimizer else at_peak.name,
             "" if in_optimizer else at_peak.module,
             line.recompute_seconds,

@@ -4,7 +4,8 @@ The file has the format of ``torch.cuda.memory._dump_snapshot`` (torch/csrc/cuda
 https://pytorch.org/memory_viz and ``python -m torch.cuda._memory_viz`` read it.  Its trace is the whole
 step as planned: what is resident first (parameters, optimizer state, inputs), then an ``alloc`` for every
 copy of every value and for kernels' scratch, a ``free`` where it dies, and last the optimizer's own step.
-The most that is ever allocated at once is ``plan.peak_bytes``, to the byte.
+The most that is ever allocated at once is ``plan.peak_bytes``, to the byte; on CUDA it is that less what
+the allocator hands out beyond what the step's ops ask for.
 
 The file is a pickle because the viewers read nothing else.  It holds dicts, lists, strings and numbers
 only, which is all the web viewer's own reader knows, so reading it needs no class of this package.
