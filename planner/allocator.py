@@ -21,8 +21,9 @@ Source: ``c10/cuda/CUDACachingAllocator.cpp`` of PyTorch 2.11 with its default s
 Exact for one stream, given the order of allocations and frees and the blocks there at the start.
 
 Known weaknesses: an op's outputs are taken to be made in order and its scratch, one block, after them; what
-is resident is laid out in the order of the model's parameters, buffers and inputs, as if nothing had been
-freed between; the driver's addresses are taken to rise, which decides between free blocks of equal size.
+is resident, where it is not seen on the device, is laid out in the order of the model's parameters, buffers
+and inputs, as if nothing had been freed between, and where it is seen, the room left in its segments is
+taken for none; the driver's addresses are taken to rise, which decides between free blocks of equal size.
 Other streams, private pools of CUDA graphs, and other settings in ``PYTORCH_ALLOC_CONF``
 (``expandable_segments``, ``roundup_power2_divisions``, ``max_split_size_mb``, ``backend``) are not
 modelled; :func:`is_default` says whether there are any.
@@ -32,14 +33,14 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from solvers import Problem, Timeline
 
-__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "handed_out", "is_default", "played"]
+__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "Resident", "is_default", "played"]
 
 MIB = 2**20
 GRAIN = 512
@@ -122,6 +123,12 @@ class CachingAllocator:
         self.allocated_bytes += block.bytes
         return block
 
+    def hold(self, count: int) -> None:
+        """Count a block of just these bytes that is there already, in a segment without room for others."""
+        self.allocated_bytes += count
+        self.reserved_bytes += count
+        self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
+
     def release(self, block: Block) -> None:
         """Take ``block`` back."""
         if block.free:
@@ -192,27 +199,39 @@ class AllocatorPeaks:
         return self.allocated_peak_bytes - self.requested_peak_bytes
 
 
-def handed_out(blocks: Sequence[int]) -> int:
-    """Bytes that an allocator with nothing else in it hands out for ``blocks``, one after another."""
-    allocator = CachingAllocator()
-    for count in blocks:
-        if count:
-            allocator.allocate(count)
-    return allocator.allocated_bytes
+@dataclass(frozen=True)
+class Resident:
+    """What is there when a step begins, and through all of it.
+
+    ``there``  bytes of each block that an allocator was seen to have handed out.
+    ``made``   bytes of each that is yet to be asked for, in the order in which that will be.
+    """
+
+    there: tuple[int, ...]
+    made: tuple[int, ...]
+
+    def allocator(self) -> CachingAllocator:
+        """An allocator with these blocks in it."""
+        allocator = CachingAllocator()
+        for count in self.there:
+            allocator.hold(count)
+        for count in self.made:
+            if count:
+                allocator.allocate(count)
+        return allocator
+
+    @property
+    def handed_out_bytes(self) -> int:
+        """Bytes of these blocks, the allocator's slack included."""
+        return self.allocator().allocated_bytes
 
 
-def played(
-    problem: Problem, timeline: Timeline, resident: Sequence[int], *, steps: int = STEPS
-) -> AllocatorPeaks:
+def played(problem: Problem, timeline: Timeline, resident: Resident, *, steps: int = STEPS) -> AllocatorPeaks:
     """The peaks of ``steps`` training steps that run as ``timeline`` of ``problem`` says.
 
-    ``resident``: bytes of each block that is there throughout, in the order they were made.  Gradients and
-    outputs (final values) are dropped at the end of each step.
+    Gradients and outputs (final values) are dropped at the end of each step.
     """
-    allocator = CachingAllocator()
-    for count in resident:
-        if count:
-            allocator.allocate(count)
+    allocator = resident.allocator()
     moves = _moves(problem, timeline)
     allocated = np.zeros(len(moves), dtype=np.int64)
     for _ in range(steps):
@@ -232,7 +251,7 @@ def played(
             allocator.release(block)
     moving = timeline.live_bytes - timeline.resident_bytes
     return AllocatorPeaks(
-        sum(resident) + int(moving.max(initial=0)),
+        sum(resident.there) + sum(resident.made) + int(moving.max(initial=0)),
         int(allocated.max(initial=allocator.allocated_bytes)),
         allocator.reserved_peak_bytes,
         allocated,

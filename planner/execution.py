@@ -8,13 +8,12 @@ are all there is: with ``expandable_segments`` every block is cut to size, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from planner.allocator import is_default, played
+from planner.allocator import Resident, is_default, played
 from planner.lifetimes import StepGraph
 from planner.lowering import as_executed
 from solvers import Problem, Timeline
@@ -59,7 +58,7 @@ def execute(
     graph: StepGraph,
     problem: Problem,
     steps: list[int],
-    blocks: Sequence[int] | None = None,
+    blocks: Resident | None = None,
     margin_bytes: int = 0,
 ) -> Execution:
     """Play ``steps`` of ``problem`` through.

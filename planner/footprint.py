@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from planner import allocator
 from planner._compat import FakeTensor, storage_key
 from planner.accounting import Resident
 from planner.devices import allocated_blocks, library_blocks, rounded_up
@@ -63,33 +64,32 @@ def cublas_blocks(graph: TrainingGraph, capability: tuple[int, int] | None) -> t
 
 def blocks_of(
     model: nn.Module, inputs: Inputs, resident: Resident, further: Sequence[int], device: torch.device
-) -> list[int]:
-    """Bytes of each block that a CUDA allocator has handed out when the step begins, in order.
+) -> allocator.Resident:
+    """Bytes of each block that a CUDA allocator has handed out when the step begins.
 
     ``device``  where the model is.  If that is a CUDA device, the blocks of its tensors are looked up;
-    elsewhere they are what is asked for, rounded up.  Optimizer state is laid out as so many copies of the
-    parameters; of other kinds whose tensors are not known there is one block each.
+    elsewhere they are what is asked for.  Optimizer state is laid out as so many copies of the parameters;
+    of other kinds whose tensors are not known there is one block each.
     """
-    found = allocated_blocks(device)
+    seen = allocated_blocks(device)
+    there: list[int] = []
 
-    def sizes(tensors: Iterable[torch.Tensor], asked_bytes: int) -> list[int]:
+    def made(tensors: Iterable[torch.Tensor], asked_bytes: int) -> list[int]:
         storages = {storage_key(t): t for t in tensors if t.device == device}
         asked = {k: rounded_up(int(t.untyped_storage().nbytes()), 512) for k, t in storages.items()}
         if sum(asked.values()) != asked_bytes:  # sizes of another batch, or storages that serve two purposes
             return [asked_bytes]
-        for key, tensor in storages.items() if found else ():
-            if not isinstance(tensor, FakeTensor):
-                asked[key] = max(asked[key], found.get(tensor.untyped_storage().data_ptr(), 0))
+        for key, tensor in storages.items() if seen else ():
+            block = 0 if isinstance(tensor, FakeTensor) else seen.get(tensor.untyped_storage().data_ptr(), 0)
+            if block >= asked[key]:
+                there.append(block)
+                del asked[key]
         return list(asked.values())
 
-    parameters = sizes(model.parameters(), resident.parameters_bytes)
-    copies, rest = divmod(resident.optimizer_state_bytes, max(1, resident.parameters_bytes))
-    return [
-        *parameters,
-        *sizes(model.buffers(), resident.buffers_bytes),
-        *sizes(tensors_in((inputs.args, inputs.kwargs)), resident.inputs_bytes),
-        *further,
-        *copies * parameters,
-        rest,
-        resident.gradients_bytes,
-    ]
+    tensors = (model.parameters(), model.buffers(), tensors_in((inputs.args, inputs.kwargs)))
+    asked = (resident.parameters_bytes, resident.buffers_bytes, resident.inputs_bytes)
+    first = [count for of, total in zip(tensors, asked, strict=True) for count in made(of, total)]
+    parameters = [rounded_up(p.untyped_storage().nbytes(), 512) for p in model.parameters()]
+    copies, rest = divmod(resident.optimizer_state_bytes, max(1, sum(parameters)))
+    later = [*further, *copies * parameters, rest, resident.gradients_bytes]
+    return allocator.Resident(tuple(there), (*first, *later))

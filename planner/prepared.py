@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from planner import footprint
+from planner import allocator, footprint
 from planner._compat import modes_set_aside
 from planner.accounting import OptimizerLike, Resident, budget_bytes_of, resident_of
-from planner.allocator import handed_out, is_default
 from planner.capture import JointGraph, LossFn, capture
 from planner.captures import Captures, capture_varying
 from planner.costs import Costs
@@ -164,7 +163,7 @@ class Prepared:
         return sum(footprint.cublas_blocks(self.graph, self.target.capability))
 
     @cached_property
-    def blocks(self) -> list[int] | None:
+    def blocks(self) -> allocator.Resident | None:
         """What a CUDA allocator has handed out when the step begins; ``None`` where there is no such one."""
         if self.target.device.type != "cuda":
             return None
@@ -175,12 +174,12 @@ class Prepared:
     @cached_property
     def resident_slack_bytes(self) -> int:
         """What the allocator has handed out for ``blocks`` beyond what was asked for."""
-        if self.blocks is None or not is_default():
+        if self.blocks is None or not allocator.is_default():
             return 0
         asked_bytes = (
             self.resident.total_bytes + self.constant_bytes + self.tangent_bytes + self.library_bytes
         )
-        return handed_out(self.blocks) - asked_bytes
+        return self.blocks.handed_out_bytes - asked_bytes
 
     @property
     def further(self) -> dict[str, int]:

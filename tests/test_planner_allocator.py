@@ -15,7 +15,7 @@ from torch import nn
 
 import planner
 from planner._compat import FakeTensorMode
-from planner.allocator import MIB, AllocatorPeaks, Block, CachingAllocator, handed_out, is_default, played
+from planner.allocator import MIB, AllocatorPeaks, Block, CachingAllocator, Resident, is_default, played
 from planner.execution import Execution
 from planner.search import fitted, fitted_each
 from solvers import Problem, Schedule, simulate
@@ -174,7 +174,7 @@ def chain(sizes: list[int], *, seconds: float = 1.0) -> Problem:
 
 def test_a_schedule_takes_what_its_blocks_take() -> None:
     problem = chain([int(11.5 * MIB), 3 * MIB])
-    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), [512, 1000])
+    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), Resident((), (512, 1000)))
     # Resident: 512 + 1024.  v0 has 12 MiB to itself, v1 is cut from 20, gradients lie beside the residents.
     assert peaks.requested_peak_bytes == 1512 + int(14.5 * MIB) + 512
     assert peaks.allocated_peak_bytes == 1536 + 15 * MIB + 512
@@ -182,7 +182,10 @@ def test_a_schedule_takes_what_its_blocks_take() -> None:
     assert peaks.allocated_bytes.tolist() == [
         1536 + m for m in (12 * MIB, 15 * MIB, 15 * MIB + 512, 12 * MIB + 1024)
     ]
-    assert handed_out([512, 0, 1000]) == 1536
+    seen = played(problem, simulate(problem, Schedule.keep_all(problem)), Resident((12 * MIB,), (0, 1000)))
+    assert seen.allocated_peak_bytes == 12 * MIB + 1024 + 15 * MIB + 512
+    assert seen.reserved_peak_bytes == (12 + 34) * MIB
+    assert Resident((3 * MIB,), (0, int(11.5 * MIB))).handed_out_bytes == 15 * MIB
 
 
 def test_peaks_that_cannot_be_are_refused() -> None:
