@@ -22,11 +22,10 @@ Exact for one stream, given the order of allocations and frees and the blocks th
 
 Known weaknesses: an op's outputs are taken to be made in order and its scratch, one block, after them; what
 is resident, where it is not seen on the device, is laid out in the order of the model's parameters, buffers
-and inputs, as if nothing had been freed between, and where it is seen, the room left in its segments is
-taken for none; the driver's addresses are taken to rise, which decides between free blocks of equal size.
-Other streams, private pools of CUDA graphs, and other settings in ``PYTORCH_ALLOC_CONF``
-(``expandable_segments``, ``roundup_power2_divisions``, ``max_split_size_mb``, ``backend``) are not
-modelled; :func:`is_default` says whether there are any.
+and inputs, as if nothing had been freed between; the driver's addresses are taken to rise, which decides
+between free blocks of equal size.  Other streams, private pools of CUDA graphs, and other settings in
+``PYTORCH_ALLOC_CONF`` (``expandable_segments``, ``roundup_power2_divisions``, ``max_split_size_mb``,
+``backend``) are not modelled; :func:`is_default` says whether there are any.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from planner.devices import Segment
 from solvers import Problem, Timeline
 
 __all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "Resident", "is_default", "played"]
@@ -123,11 +123,18 @@ class CachingAllocator:
         self.allocated_bytes += block.bytes
         return block
 
-    def hold(self, count: int) -> None:
-        """Count a block of just these bytes that is there already, in a segment without room for others."""
-        self.allocated_bytes += count
-        self.reserved_bytes += count
-        self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
+    def lay(self, segment: Segment) -> None:
+        """A segment that is there already; what is not handed out of it is free."""
+        start, at = self._taken(segment.bytes), segment.address
+        block: Block | None = None
+        for address, count in [*sorted(segment.blocks.items()), (segment.address + segment.bytes, 0)]:
+            if address > at:
+                block = Block(start + at - segment.address, address - at, segment.small, block)
+                self._keep(block)
+            if count:
+                block = Block(start + address - segment.address, count, segment.small, block)
+                self.allocated_bytes += count
+            at = address + count
 
     def release(self, block: Block) -> None:
         """Take ``block`` back."""
@@ -154,11 +161,15 @@ class CachingAllocator:
             size = SMALL_SEGMENT
         else:
             size = LARGE_SEGMENT if count < OWN_SEGMENT else -(-count // SEGMENT_GRAIN) * SEGMENT_GRAIN
-        block = Block(self._top, size, small)
-        self._top += size
-        self.reserved_bytes += size
+        return Block(self._taken(size), size, small)
+
+    def _taken(self, count: int) -> int:
+        """The address of a new segment."""
+        address = self._top
+        self._top += count
+        self.reserved_bytes += count
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
-        return block
+        return address
 
     def _keep(self, block: Block) -> None:
         block.free = True
@@ -203,22 +214,27 @@ class AllocatorPeaks:
 class Resident:
     """What is there when a step begins, and through all of it.
 
-    ``there``  bytes of each block that an allocator was seen to have handed out.
-    ``made``   bytes of each that is yet to be asked for, in the order in which that will be.
+    ``there``  segments that blocks were seen in, with these blocks only.
+    ``made``   bytes of each block that is yet to be asked for, in the order in which that will be.
     """
 
-    there: tuple[int, ...]
+    there: tuple[Segment, ...]
     made: tuple[int, ...]
 
     def allocator(self) -> CachingAllocator:
         """An allocator with these blocks in it."""
         allocator = CachingAllocator()
-        for count in self.there:
-            allocator.hold(count)
+        for segment in self.there:
+            allocator.lay(segment)
         for count in self.made:
             if count:
                 allocator.allocate(count)
         return allocator
+
+    @property
+    def asked_bytes(self) -> int:
+        """The same before the allocator's slack for ``made``."""
+        return sum(self.made) + sum(sum(s.blocks.values()) for s in self.there)
 
     @property
     def handed_out_bytes(self) -> int:
@@ -251,7 +267,7 @@ def played(problem: Problem, timeline: Timeline, resident: Resident, *, steps: i
             allocator.release(block)
     moving = timeline.live_bytes - timeline.resident_bytes
     return AllocatorPeaks(
-        sum(resident.there) + sum(resident.made) + int(moving.max(initial=0)),
+        resident.asked_bytes + int(moving.max(initial=0)),
         int(allocated.max(initial=allocator.allocated_bytes)),
         allocator.reserved_peak_bytes,
         allocated,

@@ -17,7 +17,7 @@ driver under its own allocator.
 
 What that allocator hands out beyond what it is asked for is computed in :mod:`planner.allocator`.
 
-:func:`memory_of`, :func:`allocated_blocks` and :func:`capability_of` are the only places that ask a device
+:func:`memory_of`, :func:`segments_of` and :func:`capability_of` are the only places that ask a device
 for its state.
 """
 
@@ -40,7 +40,7 @@ __all__ = [
     "DEVICES",
     "Device",
     "DeviceMemory",
-    "allocated_blocks",
+    "Segment",
     "allocation_grain",
     "capability_of",
     "cublas_workspace_bytes",
@@ -52,6 +52,7 @@ __all__ = [
     "memory_on_paper",
     "reachable",
     "rounded_up",
+    "segments_of",
     "warn_of_little_memory",
 ]
 
@@ -163,6 +164,19 @@ class DeviceMemory(NamedTuple):
         return max(0, self.total_bytes - self.free_bytes - self.reserved_bytes)
 
 
+class Segment(NamedTuple):
+    """A piece of device memory that the caching allocator cuts blocks from.
+
+    ``blocks``  address -> bytes of each that is handed out.
+    ``small``   of the pool of small blocks.
+    """
+
+    address: int
+    bytes: int
+    small: bool
+    blocks: Mapping[int, int]
+
+
 def memory_of(device: torch.device) -> DeviceMemory | None:
     """The device's memory as it is now; ``None`` for what is not a CUDA device."""
     if device.type != "cuda":
@@ -172,19 +186,22 @@ def memory_of(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(name, total_bytes, free_bytes, torch.cuda.memory_reserved(device))
 
 
-def allocated_blocks(device: torch.device) -> dict[int, int]:
-    """Address -> bytes of each block that this process's caching allocator has handed out there."""
+def segments_of(device: torch.device) -> list[Segment]:
+    """What this process's caching allocator has taken from the driver there; none where it was never used."""
     if device.type != "cuda" or not torch.cuda.is_initialized():
-        return {}
-    found: dict[int, int] = {}
+        return []
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found: list[Segment] = []
     for segment in torch.cuda.memory_snapshot():
-        if segment["device"] != (torch.cuda.current_device() if device.index is None else device.index):
+        if segment["device"] != index:
             continue
-        address = segment["address"]
+        live, address = {}, segment["address"]
         for block in segment["blocks"]:
             if block["state"] == "active_allocated":
-                found[address] = block["size"]
+                live[address] = block["size"]
             address += block["size"]
+        small = segment["segment_type"] == "small"
+        found.append(Segment(segment["address"], segment["total_size"], small, live))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from planner import allocator
 from planner._compat import FakeTensor, storage_key
 from planner.accounting import Resident
-from planner.devices import allocated_blocks, library_blocks, rounded_up
+from planner.devices import library_blocks, rounded_up, segments_of
 from planner.inputs import Inputs
 from planner.step import tensors_in
 from planner.training_graph import TrainingGraph
@@ -71,18 +71,18 @@ def blocks_of(
     elsewhere they are what is asked for.  Optimizer state is laid out as so many copies of the parameters;
     of other kinds whose tensors are not known there is one block each.
     """
-    seen = allocated_blocks(device)
-    there: list[int] = []
+    home = {address: segment for segment in segments_of(device) for address in segment.blocks}
+    held: dict[int, set[int]] = {}  # addresses of blocks by that of their segment
 
     def made(tensors: Iterable[torch.Tensor], asked_bytes: int) -> list[int]:
         storages = {storage_key(t): t for t in tensors if t.device == device}
         asked = {k: rounded_up(int(t.untyped_storage().nbytes()), 512) for k, t in storages.items()}
         if sum(asked.values()) != asked_bytes:  # sizes of another batch, or storages that serve two purposes
             return [asked_bytes]
-        for key, tensor in storages.items() if seen else ():
-            block = 0 if isinstance(tensor, FakeTensor) else seen.get(tensor.untyped_storage().data_ptr(), 0)
-            if block >= asked[key]:
-                there.append(block)
+        for key, tensor in storages.items() if home else ():
+            address = None if isinstance(tensor, FakeTensor) else tensor.untyped_storage().data_ptr()
+            if address in home:
+                held.setdefault(home[address].address, set()).add(address)
                 del asked[key]
         return list(asked.values())
 
@@ -92,4 +92,6 @@ def blocks_of(
     parameters = [rounded_up(p.untyped_storage().nbytes(), 512) for p in model.parameters()]
     copies, rest = divmod(resident.optimizer_state_bytes, max(1, sum(parameters)))
     later = [*further, *copies * parameters, rest, resident.gradients_bytes]
-    return allocator.Resident(tuple(there), (*first, *later))
+    there = {segment.address: segment for segment in home.values()}
+    laid = [there[a]._replace(blocks={b: there[a].blocks[b] for b in blocks}) for a, blocks in held.items()]
+    return allocator.Resident(tuple(sorted(laid)), (*first, *later))

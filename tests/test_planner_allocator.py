@@ -16,6 +16,7 @@ from torch import nn
 import planner
 from planner._compat import FakeTensorMode
 from planner.allocator import MIB, AllocatorPeaks, Block, CachingAllocator, Resident, is_default, played
+from planner.devices import Segment
 from planner.execution import Execution
 from planner.search import fitted, fitted_each
 from solvers import Problem, Schedule, simulate
@@ -182,10 +183,19 @@ def test_a_schedule_takes_what_its_blocks_take() -> None:
     assert peaks.allocated_bytes.tolist() == [
         1536 + m for m in (12 * MIB, 15 * MIB, 15 * MIB + 512, 12 * MIB + 1024)
     ]
-    seen = played(problem, simulate(problem, Schedule.keep_all(problem)), Resident((12 * MIB,), (0, 1000)))
-    assert seen.allocated_peak_bytes == 12 * MIB + 1024 + 15 * MIB + 512
-    assert seen.reserved_peak_bytes == (12 + 34) * MIB
-    assert Resident((3 * MIB,), (0, int(11.5 * MIB))).handed_out_bytes == 15 * MIB
+
+
+def test_a_step_begins_in_the_segments_that_are_there() -> None:
+    seen = Segment(7 * MIB, 20 * MIB, False, {7 * MIB: 6 * MIB, 17 * MIB: 4 * MIB})  # 4 and 6 MiB are free
+    resident = Resident((seen,), (0, 1000))
+    assert resident.handed_out_bytes == resident.asked_bytes + 24 == 10 * MIB + 1024
+    allocator = resident.allocator()
+    assert [allocator.allocate(n * MIB).address for n in (3, 5)] == [6 * MIB, 14 * MIB]
+    assert figures(allocator) == (20 + 1024 / MIB, 22)  # both were given whole
+    problem = chain([int(11.5 * MIB), 3 * MIB])
+    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), resident)
+    assert peaks.allocated_peak_bytes == 10 * MIB + 1024 + 16 * MIB + 512
+    assert peaks.reserved_peak_bytes == (20 + 2 + 12) * MIB
 
 
 def test_peaks_that_cannot_be_are_refused() -> None:

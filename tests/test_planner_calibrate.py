@@ -15,7 +15,7 @@ import planner
 from planner import InfeasibleBudgetError, PlannerError, calibrate, measure
 from planner._compat import FakeTensorMode
 from planner.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
-from planner.devices import allocated_blocks
+from planner.devices import Segment, segments_of
 from planner.measure import CudaPeak, cuda_step_peak, step_peak
 from planner.prepared import Prepared, prepare
 from planner.runtime import planned_forward_of
@@ -244,6 +244,8 @@ def test_what_the_allocator_handed_out_is_read_from_its_own_books(monkeypatch: p
     segment = {
         "device": 0,
         "address": 4096,
+        "total_size": 2048,
+        "segment_type": "small",
         "blocks": [
             {"state": "inactive", "size": 512},
             {"state": "active_allocated", "size": 1024},
@@ -252,7 +254,8 @@ def test_what_the_allocator_handed_out_is_read_from_its_own_books(monkeypatch: p
     }
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment, {**segment, "device": 1}])
-    assert allocated_blocks(torch.device("cuda", 0)) == {4096 + 512: 1024}
+    assert segments_of(torch.device("cuda", 0)) == [Segment(4096, 2048, True, {4096 + 512: 1024})]
+    assert segments_of(torch.device("cpu")) == []
 
 
 def test_the_scratch_of_cublas_is_part_of_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
