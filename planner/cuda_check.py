@@ -451,7 +451,8 @@ class _Reference:
 
 
 def _record(example: Example) -> StepRecord:
-    return run_step(example.model, example.inputs, loss_fn=example.loss_fn)
+    """What a step left behind, on the host: on the device it would lie between the measured steps' blocks."""
+    return run_step(example.model, example.inputs, loss_fn=example.loss_fn).on_host()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isnan
 from types import MappingProxyType
 from typing import Any
@@ -291,6 +291,16 @@ class StepRecord:
     rng: Mapping[str, Tensor]
     loss: Tensor | None
     output_type: str
+
+    def on_host(self) -> StepRecord:
+        """The same in the host's memory."""
+        return replace(
+            self,
+            outputs={name: t.cpu() for name, t in self.outputs.items()},
+            gradients={name: t.cpu() for name, t in self.gradients.items()},
+            buffers={name: t.cpu() for name, t in self.buffers.items()},
+            loss=None if self.loss is None else self.loss.cpu(),
+        )
 
     def __str__(self) -> str:
         loss = "outputs differentiated" if self.loss is None else f"loss {self.loss.item():.6g}"
