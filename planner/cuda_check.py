@@ -415,9 +415,8 @@ def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None, int | 
         above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
         return resident_bytes + above_bytes, None, None
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
-    there_bytes = resident_bytes + prepared.constant_bytes + prepared.resident_slack_bytes
-    added_bytes = peak.allocated_bytes - peak.resident_bytes
-    return there_bytes + added_bytes, peak.reserved_bytes, peak.slack_bytes
+    resident_bytes += prepared.constant_bytes + prepared.resident_slack_bytes - peak.resident_bytes
+    return resident_bytes + peak.allocated_bytes, peak.reserved_bytes, peak.slack_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,7 +450,7 @@ class _Reference:
 
 
 def _record(example: Example) -> StepRecord:
-    """What a step left behind, on the host: on the device it would lie between the measured steps' blocks."""
+    """On the host: on the device it would lie between the measured steps' blocks."""
     return run_step(example.model, example.inputs, loss_fn=example.loss_fn).on_host()
 
 
