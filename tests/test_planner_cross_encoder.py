@@ -17,7 +17,7 @@ import torch
 from transformers import BertModel
 
 import planner
-from planner import _compat, prepared
+from planner import _compat, search
 from planner.measure import step_flops, step_peak
 from tests import rerankers, tiny
 from tests.hf import FAST, files_below, parameters_of
@@ -58,7 +58,7 @@ def test_dynamic_padding_is_traced_a_few_times(tmp_path: Path, monkeypatch: pyte
         only.setattr(BertModel, "forward", forward)
         without = rerankers.train("many", tmp_path / "a")
     counted(_compat, "export_joint")
-    counted(prepared, "solve")
+    counted(search, "solve")
     budget = 0.7 * max(without.peaks) / 1e9
     ours = rerankers.train("many", tmp_path / "b", budget)
     tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import planner
-from planner import Plan, PlannerError, StalePlanError, TraceError, _compat, prepared, zoo
+from planner import Plan, PlannerError, StalePlanError, TraceError, _compat, prepared, search, zoo
 from planner.measure import step_peak
 from planner.prepared import prepare
 from planner.training_graph import training_graph
@@ -103,7 +103,7 @@ def rows_of(rows: int, length: int, width: int = 16) -> Batch:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the tracer and the solvers were entered, counted from outside."""
     seen: Counter[str] = Counter()
-    for module, name in ((_compat, "export_joint"), (prepared, "solve"), (prepared, "minimum_peak")):
+    for module, name in ((_compat, "export_joint"), (search, "solve"), (prepared, "minimum_peak")):
         original = getattr(module, name)
 
         def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import planner
-from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat, prepared
+from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat, prepared, search
 from planner.distributed import made_once, shared_plan
 from planner.prepared import prepare_for
 from planner.serialize import FORMAT, from_text, to_text
@@ -45,7 +45,7 @@ def _shared(rank: int, given: bool) -> dict[str, Any]:
     batches = [data(rank, step=step) for step in range(2)]
     want = train(DDP(blocks()), batches)
     wrapped = DDP(blocks())
-    with mock.patch.object(prepared, "solve", side_effect=prepared.solve) as solver:
+    with mock.patch.object(search, "solve", side_effect=search.solve) as solver:
         plan = shared_plan(
             wrapped, 1.0, (batches[0],) if given or rank == 0 else None, costs="roofline", solver="sqrt"
         )
@@ -106,7 +106,7 @@ def _switched(rank: int, rows: list[list[int]], outside: bool) -> dict[str, Any]
     else:
         planner.enable(model, 1.0, **options)
         wrapped = DDP(model)
-    with mock.patch.object(prepared, "solve", side_effect=prepared.solve) as solver:
+    with mock.patch.object(search, "solve", side_effect=search.solve) as solver:
         got = train(wrapped, batches)
     plan = planner.plan_of(model)
     assert plan is not None
