@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
     FakeTensor,
     FakeTensorMode,
 )
+from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
@@ -68,8 +69,29 @@ __all__ = [
     "storage_key",
     "symbolic_fake",
     "symbolic_mode",
+    "values_unchecked",
     "writes_arguments",
 ]
+
+
+@contextlib.contextmanager
+def values_unchecked() -> Iterator[None]:
+    """What only checks values is left out: transformers' checks, and those of distributions' arguments.
+
+    The settings are process-global and put back.
+    """
+    key = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before, checks = os.environ.get(key), Distribution._validate_args  # 1.8+
+    os.environ[key] = "1"
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 @contextlib.contextmanager
@@ -80,17 +102,12 @@ def _tracing_flags() -> Iterator[None]:
     """
     from torch._export.utils import _compiling_state_context  # 2.7+
 
-    key = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
-    try:
-        with _compiling_state_context(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
-            yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
+    with (
+        values_unchecked(),
+        _compiling_state_context(),
+        _functorch_config.patch(backward_pass_autocast="off"),  # 2.10+
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -133,9 +150,15 @@ def kernels_as_eager() -> Iterator[None]:
 
     Interpolation is the case that matters: its formula has other rounding, twenty times the ops, and
     other memory.  Where a kernel's output is laid out otherwise than its fake form says, the fake form is
-    corrected: a ``reshape`` after it is a view or a copy by that layout.  2.0+
+    corrected: a ``reshape`` after it is a view or a copy by that layout.  What raises on a singular matrix
+    stays too.  2.0+
     """
     formulas = importlib.import_module("torch._decomp").decomposition_table
+    checks = torch.ops.aten._linalg_check_errors.default
+    effects: Any = (
+        importlib.import_module("torch._library.simple_registry").singleton.find(checks._name).effect
+    )
+    effect, kept = effects.effect, checks in fx.node._side_effectful_functions
     forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms() if key in op.py_kernels]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
@@ -145,8 +168,13 @@ def kernels_as_eager() -> Iterator[None]:
             op._dispatch_cache.clear()
         formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
         FakeTensorMode.cache_clear()  # it remembers layouts
+        effects.register(None)  # else the check would come with tokens, in and out of the graph
+        fx.node.has_side_effect(checks)  # and without either it would be swept away
         yield
     finally:
+        effects.register(effect)
+        if not kept:
+            fx.node._side_effectful_functions.discard(checks)
         formulas.update(before)
         FakeTensorMode.cache_clear()
         for op, key, formula in forms:

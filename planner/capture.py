@@ -27,6 +27,7 @@ import linecache
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -316,7 +317,7 @@ def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
     mode, fake, _ = fake_inputs(model, flat, None)
     state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
-    with mode:
+    with mode, _compat.values_unchecked():
         return _call(model, state, args, kwargs)
 
 
@@ -447,25 +448,49 @@ def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
         if checkpointed:
             why = "its forward calls torch.utils.checkpoint"
             raise checkpoints_itself(name, why) from e
-        place = _place_in_source(e)
+        place, function = _place_in_source(e)
         if _compat.is_data_dependent(e):
+            way_out = _WAYS_OUT.get(
+                function,
+                "Compute it outside forward and pass it in, or write it with torch.where; where it is the "
+                "model's own loss that does it, leave the labels out and pass loss_fn",
+            )
             raise TraceError(
                 f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the "
-                "step is being traced (an if, a loop bound, .item(), a mask used as an index). Compute it "
-                "outside forward and pass it in, or write it with torch.where; where it is the model's own "
-                "loss that does it, leave the labels out and pass loss_fn"
+                f"step is being traced (an if, a loop bound, .item(), a mask used as an index). {way_out}"
             ) from e
         raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
 
 
-def _place_in_source(error: BaseException) -> str:
-    """The innermost frame that is neither torch's nor ours, as ``file:line (code)``."""
+_TOLD = ("torch.nn.modules.", "torch.nn.functional", "torch.distributions.")
+
+# What of torch's own reads values, and how to do without.
+_WAYS_OUT = {
+    "_detect_is_causal_mask": "It asks whether the mask is a causal one: say so where the module is called, "
+    "is_causal=True or False (nn.Transformer: src_is_causal, tgt_is_causal, memory_is_causal)",
+    "ctc_loss": "Leave this loss out of what is planned: return its arguments from forward and compute it "
+    "on them in the training loop; the budget then does not count what it holds",
+}
+
+
+def _place_in_source(error: BaseException) -> tuple[str, str]:
+    """The innermost frame that is neither torch's nor ours, as ``file:line (code)``.
+
+    Then that of the module, function or distribution of torch's own which it calls, where such a one stops
+    the trace, and its name.
+    """
     ours = __name__.split(".")[0]
-    inner = "its forward"
+    inner, within, function = "its forward", "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "").split(".")[0]
-        if package not in ("torch", ours, "contextlib"):
-            code = frame.f_code
-            source = (linecache.getline(code.co_filename, line)).strip()
-            inner = f"{code.co_filename}:{line} ({source})" if source else f"{code.co_filename}:{line}"
-    return inner
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in ("torch", ours, "contextlib"):
+            inner, within, function = _line_of(frame, line), "", ""
+        elif name.startswith(_TOLD) and not name.endswith((".module", ".container")):
+            within, function = _line_of(frame, line), frame.f_code.co_name
+    return (f"{inner}, in torch's own {within}," if within else inner), function
+
+
+def _line_of(frame: FrameType, line: int) -> str:
+    path = frame.f_code.co_filename
+    source = linecache.getline(path, line).strip()
+    return f"{path}:{line} ({source})" if source else f"{path}:{line}"

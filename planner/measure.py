@@ -248,6 +248,18 @@ FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
 )
 
 
+class _NoModules:
+    """In place of what counts FLOPs by module: its hooks refuse a gradient taken inside a forward."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def step_flops(
     fn_or_module: nn.Module | Callable[..., Any],
     inputs: Inputs = None,
@@ -260,7 +272,9 @@ def step_flops(
     Matrix products, convolutions and attention, by torch's FlopCounterMode; elementwise work counts
     as nothing.  The step is that of :func:`step_peak`.
     """
-    with FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS)) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS))
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with counter:
         if isinstance(fn_or_module, nn.Module):
             with undone(fn_or_module, inputs):
                 passed = forward(fn_or_module, inputs, loss_fn)

@@ -56,6 +56,15 @@ def keeps_unreduced(node: fx.Node) -> fx.Node | None:
     return max(a, b, key=lambda n: n.meta["val"].numel())
 
 
+def spare_bytes(node: fx.Node) -> int:
+    """What a result's storage has beyond its sizes: the CPU's bags have room for one index more."""
+    bag = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
+    if not isinstance(bag, fx.Node) or bag.target is not aten._embedding_bag.default:
+        return 0
+    made = node.meta["val"]
+    return made.element_size() if made.device.type == "cpu" and made.numel() else 0
+
+
 _GIVEN_STATE = ("philox_seed", "philox_offset", "rng_state")
 
 
@@ -69,6 +78,11 @@ def is_random(node: fx.Node) -> bool:
         return False  # a backward, which draws again what its forward drew
     certain = argument(node, "dropout_p") == 0 or argument(node, "p") == 0 or argument(node, "train") is False
     return not certain
+
+
+def is_check(node: fx.Node) -> bool:
+    """Whether all that the call does is to raise, where a matrix was singular."""
+    return node.target is aten._linalg_check_errors.default
 
 
 def is_mutation(node: fx.Node) -> bool:

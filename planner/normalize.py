@@ -32,6 +32,7 @@ from planner.nodes import (
     changes_nothing,
     first_tensor,
     ignores_running_stats,
+    is_check,
     is_random,
     last_of,
     readers_of,
@@ -137,7 +138,8 @@ class Normalized:
         """Remove what nothing reads, but never a draw of random numbers: later draws depend on it."""
         roots = self._roots()
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users and node not in roots and not is_random(node):
+            needless = not node.users and node not in roots and not is_random(node) and not is_check(node)
+            if node.op == "call_function" and needless:
                 self.graph.erase_node(node)
 
     # -- passes ----------------------------------------------------------------------------------
@@ -317,15 +319,16 @@ class Normalized:
 
     def order(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """Forward calls in program order; backward calls in engine order, each after what only it needs."""
-        draws = [n for n in self.graph.nodes if is_random(n)]
-        in_forward = self._reaches((*self.outputs, *self.updates, *self.states, *draws))
-        calls = [n for n in self.graph.nodes if n.op == "call_function"]
-        forward = [n for n in calls if n in in_forward]
         tangents = set(self.tangents.values())
         needs_tangent: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node in tangents or any(i in needs_tangent for i in node.all_input_nodes):
                 needs_tangent.add(node)
+        draws = [n for n in self.graph.nodes if is_random(n)]
+        checks = [n for n in self.graph.nodes if is_check(n) and n not in needs_tangent]
+        in_forward = self._reaches((*self.outputs, *self.updates, *self.states, *draws, *checks))
+        calls = [n for n in self.graph.nodes if n.op == "call_function"]
+        forward = [n for n in calls if n in in_forward]
         if needs_tangent & in_forward:
             raise TraceError(
                 "an output or a buffer depends on the gradients of the outputs; this cannot be planned"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from planner.effects import hooks_on_submodules
 from planner.errors import PlannerError, TraceError
@@ -32,7 +33,22 @@ def refuse_unplannable(model: nn.Module) -> None:
             f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
             f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
         )
+    unmade = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if unmade:
+        raise PlannerError(
+            f"{type(model).__name__} has lazy parameters without a size yet ({unmade[0]}): call it once on a "
+            "batch, then plan"
+        )
     for name, module in model.named_modules():
+        if (
+            isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.sparse
+            and module.weight.requires_grad
+        ):
+            raise PlannerError(
+                f"{name or 'the model'} makes sparse gradients (sparse=True), whose size is known only when "
+                "they are made; build it with sparse=False"
+            )
         if getattr(module, "gradient_checkpointing", False) is True:
             raise checkpoints_itself(
                 type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"
@@ -43,7 +59,8 @@ def refuse_unplannable(model: nn.Module) -> None:
         raise PlannerError(
             f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
             f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
-            "Remove them, or register them on the model itself"
+            "Remove them, or register them on the model itself (torch.nn.utils.spectral_norm and weight_norm "
+            "are hooks too; those in torch.nn.utils.parametrizations are not)"
         )
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if any(device.type == "meta" for device in devices):

@@ -19,7 +19,7 @@ from torch import fx
 from planner import _compat, kernels
 from planner.capture import JointGraph, Traced
 from planner.inplace import write_in_place
-from planner.nodes import is_mutation, keeps_unreduced, module_of, roots_of, tensors_of
+from planner.nodes import is_check, is_mutation, keeps_unreduced, module_of, roots_of, spare_bytes, tensors_of
 from planner.normalize import Normalized, normalize
 
 __all__ = ["KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
@@ -233,6 +233,8 @@ class _Table:
             counted = whole.numel() * tensor.element_size()
             dense = whole.untyped_storage().nbytes() == counted
             symbolic = self.storage_bytes.get(_compat.storage_key(whole)) if dense else None
+        spare = spare_bytes(root) if here else 0
+        counted, symbolic = counted + spare, None if symbolic is None else symbolic + spare
         module = module_of(root) or self._module
         self.values.append(GraphValue(name, counted, kind, producer, root, module=module, symbolic=symbolic))
         return index
@@ -283,7 +285,7 @@ class _Table:
         self._keep.append(node.meta["val"])
 
     def add_call(self, node: fx.Node, phase: str, pinned: set[fx.Node] | None, prefix: str = "") -> None:
-        """Number the storages ``node`` makes; a node that makes none and changes none is a view."""
+        """Number the storages ``node`` makes; one that makes none, changes none and checks none is a view."""
         module = module_of(node)
         self._module = self._module if module is None else module
         over = node.meta.get("over")
@@ -293,14 +295,14 @@ class _Table:
         tensors = tensors_of(node)
         fresh = [t for t in tensors if _compat.storage_key(t) not in self._by_storage]  # storages new here
         mutates = is_mutation(node)
-        if node.target is operator.getitem or (not fresh and not mutates):
+        if node.target is operator.getitem or not (fresh or mutates or is_check(node)):
             if isinstance(node.meta.get("val"), torch.Tensor):
                 self.value_of[node] = self._by_storage[_compat.storage_key(node.meta["val"])]
             return
         producer = len(self.ops)
         reads = tuple(dict.fromkeys(v for n in node.all_input_nodes for v in self._values_of(n)))
         outputs: list[int] = []
-        root_of = roots_of(node)
+        root_of = roots_of(node) if tensors else {}
         kind = {"forward": "activation", "loss": "loss", "backward": "backward"}[phase]
         for i, tensor in enumerate(tensors):
             if _compat.storage_key(tensor) in self._by_storage:
@@ -320,6 +322,7 @@ class _Table:
                 tuple(outputs),
                 recomputable=pinned is not None
                 and node not in pinned
+                and not is_check(node)
                 and (not mutates or "again" in node.meta),
                 fused_with_previous=draw is not None,
             )
