@@ -36,7 +36,7 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import descriptors, pytree
-from planner.effects import Effects, attributes_kept, original_forward, settled
+from planner.effects import Effects, attributes_kept, original_forward, settled, tensors_kept
 from planner.errors import PlannerError, TraceError
 from planner.fakes import fake_inputs, fake_of
 from planner.inputs import Inputs
@@ -292,7 +292,8 @@ def _call(
 ) -> Any:
     """``model`` with ``state`` for its parameters and buffers; ``state`` then holds what it left there."""
     named = {f"model.{name}": tensor for name, tensor in state.items()}
-    output = torch.func.functional_call(_Bare(model), named, args, kwargs)
+    with tensors_kept(model):
+        output = torch.func.functional_call(_Bare(model), named, args, kwargs)
     state.update({name: named[f"model.{name}"] for name in state})
     return output
 

@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Effects", "attributes_kept", "has_hooks", "hooks_on_submodules", "original_forward", "settled"]
+from planner.errors import TraceError
+
+__all__ = [
+    "Effects",
+    "attributes_kept",
+    "has_hooks",
+    "hooks_on_submodules",
+    "original_forward",
+    "settled",
+    "tensors_kept",
+]
 
 _OWN = frozenset(vars(nn.Module()))  # parameters, buffers and submodules are looked after elsewhere
 _HOOKS = tuple(
@@ -80,6 +90,38 @@ def attributes_kept(model: nn.Module) -> Iterator[Effects]:
         for held, was in hooks:
             for key in held.keys() - was.keys():
                 del held[key]
+
+
+@contextlib.contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module's parameters and buffers back; ``TraceError`` if the forward registered another.
+
+    ``torch.func.functional_call`` puts them back itself, but leaves its own where a module has two names,
+    and knows nothing of buffers that the forward registers.
+    """
+    before = [
+        (path, m, dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set))
+        for path, m in model.named_modules()
+    ]
+    made: list[str] = []
+    try:
+        yield
+    finally:
+        for path, module, parameters, buffers, passing in before:
+            new = [k for k, b in module._buffers.items() if b is not None and buffers.get(k) is None]
+            made.extend(f"{path}.{key}" if path else key for key in new)
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            for key in module._buffers.keys() - buffers.keys():
+                del module._buffers[key]
+            module._non_persistent_buffers_set.intersection_update(passing)
+            module._non_persistent_buffers_set.update(passing)
+    if made:
+        raise TraceError(
+            f"the forward of {type(model).__name__} registers the buffer {made[0]}; a planned step runs one "
+            "graph and would not. Register it in __init__; where it is a cache that the first call fills, "
+            "call the model once before planning"
+        )
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,24 @@ def register_dataclasses(tree: Any) -> None:
             torch.export.register_dataclass(kind)
 
 
+def _names(tree: Any) -> list[str]:
+    """The place of each leaf, as one would write it.
+
+    A library may register its containers without saying how they are indexed (diffusers does): mappings
+    are then read by key, anything else is numbered.
+    """
+    try:
+        return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:
+        pass
+    numbered = [f"[{i}]" for i in range(len(pytree.tree_leaves(tree)))]
+    if not isinstance(tree, Mapping | list | tuple):
+        return numbered
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    named = [f"[{key!r}]{name}" for key, value in items for name in _names(value)]
+    return named if len(named) == len(numbered) else numbered
+
+
 def template_of(
     model_name: str, output: Any, used: frozenset[int] | None
 ) -> tuple[OutputTemplate, list[torch.Tensor]]:
@@ -61,9 +80,8 @@ def template_of(
     all that require grad.  Raises ``TraceError`` for an object that no graph can carry.
     """
     register_dataclasses(output)
-    paths, spec = pytree.tree_flatten_with_path(output)
-    names = ["output" + pytree.keystr(path) for path, _ in paths]
-    flat = [leaf for _, leaf in paths]
+    flat, spec = pytree.tree_flatten(output)
+    names = ["output" + name for name in _names(output)]
     for name, leaf in zip(names, flat, strict=True):
         if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
             raise TraceError(
