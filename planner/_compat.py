@@ -34,6 +34,7 @@ from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one 
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
 from planner.masks import masks_as_eager
+from planner.recurrences import gru, lstm_gradients
 
 __all__ = [
     "BoxedCodeGen",
@@ -123,29 +124,37 @@ def not_compiling() -> Iterator[None]:
 
 
 # Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
-# norms), reads values (one_hot, istft, tensor_split), wants sizes as numbers (matmul) or has no fake form
-# (RNNs), or the planner restates them itself (dropout).
+# norms), reads values (one_hot, istft, tensor_split) or wants sizes as numbers (matmul), or the planner restates
+# them itself (dropout).
 _PYTHON_FORMS = frozenset({
-    "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "gru", "istft", "lstm", "matmul",
-    "miopen_batch_norm", "native_batch_norm", "one_hot", "pad_sequence", "rnn_relu", "rnn_tanh", "stft",
-    "tensor_split", "unsafe_chunk",
+    "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "istft", "matmul", "miopen_batch_norm",
+    "native_batch_norm", "one_hot", "pad_sequence", "stft", "tensor_split", "unsafe_chunk",
 })  # fmt: skip
+
+# Ops over sequences: what eager composes them of is known for the CPU.  Elsewhere that is a library's kernel,
+# and packed ones (overload "data") read values.
+_RECURRENCES = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
+
+_FORM_KEYS = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @functools.cache
-def _python_forms() -> tuple[tuple[Any, Any], ...]:
+def _python_forms(on_cpu: bool = True) -> tuple[tuple[Any, Any], ...]:
     """(op, dispatch key) of the Python formulas that a trace would run where eager runs a kernel."""
     importlib.import_module("torch._decomp.decompositions")  # registers them
-    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
     packets = (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten) if name not in _PYTHON_FORMS)
     ops = (
-        getattr(p, o) for p in packets if isinstance(p, torch._ops.OpOverloadPacket) for o in p.overloads()
+        getattr(p, o)
+        for p in packets
+        if isinstance(p, torch._ops.OpOverloadPacket)
+        for o in p.overloads()
+        if p.__name__ not in _RECURRENCES or (on_cpu and o == "input")
     )
-    return tuple((op, key) for op in ops for key in keys if key in op.py_kernels)
+    return tuple((op, key) for op in ops for key in _FORM_KEYS if key in op.py_kernels)
 
 
 @contextlib.contextmanager
-def kernels_as_eager() -> Iterator[None]:
+def kernels_as_eager(on_cpu: bool = True) -> Iterator[None]:
     """Inside a trace: ops that torch would restate in Python for compilers stay the kernels that eager runs.
 
     Interpolation is the case that matters: its formula has other rounding, twenty times the ops, and
@@ -159,7 +168,8 @@ def kernels_as_eager() -> Iterator[None]:
         importlib.import_module("torch._library.simple_registry").singleton.find(checks._name).effect
     )
     effect, kept = effects.effect, checks in fx.node._side_effectful_functions
-    forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms() if key in op.py_kernels]
+    fakes = importlib.import_module("torch._subclasses.fake_impls").op_implementations_dict
+    forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms(on_cpu) if key in op.py_kernels]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
     try:
@@ -167,6 +177,9 @@ def kernels_as_eager() -> Iterator[None]:
             del op.py_kernels[key]
             op._dispatch_cache.clear()
         formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
+        if on_cpu:
+            torch.ops.aten.gru.input.py_kernels.update(dict.fromkeys(_FORM_KEYS, gru))
+        fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default] = lstm_gradients
         FakeTensorMode.cache_clear()  # it remembers layouts
         effects.register(None)  # else the check would come with tokens, in and out of the graph
         fx.node.has_side_effect(checks)  # and without either it would be swept away
@@ -176,6 +189,7 @@ def kernels_as_eager() -> Iterator[None]:
         if not kept:
             fx.node._side_effectful_functions.discard(checks)
         formulas.update(before)
+        del fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default]
         FakeTensorMode.cache_clear()
         for op, key, formula in forms:
             op.py_kernels[key] = formula
@@ -220,9 +234,10 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
     """
+    tensors = (*args, *module.parameters(), *module.buffers())
     with (
         _tracing_flags(),
-        kernels_as_eager(),
+        kernels_as_eager(on_cpu=all(t.device.type == "cpu" for t in tensors)),
         masks_as_eager(module, not_compiling),
         contextlib.ExitStack() as stack,
     ):

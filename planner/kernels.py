@@ -19,6 +19,7 @@ __all__ = [
     "dropout_scale",
     "gradient_like",
     "is_capturing",
+    "lstm_layer",
     "replay",
     "rng_state",
     "rng_state_bytes",
@@ -81,6 +82,17 @@ def cudnn_batch_norm_functional(
         x, weight, bias, mean, variance, training, momentum, eps
     )
     return (*made, mean, variance, reserve)
+
+
+def lstm_layer(*args: Any) -> tuple[torch.Tensor, ...]:
+    """oneDNN's LSTM over one layer's sequence: outputs, last state, last cell, workspace of its backward.
+
+    The kernel leaves a workspace only where gradients are recorded; of its arguments, detached, none are.
+    """
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.enable_grad():
+        made: tuple[torch.Tensor, ...] = torch.ops.aten.mkldnn_rnn_layer.default(*detached)
+    return made
 
 
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@
 * a size that varies becomes an argument, and whatever computed it goes;
 * a buffer's new value is written into it in the forward, once, whatever is recomputed: by the kernel that
   does so in eager, else by a copy;
-* batch norm is cuDNN's where eager's is (:mod:`planner.batch_norm`);
+* batch norm is cuDNN's where eager's is (:mod:`planner.batch_norm`), LSTM oneDNN's (:mod:`planner.lstm`);
 * forward work that only the backward reads moves to where the backward first reads it.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner import _compat, batch_norm, kernels
+from planner import _compat, batch_norm, kernels, lstm
 from planner.autocast import share_weight_casts
 from planner.capture import Traced
 from planner.errors import TraceError
@@ -54,6 +54,7 @@ def normalize(traced: Traced) -> Normalized:
     graph.note_random_state()
     graph.update_buffers()
     batch_norm.as_eager(graph.graph)
+    lstm.as_eager(graph.graph)
     return graph
 
 
