@@ -124,8 +124,8 @@ def not_compiling() -> Iterator[None]:
 
 
 # Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
-# norms), reads values (one_hot, istft, tensor_split) or wants sizes as numbers (matmul), or the planner restates
-# them itself (dropout).
+# norms), reads values (one_hot, istft, tensor_split) or wants sizes as numbers (matmul), or the planner
+# restates them itself (dropout).
 _PYTHON_FORMS = frozenset({
     "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "istft", "matmul", "miopen_batch_norm",
     "native_batch_norm", "one_hot", "pad_sequence", "stft", "tensor_split", "unsafe_chunk",

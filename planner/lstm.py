@@ -2,12 +2,13 @@
 
 The kernel hands its backward a *workspace*, and makes one only where gradients are being recorded
 (``aten/src/ATen/native/mkldnn/RNN.cpp`` asks the thread).  A planned step records none, so it says otherwise
-around the call (:func:`planner.kernels.lstm_layer`).  How large the workspace is, oneDNN decides, by the sizes
-and the machine: the kernel is run once on zeros of those sizes, and the answer remembered.
+around the call (:func:`planner.kernels.lstm_layer`).  How large the workspace is, oneDNN decides, by the
+sizes and the machine: the kernel is run once on zeros of those sizes, and the answer remembered.
 
-Where eager does not call oneDNN (projections, float64) nothing is changed: the capture has eager's smaller ops.
+Where eager does not call oneDNN (projections, float64) nothing is changed: the capture has eager's own ops.
 
-Known weakness: that one run takes the memory and time of the layer's forward.
+Known weaknesses: that one run takes the memory and time of the layer's forward; under ``torch.no_grad``
+inside a forward, eager has no workspace and the planned step has one for the length of the call.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ counted.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -235,12 +236,25 @@ def _backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__:
     return _attention_flops(query, key, value, (3, 2))  # QK' again, dS K, dS'Q; dO V', P'dO
 
 
+def _lstm_flops(x: Any, of_input: Any, of_state: Any, *_: Any, **__: Any) -> int:
+    """Two products per step: with the weight of the input, and of the state."""
+    return 2 * math.prod(x[:2]) * (math.prod(of_input) + math.prod(of_state))
+
+
+def _lstm_backward_flops(*args: Any, **kwargs: Any) -> int:
+    return 2 * _lstm_flops(*args, **kwargs)
+
+
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 
-# torch's counter does not know the CPU's attention kernels, which it would count as nothing, and that
-# of torch 2.11 refuses fewer heads of keys than of queries.
+# torch's counter does not know the CPU's attention kernels and LSTM, which it would count as nothing, and
+# that of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
+        aten.mkldnn_rnn_layer: _lstm_flops,
+        aten.mkldnn_rnn_layer_backward: _lstm_backward_flops,
+    }
+    | {
         getattr(aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
         for kernel in _ATTENTION
         for suffix, formula in (("", _forward_flops), ("_backward", _backward_flops))

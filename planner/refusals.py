@@ -77,13 +77,18 @@ def refuse_unplannable(model: nn.Module) -> None:
 
 def _warn_of_fused(model: nn.Module) -> None:
     """Say which modules the graph restates step by step where eager runs one kernel for the sequence."""
-    fused = {n: m for n, m in model.named_modules() if isinstance(m, (nn.LSTM, nn.GRU))}
+    fused = {n: m for n, m in model.named_modules() if isinstance(m, nn.RNNBase) and _is_cudnns(m)}
     if fused:
         name, module = next(iter(fused.items()))
         log.warning(
-            "%s is an %s%s: eager runs it as one kernel, the graph step by step. Expect other last bits, "
-            "other random numbers for dropout between its layers, and a slower step; Plan.verify() shows it",
+            "%s (%s%s) runs as one kernel of cuDNN's in eager, in the graph step by step. Expect other last "
+            "bits, other random numbers for dropout between its layers, and a slower step; Plan.verify() "
+            "shows it",
             name or type(model).__name__,
             type(module).__name__,
             f", as {len(fused) - 1} more" if len(fused) > 1 else "",
         )
+
+
+def _is_cudnns(module: nn.RNNBase) -> bool:
+    return any(p.device.type != "cpu" for p in module.parameters())

@@ -22,6 +22,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
+from planner import kernels
 from planner._compat import pytree, size_hint, storage_key, writes_arguments
 from planner.devices import DEVICES, Device
 from planner.measure import FLOP_FORMULAS
@@ -56,7 +57,8 @@ def operands_of(node: fx.Node) -> list[torch.Tensor]:
 
 @functools.cache
 def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    return FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS)).flop_registry
+    ours = {**FLOP_FORMULAS, kernels.lstm_layer: FLOP_FORMULAS[aten.mkldnn_rnn_layer]}
+    return FlopCounterMode(display=False, custom_mapping=ours).flop_registry
 
 
 def node_flops(node: fx.Node) -> int:

@@ -6,7 +6,6 @@ memory; and the fake forms of some kernels lay their results out otherwise than 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -101,7 +100,6 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], Tensor, tuple[nn.Module, ...]]] =
     "noise": (lambda h: h + torch.randn_like(h), WORDS, ()),
     "shuffle": (lambda h: h[torch.randperm(4)], WORDS, ()),
     "attention": (lambda h, m: m(h, h, h)[0], WORDS, (nn.MultiheadAttention(8, 2, 0.1, batch_first=True),)),
-    "rnn": (lambda h, m: m(h)[0], WORDS, (nn.RNN(8, 8),)),
     "lstm cell": (lambda h, m: m(h[0])[0], WORDS, (nn.LSTMCell(8, 8),)),
     "weight_norm": (lambda h, m: m(h), WORDS, (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),)),
     "fft": (lambda h: torch.fft.irfft(torch.fft.rfft(h)), WORDS, ()),
@@ -126,15 +124,6 @@ def test_the_tracer_is_left_as_it_was() -> None:
     with pytest.raises(TraceError, match="0, False"), _compat.kernels_as_eager():
         raise TraceError(f"{sum(key in op.py_kernels for op, key in forms)}, {dict(formulas) == before}")
     assert {(op, key): op.py_kernels.get(key) for op, key in forms} == forms and dict(formulas) == before
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_a_fused_recurrence_is_warned_of(kind: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "planner"):
-        step = around(lambda h, m: m(h)[0], WORDS, kind(8, 8))
-    assert f"inner.0 is an {kind.__name__}: eager runs it as one kernel" in caplog.text
-    report = step.least_plan().verify()
-    assert report.within_budget and report.comparison.gradients.max_relative < 1e-5
 
 
 def test_a_parameter_that_the_forward_writes_to_is_refused() -> None:
