@@ -189,7 +189,7 @@ def kernels_as_eager(on_cpu: bool = True) -> Iterator[None]:
         if not kept:
             fx.node._side_effectful_functions.discard(checks)
         formulas.update(before)
-        del fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default]
+        fakes.pop(torch.ops.aten.mkldnn_rnn_layer_backward.default, None)
         FakeTensorMode.cache_clear()
         for op, key, formula in forms:
             op.py_kernels[key] = formula
