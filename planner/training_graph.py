@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,6 +156,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
             table.add_seed(tangent)
     for node in backward:
         table.add_call(node, "backward", step.pinned)
+    table.hold_together(step.tangents.values())
     for node in step.outputs:
         table.hold(node, "output")
     for node in step.gradients.values():
@@ -274,6 +276,14 @@ class _Table:
             last = together[-1]
             touched = [v for op in together for v in (*op.inputs, *op.outputs) if v not in last.outputs]
             self.ops[-1] = replace(last, inputs=tuple(dict.fromkeys((*last.inputs, *touched))))
+
+    def hold_together(self, tangents: Iterable[fx.Node]) -> None:
+        """The engine hands all output gradients to one node and holds them until that has used the last."""
+        given = {self.value_of[node] for node in tangents if node in self.value_of}
+        readers = [i for i, op in enumerate(self.ops) if op.phase == "backward" and given & {*op.inputs}]
+        if len(given) > 1 and readers:
+            last = self.ops[readers[-1]]
+            self.ops[readers[-1]] = replace(last, inputs=tuple(dict.fromkeys((*last.inputs, *sorted(given)))))
 
     def alias(self, node: fx.Node, other: fx.Node) -> None:
         """``node`` of one graph is ``other`` of the other graph."""

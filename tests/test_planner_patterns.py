@@ -183,3 +183,19 @@ def test_refused_with_the_line_and_the_way_out(name: str) -> None:
     with pytest.raises(PlannerError, match=said):
         prepare(model.train(), inputs, costs="roofline")
     assert D.Distribution._validate_args is checks
+
+
+def _three(net: Any, x: Tensor) -> tuple[Tensor, ...]:
+    h = net.first(x).tanh()
+    return h.sigmoid(), h.cos(), h.exp()
+
+
+@pytest.mark.parametrize("solver", ["keep_all", "recompute_all"])
+def test_gradients_of_several_outputs_are_held_together(solver: str) -> None:
+    """The engine hands them to the plan's node at once, and holds all while it runs."""
+    model = seeded(lambda: Written(_three, first=nn.Linear(16, 16)))
+    step = prepare(
+        model, (torch.randn(16, 16),), loss_fn=lambda o: sum(t.mean() for t in o), costs="roofline"
+    )
+    report = step.plan_bytes(10**9, solver=solver).verify()
+    assert report.ok and report.peak_bytes == report.predicted_peak_bytes
