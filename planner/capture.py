@@ -23,11 +23,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import linecache
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -41,7 +38,7 @@ from planner.errors import PlannerError, TraceError
 from planner.fakes import fake_inputs, fake_of
 from planner.inputs import Inputs
 from planner.outputs import OutputTemplate, template_of
-from planner.refusals import checkpoints_itself, refuse_unplannable
+from planner.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.sizes import Dims, Sizes, evaluate
 
 __all__ = ["JointGraph", "Traced", "capture"]
@@ -159,7 +156,7 @@ def capture(
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     given = Inputs.of(model, inputs)
-    refuse_unplannable(model)
+    refuse_unplannable(model, given.tensors())
     given.check(model)
     flat, in_spec = given.flatten()
     mode, fake, sizes = fake_inputs(model, flat, dims)
@@ -169,7 +166,7 @@ def capture(
         torch.enable_grad(),
         attributes_kept(model) as effects,
         _compat.checkpoint_calls(lambda: found.append(None)),
-        _explained(model, found),
+        explained(model, found),
     ):
         loss = None
         if loss_fn is not None:
@@ -198,7 +195,7 @@ def capture(
     joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
     if sizes is None:
         return joint
-    with _explained(model, found):
+    with explained(model, found):
         sizes = sizes.guarded(mode)
     bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
     loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
@@ -308,7 +305,7 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
-    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), _explained(model, []):
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), explained(model, []):
         return _trace_loss(model, inputs, loss_fn)[0]
 
 
@@ -393,9 +390,12 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
         elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.PlainAOTInput):
             out.input_gradients[desc.grad_of.idx] = node
         else:
+            written = getattr(desc, "mutated_input", None)
+            name = names.get(getattr(written, "target", ""))
+            what = f"the parameter {name}" if name else f"input {getattr(written, 'idx', desc)}"
             raise TraceError(
-                f"the step changes or returns something a plan cannot carry ({desc}); "
-                "inputs and parameters must not be modified in place by the forward"
+                f"the forward writes into {what} in place; a plan can only update buffers. Work on a copy, or "
+                "do it outside forward (a teacher that follows its student: after the optimizer's step)"
             )
     return out
 
@@ -426,72 +426,3 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         after.remove()
         while open_contexts:  # an exception passed through the modules
             open_contexts.pop().__exit__(None, None, None)
-
-
-@contextlib.contextmanager
-def _explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
-    """Turn whatever the tracer raises into a ``TraceError`` that names the model's own source line."""
-    try:
-        yield
-    except PlannerError:
-        raise
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        NotImplementedError,
-        KeyError,
-        AttributeError,
-        IndexError,
-    ) as e:
-        name = type(model).__name__
-        if checkpointed:
-            why = "its forward calls torch.utils.checkpoint"
-            raise checkpoints_itself(name, why) from e
-        place, function = _place_in_source(e)
-        if _compat.is_data_dependent(e):
-            way_out = _WAYS_OUT.get(
-                function,
-                "Compute it outside forward and pass it in, or write it with torch.where; where it is the "
-                "model's own loss that does it, leave the labels out and pass loss_fn",
-            )
-            raise TraceError(
-                f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the "
-                f"step is being traced (an if, a loop bound, .item(), a mask used as an index). {way_out}"
-            ) from e
-        raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
-
-
-_TOLD = ("torch.nn.modules.", "torch.nn.functional", "torch.distributions.")
-
-# What of torch's own reads values, and how to do without.
-_WAYS_OUT = {
-    "_detect_is_causal_mask": "It asks whether the mask is a causal one: say so where the module is called, "
-    "is_causal=True or False (nn.Transformer: src_is_causal, tgt_is_causal, memory_is_causal)",
-    "ctc_loss": "Leave this loss out of what is planned: return its arguments from forward and compute it "
-    "on them in the training loop; the budget then does not count what it holds",
-}
-
-
-def _place_in_source(error: BaseException) -> tuple[str, str]:
-    """The innermost frame that is neither torch's nor ours, as ``file:line (code)``.
-
-    Then that of the module, function or distribution of torch's own which it calls, where such a one stops
-    the trace, and its name.
-    """
-    ours = __name__.split(".")[0]
-    inner, within, function = "its forward", "", ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        name = frame.f_globals.get("__name__", "")
-        if name.split(".")[0] not in ("torch", ours, "contextlib"):
-            inner, within, function = _line_of(frame, line), "", ""
-        elif name.startswith(_TOLD) and not name.endswith((".module", ".container")):
-            within, function = _line_of(frame, line), frame.f_code.co_name
-    return (f"{inner}, in torch's own {within}," if within else inner), function
-
-
-def _line_of(frame: FrameType, line: int) -> str:
-    path = frame.f_code.co_filename
-    source = linecache.getline(path, line).strip()
-    return f"{path}:{line} ({source})" if source else f"{path}:{line}"

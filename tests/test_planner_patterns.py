@@ -156,6 +156,23 @@ def _sparse() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.randint(50, (8, 5)),)
 
 
+def _packed() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def forward(net: Any, x: Tensor) -> Any:
+        return net.body(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True))[1]
+
+    return Written(forward, body=nn.GRU(8, 16, batch_first=True)), (torch.randn(2, 5, 8),)
+
+
+def _teacher() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            net.teacher.weight.lerp_(net.student.weight, 0.1)
+        return F.mse_loss(net.student(x), net.teacher(x).detach())
+
+    model = Written(forward, student=nn.Linear(8, 4), teacher=nn.Linear(8, 4).requires_grad_(False))
+    return model, (torch.randn(6, 8),)
+
+
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str]] = {
     "a mask that may be causal": (_encoder, r"make_causal.*is_causal=True or False"),
     "CTC": (lambda: (Written(_ctc, body=nn.Linear(8, 8)), (torch.randn(2, 10, 8),)), "Leave this loss out"),
@@ -163,6 +180,12 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str
         lambda: (nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=None)), (torch.randn(6, 8),)),
         r"batchnorm.py:\d+ \(exponential_average_factor",
     ),
+    "a sparse input": (
+        lambda: (Written(lambda net, x: net.a(x), a=nn.Linear(4, 4)), (torch.eye(4).to_sparse(),)),
+        "input 0 is sparse_coo; a plan is for dense tensors",
+    ),
+    "a packed sequence": (_packed, "Give the recurrent layer the padded batch"),
+    "a teacher": (_teacher, "writes into the parameter teacher.weight.*after the optimizer's step"),
     "sparse gradients": (_sparse, r"table makes sparse gradients \(sparse=True\).*sparse=False"),
     "lazy parameters": (
         lambda: (nn.Sequential(nn.LazyLinear(4)), (torch.randn(6, 8),)),
