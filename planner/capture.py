@@ -394,8 +394,8 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
             name = names.get(getattr(written, "target", ""))
             what = f"the parameter {name}" if name else f"input {getattr(written, 'idx', desc)}"
             raise TraceError(
-                f"the forward writes into {what} in place; a plan can only update buffers. Work on a copy, or "
-                "do it outside forward (a teacher that follows its student: after the optimizer's step)"
+                f"the forward writes into {what} in place; a plan can only update buffers. Work on a copy, "
+                "or do it outside forward (a teacher that follows its student: after the optimizer's step)"
             )
     return out
 

@@ -68,8 +68,8 @@ def refuse_unplannable(model: nn.Module, inputs: Sequence[torch.Tensor] = ()) ->
     sparse = [(n, t.layout) for n, t in named if t.layout != torch.strided]
     if sparse:
         raise PlannerError(
-            f"{sparse[0][0]} is {str(sparse[0][1]).removeprefix('torch.')}; a plan is for dense tensors. Keep "
-            "it outside what is planned, or make it dense (a sparse adjacency: index_add, or a matrix product)"
+            f"{sparse[0][0]} is {str(sparse[0][1]).removeprefix('torch.')}; a plan is for dense tensors. "
+            "Keep it outside what is planned, or make it dense (a sparse adjacency: index_add)"
         )
     refuse_sharded(model)
     hooked = hooks_on_submodules(model)
