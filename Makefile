@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m planner demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The solvers' tests with five times the examples (some 18,000 graphs against all their schedules), and two
 # reports: how well time limits are kept, for which no other work should run, and how often the optimum is found.

@@ -1,6 +1,7 @@
 """Hypothesis profiles: ``--hypothesis-profile nightly`` looks at five times as many examples.
 
-Measured costs are kept in a folder of the test run, never in the user's.
+Measured costs are kept in a folder of the test run, never in the user's.  Files that take longest come first,
+so that two workers end together.
 """
 
 from __future__ import annotations
@@ -21,3 +22,24 @@ def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("costs")))
         yield
+
+
+LONGEST = (
+    "test_notebooks.py",
+    "test_planner_cross_encoder.py",
+    "test_planner_training.py",
+    "test_planner_internvl2.py",
+    "test_benchmarks_race.py",
+    "test_planner_demo.py",
+    "test_planner_enable.py",
+    "test_planner_peers.py",
+    "test_readme.py",
+    "test_planner_shared_plans.py",
+    "test_solvers_properties.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of ``LONGEST``, then as collected; for workers that are given whole files in this order."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

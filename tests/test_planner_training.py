@@ -212,8 +212,8 @@ def test_a_whole_step_with_its_optimizer_is_predicted_to_the_byte(
     case = CASES["bert"]
     model, inputs = case.build(), case.make_inputs(0)
     prepared = prepare(model, inputs, optimizer=optimizer, costs="roofline")
-    prepared = dataclasses.replace(prepared, least_limit_s=6.0)
-    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, time_limit_s=4.0)
+    prepared = dataclasses.replace(prepared, least_limit_s=3.0)
+    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, time_limit_s=2.0)
     stepper = optimizer(model.parameters(), lr=1e-3)
     plan.apply()
     meter = StorageMeter(torch.device("cpu"))
