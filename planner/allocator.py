@@ -98,8 +98,8 @@ class Block:
 class CachingAllocator:
     """The allocator's state.
 
-    ``requested_bytes`` in live blocks, as asked for and rounded up to 512; ``allocated_bytes`` the sizes of
-    those blocks; ``reserved_bytes`` taken from the driver; ``reserved_peak_bytes`` the most of that so far.
+    ``allocated_bytes`` in live blocks; ``reserved_bytes`` taken from the driver; ``reserved_peak_bytes`` the
+    most of that so far.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class CachingAllocator:
             at = address + count
 
     def release(self, block: Block) -> None:
-        """Take ``block`` back."""
+        """Take ``block`` back; ``ValueError`` if it is free already."""
         if block.free:
             raise ValueError(f"{block} was released before")
         self.allocated_bytes -= block.bytes

@@ -6,8 +6,8 @@ one gradient between them, where the kernel makes two; it is corrected here (for
 
 RNN.  What torch composes it of is traced as it is.
 
-GRU.  Eager composes it from smaller ops (``aten/src/ATen/native/RNN.cpp``), some
-of which write their results over a part of a larger tensor.  A capture has no such writes.  It makes the sum
+GRU.  Eager composes it from smaller ops (``aten/src/ATen/native/RNN.cpp``), some of which write their
+results over a part of a larger tensor.  A capture has no such writes.  It makes the sum
 of two gates a tensor of its own instead, whose rows touch, and on that the sigmoid's vectors run on from row
 to row: which elements are left to the scalar rest differs, and with it their last bits.  Here both gates that
 take a sigmoid are added at once and read as halves, so that rows stay apart as in eager.
