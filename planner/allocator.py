@@ -204,11 +204,6 @@ class AllocatorPeaks:
                 f"{self.requested_peak_bytes}, {self.allocated_peak_bytes}, {self.reserved_peak_bytes}"
             )
 
-    @property
-    def slack_bytes(self) -> int:
-        """Handed out beyond what was asked for, peak against peak."""
-        return self.allocated_peak_bytes - self.requested_peak_bytes
-
 
 @dataclass(frozen=True)
 class Resident:
