@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._compat import (
+from planner._compat import (
     DataDependentOutputException,
     FakeTensorMode,
     TorchDispatchMode,
@@ -37,11 +37,11 @@ from ._compat import (
     reads_a_number,
     storage_key,
 )
-from .devices import allocation_grain, rounded_up
-from .errors import PlannerError
-from .meter import StorageMeter
-from .step import Inputs, device_of, tensors_in
-from .wrappers import bucket_bytes
+from planner.devices import allocation_grain, rounded_up
+from planner.errors import PlannerError
+from planner.meter import StorageMeter
+from planner.step import Inputs, device_of, tensors_in
+from planner.wrappers import bucket_bytes
 
 __all__ = [
     "OptimizerBytes",

@@ -17,7 +17,7 @@ from planner.allocator import Resident, is_default, played
 from planner.lifetimes import StepGraph
 from planner.lowering import as_executed
 from solvers import Problem, Timeline
-from solvers.simulate import simulate_steps
+from solvers.core.simulate import simulate_steps
 
 __all__ = ["Execution", "execute"]
 

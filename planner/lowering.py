@@ -17,7 +17,7 @@ from planner.lifetimes import StepGraph
 from planner.nodes import layer_of
 from planner.training_graph import GraphOp, TrainingGraph
 from solvers import Op, Problem, Schedule, Value
-from solvers.simulate import Timeline, simulate_steps
+from solvers.core.simulate import Timeline, simulate_steps
 
 __all__ = ["as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._compat import clear_cublas_workspaces
-from .meter import StorageMeter
-from .step import (
+from planner._compat import clear_cublas_workspaces
+from planner.meter import StorageMeter
+from planner.step import (
     Inputs,
     LossFn,
     backward,

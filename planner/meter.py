@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import TorchDispatchMode
+from planner._compat import TorchDispatchMode
 
 __all__ = ["StorageMeter"]
 

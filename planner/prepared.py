@@ -39,7 +39,7 @@ from planner.variants import OnLarger, Varying
 from planner.view.outline import Outline
 from planner.wrappers import unwrapped
 from solvers import Problem, Schedule, Solution, minimum_peak
-from solvers.bounds import peak_floor
+from solvers.bounds.lower_bounds import peak_floor
 
 __all__ = ["CostSource", "Prepared", "prepare", "prepare_for"]
 

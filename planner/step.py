@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._compat import pytree
-from .errors import PlannerError
-from .outputs import register_dataclasses
+from planner._compat import pytree
+from planner.errors import PlannerError
+from planner.outputs import register_dataclasses
 
 __all__ = [
     "Forward",

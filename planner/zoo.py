@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import PlannerError
+from planner.errors import PlannerError
 
 __all__ = [
     "MODELS",

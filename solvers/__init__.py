@@ -1,11 +1,11 @@
 """Rematerialization solvers over plain DAGs: numpy, networkx and OR-tools, never torch."""
 
-from solvers.files import read_problem, write_problem
+from solvers.core.files import read_problem, write_problem
+from solvers.core.problem import Op, Problem, ProblemError, Value
+from solvers.core.schedule import Schedule
+from solvers.core.simulate import InvalidScheduleError, Timeline, simulate
+from solvers.core.solution import InfeasibleError, Solution, Status, solution_of
 from solvers.frontier import frontier
-from solvers.problem import Op, Problem, ProblemError, Value
-from solvers.schedule import Schedule
-from solvers.simulate import InvalidScheduleError, Timeline, simulate
-from solvers.solution import InfeasibleError, Solution, Status, solution_of
 from solvers.solve import SOLVERS, minimum_peak, solve
 
 __all__ = [

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from solvers.incumbent import Progress
+from solvers.core.incumbent import Progress
+from solvers.core.problem import Problem
+from solvers.core.schedule import Schedule
+from solvers.core.solution import InfeasibleError, Solution, fits_better, solution_of
 from solvers.portfolio import Methods
-from solvers.problem import Problem
-from solvers.schedule import Schedule
-from solvers.solution import InfeasibleError, Solution, fits_better, solution_of
 from solvers.solve import checked_budget, solve
 
 __all__ = ["frontier"]

@@ -19,16 +19,19 @@ import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from solvers import bounds, checkmate, local_search, retention
-from solvers.baselines import BASELINES
-from solvers.chain import Chains
-from solvers.incumbent import OVER_POWER, Incumbent
-from solvers.pebbling import raised_floors
-from solvers.problem import Problem
-from solvers.refine import Refinement, pressure_instants, refine
-from solvers.schedule import Schedule
-from solvers.shave import shave
-from solvers.staged import Relaxations, ops_per_layer
+from solvers.baselines.simple import BASELINES
+from solvers.bounds import lower_bounds as bounds
+from solvers.bounds.pebbling import raised_floors
+from solvers.bounds.refine import Refinement, pressure_instants, refine
+from solvers.chain.method import Chains
+from solvers.core.incumbent import OVER_POWER, Incumbent
+from solvers.core.problem import Problem
+from solvers.core.schedule import Schedule
+from solvers.exact import method as checkmate
+from solvers.retention import method as retention
+from solvers.search import local_search
+from solvers.search.shave import shave
+from solvers.staged.method import Relaxations, ops_per_layer
 
 __all__ = ["EXACT_OPS", "Methods"]
 

@@ -21,12 +21,12 @@ from dataclasses import replace
 from numbers import Real
 from typing import Literal
 
-from solvers import bounds
-from solvers.incumbent import Incumbent, Progress
+from solvers.bounds import lower_bounds as bounds
+from solvers.core.incumbent import Incumbent, Progress
+from solvers.core.problem import Problem
+from solvers.core.schedule import Schedule
+from solvers.core.solution import InfeasibleError, Solution, solution_of
 from solvers.portfolio import Methods
-from solvers.problem import Problem
-from solvers.schedule import Schedule
-from solvers.solution import InfeasibleError, Solution, solution_of
 
 __all__ = ["SOLVERS", "minimum_peak", "solve"]
 
@@ -95,7 +95,7 @@ def solve(
         raise ValueError(f"order is {order!r}, want 'fixed' or 'free'")
     started = time.perf_counter()
     if order == "free":
-        from solvers import reorder
+        from solvers import free_order as reorder
 
         return reorder.solve(problem, budget, time_limit_s=limit_s, seed=seed)
     refuse_below_floor(problem, budget)
@@ -172,7 +172,12 @@ def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float
 
 def _named(problem: Problem, budget: int, solver: str, limit_s: float, seed: int) -> Solution:
     """One method by its name."""
-    from solvers import baselines, chain, checkmate, refine, retention, staged
+    from solvers.baselines import simple as baselines
+    from solvers.bounds import refine
+    from solvers.chain import method as chain
+    from solvers.exact import method as checkmate
+    from solvers.retention import method as retention
+    from solvers.staged import method as staged
 
     if solver in baselines.BASELINES:
         return baselines.solve(problem, budget, solver)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from planner import zoo
 from planner._compat import dp_knapsack
 from solvers import Problem, Schedule, simulate
-from solvers.simulate import simulate_steps
+from solvers.core.simulate import simulate_steps
 from tests.benchmarks import (
     bench_families,
     bench_solvers,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from solvers import Problem, Schedule, Solution, frontier, minimum_peak, simulate, solve
-from solvers.incumbent import ENOUGH, Incumbent
+from solvers.core.incumbent import ENOUGH, Incumbent
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import training_chain
@@ -116,7 +116,7 @@ def test_frontier_hands_its_callback_on() -> None:
 INTERRUPTED = """
 import json, os, signal, sys, time
 from solvers import minimum_peak, simulate, solve
-from solvers.incumbent import Incumbent
+from solvers.core.incumbent import Incumbent
 from tests import joint_graphs
 
 name, what = sys.argv[1:]

@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from solvers import InfeasibleError, Op, Problem, Schedule, Value, bounds, simulate, solve
-from solvers.instants import InstantProgram
-from solvers.reduction import Reduction
-from solvers.refine import Refinement, emitted, pressure_instants, refine
-from solvers.refine import solve as solve_by_refining
-from solvers.simulate import simulate_steps
+from solvers import InfeasibleError, Op, Problem, Schedule, Value, simulate, solve
+from solvers.bounds import lower_bounds as bounds
+from solvers.bounds.instants import InstantProgram
+from solvers.bounds.reduction import Reduction
+from solvers.bounds.refine import Refinement, emitted, pressure_instants, refine
+from solvers.bounds.refine import solve as solve_by_refining
+from solvers.core.simulate import simulate_steps
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, least_peak, random_problem, training_chain

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Problem, ProblemError, Schedule, simulate
-from solvers.blocks import Chain, cut_into_blocks
-from solvers.chain import ChainTable, Ways, solve
-from solvers.saved_sets import BlockGraph, saved_sets
-from solvers.simulate import simulate_steps
+from solvers.chain.blocks import Chain, cut_into_blocks
+from solvers.chain.method import ChainTable, Ways, solve
+from solvers.chain.saved_sets import BlockGraph, saved_sets
+from solvers.core.simulate import simulate_steps
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def training_graphs(draw: st.DrawFn) -> Problem:
 def test_every_plan_of_every_table_keeps_its_promises(problem: Problem, blocks: int, tiny: int) -> None:
     keep_all = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     # With a small ratio, many values count as tiny and are held throughout.
-    with patch("solvers.blocks.TINY", tiny):
+    with patch("solvers.chain.blocks.TINY", tiny):
         chain = cut_into_blocks(problem, blocks)
     table = ChainTable(Ways(chain), 1, keep_all + 20)
     assert table.seconds[-1][0, -1] == 0.0
@@ -316,7 +316,7 @@ def test_rare_bytes_are_accounted_for(what: str) -> None:
     ]
     turn = sum(name[0] in "fp" for name, _, _ in rows)
     problem = Problem.build(ops, {"x": 0} | sizes, turn=turn)
-    with patch("solvers.blocks.TINY", tiny):
+    with patch("solvers.chain.blocks.TINY", tiny):
         chain = every_op_a_block(problem)
     keep_all = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     assert_promises_kept(problem, ChainTable(Ways(chain), 1, keep_all + 20))

@@ -28,8 +28,8 @@ from solvers import (
     solution_of,
     solve,
 )
-from solvers.baselines import BASELINES, every_block, sqrt
-from solvers.emit import gaps_of_values, just_in_time, runs_of_groups
+from solvers.baselines.simple import BASELINES, every_block, sqrt
+from solvers.core.just_in_time import gaps_of_values, just_in_time, runs_of_groups
 from tests.solver_graphs import problems, training_chain
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solvers import InfeasibleError, Op, Problem, Schedule, Value, checkmate, simulate
-from solvers.checkmate_program import Program
-from solvers.simulate import simulate_steps
+from solvers import InfeasibleError, Op, Problem, Schedule, Value, simulate
+from solvers.core.simulate import simulate_steps
+from solvers.exact import method as checkmate
+from solvers.exact.program import Program
 from tests.benchmarks import bench_exactness
 from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
 

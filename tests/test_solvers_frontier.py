@@ -10,18 +10,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from solvers import (
-    InfeasibleError,
-    Op,
-    Problem,
-    Solution,
-    Value,
-    bounds,
-    frontier,
-    minimum_peak,
-    simulate,
-    solve,
-)
+from solvers import InfeasibleError, Op, Problem, Solution, Value, frontier, minimum_peak, simulate, solve
+from solvers.bounds import lower_bounds as bounds
 from solvers.portfolio import Methods
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, least_peak, tense_problem, training_chain

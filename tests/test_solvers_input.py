@@ -10,9 +10,9 @@ import networkx as nx
 import pytest
 
 from solvers import InfeasibleError, Problem, ProblemError, Schedule, minimum_peak, simulate, solve
-from solvers import bounds as lower_bounds
-from solvers.reorder import solve as solve_free
-from solvers.retention import solve as solve_fixed
+from solvers.bounds import lower_bounds
+from solvers.free_order import solve as solve_free
+from solvers.retention.method import solve as solve_fixed
 
 
 def digraph(*edges: tuple[object, object], nodes: int = 0, **attributes: object) -> nx.DiGraph:

@@ -9,7 +9,7 @@ import pytest
 from ortools.math_opt.python import mathopt
 from ortools.math_opt.python.errors import InternalMathOptError
 
-from solvers.linear import LinearProgram
+from solvers.core.linear import LinearProgram
 
 
 def program(cost: float = 1.0) -> LinearProgram:

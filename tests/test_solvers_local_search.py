@@ -13,12 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solvers import Op, Problem, Schedule, Value, local_search, simulate, staged
-from solvers.emit import trim
-from solvers.incumbent import OVER_POWER, Incumbent
-from solvers.simulate import simulate_steps
-from solvers.template import Template, template_around
-from solvers.template_program import TemplateProgram
+from solvers import Op, Problem, Schedule, Value, simulate
+from solvers.core.incumbent import OVER_POWER, Incumbent
+from solvers.core.just_in_time import trim
+from solvers.core.simulate import simulate_steps
+from solvers.search import local_search
+from solvers.search.template import Template, template_around
+from solvers.search.template_program import TemplateProgram
+from solvers.staged import method as staged
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, random_problem, tense_problem, training_chain
 

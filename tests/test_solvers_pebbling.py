@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solvers import InfeasibleError, Op, Problem, Value, bounds, solve
-from solvers.pebbling import raised_floors, window_floor
-from solvers.reduction import Reduction
+from solvers import InfeasibleError, Op, Problem, Value, solve
+from solvers.bounds import lower_bounds as bounds
+from solvers.bounds.pebbling import raised_floors, window_floor
+from solvers.bounds.reduction import Reduction
 from tests.solver_graphs import from_seeds, least_peak, random_problem, tense_problem
 
 quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])

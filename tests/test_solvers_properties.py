@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from solvers import InfeasibleError, Problem, ProblemError, Schedule, minimum_peak, simulate, solve
-from solvers import bounds as lower_bounds
-from solvers.baselines import BASELINES, greedy
+from solvers.baselines.simple import BASELINES, greedy
+from solvers.bounds import lower_bounds
 from tests.joint_graphs import keep_all_peak
 from tests.solver_graphs import (
     best_seconds,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from solvers import InfeasibleError, Op, Problem, ProblemError, Schedule, Value, simulate
-from solvers.reorder import footprint_floor, lower_peak, permuted, solve
+from solvers.free_order import footprint_floor, lower_peak, permuted, solve
 from tests.benchmarks.layered import layered_dag
 from tests.solver_graphs import best_seconds, problems, random_problem, training_chain
 

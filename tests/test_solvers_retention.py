@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from solvers import Problem, Schedule, simulate
 from solvers import solve as solve_auto
-from solvers.retention import solve
-from solvers.retention_bound import instants_bound, tight_instants
-from solvers.retention_program import RetentionProgram
+from solvers.retention.bound import instants_bound, tight_instants
+from solvers.retention.method import solve
+from solvers.retention.program import RetentionProgram
 from tests.benchmarks.layered import layered_dag
 from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
 

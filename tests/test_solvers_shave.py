@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from solvers import Op, Problem, Schedule, Value, shave, simulate
-from solvers.emit import trim
-from solvers.incumbent import Incumbent
-from solvers.simulate import simulate_steps
+from solvers import Op, Problem, Schedule, Value, simulate
+from solvers.core.incumbent import Incumbent
+from solvers.core.just_in_time import trim
+from solvers.core.simulate import simulate_steps
+from solvers.search import shave
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, least_peak, tense_problem
 

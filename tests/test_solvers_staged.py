@@ -9,13 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from solvers import InfeasibleError, ProblemError, bounds, checkmate, simulate, solve, staged
-from solvers.emit import trim
-from solvers.incumbent import Incumbent
-from solvers.simulate import simulate_steps
-from solvers.staged_emit import in_template_order, just_in_time
-from solvers.staged_program import StagedProgram
-from solvers.staged_stages import Facts, Stages, cut_by_groups, cut_evenly
+from solvers import InfeasibleError, ProblemError, simulate, solve
+from solvers.bounds import lower_bounds as bounds
+from solvers.core.incumbent import Incumbent
+from solvers.core.just_in_time import trim
+from solvers.core.simulate import simulate_steps
+from solvers.exact import method as checkmate
+from solvers.staged import method as staged
+from solvers.staged.orders import in_template_order, just_in_time
+from solvers.staged.program import StagedProgram
+from solvers.staged.stages import Facts, Stages, cut_by_groups, cut_evenly
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, least_peak, random_problem, training_chain

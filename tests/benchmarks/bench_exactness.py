@@ -24,11 +24,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from solvers import Op, Problem, Schedule, Value, chain, checkmate, local_search, simulate, staged
-from solvers.blocks import cut_into_blocks
-from solvers.chain import ChainTable, Ways
-from solvers.incumbent import Incumbent
-from solvers.local_search import Reach, Window, window_template
+from solvers import Op, Problem, Schedule, Value, simulate
+from solvers.chain import method as chain
+from solvers.chain.blocks import cut_into_blocks
+from solvers.chain.method import ChainTable, Ways
+from solvers.core.incumbent import Incumbent
+from solvers.exact import method as checkmate
+from solvers.search import local_search
+from solvers.search.local_search import Reach, Window, window_template
+from solvers.staged import method as staged
 from tests.joint_graphs import keep_all_peak, random_training_graph
 
 __all__ = ["METHODS", "Row", "budgets", "compare", "graphs"]

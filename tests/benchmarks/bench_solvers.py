@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from solvers import Problem
-from solvers.bounds import peak_floor
+from solvers.bounds.lower_bounds import peak_floor
 from tests.benchmarks.solver_jobs import Job, graph_names, keep_all_bytes, load_graph
 from tests.benchmarks.solver_table import PROTOTYPE, markdown
 

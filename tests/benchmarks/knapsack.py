@@ -32,8 +32,8 @@ from ortools.graph.python.max_flow import SimpleMaxFlow
 
 from planner._compat import dp_knapsack
 from solvers import Problem, Schedule
-from solvers.emit import can_be_dropped, turn_of
-from solvers.simulate import simulate_steps
+from solvers.core.just_in_time import can_be_dropped, turn_of
+from solvers.core.simulate import simulate_steps
 
 __all__ = ["Swept", "items", "least_saved", "recompute_once", "sweep"]
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from solvers import InfeasibleError, Problem, Schedule, minimum_peak, read_problem, simulate, solve
-from solvers.baselines import BASELINES
-from solvers.bounds import peak_floor, proved_floor
+from solvers.baselines.simple import BASELINES
+from solvers.bounds.lower_bounds import peak_floor, proved_floor
 
 __all__ = ["Job", "blockings", "graph_names", "keep_all_bytes", "load_graph", "run"]
 

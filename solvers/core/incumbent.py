@@ -1,0 +1,208 @@
+"""The best schedule so far, the best bound so far, and whether to go on.
+
+Every method offers what it finds here, and every offer goes through the simulator, so plans found by
+one method are what the next one starts from, and nothing that is found is ever lost: whoever stops the
+search, a time limit, a callback, Ctrl-C or the proof that no more than ``ENOUGH`` of a step is to be
+gained, gets the best of all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from solvers.core.problem import Problem
+from solvers.core.schedule import Schedule
+from solvers.core.simulate import Timeline, simulate_steps
+from solvers.core.solution import Solution, solution_of
+
+__all__ = ["ENOUGH", "Incumbent", "Progress", "Verdict"]
+
+log = logging.getLogger(__name__)
+
+# A gap below this share of the time without recomputation is not worth more search.
+ENOUGH = 5e-4
+# Of the norm over steps that says how far above the budget a schedule is; high: the worst steps count.
+OVER_POWER = 4
+# Above the budget by at most this share of it, and so many of them, are worth to be remembered.
+NEAR, MOST_NEAR = 0.2, 40
+
+Progress = Callable[[Solution], object]
+
+
+class Verdict(NamedTuple):
+    """``taken``: it is the best schedule now; ``peak_bytes``: its peak."""
+
+    taken: bool
+    peak_bytes: int
+
+
+class Incumbent:
+    """Shared by all the methods of one solve, from several threads.
+
+    ``steps``      the best schedule so far as op positions: the least above the budget (in the norm of
+                   ``OVER_POWER`` over its steps), then the fewest seconds, then the lowest peak.
+    ``bound_s``    no schedule within the budget takes fewer seconds in total.
+    ``progress``   called with a ``Solution`` for each better schedule or bound; returning ``True`` stops
+                   the search.
+    ``enough_s``   a gap that ends the search.
+    ``starts``     per method, the rank and the steps of the best it found.
+    ``floor``      where it is proved that nothing fits by a floor of the peak: its bytes, and the op.
+    ``near``       schedules that are above the budget by no more than ``NEAR`` of it, each faster than those
+                   nearer: peak bytes, recompute seconds and steps, by peak.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        budget_bytes: int,
+        *,
+        deadline: float = math.inf,
+        enough_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.problem, self.budget_bytes = problem, budget_bytes
+        self.started, self.deadline = time.perf_counter(), deadline
+        self.total_s = problem.total_seconds
+        self.enough_s = ENOUGH * self.total_s if enough_s is None else enough_s
+        self.progress = progress
+        self.steps: list[int] = list(range(len(problem)))
+        self.line = simulate_steps(problem, self.steps)
+        self.over = self.over_of(self.line)
+        self.solver = "keep_all"
+        # Of lowest peak, for an answer where nothing fits.
+        self.lowest = self.line.peak_bytes, self.steps, self.solver
+        self.bound_s = self.total_s
+        self.floor: tuple[int, str] | None = None
+        self.stopped = False
+        self.parent: Incumbent | None = None
+        self.starts: dict[str, tuple[tuple[float, float, float], list[int]]] = {}
+        self.near: list[tuple[int, float, list[int]]] = []
+        self.lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return (
+            f"Incumbent({self.recompute_s / (self.total_s or 1.0):.4%} by {self.solver}, bound "
+            f"{self.bound_s / (self.total_s or 1.0) - 1:.4%}, peak {self.peak_bytes} of {self.budget_bytes})"
+        )
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; 0 once stopped."""
+        if self.stopped or (self.parent is not None and self.parent.done):
+            return 0.0
+        return max(0.0, self.deadline - time.perf_counter())
+
+    def fork(self, steps: Sequence[int], share: float) -> Incumbent:
+        """A search of its own from ``steps``, for a share of the time left; ends when this one does."""
+        child = Incumbent(
+            self.problem,
+            self.budget_bytes,
+            deadline=min(self.deadline, time.perf_counter() + share * self.left_s),
+            enough_s=self.enough_s,
+        )
+        child.offer(steps, self.solver)
+        child.parent = self
+        return child
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best schedule is within the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds by which the best schedule may exceed the best possible."""
+        return self.total_s + self.recompute_s - self.bound_s
+
+    @property
+    def done(self) -> bool:
+        """Out of time, stopped, close enough to the bound, or proved to have no answer."""
+        return self.left_s <= 0 or self.settled or math.isinf(self.bound_s)
+
+    @property
+    def settled(self) -> bool:
+        """Close enough to the bound."""
+        return self.fits and self.gap_s <= self.enough_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the best schedule."""
+        return self.line.peak_bytes
+
+    @property
+    def recompute_s(self) -> float:
+        """Of the best schedule."""
+        return self.line.recompute_seconds
+
+    def offer(self, steps: Sequence[int], solver: str) -> Verdict:
+        """Take ``steps`` if they are better than what is there."""
+        line = simulate_steps(self.problem, list(steps))
+        rank = self.over_of(line), line.recompute_seconds, line.peak_bytes
+        with self.lock:
+            if solver not in self.starts or rank < self.starts[solver][0]:
+                self.starts[solver] = rank, list(steps)
+            if line.peak_bytes < self.lowest[0]:
+                self.lowest = line.peak_bytes, list(steps), solver
+            if 0 < line.peak_bytes - self.budget_bytes <= NEAR * self.budget_bytes:
+                self._remember(line.peak_bytes, line.recompute_seconds, list(steps))
+            taken = rank < (self.over, self.recompute_s, self.peak_bytes)
+            if taken:
+                self.steps, self.solver, self.line, self.over = list(steps), solver, line, rank[0]
+                self._tell()
+        return Verdict(taken, line.peak_bytes)
+
+    def _remember(self, peak_bytes: int, recompute_s: float, steps: list[int]) -> None:
+        if any(peak <= peak_bytes and seconds <= recompute_s for peak, seconds, _ in self.near):
+            return
+        rest = [one for one in self.near if one[0] < peak_bytes or one[1] < recompute_s]
+        self.near = sorted([*rest, (peak_bytes, recompute_s, steps)], key=lambda one: one[:2])[:MOST_NEAR]
+
+    def over_of(self, line: Timeline) -> float:
+        """How far ``line`` is above the budget; spreading a peak over more steps counts as progress."""
+        return self.excess(line.live_bytes)
+
+    def excess(self, live_bytes: np.ndarray) -> float:
+        """What steps with ``live_bytes`` in memory, shape (T,), add to ``over``."""
+        over = np.maximum(live_bytes - self.budget_bytes, 0) / max(1, self.budget_bytes)
+        return float((over**OVER_POWER).sum())
+
+    def raise_bound(self, bound_s: float) -> None:
+        """``bound_s``: proved lower bound on the total seconds of any schedule within the budget."""
+        with self.lock:
+            if bound_s > self.bound_s:
+                self.bound_s = bound_s
+                self._tell()
+
+    def refuse(self, floor_bytes: int, op_name: str) -> None:
+        """``floor_bytes``, more than the budget: proved that no schedule peaks lower, because of an op."""
+        self.floor = floor_bytes, op_name
+        self.raise_bound(math.inf)
+
+    def stop(self) -> None:
+        """Nothing new is begun from now on."""
+        self.stopped = True
+
+    def solution(self) -> Solution:
+        """The best so far; the one of lowest peak while none fits."""
+        with self.lock:
+            _, steps, solver = (0, self.steps, self.solver) if self.fits else self.lowest
+            return solution_of(
+                self.problem,
+                Schedule.of(self.problem, steps),
+                self.budget_bytes,
+                solver=solver,
+                bound_seconds=self.bound_s,
+                solve_seconds=time.perf_counter() - self.started,
+            )
+
+    def _tell(self) -> None:
+        log.debug("%.2f s: %r", time.perf_counter() - self.started, self)
+        if self.progress is not None and not self.stopped and self.progress(self.solution()) is True:
+            self.stop()

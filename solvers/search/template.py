@@ -1,0 +1,123 @@
+"""Templates: a long sequence of steps of which a schedule is a part.
+
+A template lists slots that are *required*, every op's first run among them, and between them *optional*
+ones: places where an op may run again.  Every sub-sequence that holds the required slots and makes what
+it reads before it reads it is a schedule, and the cheapest one within a budget is a mixed-integer program
+(``template_program``).  So a template is a neighbourhood: all the schedules one is willing to look at.
+
+Templates are made around a schedule, which stays a sub-sequence of its own template.  The first runs
+are cut into contiguous *stages*; for each stage a set of ops says what may run again in it, and each of
+those ops gets one slot there, placed as late as a just-in-time executor would: before the first step of
+the stage that reads what it makes, inputs first.  What the schedule recomputes in a stage that is not
+opened stays required.  Around the schedule that recomputes nothing this is a template of the whole
+problem; around a good one, with few stages opened, it is a neighbourhood for local search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.core.problem import Problem
+
+__all__ = ["Template", "template_around"]
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """``slots``: an op position per slot; ``required``: whether it always runs, as first runs do.
+
+    ``starts``   the slot at which each stage begins, ascending, the first 0.
+    ``of_step``  the slot of each step of the schedule that the template was made around.
+    """
+
+    problem: Problem
+    slots: tuple[int, ...]
+    required: tuple[bool, ...]
+    starts: tuple[int, ...]
+    of_step: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(self.required) < len(self.problem) or len(self.slots) != len(self.required):
+            raise ValueError(
+                f"{len(self.slots)} slots, {sum(self.required)} of {len(self.required)} required, "
+                f"for {len(self.problem)} ops"
+            )
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __repr__(self) -> str:
+        optional = len(self.slots) - sum(self.required)
+        return f"Template({len(self.slots)} slots, {optional} optional, {len(self.starts)} stages)"
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """One past each stage's last slot."""
+        return (*self.starts[1:], len(self.slots))
+
+
+def template_around(
+    problem: Problem,
+    steps: Sequence[int],
+    first: Sequence[int],
+    allowed: Sequence[Collection[int]],
+    opened: Collection[int],
+) -> Template:
+    """The template whose stages begin at the ops ``first`` (ascending, the first 0) around ``steps``.
+
+    ``steps`` is a valid schedule as op positions with first runs in the problem's order.  ``allowed[g]``
+    are the ops that may run again in stage ``g`` besides the recomputations of ``steps``, and these may be
+    left out in the stages ``opened``.  A step that runs again belongs to the stage of the first run that
+    follows it.
+    """
+    values, reads = problem.values, problem.counted_inputs
+    ends = (*first[1:], len(problem))
+    stage_of = np.repeat(np.arange(len(first)), np.diff((*first, len(problem)))).tolist()
+    slots: list[int] = []
+    required: list[bool] = []
+    starts = [0]
+    of_step: list[int] = []
+    placed: set[int] = set()
+    pending = 0  # the first run still to come
+    stage = 0
+
+    def open_for(t: int) -> None:
+        """Slots for what op ``t`` reads and ``allowed`` may make again, inputs first."""
+        may = allowed[stage]
+        stack = [(t, iter(reads[t]))]
+        while stack:
+            i, inputs = stack[-1]
+            for v in inputs:
+                p = values[v].producer
+                if p is not None and p < pending and p in may and p not in placed and not values[v].final:
+                    placed.add(p)
+                    stack.append((p, iter(reads[p])))
+                    break
+            else:
+                stack.pop()
+                if i != t:
+                    slots.append(i)
+                    required.append(False)
+
+    for i in steps:
+        now = stage_of[min(pending, len(problem) - 1)]
+        while stage < now:
+            stage += 1
+            placed = set()
+            starts.append(len(slots))
+        if allowed[stage]:
+            open_for(i)
+        is_first = i == pending
+        of_step.append(len(slots))
+        slots.append(i)
+        required.append(is_first or stage not in opened)
+        if is_first:
+            pending += 1
+        else:
+            placed.add(i)
+    if len(starts) != len(ends):
+        raise ValueError(f"steps reach {len(starts)} of {len(ends)} stages")
+    return Template(problem, tuple(slots), tuple(required), tuple(starts), tuple(of_step))

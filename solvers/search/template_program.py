@@ -1,0 +1,318 @@
+"""The cheapest schedule inside a template, as a mixed-integer program.
+
+Columns, for slot s of a :class:`~solvers.search.template.Template` and value k:
+
+    X[s]      the optional slot s is used: its op runs again there
+    K[k, s]   k stays from slot s, which makes or reads it, until the next slot that makes or reads it
+
+Minimise sum again_s X[s] subject to, where K[k, -] is the gap of k that ends at slot s,
+
+    (1)  X[s]    <= K[k, -]          s reads k; 1 <= K[k, -] if s is required
+    (2)  K[k, s] <= K[k, -]          s reads k
+    (3)  K[k, s] <= K[k, -] + X[s]   s makes k
+    (4)  bytes at slot s <= budget   made where a solution is over it
+    (5)  closure rows, see below
+
+The bytes at a slot are those of the gaps that span it, of what its op reads and makes and of its
+workspace: linear in the columns, since a gap lies between two neighbouring touches.  A gap that every
+schedule needs is a constant, one that no slot can use is left out.
+
+The rows (5) hold for every integral point and cut off those that recompute half of everything.  For
+slot q where a stage begins, E[i] says that op i, first run before q, runs again at q or later:
+
+    E[i] <= sum of X[s], s >= q with op i
+    E[i] <= K[j, q] + E[p(j)]        i reads j, made before q and resident at q or made again
+    1    <= K[k, q] + E[p(k)]        a required slot from q on reads k
+
+This is Checkmate's program (Jain et al., MLSys 2020) on a sequence given in advance, with gaps for
+its time steps (as in MOCCASIN, Bartan et al., ICML 2023).  Optimal within the template when solved to
+the end; what the template leaves out is not seen.  Integral X forces integral K; K is declared integer
+all the same, since HiGHS otherwise polishes incumbents with a second solve.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import numpy as np
+
+from solvers.core.linear import LinearProgram
+from solvers.search.template import Template
+
+__all__ = ["TemplateProgram"]
+
+# A gap is 0 (never there), 1 (always there) or a column; columns are shifted to keep the three apart.
+Gap = int
+ABSENT, ALWAYS = -2, -1
+
+
+class TemplateProgram:
+    """The program over ``template``.
+
+    ``limit_bytes``  what may be live at each slot, ``Problem.resident_bytes`` left out; shape (slots,) or one
+                     for all.
+    ``closures``     stages at whose start rows (5) are written.
+    ``over``         slots that may exceed their limit: by how much at most is minimised, and seconds only
+                     break ties.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        limit_bytes: float | np.ndarray,
+        *,
+        closures: Iterable[int] = (),
+        over: range | None = None,
+    ) -> None:
+        self.template, self.problem = template, template.problem
+        self.limit_bytes = np.broadcast_to(np.asarray(limit_bytes, dtype=float), (len(template),))
+        self.lp = LinearProgram()
+        ops = self.problem.ops
+        self.seconds_scale = sum(op.again_s for op in ops) or 1.0
+        self._bytes_unit = max(1.0, float(self.limit_bytes.min()))
+        self.over, self._over_at = None, over or range(0)
+        if over is not None:
+            self.over = self.lp.column(1.0, upper=np.inf)
+        price = (1.0 if over is None else 1e-3) / self.seconds_scale
+        self.use: list[int | None] = [
+            None if required else self.lp.column(price * ops[i].again_s, integer=True)
+            for i, required in zip(template.slots, template.required, strict=True)
+        ]
+        self.base = np.zeros(len(template) + 1)
+        self._terms: list[tuple[int, int, float, int]] = []
+        # Per value: the slots that begin its gaps, and the gaps.
+        self._gaps: dict[int, tuple[list[int], list[Gap]]] = {}
+        self._row_at: dict[int, int] = {}
+        self._lay_out()
+        for g in closures:
+            self._add_closure(template.starts[g])
+        self.base = np.cumsum(self.base)[:-1]
+        table = np.array(self._terms, dtype=float).reshape(-1, 4)
+        self._lo, self._hi = table[:, 0].astype(int), table[:, 1].astype(int)
+        self._size, self._column = table[:, 2], table[:, 3].astype(int)
+
+    def __repr__(self) -> str:
+        return f"TemplateProgram({self.template!r}, {self.lp!r}, {len(self._row_at)} rows of bytes)"
+
+    def _put(self, lo: int, hi: int, size: float, gap: Gap) -> None:
+        """``size`` bytes at slots ``lo`` up to ``hi`` where ``gap`` is there."""
+        if gap == ABSENT or not size or lo >= hi:
+            return
+        if gap == ALWAYS:
+            self.base[lo] += size
+            self.base[hi] -= size
+        else:
+            self._terms.append((lo, hi, size, gap))
+
+    def _lay_out(self) -> None:
+        problem, slots = self.problem, self.template.slots
+        touches: list[list[int]] = [[] for _ in problem.values]
+        for s, i in enumerate(slots):
+            for v in problem.counted_inputs[i]:
+                touches[v].append(s)
+            for v in problem.ops[i].outputs:
+                touches[v].append(s)
+            workspace, column = problem.ops[i].workspace_bytes, self.use[s]
+            self._put(s, s + 1, workspace, ALWAYS if column is None else column)
+        for v, value in enumerate(problem.values):
+            if value.producer is None:
+                continue
+            if value.final:
+                self._put(touches[v][0], len(slots), value.bytes, ALWAYS)
+                for s in touches[v][1:]:
+                    if slots[s] == value.producer:
+                        column = self.use[s]
+                        self._put(s, s + 1, value.bytes, ALWAYS if column is None else column)
+            else:
+                self._lay_out_value(v, touches[v])
+
+    def _lay_out_value(self, v: int, touches: list[int]) -> None:
+        """Gaps of value ``v``, rows (1) to (3), and its bytes."""
+        slots, use, lp = self.template.slots, self.use, self.lp
+        size, producer = self.problem.values[v].bytes, self.problem.values[v].producer
+        alone = len(self.problem.ops[producer].outputs) == 1 if producer is not None else False
+        makes = [slots[s] == producer for s in touches]
+        # Backwards: does the gap after this touch have to be there; can anything use it?
+        forced, useful = [False] * len(touches), [False] * len(touches)
+        must = wanted = False
+        for k in range(len(touches) - 1, -1, -1):
+            forced[k], useful[k] = must, wanted
+            if makes[k]:
+                must = False
+                wanted = wanted and use[touches[k]] is not None
+            else:
+                wanted = True
+                must = must or use[touches[k]] is None
+        begins: list[int] = []
+        gaps: list[Gap] = []
+        before: Gap = ABSENT
+        for k, s in enumerate(touches):
+            run = use[s]
+            if not makes[k] and run is not None:
+                self._at_most(run, before)  # (1)
+            after: Gap = ALWAYS if forced[k] else ABSENT
+            if not forced[k] and useful[k]:
+                if run is None and makes[k]:
+                    after = lp.column(integer=True)
+                elif makes[k] or before == ALWAYS:
+                    after = lp.column(integer=True)
+                    if makes[k] and run is not None:
+                        if before != ALWAYS:
+                            lp.row([after, run, *_one(before)], _signs(1.0, before), upper=0.0)  # (3)
+                        if alone:
+                            lp.row([run, after], [1.0, -1.0], upper=0.0)
+                elif before >= 0:
+                    after = lp.column(integer=True)
+                    lp.row([after, before], [1.0, -1.0], upper=0.0)  # (2)
+            elif forced[k] and makes[k] and run is not None and before != ALWAYS:
+                sources = [run, *_one(before)]
+                lp.row(sources, [1.0] * len(sources), lower=1.0)  # (3), the gap being needed
+            begins.append(s)
+            gaps.append(after)
+            stop = touches[k + 1] + (not makes[k + 1]) if k + 1 < len(touches) else s + 1
+            if not makes[k]:
+                self._put(s + 1, stop, size, after)
+            elif run is None:
+                self._put(s, s + 1, size, ALWAYS)
+                self._put(s + 1, stop, size, after)
+            else:
+                self._put(s, s + 1, size, self._either(run, after, alone))
+                self._put(s + 1, stop, size, after)
+            before = after
+        self._gaps[v] = begins, gaps
+
+    def _at_most(self, run: int, gap: Gap) -> None:
+        """``run`` <= ``gap``."""
+        if gap == ABSENT:
+            self.lp.upper[run] = 0.0
+        elif gap != ALWAYS:
+            self.lp.row([run, gap], [1.0, -1.0], upper=0.0)
+
+    def _either(self, run: int, after: Gap, alone: bool) -> Gap:
+        """Whether what a slot makes is there while it runs: used, or carried past it."""
+        if after == ABSENT:
+            return run
+        if after == ALWAYS or alone:
+            return after
+        column = self.lp.column()
+        self.lp.row([run, column], [1.0, -1.0], upper=0.0)
+        self.lp.row([after, column], [1.0, -1.0], upper=0.0)
+        return column
+
+    def gap_at(self, v: int, slot: int) -> Gap:
+        """The gap of value ``v`` that spans the moment before ``slot``."""
+        if v not in self._gaps:
+            return ABSENT
+        begins, gaps = self._gaps[v]
+        k = bisect_right(begins, slot - 1) - 1
+        return gaps[k] if k >= 0 else ABSENT
+
+    def _add_closure(self, q: int) -> None:
+        """Rows (5) for slot ``q``."""
+        problem, lp, slots = self.problem, self.lp, self.template.slots
+        runs: dict[int, list[int]] = {}
+        reads: dict[int, None] = {}
+        late: set[int] = set()  # ops first run at q or later
+        for s in range(q, len(slots)):
+            column = self.use[s]
+            if column is not None:
+                runs.setdefault(slots[s], []).append(column)
+            else:
+                late.add(slots[s])
+                reads.update(dict.fromkeys(problem.counted_inputs[slots[s]]))
+        ever = {
+            i: columns[0] if len(columns) == 1 else lp.column()
+            for i, columns in runs.items()
+            if i not in late
+        }
+        for i, column in ever.items():
+            if len(runs[i]) > 1:
+                lp.row([column, *runs[i]], [1.0] + [-1.0] * len(runs[i]), upper=0.0)
+        for of, needed in ((None, list(reads)), *((i, list(problem.counted_inputs[i])) for i in ever)):
+            for v in needed:
+                p, gap = problem.values[v].producer, self.gap_at(v, q)
+                if p is None or p in late or problem.values[v].final or gap == ALWAYS:
+                    continue
+                sources = [*_one(gap), *([ever[p]] if p in ever else [])]
+                if of is None:
+                    lp.row(sources, [1.0] * len(sources), lower=1.0)
+                else:
+                    lp.row([ever[of], *sources], [1.0] + [-1.0] * len(sources), upper=0.0)
+
+    def bytes_at(self, x: np.ndarray) -> np.ndarray:
+        """Bytes at every slot for the columns' values ``x``, resident bytes left out, shape (slots,)."""
+        change = np.zeros(len(self.base) + 1)
+        worth = self._size * x[self._column]
+        np.add.at(change, self._lo, worth)
+        np.add.at(change, self._hi, -worth)
+        return self.base + np.cumsum(change)[:-1]
+
+    def add_memory_row(self, slot: int) -> bool:
+        """Row (4) at ``slot``; ``False`` if it is there already."""
+        if slot in self._row_at:
+            return False
+        at = np.flatnonzero((self._lo <= slot) & (slot < self._hi))
+        weight: dict[int, float] = {}
+        for column, size in zip(self._column[at].tolist(), self._size[at].tolist(), strict=True):
+            weight[column] = weight.get(column, 0.0) + size / self._bytes_unit
+        if self.over is not None and slot in self._over_at:
+            weight[self.over] = -1.0
+        room = float(self.limit_bytes[slot] - self.base[slot]) / self._bytes_unit
+        self._row_at[slot] = self.lp.row(list(weight), weight.values(), upper=room)
+        return True
+
+    def add_first_rows(self) -> None:
+        """One row per stage, where the bytes that no choice changes peak."""
+        for a, b in zip(self.template.starts, self.template.ends, strict=True):
+            if b > a:
+                self.add_memory_row(int(a + (self.base - self.limit_bytes)[a:b].argmax()))
+
+    def add_violated(self, x: np.ndarray, *, tolerance: float = 1e-6, per_stage: int = 2) -> int:
+        """Rows where ``x`` is over the budget, the worst ``per_stage`` of each stage; how many were new."""
+        over = self.bytes_at(x) - self.limit_bytes
+        if self.over is not None:
+            over[self._over_at.start : self._over_at.stop] -= x[self.over] * self._bytes_unit
+        added = 0
+        for a, b in zip(self.template.starts, self.template.ends, strict=True):
+            worst = a + np.argsort(-over[a:b], kind="stable")[: 4 * per_stage]
+            taken: list[int] = []
+            for s in worst.tolist():
+                apart = all(abs(s - t) > 3 for t in taken)
+                if over[s] > tolerance * self._bytes_unit and apart and len(taken) < per_stage:
+                    taken.append(s)
+                    added += self.add_memory_row(s)
+        return added
+
+    def below(self, recompute_s: float) -> None:
+        """Ask for at most ``recompute_s`` of recomputation in all, that of required slots included."""
+        ops = self.problem.ops
+        pairs = zip(self.template.slots, self.use, strict=True)
+        of_slots = math.fsum(ops[i].again_s for i, column in pairs if column is None)
+        of_first_runs = math.fsum(op.again_s for op in ops)
+        room_s = recompute_s - (of_slots - of_first_runs)
+        priced = [c for c, cost in enumerate(self.lp.cost) if cost]
+        self.lp.row(priced, [self.lp.cost[c] for c in priced], upper=room_s / self.seconds_scale)
+
+    def over_below(self, most_bytes: float) -> None:
+        """Ask for less than ``most_bytes`` above the limit."""
+        if self.over is None:
+            raise ValueError("no slot of this program may exceed its limit")
+        self.lp.upper[self.over] = most_bytes / self._bytes_unit
+
+    def steps(self, x: np.ndarray) -> list[int]:
+        """The schedule that an integral point describes."""
+        return [i for i, runs in zip(self.template.slots, self.used(x), strict=True) if runs]
+
+    def used(self, x: np.ndarray, threshold: float = 0.5) -> list[bool]:
+        """Per slot, whether it runs."""
+        return [column is None or bool(x[column] > threshold) for column in self.use]
+
+
+def _one(gap: Gap) -> list[int]:
+    return [gap] if gap >= 0 else []
+
+
+def _signs(first: float, before: Gap) -> list[float]:
+    return [first, -1.0, *([-1.0] if before >= 0 else [])]

@@ -1,0 +1,237 @@
+"""The fixed backward order cut into stages, and what may be recomputed in each.
+
+A value is *decided* when the forward pass makes it, it is not final and something reads it: whether
+it is resident at a moment of the backward is a choice.  Every other value's life is fixed by the
+order.  The backward ops are cut into contiguous stages.  A stage has a *template*: its backward ops,
+each preceded by the forward ops that may have to run again for it, every one at most once, in the
+order in which a just-in-time executor would meet them.  Any choice of recomputations runs as a
+subsequence of the template, so the memory at each of its slots is known in advance as a function of
+the choice (see ``staged_program``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.core.problem import Problem
+
+__all__ = ["Facts", "Stages", "cut_after_pressure", "cut_by_groups", "cut_evenly"]
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What every staged program over one problem shares.
+
+    ``decided``      value indices whose residency is a choice.
+    ``forward_use``  per value, its last reader in the forward (its producer if none), -1 if undecided.
+    ``fixed_live``   per op, bytes of undecided values, workspace and outputs while it first runs, (n,).
+    ``fixed_before`` per op, bytes of undecided values alive just before it first runs, (n,).
+    ``open_bytes``   per op, the part of ``fixed_before`` that is made by the backward and not final, (n,).
+    """
+
+    problem: Problem
+    turn: int
+    decided: tuple[int, ...]
+    is_decided: np.ndarray
+    forward_use: np.ndarray
+    fixed_live: np.ndarray
+    fixed_before: np.ndarray
+    open_bytes: np.ndarray
+
+    @classmethod
+    def of(cls, problem: Problem) -> Facts:
+        """Read them off the problem; ``ValueError`` if it has no turn."""
+        if problem.turn is None:
+            raise ValueError(f"{problem.name}: a staged program needs a turn from forward to backward")
+        n, turn = len(problem), problem.turn
+        is_decided = np.zeros(len(problem.values), dtype=bool)
+        forward_use = np.full(len(problem.values), -1)
+        alive = np.zeros(n + 1, dtype=np.int64)
+        entering = np.zeros(n + 1, dtype=np.int64)
+        opened = np.zeros(n + 1, dtype=np.int64)
+        for v, value in enumerate(problem.values):
+            p, readers = value.producer, problem.consumers[v]
+            if p is None:
+                continue
+            # A value that no backward op reads can still be an ancestor of a recomputation.
+            is_decided[v] = p < turn and not value.final and bool(readers)
+            last = n - 1 if value.final else (readers[-1] if readers else p)
+            if is_decided[v]:
+                forward_use[v] = max((c for c in readers if c < turn), default=p)
+                continue
+            alive[p] += value.bytes
+            alive[last + 1] -= value.bytes
+            entering[p + 1] += value.bytes
+            entering[last + 1] -= value.bytes
+            if p >= turn and not value.final:
+                opened[p + 1] += value.bytes
+                opened[last + 1] -= value.bytes
+        workspace = np.array([op.workspace_bytes for op in problem.ops], dtype=np.int64)
+        return cls(
+            problem,
+            turn,
+            tuple(np.flatnonzero(is_decided).tolist()),
+            is_decided,
+            forward_use,
+            np.cumsum(alive)[:n] + workspace,
+            np.cumsum(entering)[:n],
+            np.cumsum(opened)[:n],
+        )
+
+    @property
+    def backward(self) -> range:
+        """Positions of the backward ops."""
+        return range(self.turn, len(self.problem))
+
+
+def cut_by_groups(facts: Facts, shortest: int = 1) -> tuple[int, ...]:
+    """First positions of the stages: where ``Op.group`` changes, runs under ``shortest`` ops merged.
+
+    Without groups, or with one for the whole backward, the answer has a single stage.
+    """
+    ops = facts.problem.ops
+    cuts = [facts.turn]
+    for t in facts.backward:
+        if t - cuts[-1] >= shortest and t > facts.turn and ops[t].group != ops[t - 1].group:
+            cuts.append(t)
+    if len(cuts) > 1 and len(facts.problem) - cuts[-1] < shortest:
+        cuts.pop()
+    return tuple(cuts)
+
+
+def cut_evenly(facts: Facts, count: int) -> tuple[int, ...]:
+    """First positions of about ``count`` stages of like length, each cut where few bytes are open."""
+    n = len(facts.problem) - facts.turn
+    length = max(1.0, n / max(1, count))
+    cuts = [facts.turn]
+    while len(facts.problem) - cuts[-1] > 1.5 * length:
+        first = cuts[-1] + max(1, round(0.6 * length))
+        last = min(cuts[-1] + max(1, round(1.4 * length)), len(facts.problem) - 1)
+        window = facts.open_bytes[first : last + 1]
+        if not len(window):
+            break
+        cuts.append(first + int(window.argmin()))
+    return tuple(cuts)
+
+
+def cut_after_pressure(facts: Facts, first: tuple[int, ...], length: int) -> tuple[tuple[int, ...], int]:
+    """``first`` with one more cut, and which stage it begins: where the tightest place is over.
+
+    The tightest place is where the bytes that no choice changes and what an op reads are most; within
+    ``length`` ops after it, the cut is where the former are least.  For a language model that is the
+    loss: next to it hardly anything can be saved, and right after it there is room to run it all again.
+    """
+    problem = facts.problem
+    need = facts.fixed_live.copy()
+    for t in facts.backward:
+        need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
+    tightest = facts.turn + int(need[facts.turn :].argmax())
+    after = facts.fixed_before[tightest + 1 : tightest + 1 + length]
+    if not len(after):
+        return first, len(first) - 1
+    cut = tightest + 1 + int(after.argmin())
+    cuts = tuple(sorted({*first, cut}))
+    return cuts, cuts.index(cut)
+
+
+class Stages:
+    """One way to cut the backward, and the recomputations it allows.
+
+    ``first``     first position of each stage, ascending.
+    ``window``    an op may run again in a stage that reads its outputs, and up to ``window``
+                  backward ops before one where something else needs it.
+    ``wide``      stages in which any op may run again that a later one needs.
+    ``allowed``   per stage, the ops that may run again.
+    ``template``  per stage, op positions in the order of the template.
+    ``slot``      per stage, op position -> index into the template.
+    ``uses``      per decided value, stage -> ops that may read it there, in template order.
+    """
+
+    def __init__(self, facts: Facts, first: tuple[int, ...], window: int, wide: Collection[int] = ()) -> None:
+        self.facts = facts
+        self.first = first
+        self.window = window
+        self.wide = wide
+        self.stage_of = np.zeros(len(facts.problem), dtype=int)
+        for start in first[1:]:
+            self.stage_of[start:] += 1
+        starts = np.asarray(first)
+        self._nearest = np.minimum(np.searchsorted(starts, starts - window), np.arange(len(first)))
+        self.allowed = self._allowed()
+        self.template = self._templates()
+        self.slot = [{i: s for s, i in enumerate(row)} for row in self.template]
+        self.uses: dict[int, dict[int, list[int]]] = {v: {} for v in facts.decided}
+        for g, row in enumerate(self.template):
+            for i in row:
+                for v in facts.problem.counted_inputs[i]:
+                    if facts.is_decided[v]:
+                        self.uses[v].setdefault(g, []).append(i)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __repr__(self) -> str:
+        return (
+            f"Stages({len(self)} stages, window {self.window}, {sum(map(len, self.allowed))} recomputations)"
+        )
+
+    def _allowed(self) -> list[set[int]]:
+        problem, turn = self.facts.problem, self.facts.turn
+        allowed: list[set[int]] = [set() for _ in self.first]
+        targets: list[set[int]] = [set() for _ in range(turn)]
+        reach: list[set[int]] = [set() for _ in range(turn)]
+        for i in range(turn - 1, -1, -1):
+            direct: set[int] = set()
+            later: set[int] = set()
+            for v in problem.ops[i].outputs:
+                if problem.values[v].final:
+                    continue
+                for c in problem.consumers[v]:
+                    if c >= turn:
+                        direct.add(int(self.stage_of[c]))
+                    else:
+                        reach[i] |= reach[c]
+                        later |= targets[c]
+            targets[i] = direct or later
+            near = {g for s in targets[i] for g in range(self._nearest[s], s + 1)}
+            near.update(g for g in self.wide if g <= max(targets[i], default=-1))
+            reach[i] = (reach[i] | direct) & near if problem.ops[i].recomputable else set()
+            for g in reach[i]:
+                allowed[g].add(i)
+        return allowed
+
+    def _templates(self) -> list[list[int]]:
+        problem, decided = self.facts.problem, self.facts.is_decided
+        templates = []
+        ends = (*self.first[1:], len(problem))
+        for g, (start, end) in enumerate(zip(self.first, ends, strict=True)):
+            row: list[int] = []
+            placed: set[int] = set()
+            for t in range(start, end):
+                emit_needed(problem, decided, t, self.allowed[g], placed, row)
+                row.append(t)
+            templates.append(row)
+            self.allowed[g] &= placed
+        return templates
+
+
+def emit_needed(
+    problem: Problem, decided: np.ndarray, t: int, runnable: set[int], placed: set[int], out: list[int]
+) -> None:
+    """Append to ``out`` what op ``t`` needs: ops of ``runnable`` not yet ``placed``, inputs first."""
+    stack = [(t, iter(problem.counted_inputs[t]))]
+    while stack:
+        i, pending = stack[-1]
+        for v in pending:
+            p = problem.values[v].producer
+            if p is not None and decided[v] and p in runnable and p not in placed:
+                placed.add(p)
+                stack.append((p, iter(problem.counted_inputs[p])))
+                break
+        else:
+            stack.pop()
+            if i != t:
+                out.append(i)
