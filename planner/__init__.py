@@ -7,7 +7,6 @@ p.apply()          # or module = p.rewrite()
 
 from planner import distributed, measure
 from planner.api import frontier, plan
-from planner.enable import disable, enable, plan_of
 from planner.errors import (
     InfeasibleBudgetError,
     InvalidPlanFileError,
@@ -17,8 +16,9 @@ from planner.errors import (
 )
 from planner.frontier import Frontier
 from planner.plan import Placement, Plan
-from planner.serialize import load
-from planner.verify import Report
+from planner.plans.serialize import load
+from planner.runtime.verify import Report
+from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
 

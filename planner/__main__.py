@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from planner import cli
-from planner.cli import CANNOT, FAILED, HELD, INTERRUPTED, Outcome
+from planner.cli import commands as cli
+from planner.cli.commands import CANNOT, FAILED, HELD, INTERRUPTED, Outcome
 from planner.errors import PlannerError
 
 __all__ = ["CANNOT", "FAILED", "HELD", "main"]

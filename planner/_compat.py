@@ -33,8 +33,8 @@ from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
-from planner.masks import masks_as_eager
-from planner.recurrences import gru, lstm_gradients
+from planner.capture.as_eager.masks import masks_as_eager
+from planner.capture.as_eager.recurrences import gru, lstm_gradients
 
 __all__ = [
     "BoxedCodeGen",

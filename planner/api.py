@@ -13,16 +13,16 @@ from functools import partial
 
 from torch import nn
 
-from planner.accounting import OptimizerLike, budget_bytes_of
-from planner.calibrate import calibrated
-from planner.capture import LossFn
-from planner.devices import warn_of_little_memory
+from planner.capture.joint_graph import LossFn
+from planner.capture.sizes import Dynamic
+from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
+from planner.memory.resident import OptimizerLike, budget_bytes_of
 from planner.plan import Plan
-from planner.prepared import CostSource, prepare
 from planner.progress import Progress, reporting
-from planner.sizes import Dynamic
-from planner.variants import OnLarger
+from planner.runtime.variants import OnLarger
+from planner.solving.calibrate import calibrated
+from planner.solving.prepared import CostSource, prepare
 
 __all__ = ["frontier", "plan"]
 
@@ -58,7 +58,8 @@ def plan(
     ``costs``         "profile": measure every distinct op on the device; "roofline": work it out from
                       FLOPs and bytes; "auto": profile where that is quick; "H200", "H100", "A100", "L4" or
                       "RTX 4090": plan for that GPU from a machine without one, with the kernels and
-                      bytes it would have (:mod:`planner.target`).  Such a plan is not to be applied here.
+                      bytes it would have (:mod:`planner.costs.target`).  Such a plan is not to be applied
+                      here.
     ``solver``        a name in ``solvers.SOLVERS``; ``time_limit_s`` bounds its search, and again the
                       search for the least budget where this one turns out to be too low.
     ``dynamic``       True: sizes may differ from batch to batch (batch, sequence, number of tiles); one

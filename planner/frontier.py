@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from planner.accounting import budget_bytes_of
+from planner.memory.resident import budget_bytes_of
 from planner.progress import Reporter
-from planner.search import LEAST, fitted_each
+from planner.solving.fit import LEAST, fitted_each
 from planner.units import ByteUnit, bytes_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
     from planner.plan import Plan
-    from planner.prepared import Prepared
+    from planner.solving.prepared import Prepared
 
 __all__ = ["Frontier", "FrontierPoint", "Peers", "frontier_of"]
 
@@ -154,7 +154,7 @@ def frontier_of(
     time_limit_s: float,
     progress: Reporter | None,
 ) -> Frontier:
-    """The frontier of a captured step; see :meth:`planner.prepared.Prepared.frontier`."""
+    """The frontier of a captured step; see :meth:`planner.solving.prepared.Prepared.frontier`."""
     tell = progress or Reporter()
     if budgets_gb is None:
         tell.phase("least", LEAST)

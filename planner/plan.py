@@ -18,25 +18,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import fx, nn
 
+from planner.capture.sizes import Dims
+from planner.capture.wrappers import unwrapped
 from planner.errors import PlannerError
-from planner.rewrite import Program, emit
-from planner.runtime import PlannedForward, Step, planned_forward_of
-from planner.sizes import Dims
-from planner.variants import Variants
-from planner.wrappers import unwrapped
+from planner.rewrite.emit import Program, emit
+from planner.runtime.forward import PlannedForward, Step, planned_forward_of
+from planner.runtime.variants import Variants
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import pandas
 
-    from planner.calibrate import Calibration
-    from planner.capture import LossFn
+    from planner.capture.joint_graph import LossFn
     from planner.frontier import Peers
-    from planner.prepared import Prepared
-    from planner.verify import Report
+    from planner.plans.outline import Outline
+    from planner.runtime.verify import Report
+    from planner.solving.calibrate import Calibration
+    from planner.solving.prepared import Prepared
     from planner.view.diff import PlanDiff
     from planner.view.explain import Explanation
-    from planner.view.outline import Outline
 
 __all__ = ["CheckpointedModule", "Decision", "Placement", "Plan"]
 
@@ -350,14 +350,14 @@ class Plan:
         seed: int = 0,
     ) -> Report:
         """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs."""
-        from planner.verify import verify
+        from planner.runtime.verify import verify
 
         self._refuse_elsewhere()
         return verify(self, self._model(model), inputs, loss_fn=loss_fn, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`planner.load` reads it."""
-        from planner.serialize import save
+        from planner.plans.serialize import save
 
         save(self, path)
 
@@ -384,7 +384,7 @@ class Plan:
         if "_made_step" not in self.__dict__:
             prepared = self._prepared
             if prepared is None:
-                from planner.prepared import prepare_for
+                from planner.solving.prepared import prepare_for
 
                 if model is None:
                     raise PlannerError("this plan was read from a file; pass the model it is for")

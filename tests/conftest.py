@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from planner.cost_cache import VARIABLE
+from planner.costs.cache import VARIABLE
 
 settings.register_profile("nightly", max_examples=5 * settings.get_profile("default").max_examples)
 

@@ -7,7 +7,8 @@ import functools
 
 import numpy as np
 
-from planner import Placement, Plan, prepared
+from planner import Placement, Plan
+from planner.solving import prepared
 from tests.models import CASES
 
 MB = 10**6

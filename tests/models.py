@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner import zoo
+from planner.checks import zoo
 
 __all__ = ["CASES", "PEERS", "PEERS_EAGER_MB", "Case"]
 

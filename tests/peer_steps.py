@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from planner.costs import DEVICES
-from planner.lowering import graph_costs
-from planner.measure import StepRecord, compare, run_step, step_flops, step_peak
+from planner.checks.zoo import Bottleneck
+from planner.costs.op_costs import DEVICES
+from planner.measure.peaks import StepRecord, compare, run_step, step_flops, step_peak
 from planner.plan import Plan
-from planner.prepared import Prepared, prepare
-from planner.zoo import Bottleneck
+from planner.solving.lowering import graph_costs
+from planner.solving.prepared import Prepared, prepare
 from tests.models import PEERS, Case
 
 __all__ = ["Measured", "Peer", "by_hand", "measured", "measured_plan", "peer"]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import zoo
 from planner._compat import dp_knapsack
+from planner.checks import zoo
 from solvers import Problem, Schedule, simulate
 from solvers.core.simulate import simulate_steps
 from tests.benchmarks import (

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from planner import cuda_check
-from planner.devices import DeviceMemory
+from planner.checks import cuda_check
+from planner.checks.kernel_check import CASES
+from planner.devices.state import DeviceMemory
 from planner.errors import PlannerError
-from planner.kernel_check import CASES
 from tests.benchmarks import bench_cuda, race, race_largest, race_models, race_plots, race_table
 from tests.benchmarks.race import Job, Worker
 from tests.benchmarks.race_largest import largest, largest_batches

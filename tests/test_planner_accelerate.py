@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import planner
 from planner import StalePlanError
-from planner.runtime import planned_forward_of
+from planner.runtime.forward import planned_forward_of
 from tests import tiny
 
 QUICK = {"costs": "roofline", "solver": "recompute_all"}

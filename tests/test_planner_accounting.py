@@ -15,17 +15,17 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
 from planner._compat import FakeTensorMode
-from planner.accounting import (
+from planner.errors import PlannerError
+from planner.measure.meter import StorageMeter
+from planner.measure.peaks import step_peak
+from planner.memory.resident import (
     OptimizerBytes,
     Resident,
     budget_bytes_of,
     optimizer_state_bytes,
     resident_of,
 )
-from planner.errors import PlannerError
-from planner.measure import step_peak
-from planner.meter import StorageMeter
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests.models import CASES
 
 SHAPES = ((64, 32), (64,), (3, 5, 7), (128, 16), ())

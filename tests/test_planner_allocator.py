@@ -15,10 +15,18 @@ from torch import nn
 
 import planner
 from planner._compat import FakeTensorMode
-from planner.allocator import MIB, AllocatorPeaks, Block, CachingAllocator, Resident, is_default, played
-from planner.devices import Segment
-from planner.execution import Execution
-from planner.search import fitted, fitted_each
+from planner.devices.allocator import (
+    MIB,
+    AllocatorPeaks,
+    Block,
+    CachingAllocator,
+    Resident,
+    is_default,
+    played,
+)
+from planner.devices.state import Segment
+from planner.memory.execution import Execution
+from planner.solving.fit import fitted, fitted_each
 from solvers import Problem, Schedule, simulate
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from planner import _compat
-from planner.capture import capture
-from planner.kernel_check import op_counts
-from planner.measure import compare, run_step, step_peak
-from planner.prepared import prepare
-from planner.training_graph import TrainingGraph, training_graph
+from planner.capture.joint_graph import capture
+from planner.checks.kernel_check import op_counts
+from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.measure.peaks import compare, run_step, step_peak
+from planner.solving.prepared import prepare
 
 aten = torch.ops.aten
 RESERVE_BYTES = 4000

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from planner._compat import OpOverload, TorchDispatchMode
-from planner.bindings import bind
-from planner.prepared import prepare
+from planner.rewrite.bindings import bind
+from planner.solving.prepared import prepare
 from tests.tiny import assert_steps_equal, bert, bert_batch, seeded
 
 aten = torch.ops.aten

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import planner
-from planner import InfeasibleBudgetError, PlannerError, calibrate, measure
+from planner import InfeasibleBudgetError, PlannerError, measure
 from planner._compat import FakeTensorMode
-from planner.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
-from planner.devices import Segment, segments_of
-from planner.measure import CudaPeak, cuda_step_peak, step_peak
-from planner.prepared import Prepared, prepare
-from planner.runtime import planned_forward_of
+from planner.devices.state import Segment, segments_of
+from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
+from planner.runtime.forward import planned_forward_of
+from planner.solving import calibrate
+from planner.solving.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
+from planner.solving.prepared import Prepared, prepare
 from tests.tiny import Mlp, batch, seeded
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner._compat import FakeTensorMode
-from planner.capture import capture
-from planner.prepared import prepare
+from planner.capture.joint_graph import capture
+from planner.solving.prepared import prepare
 from tests import tiny
 
 Pair = namedtuple("Pair", ["left", "right"])

@@ -17,8 +17,8 @@ import pytest
 
 import planner
 from planner.__main__ import CANNOT, FAILED, HELD, _parser, main
-from planner.cli import INTERRUPTED
-from planner.serialize import VERSION
+from planner.cli.commands import INTERRUPTED
+from planner.plans.serialize import VERSION
 
 ROOT = Path(planner.__file__).parent.parent
 

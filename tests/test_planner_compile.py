@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import planner
-from planner import PlannerError, tracing
-from planner.runtime import planned_forward_of
+from planner import PlannerError
+from planner.runtime import tracing
+from planner.runtime.forward import planned_forward_of
 from tests import tiny
 
 INPUTS = tiny.batch(labels=True)
@@ -60,7 +61,7 @@ def ran_as_planned(model: nn.Module) -> bool:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "planner.tracing"]
+    return [r.getMessage() for r in caplog.records if r.name == "planner.runtime.tracing"]
 
 
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import fx, nn
 
-from planner import cost_cache, profiler
-from planner import costs as costs_module
 from planner._compat import FakeTensor, FakeTensorMode
-from planner.cost_cache import VARIABLE, CostCache, Measured, cache_for, folder, key_of
-from planner.costs import costs_of
-from planner.prepared import prepare
-from planner.roofline import is_view
+from planner.costs import cache as cost_cache
+from planner.costs import op_costs as costs_module
+from planner.costs import profiler
+from planner.costs.cache import VARIABLE, CostCache, Measured, cache_for, folder, key_of
+from planner.costs.op_costs import costs_of
+from planner.costs.roofline import is_view
+from planner.solving.prepared import prepare
 from tests.test_planner_costs import trace
 
 GPU = {"device": "A made GPU", "torch": "1"}

@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from planner import costs as costs_module
-from planner import profiler
 from planner._compat import FakeTensorMode
-from planner.costs import DEVICES, Costs, costs_of, is_view, node_bytes, node_flops, roofline_seconds
-from planner.measure import FLOP_FORMULAS, step_flops
+from planner.costs import op_costs as costs_module
+from planner.costs import profiler
+from planner.costs.op_costs import DEVICES, Costs, costs_of, is_view, node_bytes, node_flops, roofline_seconds
+from planner.measure.peaks import FLOP_FORMULAS, step_flops
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ import torch
 from transformers import BertModel
 
 import planner
-from planner import _compat, search
-from planner.measure import step_flops, step_peak
+from planner import _compat
+from planner.measure.peaks import step_flops, step_peak
+from planner.solving import fit as search
 from tests import rerankers, tiny
 from tests.hf import FAST, files_below, parameters_of
 

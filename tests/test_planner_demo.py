@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from planner import cuda_check, demo
 from planner.__main__ import CANNOT, FAILED, HELD, main
+from planner.checks import cuda_check, demo
+from planner.checks.trials import Trial, race, seconds_of
+from planner.checks.zoo import MODELS
 from planner.errors import PlannerError
-from planner.measure import Agreement, Comparison
-from planner.trials import Trial, race, seconds_of
-from planner.zoo import MODELS
+from planner.measure.peaks import Agreement, Comparison
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,12 +13,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import planner
-from planner import PlannerError, devices
+from planner import PlannerError
 from planner._compat import FakeTensorMode
-from planner.attention import CudaAttention, _Call, kernel_for
-from planner.calibrate import calibrated
-from planner.capture import capture
-from planner.devices import (
+from planner.capture.as_eager.cuda_attention import CudaAttention, _Call, kernel_for
+from planner.capture.joint_graph import capture
+from planner.costs.target import Target
+from planner.costs.translation import RULES, scratch_bytes, translated
+from planner.devices import state as devices
+from planner.devices.state import (
     DEVICES,
     DeviceMemory,
     cublas_workspace_bytes,
@@ -28,12 +30,11 @@ from planner.devices import (
     memory_of,
     warn_of_little_memory,
 )
-from planner.measure import step_peak
+from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.measure.peaks import step_peak
 from planner.plan import Plan
-from planner.prepared import Prepared, prepare
-from planner.target import Target
-from planner.training_graph import TrainingGraph, training_graph
-from planner.translation import RULES, scratch_bytes, translated
+from planner.solving.calibrate import calibrated
+from planner.solving.prepared import Prepared, prepare
 
 MB = 2**20
 CPU = torch.device("cpu")

@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 
 import planner
-from planner import PlannerError, rewrite
-from planner.distributed import shared_plan
-from planner.meter import StorageMeter
-from planner.prepared import prepare
-from planner.runtime import planned_forward_of
+from planner import PlannerError
+from planner.measure.meter import StorageMeter
+from planner.rewrite import emit as rewrite
+from planner.runtime.forward import planned_forward_of
+from planner.solving.prepared import prepare
+from planner.training.distributed import shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
 

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import planner
-from planner import Plan, PlannerError, StalePlanError, TraceError, _compat, prepared, search, zoo
-from planner.measure import step_peak
-from planner.prepared import prepare
-from planner.training_graph import training_graph
+from planner import Plan, PlannerError, StalePlanError, TraceError, _compat
+from planner.checks import zoo
+from planner.graph.training_graph import training_graph
+from planner.measure.peaks import step_peak
+from planner.solving import fit as search
+from planner.solving import prepared
+from planner.solving.prepared import prepare
 from tests import tiny
 
 Batch = dict[str, Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import planner
 from planner import _compat
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests import tiny
 from tests.hf import FAST
 
@@ -243,7 +243,7 @@ def test_gradients_of_earlier_batches_count() -> None:
 def test_enabling_twice_changes_the_budget_without_a_new_capture(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from planner import ondemand
+    from planner.training import ondemand
 
     model, twin = pair(share=0.8, now=True)
     first, want = train(model), train(twin)

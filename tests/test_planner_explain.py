@@ -12,7 +12,7 @@ import torch
 
 import planner
 from planner import Plan, PlannerError
-from planner.prepared import Prepared, prepare
+from planner.solving.prepared import Prepared, prepare
 from planner.units import bytes_text, seconds_text
 from planner.view.explain import Alternative, Explanation
 from planner.view.layers import layers_of, recompute_seconds, rows_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner.inplace import IN_PLACE, OUT, OUT_ON_CPU
-from planner.prepared import prepare
+from planner.graph.passes.inplace import IN_PLACE, OUT, OUT_ON_CPU
+from planner.solving.prepared import prepare
 from tests import tiny
 
 aten = torch.ops.aten

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import _compat
-from planner.effects import attributes_kept, settled
+from planner.capture.effects import attributes_kept, settled
 from planner.errors import TraceError
-from planner.prepared import Prepared, prepare
+from planner.solving.prepared import Prepared, prepare
 
 
 class Around(nn.Module):

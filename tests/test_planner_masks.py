@@ -10,9 +10,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from planner.masks import _CONSECUTIVE, _Consecutive
-from planner.measure import compare, run_step
-from planner.prepared import Prepared, prepare
+from planner.capture.as_eager.masks import _CONSECUTIVE, _Consecutive
+from planner.measure.peaks import compare, run_step
+from planner.solving.prepared import Prepared, prepare
 
 IDS = torch.randint(2, 64, (3, 16), generator=torch.Generator().manual_seed(0))
 

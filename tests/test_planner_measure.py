@@ -12,8 +12,16 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from planner._compat import FakeTensorMode
 from planner.errors import PlannerError
-from planner.measure import compare, cuda_step_peak, loss_of, run_step, step_flops, step_peak, tensors_in
-from planner.meter import StorageMeter
+from planner.measure.meter import StorageMeter
+from planner.measure.peaks import (
+    compare,
+    cuda_step_peak,
+    loss_of,
+    run_step,
+    step_flops,
+    step_peak,
+    tensors_in,
+)
 from tests.models import CASES, PEERS, PEERS_EAGER_MB
 
 KB = 1024

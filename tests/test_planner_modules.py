@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import planner
 from planner._compat import pytree
 from planner.errors import PlannerError
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests import tiny
 
 

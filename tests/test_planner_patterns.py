@@ -13,7 +13,7 @@ from torch import distributions as D
 from torch.nn import functional as F
 
 from planner.errors import PlannerError
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests.tiny import seeded
 
 

@@ -17,15 +17,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from planner import (
-    Frontier,
-    Placement,
-    Plan,
-    PlannerError,
-    prepared,
-    units,
-)
+from planner import Frontier, Placement, Plan, PlannerError, units
 from planner.frontier import FrontierPoint
+from planner.solving import prepared
 from planner.view import bands, block, depth, layers, plots
 from tests import tiny
 from tests.benchmarks import bench_display

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import planner
 from planner import StalePlanError
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests import models, tiny
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from planner import kernels
 from planner.errors import PlannerError
-from planner.measure import compare, run_step
-from planner.nodes import is_random
+from planner.graph import kernels
+from planner.graph.nodes import is_random
+from planner.measure.peaks import compare, run_step
 from planner.plan import Plan
-from planner.prepared import Prepared, prepare
+from planner.solving.prepared import Prepared, prepare
 
 aten = torch.ops.aten
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import _compat, kernels, lstm, recurrences
+from planner import _compat
 from planner._compat import FakeTensorMode
+from planner.capture.as_eager import recurrences
+from planner.capture.refusals import refuse_unplannable
 from planner.errors import TraceError
-from planner.prepared import Prepared, prepare
-from planner.refusals import refuse_unplannable
+from planner.graph import kernels
+from planner.graph.passes import lstm
+from planner.solving.prepared import Prepared, prepare
 
 # Five rows of thirteen: neither fills a vector, so a kernel that runs on from row to row has other bits.
 STEPS, BATCH, WIDTH, HIDDEN = 2, 5, 8, 13

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from planner import PlannerError
 from planner.plan import CheckpointedModule
-from planner.prepared import prepare
-from planner.runtime import planned_forward_of
+from planner.runtime.forward import planned_forward_of
+from planner.solving.prepared import prepare
 from tests import tiny
 
 INPUTS = tiny.batch(labels=True)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import planner
 from planner import InvalidPlanFileError, Plan, PlannerError, StalePlanError
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests import tiny
 
 INPUTS = tiny.batch(labels=True)
@@ -133,7 +133,7 @@ def test_inputs_of_every_kind_come_back(tmp_path: Path) -> None:
     model = tiny.seeded(Takes)
     x = INPUTS["x"].t().contiguous().t()
     arguments = (x, {"scale": [2.0, None], "shift": torch.ones(4, dtype=torch.bfloat16)})
-    from planner.inputs import Inputs
+    from planner.capture.inputs import Inputs
 
     twin = copy.deepcopy(model)
     plan = tiny.planned(model, Inputs(arguments, {"mode": "a"}))

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import planner
-from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat, prepared, search
-from planner.distributed import made_once, shared_plan
-from planner.prepared import prepare_for
-from planner.serialize import FORMAT, from_text, to_text
-from planner.wrappers import bucket_bytes
+from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat
+from planner.capture.wrappers import bucket_bytes
+from planner.plans.serialize import FORMAT, from_text, to_text
+from planner.solving import fit as search
+from planner.solving import prepared
+from planner.solving.prepared import prepare_for
+from planner.training.distributed import made_once, shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
 

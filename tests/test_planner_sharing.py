@@ -12,9 +12,9 @@ from torch import nn
 
 import planner
 from planner.errors import InfeasibleBudgetError
-from planner.measure import StorageMeter
-from planner.ondemand import REMEMBERED
-from planner.sharing import most_held, plan_that_holds
+from planner.measure.peaks import StorageMeter
+from planner.training.ondemand import REMEMBERED
+from planner.training.sharing import most_held, plan_that_holds
 from tests import tiny
 from tests.hf import FAST
 

@@ -15,8 +15,8 @@ from torch.cuda import _memory_viz as viz
 
 import planner
 from planner import Plan
-from planner.lifetimes import KINDS
-from planner.prepared import Prepared, prepare
+from planner.memory.lifetimes import KINDS
+from planner.solving.prepared import Prepared, prepare
 from planner.view import snapshot
 from tests import tiny
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import planner
 from planner._compat import TorchDispatchMode
-from planner.measure import (
+from planner.measure.peaks import (
     StepRecord,
     StorageMeter,
     compare,
@@ -25,9 +25,9 @@ from planner.measure import (
     step_peak,
     tensors_in,
 )
-from planner.prepared import Prepared, prepare
-from planner.runtime import planned_forward_of
-from planner.step import forward, undone
+from planner.measure.step import forward, undone
+from planner.runtime.forward import planned_forward_of
+from planner.solving.prepared import Prepared, prepare
 from tests.models import CASES, Case
 
 FAMILIES = ("gpt2", "llama", "bert", "vit", "resnet", "unet", "internvl", "transformer")
@@ -135,7 +135,7 @@ def test_less_memory_never_costs_less_time(family: str) -> None:
 @pytest.mark.parametrize("segments", [1, 3, 1000])
 @pytest.mark.parametrize("family", ["gpt2", "unet", "transformer"])
 def test_segments_change_no_bit_and_no_peak(family: str, segments: int) -> None:
-    from planner.rewrite import emit
+    from planner.rewrite.emit import emit
 
     s = subject(family)
     plan = s.plan(s.prepared.minimum_peak_bytes)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from planner import zoo
 from planner._compat import FakeTensorMode
+from planner.checks import zoo
 from planner.errors import PlannerError
-from planner.measure import run_step, step_peak
+from planner.measure.peaks import run_step, step_peak
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

@@ -14,8 +14,8 @@ import pytest
 
 import planner
 from planner.__main__ import _parser
-from planner.cost_cache import VARIABLE
-from planner.devices import DEVICES
+from planner.costs.cache import VARIABLE
+from planner.devices.state import DEVICES
 from solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner.plan import Plan
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 
 __all__ = [
     "Mlp",

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import planner
-from planner import zoo
+from planner.checks import zoo
 
 __all__ = ["Arguments", "Shape", "Tiles", "Training", "batch_of", "internvl2", "main", "train"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.lifetimes import KINDS
+from planner.memory.lifetimes import KINDS
 from planner.units import bytes_text, label
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
     from planner.plan import Placement, Plan
-    from planner.view.outline import Outline
+    from planner.plans.outline import Outline
 
 __all__ = ["block_graph", "plot_graph"]
 

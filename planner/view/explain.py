@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from planner.plans.outline import Outline
 from planner.units import bytes_text, seconds_text
 from planner.view.layers import ROOT, layers_of, recompute_seconds, rows_of
-from planner.view.outline import Outline
 from solvers import Timeline
 
 if TYPE_CHECKING:

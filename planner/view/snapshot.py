@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlannerError
-from planner.lifetimes import Copy
-from planner.view.outline import Outline
+from planner.memory.lifetimes import Copy
+from planner.plans.outline import Outline
 
 if TYPE_CHECKING:
     from planner.plan import Plan

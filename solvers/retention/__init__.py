@@ -1,1 +1,1 @@
-"""TODO."""
+"""Retention intervals on graphs without a backward."""

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from planner.cuda_check import checked_device, held_by_others
+from planner.checks.cuda_check import checked_device, held_by_others
 from planner.errors import PlannerError
 from tests.benchmarks.race import Job, cells_of, groups_of
 from tests.benchmarks.race_largest import labels_of, methods_of
@@ -165,7 +165,7 @@ def wanted(part: str, model: str, group: str, caps: tuple[float, ...], device: t
     if part == "race":
         return {f"{method} {label}".strip() for method, label in cells_of(group)}
     if part == "kernels":
-        from planner.kernel_check import CASES
+        from planner.checks.kernel_check import CASES
 
         return {f"ours {name}" for name in CASES}
     return {f"{method} {label}" for method in methods_of(device) for label in labels_of(caps)}

@@ -21,9 +21,9 @@ from typing import Any
 import matplotlib as mpl
 import torch
 
-from planner import zoo
-from planner.demo import aligned
-from planner.prepared import Prepared, prepare
+from planner.checks import zoo
+from planner.checks.demo import aligned
+from planner.solving.prepared import Prepared, prepare
 from planner.view.plots import plot_frontier
 
 RESULTS = Path(__file__).parent / "results" / "display.json"

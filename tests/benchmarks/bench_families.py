@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from planner.errors import PlannerError
-from planner.prepared import prepare
+from planner.solving.prepared import prepare
 from tests.benchmarks.families import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import planner
 from planner.examples.internvl2 import SHAPES, internvl2
-from planner.lowering import graph_costs
-from planner.prepared import prepare
+from planner.solving.lowering import graph_costs
+from planner.solving.prepared import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, without_memory
 
 RESULTS = Path(__file__).parent / "results" / "internvl2.json"

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from planner.demo import aligned
-from planner.trials import copies_of, prepare_example, race
-from planner.zoo import MODELS, Example, ResNet, UNet, gpt2, internvl, internvl_batch, token_batch
+from planner.checks.demo import aligned
+from planner.checks.trials import copies_of, prepare_example, race
+from planner.checks.zoo import MODELS, Example, ResNet, UNet, gpt2, internvl, internvl_batch, token_batch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 MOST, MOST_OF_HOST = 1.03, 1.1

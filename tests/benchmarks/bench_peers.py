@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from planner.demo import aligned
-from planner.trials import race
+from planner.checks.demo import aligned
+from planner.checks.trials import race
 from tests.models import PEERS
 from tests.peer_steps import BLOCKS, Peer, by_hand, measured_plan, peer
 

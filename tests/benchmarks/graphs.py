@@ -38,11 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner import zoo
 from planner._compat import FakeTensorMode
-from planner.costs import Device
-from planner.lowering import graph_costs
-from planner.prepared import prepare
+from planner.checks import zoo
+from planner.costs.op_costs import Device
+from planner.solving.lowering import graph_costs
+from planner.solving.prepared import prepare
 from solvers import Problem, Schedule, read_problem, simulate, write_problem
 
 __all__ = ["FOLDER", "GRAPHS", "activation_peak_bytes", "capture_problem", "load"]

@@ -23,11 +23,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from planner import Plan, demo
-from planner.devices import DEVICES, Device
-from planner.lowering import graph_costs
-from planner.prepared import prepare
-from planner.zoo import MODELS
+from planner import Plan
+from planner.checks import demo
+from planner.checks.zoo import MODELS
+from planner.devices.state import DEVICES, Device
+from planner.solving.lowering import graph_costs
+from planner.solving.prepared import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, GRAPHS, without_memory
 
 SHARE = 0.5

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planner.calibrate import calibrated
+from planner.checks.kernel_check import CASES, compare_kernels
 from planner.errors import PlannerError
-from planner.kernel_check import CASES, compare_kernels
-from planner.lowering import graph_costs
+from planner.measure.step import held
 from planner.plan import Plan
-from planner.prepared import CostSource, Prepared, prepare
-from planner.step import held
+from planner.solving.calibrate import calibrated
+from planner.solving.lowering import graph_costs
+from planner.solving.prepared import CostSource, Prepared, prepare
 from tests.benchmarks import race_models
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, settle, timed
 from tests.benchmarks.race_methods import COMPILED, HAND_MADE, INDUCTOR_REASON

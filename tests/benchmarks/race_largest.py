@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from planner.errors import InfeasibleBudgetError
+from planner.measure.step import backward, forward, held, undone
 from planner.plan import Plan
-from planner.prepared import prepare
-from planner.step import backward, forward, held, undone
+from planner.solving.prepared import prepare
 from tests.benchmarks.race import RAISED, Worker
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, settle
 from tests.benchmarks.race_methods import COMPILED, HAND_MADE, Method

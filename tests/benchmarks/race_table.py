@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.demo import aligned
+from planner.checks.demo import aligned
 from tests.benchmarks.race_methods import is_compiled
 from tests.benchmarks.race_rows import Row
 

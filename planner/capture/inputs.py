@@ -1,0 +1,88 @@
+"""One batch as the arguments of ``model.forward``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import FakeTensor, FakeTensorMode, pytree
+from planner.capture.effects import original_forward
+
+__all__ = ["Inputs"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of ``model.forward`` as flat leaves, with the way back."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: object) -> Inputs:
+        """A tuple is positional, a mapping is by keyword, a tensor is the one positional argument.
+
+        ``None`` takes ``model.dummy_inputs`` or ``model.example_input_array``.
+        """
+        if inputs is None:
+            for attribute in ("dummy_inputs", "example_input_array"):
+                inputs = getattr(model, attribute, None)
+                if inputs is not None:
+                    log.debug("inputs taken from %s.%s", type(model).__name__, attribute)
+                    break
+            else:
+                raise TypeError(
+                    f"plan() needs inputs for {type(model).__name__}: pass inputs=(x, ...) or "
+                    "inputs={'name': x, ...}, one batch of the size to plan for"
+                )
+        if isinstance(inputs, Inputs):
+            return inputs
+        if isinstance(inputs, torch.Tensor):
+            return cls((inputs,), {})
+        if isinstance(inputs, Mapping):
+            return cls((), {str(k): v for k, v in inputs.items()})
+        if isinstance(inputs, (tuple, list)):
+            return cls(tuple(inputs), {})
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}; pass a tuple of positional arguments or a dict of "
+            "keyword arguments for model.forward"
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """``TypeError`` unless ``model.forward`` takes these arguments."""
+        signature = inspect.signature(original_forward(model))
+        try:
+            signature.bind(*self.args, **self.kwargs)
+        except TypeError as e:
+            raise TypeError(
+                f"inputs do not fit {type(model).__name__}.forward: {e}. It takes "
+                f"({', '.join(signature.parameters)})"
+            ) from None
+
+    def flatten(self) -> tuple[list[Any], Any]:
+        """Leaves and the pytree spec of ``(args, kwargs)``, keywords in alphabetical order."""
+        return pytree.tree_flatten((self.args, dict(sorted(self.kwargs.items()))))
+
+    def without_data(self) -> Inputs:
+        """The same with fake tensors: all that a capture needs, and no memory."""
+        flat, spec = self.flatten()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def hollow(leaf: Any) -> Any:
+            real = isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor)
+            return mode.from_tensor(leaf, static_shapes=True) if real else leaf
+
+        args, kwargs = pytree.tree_unflatten([hollow(x) for x in flat], spec)
+        return Inputs(args, kwargs)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensor leaves, in order."""
+        return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]

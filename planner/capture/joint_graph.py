@@ -1,0 +1,428 @@
+"""From a live model and one batch to the joint graph of its training step.
+
+The step is traced as the training loop would run it: parameters and buffers by name, forward,
+backward to every trainable leaf, under fake tensors, so no activation memory exists at any time.
+The tracer is AOTAutograd's (Ansel et al., "PyTorch 2", ASPLOS 2024) with no decompositions: layer
+norms, attention, dropout and batch norm stay whole, and every kernel is the one eager would call.
+
+Loss.  Three cases, decided here and carried on as which outputs are *differentiated*:
+
+* the model returns its loss (a scalar output, or a field called ``loss``): that is what is
+  differentiated; the gradient of any other output is undefined, as in ``out.loss.backward()``;
+* ``loss_fn`` is given: it is traced by itself from the model's outputs, and the outputs it reads
+  are differentiated;
+* neither: every output that requires grad is, and output gradients are given from outside.
+
+Sizes are those given, or symbols (:mod:`planner.capture.sizes`) that are then evaluated at those given.
+
+Known limits: one graph, so control flow that reads tensor values cannot be captured; hooks that act
+on the side are not part of a graph and are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+
+from planner import _compat
+from planner._compat import descriptors, pytree
+from planner.capture.effects import Effects, attributes_kept, original_forward, settled, tensors_kept
+from planner.capture.fakes import fake_inputs, fake_of
+from planner.capture.inputs import Inputs
+from planner.capture.outputs import OutputTemplate, template_of
+from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
+from planner.capture.sizes import Dims, Sizes, evaluate
+from planner.errors import PlannerError, TraceError
+
+__all__ = ["JointGraph", "Traced", "capture"]
+
+LossFn = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A joint graph whose placeholders and outputs have been told apart.
+
+    ``parameters``, ``buffers``   placeholder by name; a tied parameter stands under its first name.
+    ``inputs``                    placeholder by position among the tensor leaves of the inputs.
+    ``tangents``                  placeholder by index among the graph's outputs.
+    ``outputs``                   node by index of the output.
+    ``mutations``                 name of a buffer -> node that holds its new value.
+    ``gradients``                 name of a parameter -> node of its gradient.
+    ``input_gradients``           position of an input -> node of its gradient.
+    ``storage_bytes``             storage -> expression of its bytes, where they vary.
+    """
+
+    module: fx.GraphModule
+    parameters: dict[str, fx.Node]
+    buffers: dict[str, fx.Node]
+    inputs: dict[int, fx.Node]
+    tangents: dict[int, fx.Node]
+    outputs: dict[int, fx.Node]
+    mutations: dict[str, fx.Node]
+    gradients: dict[str, fx.Node]
+    input_gradients: dict[int, fx.Node]
+    storage_bytes: dict[int, Any] = field(default_factory=dict)
+
+    def at(self, values: Mapping[Any, int], *, fixed: bool = False) -> Traced:
+        """A copy of a symbolic graph at the sizes of ``values``; ``fixed``: for these only."""
+        module, nodes, storage_bytes = evaluate(self.module, values)
+        if fixed:
+            storage_bytes = {}
+            for node in nodes.values():
+                if "size" in node.meta:
+                    node.meta["size"] = node.meta["val"]
+
+        moved = {
+            f.name: {key: nodes[node] for key, node in getattr(self, f.name).items()}
+            for f in fields(self)
+            if f.name not in ("module", "storage_bytes")
+        }
+        return Traced(module, **moved, storage_bytes=storage_bytes)
+
+    def __repr__(self) -> str:
+        return (
+            f"Traced({len(self.module.graph.nodes)} nodes, {len(self.parameters)} parameters, "
+            f"{len(self.buffers)} buffers, {len(self.gradients)} gradients, {len(self.mutations)} mutations)"
+        )
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """The captured training step.
+
+    ``step``       the model's forward and backward.
+    ``loss``       forward and backward of ``loss_fn`` on the outputs, or ``None``.
+    ``template``   how to rebuild the model's output.
+    ``in_spec``    pytree spec of ``(args, kwargs)``.
+    ``sees_loss``  the first differentiated output is a scalar loss of the model itself.
+    ``sizes``      symbols of the sizes that vary, ``None`` if all are fixed; ``symbolic`` is then
+                   ``step`` as traced.
+    ``loss_at``    traces the loss for inputs of given sizes: it runs in the user's hands, so what it
+                   does to sizes is no condition on the step.
+    """
+
+    step: Traced
+    loss: Traced | None
+    template: OutputTemplate
+    in_spec: Any
+    inputs: Inputs
+    sees_loss: bool
+    module_types: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes | None = None
+    symbolic: Traced | None = None
+    loss_at: Callable[[Inputs], Traced] | None = None
+
+    def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
+        """The same capture at other sizes, for which its guards hold; the step is not traced again.
+
+        ``fixed``: as if it had been captured there without symbols.
+        """
+        assert self.sizes is not None and self.symbolic is not None
+        step = self.symbolic.at(dict(zip(self.sizes.symbols, values, strict=True)), fixed=fixed)
+        inputs = self.sizes.inputs_at(self.inputs, values)
+        loss = None if self.loss_at is None else self.loss_at(inputs)
+        if fixed:
+            return replace(self, step=step, loss=loss, inputs=inputs, sizes=None, symbolic=None)
+        return replace(self, step=step, loss=loss, inputs=inputs)
+
+    def __repr__(self) -> str:
+        return f"JointGraph(step={self.step!r}, loss={self.loss!r}, outputs={len(self.template.leaves)})"
+
+
+def capture(
+    model: nn.Module,
+    inputs: object = None,
+    loss_fn: LossFn | None = None,
+    *,
+    used: frozenset[int] | None = None,
+    dims: Dims | None = None,
+) -> JointGraph:
+    """Trace one training step of ``model`` at ``inputs``.
+
+    ``used``: which of the model's output tensors are differentiated, where that is known already.
+    ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
+
+    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
+    state; but for numbers and strings that its first call corrects (:mod:`planner.capture.effects`).
+    Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit
+    ``model.forward``, ``PlannerError`` where there is nothing to train.
+    """
+    given = Inputs.of(model, inputs)
+    refuse_unplannable(model, given.tensors())
+    given.check(model)
+    flat, in_spec = given.flatten()
+    mode, fake, sizes = fake_inputs(model, flat, dims)
+    found: list[None] = []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        attributes_kept(model) as effects,
+        _compat.checkpoint_calls(lambda: found.append(None)),
+        explained(model, found),
+    ):
+        loss = None
+        if loss_fn is not None:
+            loss, used = _trace_loss(model, given, loss_fn)
+        step = _Step(model, fake, in_spec, used)
+        with _module_paths(model):
+            module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
+    _refuse_side_effects(model, given, bool(found), effects)
+    template = step.template
+    assert template is not None
+    traced = _sort_out(module, step.names, tuple(step.rebound))
+    if not traced.gradients and not traced.input_gradients:
+        raise PlannerError(
+            f"no gradient reaches any parameter of {type(model).__name__} from its outputs "
+            f"({', '.join(x.name for x in template.leaves) or 'none'}); pass loss_fn, or labels if the model "
+            "computes its own loss"
+        )
+    chosen = [i for i, x in enumerate(template.leaves) if x.differentiated]
+    sees_loss = (
+        loss_fn is None
+        and used is None
+        and len(chosen) == 1
+        and traced.outputs[chosen[0]].meta["val"].numel() == 1
+    )
+    types = {name: type(m).__name__ for name, m in model.named_modules()}
+    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
+    if sizes is None:
+        return joint
+    with explained(model, found):
+        sizes = sizes.guarded(mode)
+    bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
+    loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
+    return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+
+
+def _refuse_side_effects(model: nn.Module, given: Inputs, checkpointed: bool, effects: Effects) -> None:
+    """Raise for what the forward did beside computing, unless it does so at its first call only."""
+    name = type(model).__name__
+    if checkpointed:
+        raise checkpoints_itself(name, "its forward calls torch.utils.checkpoint")
+    if effects.stored or (
+        effects.changed
+        and not settled(model, effects, lambda: _output_on_fakes(model, given))
+        and effects.lost
+    ):
+        raise TraceError(
+            f"the forward of {name} stores tensors or counts in {', '.join(effects.lost[:3])}; a planned "
+            "step runs one graph and would not. Return them, keep them in buffers, or do it outside forward"
+        )
+
+
+class _Step(nn.Module):
+    """The model as a function of flat tensors, each parameter once.
+
+    Tied parameters would otherwise be two leaves whose gradients somebody has to add again; here
+    autograd adds them inside the graph, in the order eager does.
+    """
+
+    def __init__(self, model: nn.Module, fake: list[Any], spec: Any, used: frozenset[int] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.fake, self.spec, self.used = fake, spec, used
+        self.names: dict[str, str] = {}
+        self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
+        self.template: OutputTemplate | None = None
+        for name, parameter in model.named_parameters():
+            self.register_parameter(self._mangle(name), parameter)
+        for name, buffer in model.named_buffers():
+            self.register_buffer(self._mangle(name), buffer)
+        self.training = model.training  # not train(): that would reset the flags below
+
+    def _mangle(self, name: str) -> str:
+        mangled = "|" + name.replace(".", "|")
+        self.names[mangled] = name
+        return mangled
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter([(n, p) for n, p in self._parameters.items() if p is not None])
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter([(n, b) for n, b in self._buffers.items() if b is not None])
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
+        it = iter(tensors)
+        flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
+        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        after = dict(state)
+        output = _call(self.model, after, args, kwargs)
+        self.template, leaves = template_of(type(self.model).__name__, output, self.used)
+        kept = zip(leaves, self.template.leaves, strict=True)
+        results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
+        self.rebound = [name for name, t in after.items() if t is not state[name]]
+        for name in self.rebound:
+            old, new = state[name], after[name]
+            if isinstance(old, nn.Parameter) or (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise TraceError(
+                    f"the forward of {type(self.model).__name__} replaces {name}, {tuple(old.shape)} of "
+                    f"{old.dtype}, by a tensor {tuple(new.shape)} of {new.dtype}; a plan can only update a "
+                    "buffer's values"
+                )
+            results.append(new.detach())
+        return tuple(map(_apart, results))
+
+
+class _Bare(nn.Module):
+    """The model's own forward without the model's hooks, which go on firing around a planned step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with fx_traceback.annotate({"module": ""}):
+            return original_forward(self.model)(*args, **kwargs)
+
+
+def _call(
+    model: nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``model`` with ``state`` for its parameters and buffers; ``state`` then holds what it left there."""
+    named = {f"model.{name}": tensor for name, tensor in state.items()}
+    with tensors_kept(model):
+        output = torch.func.functional_call(_Bare(model), named, args, kwargs)
+    state.update({name: named[f"model.{name}"] for name in state})
+    return output
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that tells the tracer to treat an output as a tensor of its own; :func:`_sort_out` removes it.
+
+    Outputs that are views of each other, of inputs or of parameters would be handed out as their base
+    and lose their gradients.
+    """
+    return tensor.clone()
+
+
+def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), explained(model, []):
+        return _trace_loss(model, inputs, loss_fn)[0]
+
+
+def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output, without memory."""
+    flat, spec = inputs.flatten()
+    mode, fake, _ = fake_inputs(model, flat, None)
+    state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    args, kwargs = pytree.tree_unflatten(fake, spec)
+    with mode, _compat.values_unchecked():
+        return _call(model, state, args, kwargs)
+
+
+def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:
+    """The joint graph of ``loss_fn`` on the model's outputs, and which outputs it reads; sizes are fixed."""
+    template, tensors = template_of(type(model).__name__, _output_on_fakes(model, inputs), None)
+    inner = _Loss(template, loss_fn)
+    leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+    traced = _sort_out(_compat.export_joint(inner, leaves, {}), {})
+    used = frozenset(traced.input_gradients)
+    if not used:
+        raise PlannerError("loss_fn's result does not depend on any output of the model that requires grad")
+    return traced, used
+
+
+class _Loss(nn.Module):
+    def __init__(self, template: OutputTemplate, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.template = template
+        self.loss_fn = (loss_fn,)  # no submodule: its tensors are the loss's own, not the step's
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        loss = self.loss_fn[0](self.template.rebuild(list(tensors)))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = (
+                f"a tensor of shape {tuple(loss.shape)}"
+                if isinstance(loss, torch.Tensor)
+                else type(loss).__name__
+            )
+            raise PlannerError(f"loss_fn must return a scalar tensor, it returned {got}")
+        return (_apart(loss),)
+
+
+def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str, ...] = ()) -> Traced:
+    """Read the descriptors the tracer left on placeholders and outputs; the last outputs are ``rebound``."""
+    d = descriptors
+    out = Traced(module, {}, {}, {}, {}, {}, {}, {}, {})
+    for node in module.graph.find_nodes(op="placeholder"):
+        desc = node.meta["desc"]
+        if isinstance(desc, d.ParamAOTInput):
+            out.parameters[names[desc.target]] = node
+        elif isinstance(desc, d.BufferAOTInput):
+            out.buffers[names[desc.target]] = node
+        elif isinstance(desc, d.PlainAOTInput):
+            out.inputs[desc.idx] = node
+        elif isinstance(desc, d.TangentAOTInput) and isinstance(desc.output, d.PlainAOTOutput):
+            out.tangents[desc.output.idx] = node
+        elif isinstance(desc, d.TangentAOTInput) and isinstance(desc.output, d.InputMutationAOTOutput):
+            what = getattr(desc.output.mutated_input, "target", "an input")
+            raise TraceError(
+                f"the forward writes into {names.get(what, what)} (an embedding's max_norm does, and any "
+                "in-place operation on a parameter or an input); a plan cannot carry that. "
+                "Take it out of forward"
+            )
+        else:
+            raise TraceError(f"the capture made an input this version does not know: {desc}")
+    (output,) = module.graph.find_nodes(op="output")
+    own = sum(isinstance(desc, d.PlainAOTOutput) for desc in output.meta["desc"]) - len(rebound)
+    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+        if node is None:
+            continue
+        if isinstance(desc, d.PlainAOTOutput):
+            assert node.target is torch.ops.aten.clone.default  # see _apart
+            if desc.idx < own:
+                out.outputs[desc.idx] = node.args[0]
+            else:
+                out.mutations[rebound[desc.idx - own]] = node.args[0]
+        elif isinstance(desc, d.InputMutationAOTOutput) and isinstance(desc.mutated_input, d.BufferAOTInput):
+            out.mutations[names[desc.mutated_input.target]] = node
+        elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.ParamAOTInput):
+            out.gradients[names[desc.grad_of.target]] = node
+        elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.PlainAOTInput):
+            out.input_gradients[desc.grad_of.idx] = node
+        else:
+            written = getattr(desc, "mutated_input", None)
+            name = names.get(getattr(written, "target", ""))
+            what = f"the parameter {name}" if name else f"input {getattr(written, 'idx', desc)}"
+            raise TraceError(
+                f"the forward writes into {what} in place; a plan can only update buffers. Work on a copy, "
+                "or do it outside forward (a teacher that follows its student: after the optimizer's step)"
+            )
+    return out
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Leave the path of the running module in each node's ``meta["custom"]["module"]``."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    open_contexts: list[contextlib.AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in paths:
+            context = fx_traceback.annotate({"module": paths[id(module)]})
+            context.__enter__()
+            open_contexts.append(context)
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in paths and open_contexts:
+            open_contexts.pop().__exit__(None, None, None)
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        before.remove()
+        after.remove()
+        while open_contexts:  # an exception passed through the modules
+            open_contexts.pop().__exit__(None, None, None)

@@ -1,0 +1,1 @@
+"""What ``demo`` and ``check-cuda`` measure, and the models they do it on."""

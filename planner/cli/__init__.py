@@ -1,0 +1,1 @@
+"""``python -m planner``: arguments in, text and an exit code out."""

@@ -1,0 +1,222 @@
+"""What each op of a graph costs: seconds, scratch bytes, FLOPs.
+
+Two sources: :mod:`planner.costs.profiler` runs every distinct op once it is warm,
+:mod:`planner.costs.roofline` works it out from FLOPs and bytes.  Each module says where it is right and
+where it errs.  Views cost nothing in both.
+
+A profile goes on where an op cannot be measured, out of memory included: the roofline stands in for it,
+and what the allocator kept from the attempt is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from planner._compat import is_out_of_memory
+from planner.costs.cache import Measured, cache_for, key_of
+from planner.costs.profiler import device_for, measure, signature_of, undisturbed
+from planner.costs.roofline import (
+    is_view,
+    node_bytes,
+    node_flops,
+    packet_of,
+    roofline_seconds,
+    tensors_of,
+    value_of,
+)
+from planner.costs.translation import scratch_bytes
+from planner.devices.state import DEVICES, Device
+
+__all__ = [
+    "DEVICES",
+    "Costs",
+    "Device",
+    "costs_of",
+    "device_for",
+    "is_view",
+    "node_bytes",
+    "node_flops",
+    "roofline_seconds",
+]
+
+log = logging.getLogger(__name__)
+
+_measured: dict[str, Measured] = {}  # by signature, for the life of the process
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, scratch bytes and FLOPs of one execution of each node, by its name.
+
+    ``source``      where the seconds come from.
+    ``device``      the device they are for.
+    ``signatures``  distinct ops among the nodes, views left out.
+    ``estimated``   how many of them a profile left to the roofline.
+
+    Raises ``ValueError`` if the three name different nodes, or a cost is negative or not finite.
+    """
+
+    seconds: Mapping[str, float]
+    workspace_bytes: Mapping[str, int]
+    flops: Mapping[str, int]
+    source: Literal["profile", "roofline"]
+    device: str
+    signatures: int
+    estimated: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.seconds.keys() == self.workspace_bytes.keys() == self.flops.keys()):
+            raise ValueError("seconds, workspace_bytes and flops must name the same nodes")
+        for label in ("seconds", "workspace_bytes", "flops"):
+            for name, cost in getattr(self, label).items():
+                if not (math.isfinite(cost) and cost >= 0):
+                    raise ValueError(f"node {name!r} has {label}={cost!r}, want a finite number >= 0")
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of every node run once."""
+        return math.fsum(self.seconds.values())
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of every node run once."""
+        return sum(self.flops.values())
+
+    def __str__(self) -> str:
+        left = f" ({self.estimated} by roofline)" if self.estimated else ""
+        return (
+            f"{self.source} on {self.device}: {len(self.seconds)} nodes, {self.signatures} distinct{left}, "
+            f"{self.total_seconds * 1e3:.3f} ms, {self.total_flops / 1e9:.3f} GFLOP, "
+            f"workspace up to {max(self.workspace_bytes.values(), default=0) / 1e6:.1f} MB"
+        )
+
+    def __repr__(self) -> str:
+        return f"Costs({self})"
+
+
+def costs_of(
+    nodes: Iterable[fx.Node],
+    source: Literal["auto", "profile", "roofline"] = "auto",
+    device: torch.device | None = None,
+    *,
+    rates: Device | None = None,
+    limit_s: float = 10.0,
+) -> Costs:
+    """What each of ``nodes`` costs on ``device``.
+
+    ``nodes``    of one graph, with fake tensors in ``meta["val"]``, their inputs too.
+    ``source``   "profile", "roofline", or "auto": profile on CUDA; on a CPU only if three calls of each
+                 distinct op are expected to take less than ``limit_s``.
+    ``device``   default: the first CUDA device among the nodes' tensors, else the first device.
+    ``rates``    for the roofline; default ``device_for(device)``.
+    ``limit_s``  about how long a profile may take.  Ops with the largest share of the step come first;
+                 for what is not reached, or fails on made-up operands, the roofline stands in, scaled by
+                 measured over expected seconds of the rest.
+
+    Raises ``ValueError`` for another ``source``.
+    """
+    if source not in ("auto", "profile", "roofline"):
+        raise ValueError(f"costs must be 'auto', 'profile' or 'roofline', not {source!r}")
+    nodes = list(nodes)
+    device = device or _device_of(nodes)
+    rates = rates or device_for(device)
+    alike: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if not is_view(node):
+            alike.setdefault(signature_of(node, device), []).append(node)
+    expected_s = {key: roofline_seconds(group[0], rates) for key, group in alike.items()}
+    if source == "auto":
+        quick = device.type == "cuda" or 3 * math.fsum(expected_s.values()) < limit_s
+        source = "profile" if quick else "roofline"
+
+    measured: Mapping[str, Measured] = {}
+    scale = 1.0
+    if source == "profile":
+        measured = _profile(alike, expected_s, device, limit_s)
+        if measured:
+            scale = math.fsum(m.seconds for m in measured.values()) / math.fsum(
+                expected_s[k] for k in measured
+            )
+
+    seconds = {node.name: 0.0 for node in nodes}
+    workspace_bytes, flops = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
+    for key, group in alike.items():
+        cost = measured.get(key) or Measured(expected_s[key] * scale, _scratch_bytes(group[0], device))
+        flops_each = node_flops(group[0])
+        for node in group:
+            seconds[node.name] = cost.seconds
+            workspace_bytes[node.name] = cost.workspace_bytes
+            flops[node.name] = flops_each
+    return Costs(
+        seconds,
+        workspace_bytes,
+        flops,
+        source,
+        _device_name(device) if source == "profile" else rates.name,
+        signatures=len(alike),
+        estimated=len(alike) - len(measured) if source == "profile" else 0,
+    )
+
+
+def _profile(
+    alike: Mapping[str, list[fx.Node]],
+    expected_s: Mapping[str, float],
+    device: torch.device,
+    limit_s: float,
+) -> dict[str, Measured]:
+    """Measured costs by signature, the largest shares of the step first; what is left out has none."""
+    missing = sorted((k for k in alike if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
+    cache = cache_for(device) if missing else None
+    if cache is not None:
+        known = cache.read()
+        _measured.update({key: known[key_of(key)] for key in missing if key_of(key) in known})
+        missing = [key for key in missing if key not in _measured]
+    found: dict[str, Measured] = {}
+    began = time.perf_counter()
+    with undisturbed(device):
+        for key in missing:
+            if time.perf_counter() - began > limit_s:
+                log.debug("the profile stopped after %.1f s", limit_s)
+                break
+            cost = _attempt(alike[key][0], device)
+            if cost is not None:
+                found[key] = cost
+    _measured.update(found)
+    if cache is not None:
+        cache.add(found)
+    return {key: _measured[key] for key in alike if key in _measured}
+
+
+def _scratch_bytes(node: fx.Node, device: torch.device) -> int:
+    """An estimate where nothing was measured."""
+    return scratch_bytes(str(packet_of(node)), node) if device.type == "cuda" else 0
+
+
+def _attempt(node: fx.Node, device: torch.device) -> Measured | None:
+    """What ``node`` costs, ``None`` where it cannot be measured."""
+    try:
+        return measure(node, device)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        short = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        told = logging.WARNING if short else logging.DEBUG
+        log.log(told, "%s (%s) cannot be measured: %s", node.name, node.target, str(error).split("\n")[0])
+    if short and device.type == "cuda":  # here nothing holds the operands any more
+        torch.cuda.empty_cache()
+    return None
+
+
+def _device_of(nodes: Iterable[fx.Node]) -> torch.device:
+    devices = [t.device for node in nodes for t in tensors_of(value_of(node))]
+    return next((d for d in devices if d.type == "cuda"), devices[0] if devices else torch.device("cpu"))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

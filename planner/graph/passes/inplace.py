@@ -1,0 +1,125 @@
+"""Backward calls that may write their result over an operand.
+
+A gradient on its way is often read once more and never again: added to another, scaled, sent through
+a pointwise derivative.  Autograd's engine adds such gradients in place; a captured graph never does,
+which costs it fresh memory at every such call and, where the call is the peak (the gradient of a
+language model's loss), a whole gradient of bytes.  Calls of the backward run exactly once in every
+plan, so here it is safe to decide once and for all: where the operand is a whole storage made by the
+backward, of the result's layout, and nothing reads it later, the call is replaced by its in-place or
+``out=`` form, bit for bit the same.
+
+Known limits: softmax derivatives are written in place on the CPU only, where their kernels were read
+and are tested; calls of the forward are left alone, since a plan may repeat them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner._compat import storage_key
+from planner.graph.nodes import is_mutation, tensors_of
+
+__all__ = ["IN_PLACE", "write_in_place"]
+
+aten = torch.ops.aten
+
+# Call -> its in-place form, and which operands it may overwrite.
+IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
+    aten.add.Tensor: (aten.add_.Tensor, (0, 1)),
+    aten.mul.Tensor: (aten.mul_.Tensor, (0, 1)),
+    aten.mul.Scalar: (aten.mul_.Scalar, (0,)),
+    aten.sub.Tensor: (aten.sub_.Tensor, (0,)),
+    aten.div.Tensor: (aten.div_.Tensor, (0,)),
+    aten.div.Scalar: (aten.div_.Scalar, (0,)),
+    aten.neg.default: (aten.neg_.default, (0,)),
+}
+
+# Call -> its form with a given result, and the name of that argument; they overwrite their first operand.
+OUT: dict[Any, tuple[Any, str]] = {
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
+    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
+}
+OUT_ON_CPU: dict[Any, tuple[Any, str]] = {
+    aten._log_softmax_backward_data.default: (aten._log_softmax_backward_data.out, "out"),
+    aten._softmax_backward_data.default: (aten._softmax_backward_data.out, "grad_input"),
+}
+
+
+def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> None:
+    """Replace what can be replaced among ``backward``, calls in execution order, views included.
+
+    ``kept``  nodes whose storages the caller holds: gradients and outputs.
+
+    A replaced node's ``meta["over"]`` is the operand whose storage its result lies on.
+    """
+    position = {node: t for t, node in enumerate(backward)}
+    on: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in backward:
+        for tensor in tensors_of(node):
+            on[storage_key(tensor)].append(node)
+    inside = {k for k, nodes in on.items() if not any(_foreign(n, k, position) for n in nodes)}
+    held = {storage_key(t) for node in kept for t in tensors_of(node)}
+    for t, node in enumerate(backward):
+        for operand in _overwritable(node):
+            key = storage_key(operand.meta["val"])
+            if key not in inside or key in held or storage_key(node.meta["val"]) in held:
+                continue
+            others = [n for n in node.all_input_nodes if n is not operand]
+            if any(storage_key(x) == key for n in others for x in tensors_of(n)):
+                continue
+            last = max(position.get(user, len(backward)) for n in on[key] for user in n.users)
+            if last == t and _same_place(operand, node):
+                _replace(node, operand)
+                break
+
+
+def _foreign(node: fx.Node, key: int, position: dict[fx.Node, int]) -> bool:
+    """Whether ``node``, which has a tensor on storage ``key``, has it from outside the backward."""
+    return any(
+        n not in position and any(storage_key(t) == key for t in tensors_of(n)) for n in node.all_input_nodes
+    )
+
+
+def _overwritable(node: fx.Node) -> list[fx.Node]:
+    """Operands that an in-place form of the call would write to."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or is_mutation(node):
+        return []
+    places: tuple[int, ...] = ()
+    if node.target in IN_PLACE and not node.kwargs:
+        places = IN_PLACE[node.target][1]
+    elif node.target in OUT or (node.target in OUT_ON_CPU and node.meta["val"].device.type == "cpu"):
+        places = (0,)
+    operands = [n for p in places if isinstance(n := node.args[p], fx.Node)]
+    return [n for n in operands if isinstance(n.meta["val"], torch.Tensor)]
+
+
+def _same_place(operand: fx.Node, node: fx.Node) -> bool:
+    """Whether the operand is a whole storage laid out as the result."""
+    a, b = operand.meta["val"], node.meta["val"]
+    return (
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.storage_offset() == 0
+        and a.untyped_storage().nbytes() == a.numel() * a.element_size()
+    )
+
+
+def _replace(node: fx.Node, operand: fx.Node) -> None:
+    if node.target in IN_PLACE:
+        node.target = IN_PLACE[node.target][0]
+        if node.args[0] is not operand:  # sums and products are the same both ways round
+            node.args = (operand, node.args[0])
+    else:
+        form, name = {**OUT, **OUT_ON_CPU}[node.target]
+        node.target, node.kwargs = form, {**node.kwargs, name: operand}
+    node.meta = {**node.meta, "over": operand}

@@ -1,0 +1,378 @@
+"""The joint graph as memory sees it: operations, and the storages they make.
+
+What is counted is storages, not tensors: a view keeps its base alive and costs nothing, so views
+are folded onto their base and re-made for free wherever they are read.
+
+A value's ``kind`` is one of ``KINDS``; an op's ``phase`` is "forward", "loss" or "backward".
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner import _compat
+from planner.capture.joint_graph import JointGraph, Traced
+from planner.graph import kernels
+from planner.graph.nodes import (
+    is_check,
+    is_mutation,
+    keeps_unreduced,
+    module_of,
+    roots_of,
+    spare_bytes,
+    tensors_of,
+)
+from planner.graph.normalize import Normalized, normalize
+from planner.graph.passes.inplace import write_in_place
+
+__all__ = ["KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
+
+KINDS = (
+    "parameter",
+    "buffer",
+    "input",
+    "constant",
+    "tangent",
+    "activation",
+    "gradient",
+    "output",
+    "backward",
+    "loss",
+)
+SOURCES = ("parameter", "buffer", "input", "constant", "tangent")
+
+
+@dataclass(frozen=True)
+class GraphValue:
+    """A storage.
+
+    ``bytes``     of the storage, not of any tensor on it.
+    ``producer``  index of the op that makes it; ``None`` for parameters, inputs and the like.
+    ``root``      the node whose tensor is its base; every view is derived from it.
+    ``final``     held by the caller until the step ends (an output, a parameter's gradient).
+    ``symbolic``  expression of ``bytes``, where sizes vary.
+    """
+
+    name: str
+    bytes: int
+    kind: str
+    producer: int | None
+    root: fx.Node | None
+    final: bool = False
+    module: str = ""
+    symbolic: Any = None
+
+
+@dataclass(frozen=True)
+class GraphOp:
+    """One kernel call; ``node`` is its call, ``None`` for the gradient of the loss with respect to itself."""
+
+    name: str
+    node: fx.Node | None
+    phase: str
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    recomputable: bool = True
+    workspace: int | None = None  # value index whose bytes the call needs as scratch
+    fused_with_previous: bool = False  # its first execution costs nothing beyond the previous op's
+
+    @property
+    def target(self) -> str:
+        """The op's name, e.g. ``aten.mm``."""
+        if self.node is None:
+            return "aten.ones_like"
+        packet = getattr(self.node.target, "overloadpacket", None)
+        return (
+            str(packet)
+            if packet is not None
+            else getattr(self.node.target, "__name__", str(self.node.target))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingGraph:
+    """Ops in execution order (forward, loss, backward) and the storages between them.
+
+    ``turn``          index of the first op of the backward, the loss's backward included.
+    ``graph``         the normalized fx graph of the model's own step.
+    ``value_of``      value index by node of ``graph``; a view has its base's.
+    ``sources``       placeholder -> (kind, name), in graph order.
+    ``outputs``       node per tensor leaf of the model's output.
+    ``gradients``     parameter name, or input position -> node.
+    ``tangents``      index of an output -> placeholder of its gradient.
+    ``constants``     tensors the trace baked in, by placeholder name.
+    ``loss_tensors``  tensors that ``loss_fn`` holds itself: targets in a closure, weights of a module.
+    """
+
+    ops: tuple[GraphOp, ...]
+    values: tuple[GraphValue, ...]
+    turn: int
+    graph: fx.Graph
+    value_of: dict[fx.Node, int]
+    sources: dict[fx.Node, tuple[str, str | int]]
+    outputs: tuple[fx.Node, ...]
+    gradients: dict[str | int, fx.Node]
+    tangents: dict[int, fx.Node]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loss_tensors: tuple[torch.Tensor, ...] = ()
+
+    def __repr__(self) -> str:
+        forward = sum(op.phase == "forward" for op in self.ops)
+        made = sum(v.bytes for v in self.values if v.producer is not None)
+        return (
+            f"TrainingGraph({len(self.ops)} ops, {forward} of them forward; "
+            f"{len(self.values)} storages, {made} bytes made)"
+        )
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Total bytes of all storages by kind."""
+        out = dict.fromkeys(KINDS, 0)
+        for value in self.values:
+            out[value.kind] += value.bytes
+        return out
+
+
+def training_graph(joint: JointGraph) -> TrainingGraph:
+    """Restate ``joint`` as ops and storages.
+
+    Raises ``TraceError`` if an output or a buffer depends on output gradients.
+    """
+    step = normalize(joint.step)
+    forward, backward = step.order()
+    write_in_place(backward, {*step.gradients.values(), *step.outputs})
+    table = _Table(step.device(), step.storage_bytes)
+    for node, (kind, name) in step.sources.items():
+        table.add_source(node, kind, str(name))
+    for node in forward:
+        table.add_call(node, "forward", step.pinned)
+    loss_tensors: tuple[torch.Tensor, ...] = ()
+    if joint.loss is not None:
+        loss_tensors = _splice_loss(step, table, joint.loss)
+        turn = next(i for i, op in enumerate(table.ops) if op.node is None)
+    else:
+        turn = len(table.ops)
+        if joint.sees_loss:
+            ((_, tangent),) = step.tangents.items()
+            table.add_seed(tangent)
+    for node in backward:
+        table.add_call(node, "backward", step.pinned)
+    table.hold_together(step.tangents.values())
+    for node in step.outputs:
+        table.hold(node, "output")
+    for node in step.gradients.values():
+        table.hold(node, "gradient")
+    return TrainingGraph(
+        tuple(table.finished_ops()),
+        tuple(table.finished_values()),
+        turn,
+        step.graph,
+        table.value_of,
+        step.sources,
+        tuple(step.outputs),
+        step.gradients,
+        step.tangents,
+        step.constants,
+        table.device,
+        loss_tensors,
+    )
+
+
+def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> tuple[torch.Tensor, ...]:
+    """``loss_fn`` runs in eager between the model's forward and backward; its ops never run again.
+
+    Returns the tensors that it holds itself.
+    """
+    inner = Normalized(loss)
+    for source, (kind, name) in inner.sources.items():
+        if kind == "input":
+            table.alias(source, step.outputs[int(name)])
+        elif kind != "tangent":
+            table.add_source(source, kind, f"loss/{name}")
+    forward, backward = inner.order()
+    for node in forward:
+        table.add_call(node, "loss", None, prefix="loss/")
+    ((_, seed),) = inner.tangents.items()
+    table.add_seed(seed)
+    for node in inner.outputs:
+        table.hold(node, "output")
+    for _, formula in itertools.groupby(backward, lambda node: node.meta.get("seq_nr")):
+        first = len(table.ops)
+        for node in formula:
+            table.add_call(node, "loss", None, prefix="loss/")
+        table.hold_through(first)
+    for index, tangent in step.tangents.items():
+        gradient = inner.gradients.get(index)
+        if gradient is not None:
+            table.alias(tangent, gradient)
+    return tuple(inner.constants.values())
+
+
+class _Table:
+    """Numbers for storages and ops while they are being collected."""
+
+    def __init__(self, device: torch.device, storage_bytes: dict[int, Any]) -> None:
+        self.device = device
+        self.storage_bytes = dict(storage_bytes)
+        self.ops: list[GraphOp] = []
+        self.values: list[GraphValue] = []
+        self.value_of: dict[fx.Node, int] = {}
+        self._by_storage: dict[int, int] = {}
+        self._held: dict[int, str] = {}
+        self._module = ""
+        self._keep: list[torch.Tensor] = []  # storage identities are addresses: keep them unique
+
+    def _value(self, tensor: torch.Tensor, name: str, kind: str, producer: int | None, root: fx.Node) -> int:
+        index = len(self.values)
+        key = _compat.storage_key(tensor)
+        self._by_storage[key] = index
+        self._keep.append(tensor)
+        here = tensor.device == self.device
+        counted = tensor.untyped_storage().nbytes() if here else 0
+        symbolic = self._symbolic_bytes(key, root) if here else None
+        like = keeps_unreduced(root) if here else None
+        if like is not None:
+            whole = like.meta["val"]
+            counted = whole.numel() * tensor.element_size()
+            dense = whole.untyped_storage().nbytes() == counted
+            symbolic = self.storage_bytes.get(_compat.storage_key(whole)) if dense else None
+        spare = spare_bytes(root) if here else 0
+        counted, symbolic = counted + spare, None if symbolic is None else symbolic + spare
+        module = module_of(root) or self._module
+        self.values.append(GraphValue(name, counted, kind, producer, root, module=module, symbolic=symbolic))
+        return index
+
+    def _symbolic_bytes(self, key: int, root: fx.Node) -> Any:
+        """Of a gradient's copy, which the trace did not make, those of the leaf it is laid out like."""
+        if key not in self.storage_bytes and root.target is kernels.gradient_like:
+            leaf = root.args[1]
+            assert isinstance(leaf, fx.Node)
+            key = _compat.storage_key(leaf.meta["val"])
+        return self.storage_bytes.get(key)
+
+    def add_source(self, node: fx.Node, kind: str, name: str) -> None:
+        tensor = node.meta["val"]
+        if not isinstance(tensor, torch.Tensor):
+            return
+        if kind != "constant" and _compat.storage_key(tensor) in self._by_storage:
+            self.value_of[node] = self._by_storage[_compat.storage_key(tensor)]
+            return
+        self.value_of[node] = self._value(tensor, name, kind, None, node)
+
+    def add_seed(self, tangent: fx.Node) -> None:
+        """The ones that ``loss.backward()`` starts from; alive until it returns."""
+        tensor = tangent.meta["val"]
+        if tangent in self.value_of:
+            old = self.value_of[tangent]
+            self.values[old] = GraphValue("", 0, "tangent", None, None)
+        index = self._value(tensor, "ones_like_loss", "backward", len(self.ops), tangent)
+        self.value_of[tangent] = index
+        self._held[index] = "backward"
+        self.ops.append(GraphOp("ones_like_loss", None, "backward", "", (), (index,), recomputable=False))
+
+    def hold_through(self, first: int) -> None:
+        """The ops from ``first`` on are one autograd formula: what it reads and makes lives through it."""
+        together = self.ops[first:]
+        if len(together) > 1:
+            last = together[-1]
+            touched = [v for op in together for v in (*op.inputs, *op.outputs) if v not in last.outputs]
+            self.ops[-1] = replace(last, inputs=tuple(dict.fromkeys((*last.inputs, *touched))))
+
+    def hold_together(self, tangents: Iterable[fx.Node]) -> None:
+        """The engine hands all output gradients to one node and holds them until that has used the last."""
+        given = {self.value_of[node] for node in tangents if node in self.value_of}
+        readers = [i for i, op in enumerate(self.ops) if op.phase == "backward" and given & {*op.inputs}]
+        if len(given) > 1 and readers:
+            last = self.ops[readers[-1]]
+            self.ops[readers[-1]] = replace(last, inputs=tuple(dict.fromkeys((*last.inputs, *sorted(given)))))
+
+    def alias(self, node: fx.Node, other: fx.Node) -> None:
+        """``node`` of one graph is ``other`` of the other graph."""
+        old = self.value_of.get(node)
+        if old is not None:
+            self.values[old] = GraphValue("", 0, self.values[old].kind, None, None)
+        self.value_of[node] = self.value_of[other]
+        self._by_storage[_compat.storage_key(node.meta["val"])] = self.value_of[other]
+        self._keep.append(node.meta["val"])
+
+    def add_call(self, node: fx.Node, phase: str, pinned: set[fx.Node] | None, prefix: str = "") -> None:
+        """Number the storages ``node`` makes; one that makes none, changes none and checks none is a view."""
+        module = module_of(node)
+        self._module = self._module if module is None else module
+        over = node.meta.get("over")
+        if over is not None:  # the fake result, and every view of it, has a storage of its own
+            self._by_storage[_compat.storage_key(node.meta["val"])] = self.value_of[over]
+            self._keep.append(node.meta["val"])
+        tensors = tensors_of(node)
+        fresh = [t for t in tensors if _compat.storage_key(t) not in self._by_storage]  # storages new here
+        mutates = is_mutation(node)
+        if node.target is operator.getitem or not (fresh or mutates or is_check(node)):
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                self.value_of[node] = self._by_storage[_compat.storage_key(node.meta["val"])]
+            return
+        producer = len(self.ops)
+        reads = tuple(dict.fromkeys(v for n in node.all_input_nodes for v in self._values_of(n)))
+        outputs: list[int] = []
+        root_of = roots_of(node) if tensors else {}
+        kind = {"forward": "activation", "loss": "loss", "backward": "backward"}[phase]
+        for i, tensor in enumerate(tensors):
+            if _compat.storage_key(tensor) in self._by_storage:
+                continue
+            root = root_of.get(i, node)
+            outputs.append(self._value(tensor, prefix + root.name, kind, producer, root))
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            self.value_of[node] = self._by_storage[_compat.storage_key(node.meta["val"])]
+        draw = node.meta.get("draw")
+        self.ops.append(
+            GraphOp(
+                prefix + node.name,
+                node,
+                phase,
+                self._module,
+                reads + self._state(node),
+                tuple(outputs),
+                recomputable=pinned is not None
+                and node not in pinned
+                and not is_check(node)
+                and (not mutates or "again" in node.meta),
+                fused_with_previous=draw is not None,
+            )
+        )
+        if draw is not None:
+            (drawn,) = (i for i, op in enumerate(self.ops) if op.node is draw)
+            self.ops[drawn] = replace(self.ops[drawn], workspace=outputs[0])
+
+    def _state(self, node: fx.Node) -> tuple[int, ...]:
+        state = node.meta.get("rng_state")
+        return () if state is None else (self.value_of[state],)
+
+    def _values_of(self, node: fx.Node) -> list[int]:
+        if node in self.value_of:
+            return [self.value_of[node]]
+        return [self._by_storage[_compat.storage_key(t)] for t in tensors_of(node)]
+
+    def hold(self, node: fx.Node, kind: str) -> None:
+        """The caller keeps ``node``'s storage until the step ends."""
+        self._held[self.value_of[node]] = kind
+
+    def finished_values(self) -> list[GraphValue]:
+        out = []
+        for i, v in enumerate(self.values):
+            held = i in self._held and v.producer is not None
+            out.append(replace(v, kind=self._held[i], final=True) if held else v)
+        return out
+
+    def finished_ops(self) -> list[GraphOp]:
+        """An op whose output the caller holds is pinned: a second copy would not replace the first."""
+        return [
+            replace(op, recomputable=False) if any(v in self._held for v in op.outputs) else op
+            for op in self.ops
+        ]

@@ -1,0 +1,174 @@
+"""One training step, as every measurement runs it: what is called, what is differentiated, what is undone.
+
+The backward starts from ``loss_fn(outputs)``, or from the model's own loss (:func:`loss_of`, the rule
+capture follows), or, without one, from every differentiable output, given a gradient of ones.
+:func:`undone` runs a step as if it had not been.
+
+Known limit: the random states of Python and numpy are not put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from planner._compat import pytree
+from planner.capture.outputs import register_dataclasses
+from planner.errors import PlannerError
+
+__all__ = [
+    "Forward",
+    "Inputs",
+    "LossFn",
+    "backward",
+    "call",
+    "cuda_devices",
+    "device_of",
+    "forward",
+    "held",
+    "loss_of",
+    "tangents_for",
+    "tensors_in",
+    "undone",
+]
+
+Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
+LossFn = Callable[[Any], Tensor]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
+    if isinstance(tree, Mapping):  # a tokenizer's BatchEncoding is one that pytree does not know
+        tree = list(tree.values())
+    register_dataclasses(tree)
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
+    """The scalar a step differentiates, or ``None`` when it differentiates the outputs themselves.
+
+    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself,
+    or the only one of several, that has one element and requires grad.  Raises TypeError if
+    ``loss_fn`` gives no one-element tensor.
+    """
+    if loss_fn is not None:
+        loss = loss_fn(outputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
+        return loss
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    scalars = [t for t in tensors_in(outputs) if t.requires_grad and t.numel() == 1]
+    return scalars[0] if len(scalars) == 1 else None
+
+
+def call(target: Callable[..., Any], inputs: Inputs) -> Any:
+    if inputs is None:
+        return target()
+    if isinstance(inputs, Mapping):
+        return target(**inputs)
+    if isinstance(inputs, tuple):
+        return target(*inputs)
+    if isinstance(inputs, Tensor):
+        return target(inputs)
+    raise TypeError(
+        f"inputs must be a tuple or a dict of arguments, or a tensor, got {type(inputs).__name__}"
+    )
+
+
+class Forward(NamedTuple):
+    """A finished forward pass: what it returned, and the tensors the backward starts from."""
+
+    outputs: Any
+    loss: Tensor | None
+    roots: list[Tensor]
+
+
+def forward(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> Forward:
+    outputs = call(model, inputs)
+    loss = loss_of(outputs, loss_fn)
+    roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
+    if not roots or not all(root.requires_grad for root in roots):
+        raise PlannerError(
+            "nothing to differentiate: the loss, or every output of the model, is free of gradients; "
+            "check requires_grad of the parameters and that gradients are enabled"
+        )
+    return Forward(outputs, loss, roots)
+
+
+def backward(passed: Forward, given: list[Tensor] | None = None) -> None:
+    """Run the backward as a training loop does: behind the autocast context the forward ran in, if any.
+
+    Leaving that context also drops its cache of cast weights.
+    """
+    device = passed.roots[0].device.type
+    if not torch.is_autocast_enabled(device):
+        torch.autograd.backward(passed.roots, given)
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device, enabled=False):
+        torch.autograd.backward(passed.roots, given)
+
+
+def tangents_for(passed: Forward, tangents: Iterable[Tensor] | None) -> list[Tensor] | None:
+    """Output gradients: as given, else ones; ``None`` lets the engine make the one of a loss."""
+    if tangents is None:
+        return [torch.ones_like(root) for root in passed.roots] if passed.loss is None else None
+    given = list(tangents)
+    if [t.shape for t in given] != [root.shape for root in passed.roots]:
+        raise ValueError(
+            f"tangents have shapes {[tuple(t.shape) for t in given]}, what the backward starts from "
+            f"{[tuple(root.shape) for root in passed.roots]}"
+        )
+    return given
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+
+
+def held(model: nn.Module | None, inputs: Inputs) -> list[Tensor]:
+    """What a step holds from beginning to end: parameters, buffers, inputs."""
+    own = [] if model is None else [*model.parameters(), *model.buffers()]
+    return [*own, *tensors_in(inputs)]
+
+
+@contextmanager
+def undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Run a step as if it had not been: gradients (required to be None), buffers, random state."""
+    leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
+    for name, leaf in leaves:
+        if leaf.is_leaf and leaf.grad is not None:
+            raise PlannerError(
+                f"the gradient of {name!r} is not None: a step is measured from empty gradients; "
+                "call model.zero_grad(set_to_none=True) first"
+            )
+    buffers = [
+        (module, name, buffer, buffer.detach().to("cpu", copy=True))  # not on the device being measured
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        with torch.random.fork_rng(devices=cuda_devices(held(model, inputs))):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                if not torch.equal(buffer.cpu(), saved):  # an expanded buffer cannot be written to
+                    buffer.copy_(saved)
+                setattr(module, name, buffer)
+        for _, leaf in leaves:
+            if leaf.is_leaf:
+                leaf.grad = None
+
+
+def device_of(model: nn.Module | None, inputs: Inputs, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return next((t.device for t in held(model, inputs)), torch.device("cpu"))

@@ -1,0 +1,155 @@
+"""Every copy of every value in a schedule: when it is born, when it dies, and what it is.
+
+From this come the breakdown of a peak, the picture of memory over the step, and each value's
+placement.  Nothing is decided here; it is a reading of the steps that ``simulate`` has judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from planner.memory.resident import Resident
+from solvers import Problem, Timeline
+
+__all__ = ["KINDS", "Copy", "StepGraph", "bytes_over_time", "copies_of"]
+
+# From the bottom of the picture to its top.
+KINDS = (
+    "parameters",
+    "buffers",
+    "optimizer_state",
+    "inputs",
+    "output_gradients",
+    "library_workspace",
+    "allocator_slack",
+    "margin",
+    "gradients",
+    "outputs",
+    "saved",
+    "recomputed",
+    "gradients_in_flight",
+    "temporaries",
+    "workspace",
+)
+
+
+class _StepOp(Protocol):
+    @property
+    def target(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[int, ...]: ...
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
+
+
+class _StepValue(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def final(self) -> bool: ...
+
+
+class StepGraph(Protocol):
+    """What has to be known of a step to play it through: a TrainingGraph or its Outline."""
+
+    @property
+    def ops(self) -> Sequence[_StepOp]: ...
+    @property
+    def values(self) -> Sequence[_StepValue]: ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One copy of a value: alive from step ``born`` to step ``died``, both included."""
+
+    value: int
+    born: int
+    died: int
+    bytes: int
+    kind: str
+
+
+def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Copy]:
+    """All copies that ``timeline`` makes, in order of birth.
+
+    ``saved`` is what the forward leaves for the backward; ``recomputed`` what a further execution
+    made; ``temporaries`` what the forward drops again; ``gradients_in_flight`` what the backward
+    makes for itself; ``gradients`` and ``outputs`` are held to the end.
+    """
+    steps = timeline.steps.tolist()
+    boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+    died: dict[tuple[int, int], int] = {}
+    born: dict[int, int] = {}
+    ran: set[int] = set()
+    again: set[tuple[int, int]] = set()
+    order: list[tuple[int, int]] = []
+    for t, i in enumerate(steps):
+        for v in problem.ops[i].outputs:
+            born[v] = t
+            order.append((v, t))
+            if i in ran:
+                again.add((v, t))
+        ran.add(i)
+        for v in timeline.frees[t]:
+            died[v, born[v]] = t
+    end = len(steps) - 1
+    out = []
+    for v, t in order:
+        death = died.get((v, t), end)
+        kind = _kind(graph, v, t, death, boundary, (v, t) in again)
+        out.append(Copy(v, t, death, problem.values[v].bytes, kind))
+    return out
+
+
+def _kind(graph: StepGraph, v: int, born: int, died: int, boundary: int, again: bool) -> str:
+    value = graph.values[v]
+    if value.final and value.kind in ("gradient", "output"):
+        return value.kind + "s"
+    if again:
+        return "recomputed"
+    if born >= boundary:
+        return "gradients_in_flight"
+    return "saved" if died >= boundary else "temporaries"
+
+
+def bytes_over_time(
+    problem: Problem,
+    timeline: Timeline,
+    copies: list[Copy],
+    resident: Resident,
+    further: Mapping[str, int],
+    slack: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``.
+
+    ``further``: bytes by kind that are there throughout and not in ``resident``.  ``slack``: what an
+    allocator hands out at each step beyond ``timeline.live_bytes``; ``None`` where there is none.
+    """
+    length = len(timeline.steps)
+    delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
+    for copy in copies:
+        delta[copy.kind][copy.born] += copy.bytes
+        delta[copy.kind][copy.died + 1] -= copy.bytes
+    out = {kind: np.cumsum(d)[:length] for kind, d in delta.items()}
+    out["workspace"] = np.array([problem.ops[i].workspace_bytes for i in timeline.steps], dtype=np.int64)
+    constant = {
+        "parameters": resident.parameters_bytes,
+        "buffers": resident.buffers_bytes,
+        "optimizer_state": resident.optimizer_state_bytes,
+        "inputs": resident.inputs_bytes,
+        "gradients": resident.gradients_bytes,
+        **further,
+    }
+    for kind, size in constant.items():
+        out[kind] = out[kind] + size
+    if slack is None:
+        del out["allocator_slack"]
+    else:
+        out["allocator_slack"] = out["allocator_slack"] + slack
+    return out

@@ -1,0 +1,65 @@
+"""The optimizers that hold a model's parameters, found without being told.
+
+A trainer makes its optimizer before the first batch, and the model never hears of it; but a budget for the
+whole step must count its state.  So the live objects are looked through, once per plan: some tens of
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from planner.errors import PlannerError
+from planner.memory.resident import OptimizerBytes, optimizer_state_bytes
+
+__all__ = ["found_optimizer_bytes", "optimizers_of"]
+
+log = logging.getLogger(__name__)
+
+
+def optimizers_of(model: nn.Module) -> list[Optimizer]:
+    """Live optimizers with a parameter of ``model``; of wrappers such as accelerate's, what they wrap."""
+    mine = {id(p) for p in model.parameters()}
+    found = _holding(mine)
+    if len(found) > 1:  # perhaps one of an earlier run that only waits to be collected
+        del found
+        gc.collect()
+        found = _holding(mine)
+    return found
+
+
+def _holding(parameters: set[int]) -> list[Optimizer]:
+    alive = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+    inner = {id(o): o for o in alive if not isinstance(getattr(o, "optimizer", None), Optimizer)}
+    return [
+        o
+        for o in inner.values()
+        if any(id(p) in parameters for group in o.param_groups for p in group["params"])
+    ]
+
+
+def found_optimizer_bytes(model: nn.Module, device: torch.device) -> OptimizerBytes:
+    """State of all of :func:`optimizers_of`, and the most that one of their steps takes beside it.
+
+    One whose step cannot be foreseen counts with the state it has by now.
+    """
+    state_bytes = step_bytes = 0
+    for optimizer in optimizers_of(model):
+        try:
+            taken = optimizer_state_bytes(optimizer, (), device=device)
+        except PlannerError as error:
+            log.warning("%s counts with the state it has now: %s", type(optimizer).__name__, error)
+            taken = OptimizerBytes(_present_bytes(optimizer, device), 0)
+        state_bytes += taken.state_bytes
+        step_bytes = max(step_bytes, taken.step_transient_bytes)
+    return OptimizerBytes(state_bytes, step_bytes)
+
+
+def _present_bytes(optimizer: Optimizer, device: torch.device) -> int:
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.device == device)

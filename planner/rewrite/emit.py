@@ -1,0 +1,391 @@
+"""A schedule made executable: a forward graph, and a backward graph cut into segments.
+
+The schedule's steps are replayed into fx graphs, each kernel call exactly where and as often as it
+is scheduled.  The generated Python drops each tensor after its last use, and takes its arguments in
+one list that it clears, so what is freed is what the schedule frees.  Views are re-made where they
+are read.  What crosses from the forward to the backward is the saved set; what crosses from one
+segment of the backward to a later one is handed over by name.
+
+Segments.  One autograd node for the whole backward would hand out every gradient at its very end:
+no overlap with communication, and under gradient accumulation a second set of gradients.  The
+*backward* is cut, not the forward, so any cut is legal and none changes what is recomputed.  The
+first cut comes right after the last use of the output gradients, which the engine holds for as long
+as the node that receives them runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from planner._compat import BoxedCodeGen
+from planner.graph import kernels
+from planner.graph.nodes import layer_of, module_of
+from planner.graph.training_graph import TrainingGraph
+from planner.rewrite.bindings import bind
+from planner.solving.lowering import replayed_states
+
+__all__ = ["Argument", "Program", "Segment", "emit"]
+
+
+class Argument(NamedTuple):
+    """Where an argument of a generated graph comes from.
+
+    ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index), "size"
+               (an integer that varies; its expression), "saved" (position in the forward's saved set) or
+               "mail" (a value an earlier segment made).
+    """
+
+    kind: str
+    key: str | int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous part of the backward.
+
+    ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position).
+    ``mail``        names of the remaining results, kept for later segments.
+    """
+
+    module: fx.GraphModule
+    arguments: tuple[Argument, ...]
+    gradients: tuple[str | int, ...]
+    mail: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The rewritten step.
+
+    ``forward``    returns the model's output tensors, then the saved set.
+    ``segments``   the backward, in execution order.
+    ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
+    """
+
+    forward: fx.GraphModule
+    arguments: tuple[Argument, ...]
+    outputs: int
+    saved: int
+    segments: tuple[Segment, ...]
+    constants: dict[str, torch.Tensor]
+    replays: bool
+
+    @property
+    def code(self) -> str:
+        """The whole step as Python; a call that runs again is named ``..._recomputed``."""
+        parts = [f"# forward: {self.outputs} outputs, {self.saved} saved tensors", self.forward.code.strip()]
+        for k, segment in enumerate(self.segments):
+            parts += [f"\n# backward, segment {k + 1} of {len(self.segments)}", segment.module.code.strip()]
+        return "\n".join(parts)
+
+
+def emit(
+    graph: TrainingGraph, steps: list[int], *, boundary: int | None = None, segments: int | None = None
+) -> Program:
+    """Generate the program of ``steps`` (op positions, as ``simulate`` judged them).
+
+    ``boundary``: how many steps belong to the forward; ``None``: those before the first of another
+    phase, which is right where ``graph`` has the loss.  ``segments``: into how many parts to cut the
+    backward at most; ``None`` chooses by gradient bytes.
+    """
+    writer = _Writer(graph, replayed_states(graph, steps))
+    if boundary is None:
+        boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+    for t in range(boundary):
+        writer.run(steps[t], steps[t - 1] if t else None)
+    outputs = [writer.operand(n) for n in graph.outputs]
+    writer.turn()
+    for t in range(boundary, len(steps)):
+        if graph.ops[steps[t]].phase != "loss" and graph.ops[steps[t]].node is not None:
+            writer.run(steps[t], steps[t - 1])
+    return writer.finish(outputs, segments)
+
+
+class _Writer:
+    """Copies calls of the training graph into the graph being written, keeping track of current copies."""
+
+    def __init__(self, graph: TrainingGraph, replayed: set[int]) -> None:
+        self.source = graph
+        self.replayed = replayed
+        self.op_of = {
+            op.node: i for i, op in enumerate(graph.ops) if op.node is not None and op.phase != "loss"
+        }
+        self.gradient_nodes = {node: name for name, node in graph.gradients.items()}
+        self.gradients_of_value: dict[int, list[fx.Node]] = {}
+        for node in graph.gradients.values():
+            self.gradients_of_value.setdefault(graph.value_of[node], []).append(node)
+        self.forward = fx.Graph()
+        self.backward = fx.Graph()
+        self.out = self.forward
+        self.current: dict[fx.Node, fx.Node] = {}
+        self.version: dict[int, int] = {}
+        self.views: dict[fx.Node, tuple[tuple[fx.Graph, int], fx.Node]] = {}
+        self.arguments: dict[fx.Graph, dict[fx.Node, Argument]] = {self.forward: {}, self.backward: {}}
+        self.placeholders: dict[tuple[int, fx.Node], fx.Node] = {}
+        self.at_turn: dict[fx.Node, fx.Node] = {}
+        self.saved: list[fx.Node] = []
+        self.gradient_results: dict[fx.Node, str | int] = {}
+        self.ran: set[int] = set()
+
+    # -- operands --------------------------------------------------------------------------------
+
+    def operand(self, node: fx.Node) -> fx.Node:
+        """The current copy of ``node`` in the graph being written; views are made on the spot."""
+        if node in self.source.sources:
+            return self._placeholder(node, Argument(*self.source.sources[node]))
+        twice = _transposed_twice(node)
+        if twice is not None:
+            return self.operand(twice)
+        if self._is_made(node):
+            copy = self.current.get(node)
+            if copy is not None:
+                return copy
+            kept = self.at_turn[node]
+            if kept not in self.saved:
+                self.saved.append(kept)
+            return self._placeholder(node, Argument("saved", self.saved.index(kept)))
+        stamp = (self.out, self._stamp(node))
+        cached = self.views.get(node)
+        if cached is None or cached[0] != stamp:
+            view = self.out.node_copy(node, self.operand)
+            view.meta = node.meta
+            cached = self.views[node] = (stamp, view)
+        return cached[1]
+
+    def _is_made(self, node: fx.Node) -> bool:
+        if node.target is operator.getitem:
+            return node.args[0] in self.op_of
+        return node in self.op_of
+
+    def _stamp(self, node: fx.Node) -> int:
+        value = self.source.value_of.get(node)
+        if value is None:
+            return sum(self._stamp(n) for n in node.all_input_nodes)
+        return self.version.get(value, 0)
+
+    def _placeholder(self, node: fx.Node, argument: Argument) -> fx.Node:
+        key = (id(self.out), node)
+        if key not in self.placeholders:
+            nodes = self.out.nodes
+            first = next((n for n in nodes if n.op != "placeholder"), None)
+            with (
+                self.out.inserting_before(first)
+                if first is not None
+                else self.out.inserting_after(_last(self.out))
+            ):
+                new = self.out.placeholder(node.name)
+            new.meta = node.meta
+            self.placeholders[key] = new
+            self.arguments[self.out][new] = argument
+        return self.placeholders[key]
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def run(self, index: int, previous: int | None) -> None:
+        """Write one step of the schedule."""
+        op = self.source.ops[index]
+        node = op.node
+        assert node is not None
+        again = index in self.ran
+        self.ran.add(index)
+        drawn: fx.Node | None = node.meta.get("draw")
+        just_drawn = previous is not None and self.source.ops[previous].node is drawn
+        if drawn is not None and just_drawn and drawn in self.current:
+            call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
+        elif again and "rng_state" in node.meta:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
+            state = self.operand(node.meta["rng_state"])
+            device = str(self.source.device)
+            if node.target is kernels.dropout_mask:  # as an argument, generated code could not name it
+                call = self._call(kernels.dropout_mask_again, (state, device, *args), kwargs, node, again)
+            else:
+                call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
+        elif node.target is kernels.rng_state and index not in self.replayed:
+            return
+        elif again and "again" in node.meta:
+            target, args = node.meta["again"]
+            call = self._call(target, fx.map_arg(args, self.operand), {}, node, again)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
+            call = self._call(node.target, args, kwargs, node, again)
+        call.meta = {**node.meta, "recompute": again}
+        self.current[node] = call
+        for user in node.users:
+            if user.target is operator.getitem:
+                part = self._call(operator.getitem, (call, user.args[1]), {}, user, again)
+                part.meta = user.meta
+                self.current[user] = part
+        for value in op.outputs:
+            self.version[value] = self.version.get(value, 0) + 1
+            for gradient in self.gradients_of_value.get(value, ()):
+                self.gradient_results[self.operand(gradient)] = self.gradient_nodes[gradient]
+
+    def _call(self, target: Any, args: Any, kwargs: Any, like: fx.Node, again: bool) -> fx.Node:
+        name = f"{like.name}_recomputed" if again else like.name
+        return self.out.create_node("call_function", target, args, kwargs, name=name)
+
+    def turn(self) -> None:
+        """From here on calls go to the backward graph; what the forward made is there if it is saved."""
+        self.at_turn, self.current = self.current, {}
+        self.views = {}
+        self.out = self.backward
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def finish(self, outputs: list[fx.Node], segments: int | None) -> Program:
+        """Close the forward on its outputs and the saved set, and cut the backward."""
+        held = set(outputs)
+        saved = []
+        for node in self.saved:
+            if node in held:  # the caller's copy will carry a grad_fn; what is saved must not
+                alias = self.forward.call_function(torch.ops.aten.detach.default, (node,))
+                alias.meta = node.meta
+                node = alias
+            saved.append(node)
+        distinct: list[fx.Node] = []
+        for node in outputs:
+            if node in distinct or node.op == "placeholder":
+                alias = self.forward.call_function(torch.ops.aten.detach.default, (node,))
+                alias.meta = node.meta
+                node = alias
+            distinct.append(node)
+        self.forward.output([*distinct, *saved])
+        _drop_dead_getitems(self.forward)
+        arguments = self.arguments[self.forward]
+        used = {n for n in self.forward.nodes if n.op == "placeholder"}
+        return Program(
+            _module(self.forward, "Forward"),
+            tuple(a for n, a in _in_order(self.forward, arguments) if n in used),
+            len(outputs),
+            len(saved),
+            tuple(self._cut(segments)),
+            self.source.constants,
+            bool(self.replayed),
+        )
+
+    def _cut(self, segments: int | None) -> list[Segment]:
+        _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
+        calls = [n for n in self.backward.nodes if n.op == "call_function"]
+        starts = _cuts(calls, self.gradient_results, self.arguments[self.backward], segments)
+        parts = [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
+        home = {n: k for k, part in enumerate(parts) for n in part}
+        first_use: dict[fx.Node, int] = {}
+        last_use: dict[fx.Node, int] = {}
+        for k, part in enumerate(parts):
+            for node in part:
+                for operand in node.all_input_nodes:
+                    first_use.setdefault(operand, k)
+                    last_use[operand] = k
+        arguments = self.arguments[self.backward]
+        return [
+            _segment(k, part, home, first_use, last_use, arguments, self.gradient_results)
+            for k, part in enumerate(parts)
+        ]
+
+
+def _segment(
+    k: int,
+    part: list[fx.Node],
+    home: dict[fx.Node, int],
+    first_use: dict[fx.Node, int],
+    last_use: dict[fx.Node, int],
+    arguments: dict[fx.Node, Argument],
+    gradients: dict[fx.Node, str | int],
+) -> Segment:
+    """Copy ``part`` into a graph of its own."""
+    graph = fx.Graph()
+    inside = set(part)
+    outside = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in inside))
+    new: dict[fx.Node, fx.Node] = {}
+    sources: list[Argument] = []
+    for node in outside:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta
+        argument = arguments.get(node)
+        handed = argument is None or (argument.kind == "saved" and first_use[node] < k)
+        sources.append(Argument("mail", node.name) if handed or argument is None else argument)
+    for node in part:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        new[node].meta = node.meta
+    results = [n for n in part if n in gradients]
+    mail = [n for n in part if last_use.get(n, k) > k]
+    mail += [n for n in outside if (n in home or arguments[n].kind == "saved") and last_use[n] > k]
+    graph.output([new[n] for n in (*results, *mail)])
+    return Segment(
+        _module(graph, f"Backward{k}"),
+        tuple(sources),
+        tuple(gradients[n] for n in results),
+        tuple(n.name for n in mail),
+    )
+
+
+def _cuts(
+    calls: list[fx.Node],
+    gradients: dict[fx.Node, str | int],
+    arguments: dict[fx.Node, Argument],
+    segments: int | None,
+) -> list[int]:
+    """Positions at which segments start: after the output gradients' last use, then by gradient bytes."""
+    tangents = {n for n, a in arguments.items() if a.kind == "tangent"}
+    free = 1 + max((i for i, n in enumerate(calls) if tangents & set(n.all_input_nodes)), default=-1)
+    if segments == 1 or not calls:
+        return [0]
+    size = {n: _bytes(n) for n in gradients}
+    quota = sum(size.values()) / (segments or 8)
+    if segments is None:
+        quota = min(quota, 25e6) if quota > 1e6 else max(quota, 1e6)
+    starts, have = [0], 0.0
+    later_gradients = [0] * (len(calls) + 1)
+    for i in range(len(calls) - 1, -1, -1):
+        later_gradients[i] = later_gradients[i + 1] + (calls[i] in gradients)
+    for i, node in enumerate(calls[:-1], start=1):
+        have += size.get(node, 0)
+        layer_ends = layer_of(module_of(calls[i]) or "") != layer_of(module_of(node) or "")
+        due = (i >= free and len(starts) == 1) or (have >= quota and layer_ends and i > free)
+        if due and later_gradients[i] and calls[i].target is not operator.getitem:
+            starts.append(i)
+            have = 0.0
+    return starts
+
+
+def _transposed_twice(node: fx.Node) -> fx.Node | None:
+    """What ``t(t(x))`` is a view of, which autograd writes for each weight and its gradient."""
+    t = torch.ops.aten.t.default
+    inner = node.args[0] if node.target is t else None
+    twice = isinstance(inner, fx.Node) and inner.target is t
+    return inner.args[0] if twice else None  # type: ignore[union-attr,return-value]
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> None:
+    """Parts of a result that nothing reads, and views made for nobody."""
+    for node in reversed(graph.nodes):
+        if node.target is operator.getitem and not node.users and node not in (keep or ()):
+            graph.erase_node(node)
+
+
+def _in_order(graph: fx.Graph, arguments: dict[fx.Node, Argument]) -> list[tuple[fx.Node, Argument]]:
+    return [(n, arguments[n]) for n in graph.nodes if n.op == "placeholder"]
+
+
+def _last(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)), graph._root)
+
+
+def _module(graph: fx.Graph, name: str) -> fx.GraphModule:
+    for node in graph.nodes:  # a kernel may lay its result out otherwise than the trace believed
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    bind(graph)
+    graph.set_codegen(BoxedCodeGen())
+    graph.lint()
+    return fx.GraphModule({}, graph, name)

@@ -1,0 +1,293 @@
+"""What a plan was made for, checked before each planned step.
+
+A captured graph is right for one structure of inputs, one set of modules with their training flags,
+parameters of certain sizes and ``requires_grad``, one autocast state.  Anything else is a
+``StalePlanError`` that names the first difference; nothing is guessed.  The check walks cached
+references, some tenths of a microsecond per module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.capture.effects import has_hooks
+from planner.capture.wrappers import is_sharded, sharded_message
+from planner.errors import PlannerError, StalePlanError
+from planner.graph.training_graph import TrainingGraph
+
+__all__ = ["Expectation", "Guard", "TensorSpec", "expectation_of", "fingerprint_of"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, strides, dtype, device and whether autograd tracks it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] on {self.device}"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """All that the capture depended on.
+
+    ``leaves``       tensor specs and constants of the flattened inputs; ``in_spec`` their structure.
+    ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
+    ``modules``      (path, type name, training flag) in traversal order.
+    ``settings``     of each module: its public attributes that are numbers, strings or flags, such as a
+                     dropout's probability.  They are constants of the graph.
+    """
+
+    in_spec: Any
+    leaves: tuple[Any, ...]
+    parameters: dict[str, TensorSpec]
+    tied: dict[str, str]
+    modules: tuple[tuple[str, str, bool], ...]
+    autocast: tuple[bool, str]
+    settings: tuple[dict[str, Any], ...]
+
+
+def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Expectation:
+    """What a capture of ``model`` at these inputs depends on, as of now."""
+    device = next(model.parameters()).device
+    return Expectation(
+        in_spec,
+        tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves),
+        {n: TensorSpec.of(t) for n, t in (*model.named_parameters(), *model.named_buffers())},
+        _tied(model),
+        tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
+        autocast_state(device),
+        tuple(_settings(m) for m in model.modules()),
+    )
+
+
+def fingerprint_of(graph: TrainingGraph, expected: Expectation) -> str:
+    """Hash of a captured step: its calls, sizes, gradients and what it depends on."""
+    h = hashlib.sha256()
+    device = graph.device  # the same step on another device of the kind is the same step
+    here, anywhere = repr(device), repr(torch.device(device.type))
+    for op in graph.ops:
+        if op.phase != "loss" and op.node is not None:
+            made = [graph.values[v].bytes for v in op.outputs]
+            call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
+            h.update(call.replace(here, anywhere).encode())
+    for name, spec in expected.parameters.items():
+        spec = replace(spec, device=torch.device(spec.device.type))
+        h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
+    return h.hexdigest()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str)
+    return {k: v for k, v in vars(module).items() if type(v) in plain and k != "training" and k[0] != "_"}
+
+
+def autocast_state(device: torch.device) -> tuple[bool, str]:
+    """Whether autocast is on for the device's type, and to which dtype."""
+    on = torch.is_autocast_enabled(device.type)
+    return on, str(torch.get_autocast_dtype(device.type)) if on else ""
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names beyond the first of each parameter and buffer, and the first."""
+    first: dict[int, str] = {}
+    tensors = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {n: first[id(t)] for n, t in tensors if first.setdefault(id(t), n) != n}
+
+
+class Guard:
+    """An expectation bound to one model instance.
+
+    ``parameters``  names of its parameters; what stands in their place for a call may be another tensor.
+    """
+
+    def __init__(self, model: nn.Module, expected: Expectation) -> None:
+        self.model, self.expected = model, expected
+        self.parameters = frozenset(name for name, _ in model.named_parameters())
+        found = [(n, type(m).__name__) for n, m in model.named_modules()]
+        wanted = [(n, t) for n, t, _ in expected.modules]
+        if found != wanted:
+            raise StalePlanError(
+                f"this plan was made for a model with {len(wanted)} modules, "
+                f"{_first_difference(wanted, found)}; plan the model you want to run"
+            )
+        self._modules = [
+            (m, flag, _sizes(m)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
+        ]
+        modules = zip(model.modules(), expected.settings, strict=True)
+        self._settings = [(vars(m), m, k, v) for m, known in modules for k, v in known.items()]
+        self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
+        self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
+        self._tied = [(*self._slot(name), name, first) for name, first in expected.tied.items()]
+        known = {*expected.parameters, *expected.tied}
+        extra = [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in known]
+        if extra:
+            raise StalePlanError(
+                f"{type(model).__name__} has {extra[0]!r}, which the plan does not know; make a new plan"
+            )
+        self.tensors()
+
+    def _slot(self, name: str) -> tuple[dict[str, Any], str]:
+        """The dict that holds a parameter or buffer, and its key there."""
+        path, _, key = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        where: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+        if key not in where:
+            raise StalePlanError(
+                f"the plan needs {name!r}, which {type(self.model).__name__} does not have; make a new plan"
+            )
+        return where, key
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Current parameters and buffers by name; ``StalePlanError`` if one is not what was planned."""
+        out = {}
+        for where, key, name, spec in self._slots:
+            tensor = where.get(key)
+            if (
+                tensor is None
+                or tensor.shape != spec.shape
+                or tensor.dtype != spec.dtype
+                or (tensor.device != spec.device or tensor.requires_grad != spec.requires_grad)
+                or tensor.stride() != spec.stride
+            ):
+                raise StalePlanError(
+                    f"{name} was {_described(spec)} when the plan was made and is "
+                    f"{'gone' if tensor is None else _described(TensorSpec.of(tensor))}; make a new plan"
+                )
+            out[name] = tensor
+        for where, key, name, first in self._tied:
+            if where.get(key) is not out[first]:
+                raise StalePlanError(
+                    f"{name} and {first} were one tensor when the plan was made and are two; make a new plan"
+                )
+        return out
+
+    def check_modules(self) -> None:
+        """Same modules, same training flags, no hooks that the graph would skip."""
+        root = self.model
+        for module, flag, size in self._modules:
+            if module.training is not flag:
+                path = next(n for n, m in root.named_modules() if m is module)
+                raise StalePlanError(
+                    f"{path or 'the model'} has training={module.training}, the plan was made with "
+                    f"training={flag}; make a new plan, or set the flag back"
+                )
+            if _sizes(module) != size:
+                path = next(n for n, m in root.named_modules() if m is module)
+                raise StalePlanError(
+                    f"a submodule, parameter or buffer of {path or type(root).__name__} was added or "
+                    "removed; make a new plan"
+                )
+            if module is not root and has_hooks(module):
+                path = next(n for n, m in root.named_modules() if m is module)
+                if is_sharded(module):
+                    raise PlannerError(sharded_message(path))
+                raise PlannerError(
+                    f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, "
+                    "register it on the model itself, or call plan.restore(model)"
+                )
+        for attributes, module, key, value in self._settings:
+            now = attributes.get(key)
+            if now is not value and now != value:
+                path = next(n for n, m in root.named_modules() if m is module)
+                raise StalePlanError(
+                    f"{path or 'the model'} has {key}={now!r}, the plan was made with {key}={value!r}; "
+                    "make a new plan, or set it back"
+                )
+        for modules, key, child in self._edges:
+            if modules.get(key) is not child:
+                raise StalePlanError(f"submodule {key!r} was replaced after planning; make a new plan")
+
+    def check_inputs(self, leaves: Sequence[Any], in_spec: Any, *, sized: bool = True) -> None:
+        """Same structure, sizes, strides, dtypes, devices and constants; all but sizes if not ``sized``."""
+        expected = self.expected
+        if in_spec != expected.in_spec:
+            raise StalePlanError(
+                f"{type(self.model).__name__} was planned for {_form(expected.in_spec)} and is called with "
+                f"{_form(in_spec)}; pass the inputs the same way (positional or by keyword), or make a new "
+                "plan"
+            )
+        for i, (leaf, want) in enumerate(zip(leaves, expected.leaves, strict=True)):
+            if isinstance(want, TensorSpec):
+                if isinstance(leaf, torch.Tensor) and (
+                    TensorSpec.of(leaf) == want if sized else _same_kind(leaf, want)
+                ):
+                    continue
+                got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
+                raise StalePlanError(
+                    f"input {self._label(i)} is {got}; the plan was made for {_described(want)}. Plan "
+                    "with dynamic=True, plan once per shape, or pad the batch to the planned size"
+                )
+            if leaf is not want and (type(leaf) is not type(want) or leaf != want):
+                got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
+                raise StalePlanError(
+                    f"input {self._label(i)} is {got}; the plan was made for {want!r}. Plan once for each"
+                )
+        state = autocast_state(next(self.model.parameters()).device)
+        if state != expected.autocast:
+            raise StalePlanError(
+                f"autocast is {state[1] or 'off'}, it was {expected.autocast[1] or 'off'} when the plan was "
+                "made; plan under the same autocast context as you train"
+            )
+
+    def _label(self, index: int) -> str:
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.expected.leaves))), self.expected.in_spec)
+        for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+            if leaf == index:
+                return pytree.keystr(path[1:])
+        return str(index)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int, int]:
+    return len(module._modules), len(module._parameters), len(module._buffers)
+
+
+def _same_kind(tensor: torch.Tensor, want: TensorSpec) -> bool:
+    """Equal in all but sizes."""
+    return (tensor.dim(), tensor.dtype, tensor.device, tensor.requires_grad) == (
+        len(want.shape),
+        want.dtype,
+        want.device,
+        want.requires_grad,
+    )
+
+
+def _described(spec: TensorSpec) -> str:
+    return f"{spec}, strides {spec.stride}, requires_grad={spec.requires_grad}"
+
+
+def _form(spec: Any) -> str:
+    """How a call passes its arguments: ``2 positional inputs, keywords a, b``."""
+    args, kwargs = pytree.tree_unflatten([...] * spec.num_leaves, spec)
+    parts = [f"{len(args)} positional input{'s' * (len(args) != 1)}"] if args else []
+    parts += [f"keyword{'s' * (len(kwargs) != 1)} {', '.join(kwargs)}"] if kwargs else []
+    nested = any(leaf is not ... for leaf in (*args, *kwargs.values()))
+    form = " and ".join(parts) or "no inputs"
+    return f"{form}, nested as {args or ''}{kwargs or ''}" if nested else form
+
+
+def _first_difference(wanted: list[tuple[str, str]], found: list[tuple[str, str]]) -> str:
+    for (name, kind), other in zip(wanted, found, strict=False):
+        if (name, kind) != other:
+            return f"where it has {kind} {name!r} this one has {other[1]} {other[0]!r}"
+    return f"this one has {len(found)}"

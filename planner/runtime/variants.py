@@ -1,0 +1,308 @@
+"""One plan for many shapes: which program runs a batch, and when another trace or solution is needed.
+
+A *variant* is a program made from one symbolic capture and one schedule.  A batch of new sizes takes
+the first variant
+
+* whose guards hold at its sizes, so that the graph is right, and
+* whose peak there is within the budget.  Where no storage is larger than it was planned for, nor is
+  the peak; else the schedule is judged again at the batch's sizes, which is arithmetic.
+
+A batch so small that all of it can be kept is run without recomputation, by a second program from
+the same capture; whether it can is the same arithmetic.
+
+Where the guards of none hold (a size of 1, a branch the model takes on lengths) the step is traced
+once more, for all batches of that kind; the schedule is taken over where the graph has the same
+calls and fits, and solved for where not.  Where guards hold but the budget does not, the batch is
+larger than the plan can serve: the schedule is solved for its sizes without a trace, or the batch is
+refused, as the user chose.  Shapes seen before cost a dictionary lookup.
+
+Known limits: costs and kernel workspace are those of the sizes planned for, and so is what a loss
+outside the model makes; both are taken to grow with the step's values where a batch is larger.  A plan
+read from a file knows no costs, so it runs what is no larger than it was made for and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from planner import _compat
+from planner._compat import pytree
+from planner.capture.inputs import Inputs
+from planner.capture.symbolic import Captures
+from planner.errors import StalePlanError
+from planner.graph.training_graph import TrainingGraph
+from planner.rewrite.emit import Argument, emit
+from planner.runtime.forward import Step
+
+if TYPE_CHECKING:
+    from planner.capture.joint_graph import JointGraph
+    from planner.plan import Plan
+    from planner.solving.prepared import Prepared
+
+__all__ = ["OnLarger", "Variant", "Variants", "Varying"]
+
+log = logging.getLogger(__name__)
+
+OnLarger: TypeAlias = Literal["replan", "raise"]
+
+_MOST_VARIANTS = 64  # beyond that the oldest go; only a model that no symbols fit comes so far
+_MOST_SHAPES = 4096  # remembered; beyond that all are forgotten, and cost a millisecond again
+
+
+@dataclass(frozen=True)
+class Varying:
+    """What a plan for many shapes was asked for, and the captures it starts from.
+
+    ``on_larger``  for a batch that no schedule at hand serves within the budget.
+    ``around``     the context in which a batch is captured and planned for in the middle of training.
+    """
+
+    captures: Captures
+    on_larger: OnLarger = "replan"
+    solver: str = "auto"
+    time_limit_s: float = 30.0
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Variant:
+    """One capture with one schedule, and what it takes to run it at other sizes.
+
+    ``plan``      whose budget it is for; it was made for ``prepared``, or for larger sizes.
+    ``sequence``  op names in execution order: the plan's, or one that keeps all; only the former's peak
+                  is known to be within the budget at the sizes that ``prepared`` has.
+
+    ``storage_bytes(*values)``  bytes of each value of the graph where the symbols have these values.
+    """
+
+    def __init__(self, prepared: Prepared, plan: Plan, sequence: Sequence[str] | None = None) -> None:
+        self.prepared, self.plan, self.fits = prepared, plan, sequence is None
+        sequence = plan.sequence if sequence is None else sequence
+        self.steps = prepared.steps(sequence)
+        joint, graph = prepared.joint, prepared.graph
+        self.tensors = joint.inputs.tensors()
+        program = emit(graph, self.steps, boundary=prepared.forward_steps(sequence))
+        self.step = Step(program, joint.template, prepared.expected, graph.device, plan.budget_bytes)
+        self.sizes = joint.sizes
+        symbols = () if self.sizes is None else self.sizes.symbols
+        expressions = {
+            key: node.meta["size"] for node, (kind, key) in graph.sources.items() if kind == "size"
+        }
+        self._arguments = [Argument("size", str(key)) for key in expressions]
+        self._sizes = _compat.compiled(list(expressions.values()), symbols)
+        self.storage_bytes = _storage_bytes(graph, symbols)
+        self._planned = np.array([v.bytes for v in graph.values], dtype=np.int64)
+
+    def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the graph is right for these inputs."""
+        if self.sizes is None:
+            return all(
+                a.shape == b.shape and a.stride() == b.stride()
+                for a, b in zip(tensors, self.tensors, strict=True)
+            )
+        return self.sizes.admit(tensors)
+
+    def serves(self, tensors: Sequence[torch.Tensor], inputs: Inputs) -> bool:
+        """Whether the peak at these inputs, which it accepts, is within the budget."""
+        grown = self.storage_bytes(*self._read(tensors))
+        larger = bool((grown > self._planned).any()) or _bytes_of(tensors) > _bytes_of(self.tensors)
+        return (self.fits and not larger) or (
+            self.prepared.costs is not None
+            and self.prepared.peak_at(grown, inputs, self.steps) <= self.plan.budget_bytes
+        )
+
+    @cached_property
+    def keeping_all(self) -> Variant | None:
+        """The same capture with nothing recomputed; ``None`` if that is what this is."""
+        ops = self.prepared.graph.ops
+        if len(self.steps) == len(ops) or self.prepared.costs is None:
+            return None
+        return Variant(self.prepared, self.plan, [op.name for op in ops])
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> dict[Argument, int]:
+        """The sizes that the program is given."""
+        return dict(zip(self._arguments, self._sizes(*self._read(tensors)), strict=True))
+
+    def held_bytes(self, tensors: Sequence[torch.Tensor]) -> int:
+        """At most so much is held between forward and backward: all it makes, where nothing is dropped."""
+        if self.fits:
+            return self.plan.held_bytes
+        made = [
+            i
+            for i, v in enumerate(self.prepared.graph.values)
+            if v.producer is not None and self.prepared.graph.ops[v.producer].phase == "forward"
+        ]
+        return int(self.storage_bytes(*self._read(tensors))[made].sum()) + _bytes_of(tensors)
+
+    def _read(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        return () if self.sizes is None else self.sizes.read(tensors)
+
+
+def _storage_bytes(graph: TrainingGraph, symbols: Sequence[Any]) -> Any:
+    """A function of the symbols' values: bytes of each value of ``graph``, shape (V,).
+
+    What a loss outside the model makes is known at the planned sizes only: it is taken to grow with the
+    step's own values where those grow, and not to shrink.
+    """
+    fixed = np.array([v.bytes for v in graph.values], dtype=np.int64)
+    varying = [i for i, v in enumerate(graph.values) if v.symbolic is not None]
+    distinct = {e: k for k, e in enumerate(dict.fromkeys(graph.values[i].symbolic for i in varying))}
+    which = np.array([distinct[graph.values[i].symbolic] for i in varying], dtype=np.int64)
+    outside = [
+        i
+        for i, v in enumerate(graph.values)
+        if v.symbolic is None and v.producer is not None and graph.ops[v.producer].phase == "loss"
+    ]
+    function = _compat.compiled(list(distinct), symbols)
+
+    def at(*values: int) -> np.ndarray:
+        out = fixed.copy()
+        if varying:
+            out[varying] = np.array(function(*values), dtype=np.int64)[which]
+            growth = max(1.0, float((out[varying] / np.maximum(fixed[varying], 1)).max()))
+            out[outside] = np.ceil(fixed[outside] * growth)
+        return out
+
+    return at
+
+
+def _bytes_of(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+class Variants:
+    """The variants of one plan, shared by every model it is applied to.
+
+    ``all``     the plan's own first.
+    ``solves``  how often a schedule was searched for, that of the plan included.
+    ``last``    the plan of the last batch, and ``held_bytes`` what it holds between forward and backward.
+    """
+
+    def __init__(self, plan: Plan, prepared: Prepared, varying: Varying) -> None:
+        self.plan, self.varying = plan, varying
+        self.solves = 1
+        self.last, self.held_bytes = plan, plan.held_bytes
+        self.all = [Variant(prepared, plan)]
+        self._known: dict[Any, tuple[Variant, dict[Argument, Any], int]] = {}
+
+    @property
+    def traces(self) -> int:
+        """How often the step was captured, for the plan itself included."""
+        return self.varying.captures.traces
+
+    def __repr__(self) -> str:
+        return (
+            f"Variants({len(self.all)}, {self.traces} traces, {self.solves} solves, "
+            f"{len(self._known)} shapes seen)"
+        )
+
+    def step_for(
+        self, model: nn.Module, leaves: Sequence[Any], in_spec: Any
+    ) -> tuple[Step, dict[Argument, Any]]:
+        """The program for a batch, and the sizes it is given.
+
+        Traces and solves where it must; raises ``StalePlanError`` where the batch is larger than the
+        plan can serve and may not be planned for, ``InfeasibleBudgetError`` where nothing serves it.
+        """
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        key = tuple((t.shape, t.stride()) for t in tensors)
+        if key not in self._known:
+            args, kwargs = pytree.tree_unflatten(list(leaves), in_spec)
+            with _compat.modes_set_aside():  # a meter is not to count the arithmetic, nor a trace
+                variant = self._variant_for(model, tensors, Inputs(args, kwargs))
+            if len(self._known) >= _MOST_SHAPES:
+                self._known.clear()
+            self._known[key] = variant, variant.arguments(tensors), variant.held_bytes(tensors)
+        variant, sizes, self.held_bytes = self._known[key]
+        self.last = variant.plan
+        return variant.step, sizes
+
+    def _variant_for(self, model: nn.Module, tensors: list[torch.Tensor], inputs: Inputs) -> Variant:
+        right = [v for v in self.all if v.accepts(tensors)]
+        for variant in right:
+            if variant.serves(tensors, inputs):
+                return self._lightest(variant, tensors, inputs)
+        first = self.all[0]
+        if first.prepared.costs is None:
+            raise StalePlanError(
+                f"inputs of shapes {_shapes(tensors)} are larger or of another kind than those the plan was "
+                f"made for ({_shapes(first.tensors)}), and a plan read from a file cannot be extended; plan "
+                "the model again at the largest batch"
+            )
+        if self.varying.on_larger == "raise" and (right or self._exceeds(tensors)):
+            raise StalePlanError(
+                f"inputs of shapes {_shapes(tensors)} do not fit {self.plan.budget_bytes / 1e9:.4g} GB with "
+                f"the plan made for {_shapes(first.tensors)}; plan at the largest batch, make this one "
+                "smaller, or pass on_larger='replan'"
+            )
+        with self.varying.around():
+            joint = self._captured(model, tensors, inputs)
+            variant = self._planned(first.prepared.again(model, joint))
+        self._keep(variant)
+        log.info(
+            "%s planned again for shapes %s, with %d traces and %d solves so far",
+            type(model).__name__,
+            _shapes(variant.tensors),
+            self.traces,
+            self.solves,
+        )
+        return variant
+
+    def _lightest(self, variant: Variant, tensors: list[torch.Tensor], inputs: Inputs) -> Variant:
+        """The variant, or, where all of a small batch can be kept, the same without recomputation."""
+        relaxed = variant.keeping_all
+        return relaxed if relaxed is not None and relaxed.serves(tensors, inputs) else variant
+
+    def _exceeds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a dimension is larger than any variant was planned for."""
+        return any(
+            size > max(v.tensors[i].shape[d] for v in self.all)
+            for i, t in enumerate(tensors)
+            for d, size in enumerate(t.shape)
+        )
+
+    def _captured(self, model: nn.Module, tensors: list[torch.Tensor], inputs: Inputs) -> JointGraph:
+        """A capture that is right for a batch, at the sizes to plan for.
+
+        Those are the sizes first planned for, where they are larger throughout and the capture holds there
+        too; else the batch's own.
+        """
+        found = self.varying.captures.of(model, inputs, self.all[0].prepared.loss_fn)
+        if found.sizes is None:
+            return found
+        own, largest = found.sizes.read(tensors), found.sizes.read(self.all[0].tensors)
+        serves_all = all(a <= b for a, b in zip(own, largest, strict=True)) and found.sizes.hold(largest)
+        known = any(v.sizes is found.sizes for v in self.all)  # then its sizes were those of another batch
+        return found.at(largest if serves_all and not known else own)
+
+    def _planned(self, prepared: Prepared) -> Variant:
+        """With the plan's own schedule where that is one of this graph and fits, else with another."""
+        plan, asked = self.plan, self.varying
+        same = {op.name for op in prepared.graph.ops} == set(plan.sequence)
+        if same and prepared.peak_of(prepared.steps(plan.sequence)) <= plan.budget_bytes:
+            return Variant(prepared, plan)
+        made = prepared.plan_bytes(
+            plan.budget_bytes, solver=asked.solver, time_limit_s=asked.time_limit_s, hint=plan
+        )
+        self.solves += 1
+        return Variant(prepared, made)
+
+    def _keep(self, variant: Variant) -> None:
+        self.all.append(variant)
+        if len(self.all) > _MOST_VARIANTS:
+            gone = self.all.pop(1)
+            self._known = {
+                k: known for k, known in self._known.items() if known[0].prepared is not gone.prepared
+            }
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> str:
+    return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)

@@ -1,0 +1,121 @@
+"""Run a step with and without its plan, and compare everything that can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from planner._compat import FakeTensor
+from planner.capture.inputs import Inputs
+from planner.capture.joint_graph import LossFn
+from planner.errors import PlannerError
+from planner.measure.peaks import Comparison, compare, run_step, step_flops, step_peak
+from planner.plan import Plan
+
+__all__ = ["Report", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :meth:`planner.Plan.verify` found.  Bytes are of the whole step, measured apart from the plan.
+
+    ``comparison``                  outputs, gradients, buffers and random state, bit for bit.
+    ``eager_peak_bytes``            of the step without the plan; ``peak_bytes`` with it.
+    ``predicted_peak_bytes``        what the plan said of forward and backward.
+    ``optimizer_state_bytes``       what the plan reserves for an optimizer and the measured step, which
+                                    has none, does not hold; left out of both peaks.
+    ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
+    """
+
+    comparison: Comparison
+    budget_bytes: int
+    eager_peak_bytes: int
+    peak_bytes: int
+    predicted_peak_bytes: int
+    recompute_flops: int
+    predicted_recompute_flops: int
+    optimizer_state_bytes: int = 0
+
+    @property
+    def equal(self) -> bool:
+        """Outputs, gradients, buffers and random state are bit-equal to the step without the plan."""
+        return self.comparison.equal
+
+    @property
+    def within_budget(self) -> bool:
+        """The measured peak and the optimizer's state are no more than the budget."""
+        return self.peak_bytes + self.optimizer_state_bytes <= self.budget_bytes
+
+    @property
+    def ok(self) -> bool:
+        """Equal, and within the budget."""
+        return self.equal and self.within_budget
+
+    def __str__(self) -> str:
+        mb = 1e6
+        held = self.optimizer_state_bytes
+        state = f" + {held / mb:.3f} of optimizer state" if held else ""
+        return (
+            f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
+            f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
+            f"{state}; budget {self.budget_bytes / mb:.3f}; "
+            f"{self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"extra FLOPs {self.recompute_flops:.4g} counted, "
+            f"{self.predicted_recompute_flops:.4g} predicted"
+        )
+
+
+def verify(
+    plan: Plan,
+    model: nn.Module,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> Report:
+    """Run ``model``'s step both ways from the same seed.  The model is left as it was.
+
+    ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
+    :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, or if
+    gradients are not None.
+    """
+    prepared = plan._prepared
+    if inputs is None:
+        if prepared is None or any(isinstance(t, FakeTensor) for t in prepared.joint.inputs.tensors()):
+            raise PlannerError(
+                "this plan knows only the sizes of its inputs (it is from a file, from another process, "
+                "or made in the middle of training); pass verify(model, inputs)"
+            )
+        given = prepared.joint.inputs
+    else:
+        given = Inputs.of(model, inputs)
+    if loss_fn is None and prepared is not None:
+        loss_fn = prepared.loss_fn
+    batch = given.kwargs if given.kwargs and not given.args else given.args
+    standing = vars(model).get("forward")
+    if hasattr(standing, "original"):  # a plan that is applied, or the switch
+        del vars(model)["forward"]
+    try:
+        eager = run_step(model, batch, loss_fn=loss_fn, seed=seed)
+        eager_peak = step_peak(model, batch, loss_fn=loss_fn)
+        eager_flops = step_flops(model, batch, loss_fn=loss_fn)
+        plan.apply(model)
+        ours = run_step(model, batch, loss_fn=loss_fn, seed=seed)
+        peak = step_peak(model, batch, loss_fn=loss_fn)
+        flops = step_flops(model, batch, loss_fn=loss_fn)
+    finally:
+        plan.restore(model)
+        if hasattr(standing, "original"):
+            vars(model)["forward"] = standing
+    state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
+    return Report(
+        compare(eager, ours),
+        plan.budget_bytes,
+        eager_peak,
+        peak,
+        int(max(plan.timeline, default=0)) - state,
+        flops - eager_flops,
+        plan.recompute_flops,
+        state,
+    )

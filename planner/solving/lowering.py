@@ -1,0 +1,123 @@
+"""TrainingGraph -> solvers.Problem, and a schedule's steps back to ops.
+
+Values keep their numbers, ops keep their names, so going back is a lookup.  Bytes are rounded up to
+the allocator's grain (512 on CUDA, 1 on CPU); what is resident throughout is one constant.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+from planner.costs.op_costs import Costs, Device, costs_of
+from planner.devices.state import allocation_grain, rounded_up
+from planner.graph.nodes import layer_of
+from planner.graph.training_graph import GraphOp, TrainingGraph
+from planner.memory.lifetimes import StepGraph
+from solvers import Op, Problem, Schedule, Value
+from solvers.core.simulate import Timeline, simulate_steps
+
+__all__ = ["as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
+
+T = TypeVar("T")
+
+
+def graph_costs(
+    graph: TrainingGraph,
+    source: Literal["auto", "profile", "roofline"] = "auto",
+    *,
+    rates: Device | None = None,
+) -> Costs:
+    """Costs of every op by its name; the step's and the loss's nodes come from two graphs."""
+    ours = [op.node for op in graph.ops if op.node is not None and op.phase != "loss"]
+    theirs = [op.node for op in graph.ops if op.node is not None and op.phase == "loss"]
+    costs = costs_of(ours, source, graph.device, rates=rates)
+    if not theirs:
+        return costs
+    loss = costs_of(theirs, costs.source, graph.device, rates=rates)
+    return replace(
+        costs,
+        seconds={**costs.seconds, **_prefixed(loss.seconds)},
+        workspace_bytes={**costs.workspace_bytes, **_prefixed(loss.workspace_bytes)},
+        flops={**costs.flops, **_prefixed(loss.flops)},
+        signatures=costs.signatures + loss.signatures,
+        estimated=costs.estimated + loss.estimated,
+    )
+
+
+def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
+    return {f"loss/{name}": cost for name, cost in by_node.items()}
+
+
+def lower(
+    graph: TrainingGraph,
+    costs: Costs,
+    *,
+    resident_bytes: int,
+    name: str = "training step",
+    grain: int | None = None,
+) -> Problem:
+    """The problem that a plan solves; ``resident_bytes`` is what lives through the whole step.
+
+    ``grain``: bytes to which storages are rounded up; default: as on the graph's device.
+    """
+    grain = allocation_grain(graph.device) if grain is None else grain
+    size = [rounded_up(v.bytes, grain) for v in graph.values]
+    values = tuple(Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values))
+
+    def op(o: GraphOp) -> Op:
+        seconds = 0.0 if o.node is None else costs.seconds[o.name]
+        workspace = 0 if o.node is None else costs.workspace_bytes.get(o.name, 0)
+        if o.workspace is not None:
+            workspace += size[o.workspace]
+        workspace = rounded_up(workspace, grain)
+        return Op(
+            o.name,
+            o.inputs,
+            o.outputs,
+            0.0 if o.fused_with_previous else seconds,
+            workspace,
+            seconds if o.fused_with_previous else None,
+            o.recomputable and o.phase == "forward",
+            layer_of(o.module),
+        )
+
+    return Problem(tuple(map(op, graph.ops)), values, graph.turn, resident_bytes, name)
+
+
+def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list[int]:
+    """Op positions in execution order, recomputations that a solver put inside the loss moved behind it.
+
+    ``loss_fn`` runs in the caller's hands, so nothing of ours can run between its ops.
+    """
+    steps = schedule.steps(problem)
+    loss = [t for t, i in enumerate(steps) if graph.ops[i].phase == "loss" or graph.ops[i].node is None]
+    if not loss:
+        return steps
+    first, last = loss[0], loss[-1]
+    between = steps[first : last + 1]
+    ours = [i for i in between if graph.ops[i].phase == "forward"]
+    theirs = [i for i in between if graph.ops[i].phase != "forward"]
+    return steps[:first] + theirs + ours + steps[last + 1 :]
+
+
+def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
+    """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
+    runs = Counter(steps)
+    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
+    return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}
+
+
+def as_executed(graph: StepGraph, problem: Problem, steps: list[int]) -> Problem:
+    """The problem without the generator states that no replay of ``steps`` reads."""
+    replayed = replayed_states(graph, steps)
+    idle = {i for i, op in enumerate(graph.ops) if op.target == "rng_state" and i not in replayed}
+    values = tuple(replace(v, bytes=0) if v.producer in idle else v for v in problem.values)
+    return replace(problem, values=values)
+
+
+def judge(graph: StepGraph, problem: Problem, steps: list[int]) -> Timeline:
+    """The timeline of what will be executed."""
+    return simulate_steps(as_executed(graph, problem, steps), steps)

@@ -1,0 +1,184 @@
+"""Several processes: one plan for all ranks, what DistributedDataParallel holds, what sharding changes.
+
+**DistributedDataParallel.**  A planned step is a chain of autograd nodes, one per segment of the backward
+(:mod:`planner.rewrite.emit`), so gradients arrive while the backward runs and each bucket is reduced as
+soon as its last gradient is there.  Planning before wrapping and after it are the same: what is planned is
+the module inside, whose ``forward`` the wrapper calls.  A plan contains no collective: which plan a rank
+runs, and whether it plans again for a batch of another size, is its own affair, and the gradients that the
+ranks exchange are those of the plain step.  So ranks need not agree on a plan, and nothing waits on anybody.
+
+**One plan.**  Agreeing is still worth it: one rank solves instead of all, and no rank is slower than the
+others because its clock found another plan.  There are two ways, and neither leaves a rank waiting for good:
+
+* :func:`shared_plan` is ``planner.plan`` as a collective, for loops that plan before they train.  The first
+  rank's plan goes round (the plan file's text), then how each rank fared with it; an error of any rank is
+  raised by all.
+* ``planner.enable`` plans when a batch asks for it, and whether the other ranks need that plan nobody knows.
+  So plans are not sent but left in the job's key-value store, under what they are for (the captured step,
+  the room, the options): :func:`made_once`.  The rank that asks first makes the plan, others that need the
+  same one wait for it, at most a few times the solver's limit, and then make their own.  A rank with a batch
+  of another size asks for another plan and meets nobody.
+
+**Buckets.**  DistributedDataParallel holds the gradients once more.  These bytes are counted where a wrapper
+around the model exists when the plan is made.
+
+**FSDP2.**  ``fully_shard`` hangs on a module's hooks: they gather the parameters before its forward and its
+backward, and scatter the gradients after it.  A plan of the whole model is one graph, which never calls the
+blocks and so would never gather.  Therefore:
+
+* a plan for each block, applied before ``fully_shard(block)``, works: the hooks fire around the planned
+  block.  Identical blocks share one plan (``plan.apply(block)``).  The budget is then the block's own: what
+  all blocks save adds up outside it.
+* a plan for the whole model works with ``fully_shard(model)`` on the root alone, which gathers everything.
+* a module that is sharded already, or a whole-model plan over sharded blocks, is refused.
+
+What it would take to plan a whole sharded model: gather, release and scatter as ops of the captured graph,
+with seconds that come from the links, run on a stream of their own; parameters as values that a plan may
+drop and gather again; and a capture on the unsharded sizes.  The solvers have all of that (a gather is an
+op without inputs that may run again); the capture and the runtime do not.
+
+Known limits: in :func:`shared_plan` a rank that is killed between the two messages is noticed by the others
+only when the process group's own timeout ends.  ``nn.SyncBatchNorm`` talks to the other ranks inside the
+forward and is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from planner import _compat
+from planner.errors import PlannerError
+from planner.plan import Plan
+from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
+
+__all__ = ["agreed", "made_once", "shared_plan"]
+
+log = logging.getLogger(__name__)
+
+_EXPECTED = (PlannerError, TypeError, ValueError)  # what planning raises on purpose
+
+
+def shared_plan(
+    model: nn.Module, budget_gb: float, inputs: object = None, *, group: Any = None, **options: Any
+) -> Plan:
+    """:func:`planner.plan` made by the first rank of ``group`` and received by the others.
+
+    A collective: every rank of ``group`` (default: all) calls it, under the same autocast.  The plan is for
+    the first rank's ``inputs``; the others pass inputs of the same sizes, or ``None`` to take its word.
+    Wrap the model in DistributedDataParallel before, so that its buckets are counted.
+
+    ``budget_gb`` and ``options`` as for :func:`planner.plan`.  Each rank's plan belongs to its own ``model``.
+
+    Raises, on every rank, what the first rank's ``plan`` raised, or ``PlannerError`` that names the rank
+    whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.
+    """
+    from planner.api import plan
+    from planner.solving.prepared import prepare
+
+    def adopt(received: Plan) -> Plan:
+        device = next((p.device for p in model.parameters()), None)
+        step = prepare(model, inputs_of(received, device) if inputs is None else inputs, **options)
+        step.check_is_of(received)
+        return dataclasses.replace(received, _prepared=step)
+
+    return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
+
+
+def made_once(key: str, make: Callable[[], Plan], adopt: Callable[[Plan], Plan], *, wait_s: float) -> Plan:
+    """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
+
+    ``key``       everything the plan depends on: ranks with equal keys can run each other's plan.
+    ``make()``    runs where nobody else has made the plan, or who tried failed or took too long.
+    ``adopt(received)``  turns another rank's plan into one for this rank's model.
+    ``wait_s``    how long to wait for another rank's plan.
+    """
+    store = _compat.job_store() if _is_running(None) else None
+    if store is None:
+        return make()
+    name = f"{FORMAT}/{hashlib.sha256(key.encode()).hexdigest()}"
+    if store.add(f"{name}/asked", 1) == 1:
+        text: str | None = None
+        try:
+            plan = make()
+            text = _text_of(plan)
+        finally:  # whatever happened here, nobody waits for it
+            store.set(f"{name}/plan", text or "")
+        return plan
+    try:
+        store.wait([f"{name}/plan"], datetime.timedelta(seconds=wait_s))
+    except RuntimeError as error:  # of which kind depends on the store
+        log.warning("no plan came from another rank in %.0f s, this one makes its own: %s", wait_s, error)
+        return make()
+    text = store.get(f"{name}/plan").decode()
+    return adopt(from_text(text, "the plan of another rank")) if text else make()
+
+
+def agreed(make: Callable[[], Plan], adopt: Callable[[Plan], Plan], group: Any = None) -> Plan:
+    """The plan that the first rank of ``group`` makes and every other adopts.  A collective, once.
+
+    ``make()``         runs on the first rank only.
+    ``adopt(received)``  turns what was received into a plan for this rank's model.
+
+    An error of one rank is raised by all: the first rank's as it is, another's as a ``PlannerError``.
+    """
+    if not _is_running(group):
+        return make()
+    made, text = _from_the_first(make, group)
+    plan = made
+    problem = "stopped before it could use the plan"
+    try:
+        if plan is None:
+            plan = make() if text is None else adopt(from_text(text, "the plan of rank 0"))
+        problem = ""
+    except _EXPECTED as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:  # whatever happened here, nobody waits for it
+        problems = [""] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+    for rank, other in enumerate(problems):
+        if other:
+            raise PlannerError(f"rank {rank} cannot run the plan that rank 0 made: {other}")
+    return plan
+
+
+def _from_the_first(make: Callable[[], Plan], group: Any) -> tuple[Plan | None, str | None]:
+    """The first rank's plan, as it is there and as text elsewhere; no text if none can be written."""
+    everyone: Any = dist.group.WORLD if group is None else group
+    first = dist.get_global_rank(everyone, 0)
+    message: list[Any] = [PlannerError("rank 0 stopped while it made the plan; its own error says why")]
+    if dist.get_rank() != first:
+        dist.broadcast_object_list(message, src=first, group=group)
+        if isinstance(message[0], Exception):
+            raise message[0]
+        return None, message[0]
+    try:
+        plan = make()
+        message = [_text_of(plan)]
+    except _EXPECTED as error:
+        message = [error]
+        raise
+    finally:
+        dist.broadcast_object_list(message, src=first, group=group)
+    return plan, message[0]
+
+
+def _text_of(plan: Plan) -> str | None:
+    try:
+        return to_text(plan)
+    except PlannerError as error:  # inputs that no file can describe
+        log.info("the plan cannot be sent, each rank makes its own: %s", error)
+        return None
+
+
+def _is_running(group: Any) -> bool:
+    """Whether there is a process group of more than one rank, with this one in it."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1

@@ -1,0 +1,166 @@
+"""``enable``: the switch that training code already has comes to mean "plan for this budget".
+
+    planner.enable(model, budget_gb=8)
+    Trainer(model, TrainingArguments(gradient_checkpointing=True, ...), ...).train()
+
+The plan is made when the first training batch arrives, from that batch, and can be read afterwards with
+:func:`plan_of`.  A loop of one's own calls ``model.gradient_checkpointing_enable()`` itself, whatever the
+model's class, or passes ``now=True``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from planner.capture.joint_graph import LossFn
+from planner.capture.wrappers import unwrapped
+from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.plan import Plan
+from planner.progress import Progress
+from planner.solving.prepared import CostSource
+from planner.training import huggingface
+from planner.training.ondemand import OnLarger, Settings
+from planner.training.switch import Switch
+
+__all__ = ["disable", "enable", "plan_of"]
+
+_KEY = "_planner_switch"
+_OPTIONS = frozenset(f.name for f in fields(Settings)) - {"budget_bytes"}
+
+
+def enable(
+    model: nn.Module,
+    budget_gb: float | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | Literal["find"] | None = "find",
+    costs: CostSource = "auto",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    on_larger: OnLarger = "replan",
+    max_plans: int = 64,
+    calls_per_step: int | None = None,
+    progress: bool | Progress | None = None,
+    now: bool = False,
+) -> nn.Module:
+    """Let the checkpointing switch of ``model`` plan its training step for ``budget_gb``.  Returns ``model``.
+
+    Nothing changes until the switch is thrown: by ``TrainingArguments(gradient_checkpointing=True)`` (or
+    ``activation_checkpointing=True``), by ``model.gradient_checkpointing_enable()``, which every model has
+    from here on, or by ``now=True``.  Any of the options may also come with the switch, as
+    ``gradient_checkpointing_kwargs={"budget_gb": 8}``.  From then on each kind of training batch is planned
+    when it first comes; evaluation, ``generate`` and ``no_grad`` run as they always did.
+
+    ``budget_gb``  GB of 10**9 bytes for the whole step on the device, as for :func:`planner.plan`.
+                   Parameters, gradients and optimizer state are those of ``model``; what is planned is
+                   ``model``, or the transformer inside a sentence-transformers model.
+    ``loss_fn``    ``loss_fn(outputs) -> scalar`` if the loss is outside the model and takes memory worth
+                   planning for.  It is traced when a plan is made, and never run in training.
+    ``optimizer``  "find": whatever optimizer holds the parameters when a plan is made; else as for
+                   :func:`planner.plan`.
+    ``on_larger``  what happens when a batch is larger than the largest planned for: "replan", or "raise"
+                   a ``StalePlanError``.
+    ``max_plans``  plans kept at once.  The first two shapes are planned one by one; from the third on, sizes
+                   vary in one plan (:mod:`planner.runtime.variants`).
+    ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
+                   By default 1, and for sentence-transformers models what the first step shows.
+
+    ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
+
+    Enabling again changes the options, from the next batch on, without a new capture.  A model inside
+    ``DistributedDataParallel`` is enabled in there.  Raises ``TypeError`` or ``ValueError`` for arguments
+    that make no sense, ``PlannerError`` for a model compiled already; a budget that cannot be met raises
+    ``InfeasibleBudgetError`` when the first batch comes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
+    settings = Settings(
+        budget_bytes, loss_fn, optimizer, costs, solver, time_limit_s, on_larger, max_plans,
+        calls_per_step, progress,
+    )  # fmt: skip
+    root = unwrapped(model)
+    switch = vars(root).get(_KEY)
+    if switch is None:
+        planned = huggingface.planned_module(root)
+        switch = Switch(root, planned, settings)
+        for module in {id(m): m for m in (root, planned)}.values():
+            _put_methods(module, switch)
+    else:
+        switch.change(settings)
+    if now:
+        switch.turn_on()
+    return model
+
+
+def disable(model: nn.Module) -> nn.Module:
+    """Undo :func:`enable`: the model's own switch and forward are back.  Returns ``model``."""
+    switch = _switch_of(model)
+    if switch is not None:
+        switch.turn_off()
+        for module in (switch.root, switch.planned):
+            _take_methods(module)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of the last training batch of an enabled model; ``None`` before the first."""
+    switch = _switch_of(model)
+    return None if switch is None else switch.plan
+
+
+def _switch_of(model: nn.Module) -> Switch | None:
+    found: Switch | None = vars(unwrapped(model)).get(_KEY)
+    return found
+
+
+@dataclass(eq=False)
+class _Method:
+    """One of the names by which trainers throw the switch, on one instance."""
+
+    switch: Switch
+    turns_on: bool
+    before: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not self.turns_on:
+            self.switch.turn_off()
+            return
+        options = huggingface.arguments_of(args, kwargs)
+        self.switch.change(_overridden(self.switch.settings, options))
+        self.switch.turn_on()
+
+
+def _overridden(settings: Settings, options: dict[str, Any]) -> Settings:
+    options = dict(options)
+    if "budget_gb" in options:
+        settings = replace(settings, budget_bytes=budget_bytes_of(options.pop("budget_gb")))
+    unknown = options.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(
+            f"{sorted(unknown)[0]!r} is no option of the planner; there are budget_gb, "
+            f"{', '.join(sorted(_OPTIONS))}"
+        )
+    return replace(settings, **options)
+
+
+def _put_methods(module: nn.Module, switch: Switch) -> None:
+    attributes = vars(module)
+    for name, turns_on in huggingface.NAMES.items():
+        attributes[name] = _Method(switch, turns_on, attributes.get(name))
+    attributes[_KEY] = switch
+
+
+def _take_methods(module: nn.Module) -> None:
+    attributes = vars(module)
+    attributes.pop(_KEY, None)
+    for name in huggingface.NAMES:
+        method = attributes.get(name)
+        if isinstance(method, _Method):
+            if method.before is None:
+                del attributes[name]
+            else:
+                attributes[name] = method.before
