@@ -1,0 +1,59 @@
+"""How to search for a plan: the options that every way of planning takes, checked where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from planner.progress import Progress, Reporter, reporting
+from solvers import SOLVERS
+from solvers.solve import checked_time_limit
+
+__all__ = ["Search"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Who searches for a plan, for how long, and who is told.
+
+    ``solver``        a name in ``solvers.SOLVERS``.
+    ``time_limit_s``  seconds for the search, 0 or more; ``math.inf``: until nothing better is found.
+    ``progress``      as for :func:`planner.plan`: True, False, None or a callable; or the
+                      :class:`~planner.progress.Reporter` made of one, inside :meth:`reporting`.
+
+    Raises ``TypeError`` or ``ValueError``, which name the argument, what it is and what it may be.
+    """
+
+    solver: str = "auto"
+    time_limit_s: float = 30.0
+    progress: bool | Progress | Reporter | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}, want one of {', '.join(SOLVERS)}")
+        checked_time_limit(self.time_limit_s)
+        known = self.progress is None or isinstance(self.progress, bool | Reporter)
+        if not known and not callable(self.progress):
+            raise TypeError(f"progress must be True, False, None or a callable, not {self.progress!r}")
+
+    @contextmanager
+    def reporting(self) -> Iterator[Search]:
+        """The same search with its reporter open: what ``progress=True`` draws is closed at the end.
+
+        Raises ``PlannerError`` for ``progress=True`` without tqdm.
+        """
+        if isinstance(self.progress, Reporter):
+            yield self
+            return
+        with reporting(self.progress) as tell:
+            yield replace(self, progress=tell)
+
+    @property
+    def tell(self) -> Reporter:
+        """Who is told.  ``ValueError`` for ``progress=True`` outside :meth:`reporting`: it has no bar."""
+        if isinstance(self.progress, Reporter):
+            return self.progress
+        if self.progress is True:
+            raise ValueError("progress=True draws a bar: open it with Search.reporting()")
+        return Reporter(self.progress or None)
