@@ -32,12 +32,13 @@ import torch
 from torch import nn
 
 from planner import _compat
+from planner.capture.expectation import Expectation
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import OutputTemplate
 from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.rewrite.emit import Argument, Program
-from planner.runtime.guard import Expectation, Guard
+from planner.runtime.guard import Guard
 from planner.runtime.tracing import is_traced
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from planner._compat import modes_set_aside
+from planner.capture.expectation import Expectation, expectation_of
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, LossFn, capture
 from planner.capture.sizes import Dynamic, varying_dims
@@ -24,6 +25,7 @@ from planner.costs.translation import Translation
 from planner.devices import allocator
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.frontier import Frontier, frontier_of
+from planner.graph.captured import fingerprint_of
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.measure.step import device_of, held
 from planner.memory import footprint
@@ -34,7 +36,6 @@ from planner.plan import Plan
 from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.progress import Reporter
-from planner.runtime.guard import Expectation, expectation_of, fingerprint_of
 from planner.runtime.variants import OnLarger, Varying
 from planner.solving.fit import LEAST, fitted, infeasible_error
 from planner.solving.lowering import as_executed, lower, steps_of

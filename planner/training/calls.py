@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from planner._compat import FakeTensor, pytree
+from planner.capture.expectation import TensorSpec, autocast_state
 from planner.capture.inputs import Inputs
-from planner.runtime.guard import TensorSpec, autocast_state
 
 __all__ = ["Call", "Signature"]
 

@@ -1,0 +1,93 @@
+"""What a capture depended on: inputs, parameters, modules, autocast, as of the moment it was made.
+
+A captured graph is right for one structure of inputs, one set of modules with their training flags,
+parameters of certain sizes and ``requires_grad``, one autocast state.  Here that is written down;
+:mod:`planner.runtime.guard` holds it against what is there at each planned step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Expectation", "TensorSpec", "autocast_state", "expectation_of"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, strides (in elements), dtype, device and whether autograd tracks it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a tensor, fake or real."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"{str(self.dtype).removeprefix('torch.')}[{shape}] on {self.device}"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """All that the capture depended on.
+
+    ``leaves``       tensor specs and constants of the flattened inputs; ``in_spec`` their structure.
+    ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
+    ``modules``      (path, type name, training flag) in traversal order.
+    ``autocast``     see :func:`autocast_state`.
+    ``settings``     of each module: its public attributes that are numbers, strings or flags, such as a
+                     dropout's probability.  They are constants of the graph.
+    """
+
+    in_spec: Any
+    leaves: tuple[Any, ...]
+    parameters: dict[str, TensorSpec]
+    tied: dict[str, str]
+    modules: tuple[tuple[str, str, bool], ...]
+    autocast: tuple[bool, str]
+    settings: tuple[dict[str, Any], ...]
+
+
+def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Expectation:
+    """What a capture of ``model`` at these inputs (flattened, with their structure) depends on, as of now."""
+    device = next(model.parameters()).device
+    return Expectation(
+        in_spec,
+        tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves),
+        {n: TensorSpec.of(t) for n, t in (*model.named_parameters(), *model.named_buffers())},
+        _tied(model),
+        tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
+        autocast_state(device),
+        tuple(_settings(m) for m in model.modules()),
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str)
+    return {k: v for k, v in vars(module).items() if type(v) in plain and k != "training" and k[0] != "_"}
+
+
+def autocast_state(device: torch.device) -> tuple[bool, str]:
+    """Whether autocast is on for the device's type, and to which dtype ("" where it is off)."""
+    on = torch.is_autocast_enabled(device.type)
+    return on, str(torch.get_autocast_dtype(device.type)) if on else ""
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names beyond the first of each parameter and buffer, and the first."""
+    first: dict[int, str] = {}
+    tensors = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {n: first[id(t)] for n, t in tensors if first.setdefault(id(t), n) != n}
