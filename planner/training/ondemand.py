@@ -45,9 +45,9 @@ from planner.runtime.guard import Guard
 from planner.runtime.variants import OnLarger, Varying
 from planner.solving.prepared import CostSource, Prepared, prepare
 from planner.training import huggingface
-from planner.training.calls import Call, Signature
+from planner.training.calls import Call
 from planner.training.distributed import made_once
-from planner.training.plan_cache import Kept, PerShape
+from planner.training.plan_cache import Kept, PerShape, StepCache
 from planner.training.sharing import PROBES, most_held, plan_that_holds
 
 __all__ = ["OnDemand", "OnLarger", "Settings"]
@@ -59,9 +59,6 @@ REMEMBERED = 32
 
 # A plan made for so much less room than there is now recomputes more than it must.
 ENOUGH = 1.15
-
-# Shapes captured one by one before sizes become symbols, which takes as long as five of them.
-FIXED = 2
 
 
 @dataclass(frozen=True)
@@ -119,15 +116,16 @@ class OnDemand:
         if settings == self.settings:
             return
         if (settings.loss_fn, settings.costs) != (self.settings.loss_fn, self.settings.costs):
-            self._steps.clear()
+            self._steps = StepCache(settings.max_plans)
         self.settings = settings
+        self._steps.most = settings.max_plans
         self._plans = PerShape(settings.max_plans)
         if settings.calls_per_step is not None:
             self._calls = settings.calls_per_step
 
     def forget(self) -> None:
         """Drop every plan and every captured step."""
-        self._steps: dict[Signature, Prepared] = {}
+        self._steps = StepCache(self.settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._plans = PerShape(self.settings.max_plans)
         known = self.settings.calls_per_step
@@ -240,7 +238,7 @@ class OnDemand:
 
     def _captured(self, call: Call) -> Prepared:
         exact = replace(call.signature, has_gradients=False, place=1)
-        step = self._steps.get(exact) or self._steps.get(exact.kind)
+        step = self._steps.find(exact)
         if step is not None:
             try:
                 guard = Guard(self.planned, step.expected)
@@ -248,20 +246,20 @@ class OnDemand:
             except StalePlanError as edited:
                 self._edited(edited)
                 step = None
-        alike = [k for k in self._steps if k.kind == exact.kind]
         if step is None:
-            s, dynamic = self.settings, len(alike) == FIXED
-            inputs = call.inputs.without_data()  # plans outlive the batch they were made from
+            s = self.settings
             step = prepare(
-                self.planned, inputs, loss_fn=s.loss_fn, costs=s.costs, dynamic=dynamic, progress=self._tell
+                self.planned,
+                call.inputs.without_data(),  # plans outlive the batch they were made from
+                loss_fn=s.loss_fn,
+                costs=s.costs,
+                dynamic=self._steps.is_to_vary(exact),
+                progress=self._tell,
             )
-            if len(self._steps) >= s.max_plans:
-                del self._steps[next(iter(self._steps))]
-            self._steps[exact.kind if dynamic else exact] = step
+            self._steps.keep(exact, step)
         if step.varying is None:
             return step
-        largest = max(alike, key=lambda signature: sum(signature.sizes))
-        return self._sized(step, call, self._steps[largest].joint.inputs.tensors())
+        return self._sized(step, call, self._steps.largest(exact))
 
     def _sized(self, step: Prepared, call: Call, largest: list[torch.Tensor]) -> Prepared:
         """A step of varying sizes, ready to be planned: at these where calls share the budget, else for any.
@@ -272,7 +270,7 @@ class OnDemand:
         s, alone, sizes = self.settings, self._calls == 1, call.inputs.tensors()
         joint = step.varying.captures.of(self.planned, call.inputs, s.loss_fn)
         if joint.sizes is not None:
-            if alone and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
+            if alone and largest and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
                 sizes = largest
             joint = joint.at(joint.sizes.read(sizes), fixed=not alone)
         asked = Varying(step.varying.captures, "replan", s.solver, s.time_limit_s, self.around)

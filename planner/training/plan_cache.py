@@ -1,19 +1,30 @@
 """Which plan serves a call: the one place that knows that batches come in many shapes.
 
 :class:`PerShape` keeps a plan per signature, or one for all calls that differ in sizes only where a plan
-is for any size (:mod:`planner.runtime.variants`); the least recently used is dropped.
+is for any size (:mod:`planner.runtime.variants`); the least recently used is dropped.  :class:`StepCache`
+does the same for the captured steps that plans are made from, and knows when sizes are to vary.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import torch
 
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
+from planner.solving.prepared import Prepared
 from planner.training.calls import Call, Signature
 
-__all__ = ["Kept", "PerShape"]
+__all__ = ["Kept", "PerShape", "StepCache"]
+
+# Shapes of a kind captured one by one before sizes become symbols, which takes as long as five of them.
+FIXED = 2
+
+# Kinds of call whose captures are counted; a model that is given a new constant every step makes one each.
+MOST_KINDS = 64
 
 
 class Kept(NamedTuple):
@@ -63,3 +74,59 @@ class PerShape:
             return False
         sizes = call.signature.sizes, self.largest.sizes
         return len(sizes[0]) != len(sizes[1]) or any(a > b for a, b in zip(*sizes, strict=True))
+
+
+@dataclass
+class _Kind:
+    """Calls that differ in sizes only: how often one was captured as it is, and the largest such batch.
+
+    ``elements``  of ``largest``, all tensors together.
+    """
+
+    captures: int = 0
+    elements: int = -1
+    largest: list[torch.Tensor] = field(default_factory=list)
+
+
+class StepCache:
+    """Captured steps, ``most`` of them, each under the signature that it serves.
+
+    What is known of a kind outlives its steps, so that a small ``most`` changes only how many are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._steps: OrderedDict[Signature, Prepared] = OrderedDict()
+        self._kinds: OrderedDict[Signature, _Kind] = OrderedDict()
+
+    def find(self, signature: Signature) -> Prepared | None:
+        """The step that serves calls of this signature, captured as it is or for any size."""
+        for key in (signature, signature.kind):
+            if key in self._steps:
+                self._steps.move_to_end(key)
+                return self._steps[key]
+        return None
+
+    def is_to_vary(self, signature: Signature) -> bool:
+        """Whether the next capture for this signature is better made for sizes that vary."""
+        kind = self._kinds.get(signature.kind)
+        return kind is not None and kind.captures >= FIXED
+
+    def keep(self, signature: Signature, step: Prepared) -> None:
+        """From now on this step serves calls of this signature, or of its kind if sizes vary in it."""
+        kind = self._kinds.setdefault(signature.kind, _Kind())
+        self._kinds.move_to_end(signature.kind)
+        if step.varying is None:
+            kind.captures += 1
+            elements = sum(signature.sizes)
+            if elements > kind.elements:
+                kind.elements, kind.largest = elements, step.joint.inputs.tensors()
+        self._steps[signature if step.varying is None else signature.kind] = step
+        for kept, most in ((self._steps, self.most), (self._kinds, MOST_KINDS)):
+            while len(kept) > most:
+                kept.popitem(last=False)
+
+    def largest(self, signature: Signature) -> list[torch.Tensor]:
+        """The tensors of the largest batch of this kind captured as it is; empty if none is known."""
+        kind = self._kinds.get(signature.kind)
+        return [] if kind is None else kind.largest

@@ -1,0 +1,61 @@
+"""However few plans are kept, batches of any shapes in any order train bit for bit as without a plan."""
+
+from __future__ import annotations
+
+import copy
+from itertools import permutations
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import planner
+from planner.training import ondemand
+from tests import tiny
+
+ROWS = (32, 8, 16)
+OPTIONS: dict[str, Any] = {"costs": "roofline", "solver": "recompute_all", "time_limit_s": 1.0, "now": True}
+
+
+@pytest.mark.parametrize("max_plans", [1, 2, 3])
+@pytest.mark.parametrize("rows", list(permutations(ROWS)))
+def test_three_shapes_in_any_order(rows: tuple[int, ...], max_plans: int) -> None:
+    model = tiny.seeded(tiny.Mlp)
+    twin = copy.deepcopy(model)
+    planner.enable(model, 1.0, max_plans=max_plans, **OPTIONS)
+    for n in (*rows, rows[0]):
+        inputs = tiny.batch(n, seed=n, labels=True)
+        tiny.assert_same_bits(tiny.run(model, inputs), tiny.run(twin, inputs))
+        plan = planner.plan_of(model)
+        assert plan is not None and plan.recompute_flops > 0
+
+
+@pytest.mark.parametrize("max_plans", [1, 2, 64])
+def test_from_the_third_shape_on_nothing_is_captured(max_plans: int) -> None:
+    model = tiny.seeded(tiny.Mlp)
+    planner.enable(model, 1.0, max_plans=max_plans, **OPTIONS)
+    with mock.patch.object(ondemand, "prepare", side_effect=ondemand.prepare) as prepare:
+        for n in (32, 8, 16, 24, 12, 20, 28):
+            tiny.run(model, tiny.batch(n, labels=True), steps=1)
+    assert [call.kwargs["dynamic"] for call in prepare.call_args_list] == [False, False, True]
+
+
+def test_kinds_that_take_turns_are_captured_again_and_stay_equal() -> None:
+    """A loss inside and none are two kinds of call; one plan is kept of them all."""
+    model = tiny.seeded(tiny.Mlp)
+    twin = copy.deepcopy(model)
+    planner.enable(model, 1.0, max_plans=1, **OPTIONS)
+    for n in (32, 8, 16, 24):
+        for labels in (True, False):
+            inputs = tiny.batch(n, seed=n, labels=labels)
+            tiny.assert_same_bits(tiny.run(model, inputs, steps=1), tiny.run(twin, inputs, steps=1))
+
+
+def test_fewer_plans_from_the_next_batch_on() -> None:
+    model = tiny.seeded(tiny.Mlp)
+    twin = copy.deepcopy(model)
+    planner.enable(model, 1.0, **OPTIONS)
+    for n, max_plans in zip((32, 8, 16, 24), (64, 64, 1, 2), strict=True):
+        planner.enable(model, 1.0, max_plans=max_plans, **OPTIONS)
+        inputs = tiny.batch(n, seed=n, labels=True)
+        tiny.assert_same_bits(tiny.run(model, inputs), tiny.run(twin, inputs))
