@@ -15,8 +15,7 @@ from planner.errors import (
     TraceError,
 )
 from planner.frontier import Frontier
-from planner.plan import Placement, Plan
-from planner.plans.serialize import load
+from planner.plan import Placement, Plan, load
 from planner.runtime.verify import Report
 from planner.training.enable import disable, enable, plan_of
 

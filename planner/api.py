@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 from torch import nn
 
@@ -18,11 +17,12 @@ from planner.capture.sizes import Dynamic
 from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
 from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.options import Search
 from planner.plan import Plan
-from planner.progress import Progress, reporting
+from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.prepared import CostSource, prepare
+from planner.solving.priced import CostSource, PricedStep, prepare
 
 __all__ = ["frontier", "plan"]
 
@@ -82,17 +82,18 @@ def plan(
     graph; ``PlannerError`` for what cannot be planned.
     """
     budget_bytes = budget_bytes_of(budget_gb)
+    search = Search(solver, time_limit_s, progress)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
-    with reporting(progress) as tell:
+    with search.reporting() as search:
         step = prepare(
             model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
-            on_larger=on_larger, solver=solver, time_limit_s=time_limit_s, progress=tell,
+            on_larger=on_larger, search=search,
         )  # fmt: skip
-        make = partial(calibrated, step) if calibrate else step.plan_bytes
-        made = make(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
+        make = calibrated if calibrate else PricedStep.plan_bytes
+        made = make(step, budget_bytes, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     return made
@@ -113,10 +114,12 @@ def frontier(
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
 
-    Arguments as for :func:`plan`; ``time_limit_s`` is per budget.
+    Arguments as for :func:`plan`; ``time_limit_s`` is seconds per budget.  Raises as :func:`plan`, and
+    ``ValueError`` for ``points`` that are no count.
     """
-    with reporting(progress) as tell:
-        step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, progress=tell)
-        return step.frontier(
-            budgets_gb, points=points, solver=solver, time_limit_s=time_limit_s, progress=tell
-        )
+    budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
+    with Search(solver, time_limit_s, progress).reporting() as search:
+        step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search)
+        return step.frontier(budgets, search, points=points)

@@ -1,157 +1,87 @@
 """A plan: which values the step keeps, which it computes again, what that costs and how near it is to best.
 
-A ``Plan`` is data first: every field can be printed, compared and written to JSON, and reading one
-back executes nothing.  Made by :func:`planner.plan` it also remembers the captured step, from which
-``rewrite`` and ``apply`` generate code at once; read from a file it captures the model again and
-checks that it is the step the plan was made for.
+A ``Plan`` is data first (:class:`~planner.plans.plan_data.PlanData`): every field can be printed, compared
+and written to JSON, and reading one back executes nothing.  Here are its verbs, a line each.  Made by
+:func:`planner.plan` it also remembers the captured step, from which ``rewrite`` and ``apply`` generate code
+at once; read from a file it captures the model again and checks that it is the step the plan was made for.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from torch import fx, nn
+from torch import nn
 
-from planner.capture.sizes import Dims
+from planner.capture.joint_graph import LossFn
 from planner.capture.wrappers import unwrapped
 from planner.errors import PlannerError
-from planner.rewrite.emit import Program, emit
-from planner.runtime.forward import PlannedForward, Step, planned_forward_of
-from planner.runtime.variants import Variants
+from planner.options import Search
+from planner.plans import serialize
+from planner.plans.frontier_data import FrontierData, Peers
+from planner.plans.plan_data import Decision, Placement, PlanData
+from planner.runtime.apply import CheckpointedModule, applied, restored
+from planner.runtime.build import executable, recaptured
+from planner.runtime.step import ExecutableStep
+from planner.runtime.variants import Replanner, Variants, Varying
+from planner.runtime.verify import Report, verify
+from planner.view import block, depth, diff, display, explain, plots, snapshot
+from planner.view.diff import PlanDiff
+from planner.view.explain import Explanation
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import pandas
 
-    from planner.capture.joint_graph import LossFn
-    from planner.frontier import Peers
-    from planner.plans.outline import Outline
-    from planner.runtime.verify import Report
-    from planner.solving.calibrate import Calibration
-    from planner.solving.prepared import Prepared
-    from planner.view.diff import PlanDiff
-    from planner.view.explain import Explanation
-
-__all__ = ["CheckpointedModule", "Decision", "Placement", "Plan"]
-
-Decision = Literal["save", "recompute", "free"]
+__all__ = ["CheckpointedModule", "Decision", "Origin", "Placement", "Plan", "load"]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What happens to one value of the forward.
+class Origin(Replanner, Protocol):
+    """What a made plan remembers of how it was made; a plan from a file has none.
 
-    ``name``              of the value, as in the generated code.
-    ``module``            path of the module that makes it; ``op`` the kernel.
-    ``bytes``             of its storage.
-    ``decision``          "save": kept for the backward; "recompute": dropped and computed again;
-                          "free": the backward never needs it.
-    ``seconds``           of its op, once.
-    ``times_recomputed``  how often its op runs beyond the first time.
-    ``call``              the op's name in ``Plan.sequence``; outputs of one call share it.
-    ``spans``             first and last step, both included, at which each copy of the value is in memory:
-                          the one the forward makes, then one per recomputation.
+    :class:`planner.solving.priced.PricedStep` is one.
     """
 
-    name: str
-    module: str
-    op: str
-    bytes: int
-    decision: Decision
-    seconds: float
-    times_recomputed: int
-    call: str
-    spans: tuple[tuple[int, int], ...]
+    @property
+    def varying(self) -> Varying | None: ...
+    @property
+    def minimum_peak_bytes(self) -> int: ...
+    @property
+    def known_minimum_bytes(self) -> int | None: ...
+
+    def frontier(
+        self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
+    ) -> FrontierData:
+        """Overhead against budget."""
+        ...
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The answer of :func:`planner.plan`.  Bytes are of the whole step on ``device``; GB are 10**9 bytes.
+class _Programs:
+    """The program of one plan, generated when it is first asked for."""
 
-    ``peak_bytes``           predicted peak; ``baseline_peak_bytes`` the peak when nothing is recomputed.
-    ``overhead``             recompute seconds / seconds of the step when nothing is recomputed.
-    ``overhead_bound``       proved: no plan within the budget (this order of ops) has less overhead.
-    ``status``               "optimal" (the two are equal) or "feasible".
-    ``breakdown``            bytes by kind at the peak; they add up to ``peak_bytes``.
-    ``timeline``             live bytes at each step, shape (T,); ``timeline_by_kind`` splits it.
-    ``sequence``             op names in execution order; a repeated name is a recomputation.
-    ``recompute_flops``      extra FLOPs; ``step_flops`` those of the step when nothing is recomputed.
-    ``step_s``               predicted seconds of the step when nothing is recomputed.
-    ``floor_bytes``          proved: no plan has a lower peak.
-    ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
-    ``optimizer_step_bytes`` bytes during the optimizer's own step, 0 without ``optimizer``.
-    ``varying_dims``         for each input tensor its dimensions that may vary; ``None`` if none may.
-    ``planned_for``          name of the device planned for, where it is not the model's own; bytes and
-                             seconds are then of that device, and the plan is not to be applied.
-    ``reserved_bytes``       predicted: what CUDA's caching allocator takes from the driver for the step, of
-                             which ``peak_bytes`` are allocated; ``None`` where there is no such allocator.
-    ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
+    made: ExecutableStep | None = None
 
-    Where sizes vary, all figures are for the sizes planned for.
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(PlanData):
+    """The answer of :func:`planner.plan`: the fields of ``PlanData``, and what can be done with them.
+
+    Bytes are of the whole step on ``device``; GB are 10**9 bytes.
     """
 
-    model_name: str
-    budget_bytes: int
-    peak_bytes: int
-    baseline_peak_bytes: int
-    overhead: float
-    overhead_bound: float
-    status: Literal["optimal", "feasible"]
-    placements: tuple[Placement, ...]
-    breakdown: Mapping[str, int]
-    timeline: np.ndarray
-    timeline_by_kind: Mapping[str, np.ndarray]
-    baseline_timeline: np.ndarray
-    sequence: tuple[str, ...]
-    op_count: int
-    step_s: float
-    step_flops: int
-    recompute_flops: int
-    floor_bytes: int
-    optimizer_step_bytes: int
-    solver: str
-    solve_s: float
-    cost_source: str
-    cost_device: str
-    device: str
-    torch_version: str
-    fingerprint: str
-    peak_op: str
-    peak_module: str
-    differentiated: tuple[int, ...]
-    input_spec: Any
-    known_minimum_bytes: int | None = None
-    varying_dims: Dims | None = None
-    calibration: Calibration | None = None
-    planned_for: str = ""
-    reserved_bytes: int | None = None
-    _prepared: Prepared | None = field(default=None, repr=False)
-    _outline: Outline | None = field(default=None, repr=False)
+    _origin: Origin | None = field(default=None, repr=False)
+    _programs: _Programs = field(default_factory=_Programs, init=False, repr=False)
 
-    # -- numbers derived from the fields -----------------------------------------------------------
+    @classmethod
+    def of(cls, data: PlanData, origin: Origin | None = None) -> Plan:
+        """The plan that ``data`` tells of, with its verbs; ``origin``: the step captured here, if one was."""
+        fields = {f.name: getattr(data, f.name) for f in dataclasses.fields(PlanData)}
+        return cls(**fields, _origin=origin)
 
-    @property
-    def gap(self) -> float:
-        """``overhead - overhead_bound``: how much of the step's time could at most still be won."""
-        return max(0.0, self.overhead - self.overhead_bound)
-
-    @cached_property
-    def held_bytes(self) -> int:
-        """Bytes held between the forward and the backward: saved values, outputs and inputs."""
-        kinds = self.timeline_by_kind
-        turn = int(kinds["saved"].argmax())  # saved values pile up in the forward and go in the backward
-        return int(kinds["saved"][turn] + kinds["outputs"].max() + kinds["inputs"].max())
-
-    @property
-    def recompute_s(self) -> float:
-        """Predicted seconds spent on recomputation."""
-        return self.overhead * self.step_s
+    # -- numbers that may have to be solved for ----------------------------------------------------
 
     @property
     def minimum_peak_bytes(self) -> int:
@@ -159,48 +89,27 @@ class Plan:
         known = self.minimum_if_known
         if known is not None:
             return known
-        if self._prepared is None:
+        if self._origin is None:
             raise PlannerError(
                 "this plan was read from a file that does not say its minimum; plan the model again"
             )
-        return self._prepared.minimum_peak_bytes
+        return self._origin.minimum_peak_bytes
 
     @property
     def minimum_if_known(self) -> int | None:
         """``minimum_peak_bytes`` if it was solved for before, else ``None``; never solves."""
-        if self.known_minimum_bytes is not None or self._prepared is None:
+        if self.known_minimum_bytes is not None or self._origin is None:
             return self.known_minimum_bytes
-        return self._prepared.__dict__.get("minimum_peak_bytes")
-
-    @property
-    def outline_if_known(self) -> Outline | None:
-        """The step in outline; ``None`` for a plan from a file that was written without it."""
-        if self._outline is not None or self._prepared is None or self._prepared.costs is None:
-            return self._outline
-        return self._prepared.outline
+        return self._origin.known_minimum_bytes
 
     # -- looking -----------------------------------------------------------------------------------
 
     def summary(self) -> str:
         """A page of text: budget, peak, overhead, what fills the peak, what is recomputed where."""
-        from planner.view.display import summary
-
-        return summary(self)
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({self.model_name}: budget {self.budget_bytes / 1e9:.4g} GB, "
-            f"peak {self.peak_bytes / 1e9:.4g} GB "
-            f"(nothing recomputed: {self.baseline_peak_bytes / 1e9:.4g} GB), overhead {self.overhead:.2%}, "
-            f"proved >= {self.overhead_bound:.2%}, {self.status})"
-        )
-
-    __str__ = __repr__
+        return display.summary(self)
 
     def _repr_html_(self) -> str:
-        from planner.view.display import html
-
-        return html(self)
+        return display.html(self)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook stores: the page, and the summary for viewers that show no HTML."""
@@ -208,9 +117,7 @@ class Plan:
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per value of the forward, in order of execution (needs pandas)."""
-        from planner.view.display import dataframe
-
-        return dataframe(self)
+        return display.dataframe(self)
 
     def explain(self, name: str) -> Explanation:
         """Why a value, or what a module makes, is kept, recomputed or freed, in a few sentences.
@@ -220,30 +127,22 @@ class Plan:
         schedule with that choice turned round, as simulated (:mod:`planner.view.explain`).  Raises
         ``ValueError`` for an unknown name, with those that are near, or one that means several, with these.
         """
-        from planner.view.explain import explain
+        return explain.explain(self, name)
 
-        return explain(self, name)
-
-    def diff(self, other: Plan) -> PlanDiff:
+    def diff(self, other: PlanData) -> PlanDiff:
         """What ``other``, a plan of the same model, decides otherwise, with bytes and seconds by layer.
 
         Raises ``PlannerError`` for a plan of another model.
         """
-        from planner.view.diff import diff
-
-        return diff(self, other)
+        return diff.diff(self, other)
 
     def plot_memory(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Live bytes over the step, by kind, against the budget and the step without recomputation."""
-        from planner.view.plots import plot_memory
-
-        return plot_memory(self, ax)
+        return plots.plot_memory(self, ax)
 
     def plot_placements(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """Model depth against time: when each layer's values are kept, dropped and recomputed."""
-        from planner.view.depth import plot_placements
-
-        return plot_placements(self, ax)
+        return depth.plot_placements(self, ax)
 
     def plot_frontier(
         self,
@@ -259,14 +158,12 @@ class Plan:
         ``peers``: other ways to train the same step, name -> (peak in bytes, overhead as a share of step
         time).
         """
-        from planner.view.plots import plot_frontier
-
-        if self._prepared is None:
+        if self._origin is None:
             raise PlannerError(
                 "a plan read from a file has no graph to solve again; call planner.frontier on the model"
             )
-        curve = self._prepared.frontier(points=points, time_limit_s=time_limit_s)
-        return plot_frontier(curve, ax, plan=self, peers=peers)
+        curve = self._origin.frontier(search=Search(time_limit_s=time_limit_s), points=points)
+        return plots.plot_frontier(curve, ax, plan=self, peers=peers)
 
     def plot_graph(self, module: str, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
         """The ops of one module as a graph: what is kept, what is dropped, and what is computed again.
@@ -274,19 +171,18 @@ class Plan:
         Raises ``PlannerError`` if there is no such module, if it has more ops than can be read, or if the
         plan is of a file that does not have its ops.
         """
-        from planner.view.block import plot_graph
-
-        return plot_graph(self, module, ax)
+        return block.plot_graph(self, module, ax)
 
     @property
     def code(self) -> str:
         """The rewritten step as Python; recomputed calls are named ``..._recomputed``."""
-        return self.step(None).program.code
+        return self.executable().program.code
 
     @property
     def variants(self) -> Variants | None:
         """The programs at hand for batches of other sizes; ``None`` where sizes are fixed."""
-        return self.step(None).variants
+        variants = self.executable().variants
+        return variants if isinstance(variants, Variants) else None
 
     def to_memory_snapshot(self, path: str | Path) -> None:
         """Write the planned step as a memory snapshot, to lie beside one recorded on a GPU.
@@ -294,9 +190,7 @@ class Plan:
         https://pytorch.org/memory_viz and ``python -m torch.cuda._memory_viz`` read it
         (:mod:`planner.view.snapshot`); it is a pickle of plain data, since they read nothing else.
         """
-        from planner.view.snapshot import save
-
-        save(self, path)
+        snapshot.save(self, path)
 
     # -- using -------------------------------------------------------------------------------------
 
@@ -309,7 +203,7 @@ class Plan:
         """
         self._refuse_elsewhere()
         model = self._model(model)
-        return CheckpointedModule(model, self.step(model))
+        return CheckpointedModule(model, self.executable(model))
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
         """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model.
@@ -318,28 +212,11 @@ class Plan:
         """
         self._refuse_elsewhere()
         model = self._model(model)
-        step = self.step(model)
-        applied = planned_forward_of(model)
-        if applied is not None:
-            if applied.step is step:
-                return model
-            self.restore(model)
-        before = model.__dict__.get("forward")
-        stand_in = PlannedForward(model, step)  # raises before anything is changed
-        stand_in.before = before
-        model.__dict__["forward"] = stand_in
-        return model
+        return applied(model, self.executable(model))
 
     def restore(self, model: nn.Module | None = None) -> nn.Module:
         """Undo ``apply``, whichever plan was applied; a no-op if none was.  Returns the model."""
-        model = self._model(model)
-        applied = planned_forward_of(model)
-        if applied is not None:
-            if applied.before is None:
-                del model.__dict__["forward"]
-            else:
-                model.__dict__["forward"] = applied.before
-        return model
+        return restored(self._model(model))
 
     def verify(
         self,
@@ -349,17 +226,21 @@ class Plan:
         loss_fn: LossFn | None = None,
         seed: int = 0,
     ) -> Report:
-        """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs."""
-        from planner.runtime.verify import verify
+        """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs.
 
+        ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
+        :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, or if
+        gradients are not None.
+        """
         self._refuse_elsewhere()
-        return verify(self, self._model(model), inputs, loss_fn=loss_fn, seed=seed)
+        model, origin = self._model(model), self._origin
+        if loss_fn is None and origin is not None:
+            loss_fn = origin.loss_fn
+        return verify(self, self.executable(model), model, inputs, loss_fn=loss_fn, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`planner.load` reads it."""
-        from planner.plans.serialize import save
-
-        save(self, path)
+        serialize.save(self, path)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -375,86 +256,30 @@ class Plan:
         if model is not None:
             model = unwrapped(model)
             return model.original if isinstance(model, CheckpointedModule) else model
-        if self._prepared is None:
+        if self._origin is None:
             raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
-        return self._prepared.model
+        return self._origin.captured.model
 
-    def step(self, model: nn.Module | None = None) -> Step:
-        """The generated program; made on first use and shared by every model it is applied to."""
-        if "_made_step" not in self.__dict__:
-            prepared = self._prepared
-            if prepared is None:
-                from planner.solving.prepared import prepare_for
+    def executable(self, model: nn.Module | None = None) -> ExecutableStep:
+        """The generated program; made on first use and shared by every model it is applied to.
 
-                if model is None:
-                    raise PlannerError("this plan was read from a file; pass the model it is for")
-                prepared = prepare_for(self, model)
-            if prepared.varying is not None:
-                variants = Variants(self, prepared, prepared.varying)
-                step = replace(variants.all[0].step, variants=variants)
+        ``model`` is needed once for a plan from a file: ``PlannerError`` without, ``StalePlanError`` for
+        another than the plan's.
+        """
+        programs, origin = self._programs, self._origin
+        if programs.made is None:
+            if origin is not None:
+                programs.made = executable(self, origin.captured, origin.varying, origin)
+            elif model is not None:
+                programs.made = executable(self, *recaptured(self, model))
             else:
-                program = emit(
-                    prepared.graph,
-                    prepared.steps(self.sequence),
-                    boundary=prepared.forward_steps(self.sequence),
-                )
-                step = Step(
-                    program,
-                    prepared.joint.template,
-                    prepared.expected,
-                    prepared.graph.device,
-                    self.budget_bytes,
-                )
-            object.__setattr__(self, "_made_step", step)
-        made: Step = self.__dict__["_made_step"]
-        return made
+                raise PlannerError("this plan was read from a file; pass the model it is for")
+        return programs.made
 
 
-class CheckpointedModule(fx.GraphModule):
-    """The rewritten model.  ``graph`` is its forward; ``code`` the whole step, backward included.
+def load(path: str | Path) -> Plan:
+    """Read a plan.  Raises ``InvalidPlanFileError`` if the file is not one; ``OSError`` if it is not there.
 
-    It shares the original's submodules and Parameters, so training either trains both.
+    The plan can be looked at at once; ``rewrite(model)`` and ``apply(model)`` capture the model again.
     """
-
-    original: nn.Module
-
-    def __init__(self, original: nn.Module, step: Step) -> None:
-        super().__init__({}, step.program.forward.graph, type(original).__name__ + "Checkpointed")
-        for name, child in original.named_children():
-            self.add_module(name, child)
-        for name, parameter in original._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in original._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
-        self.__dict__["original"] = original
-        self.__dict__["forward"] = PlannedForward(original, step, original=_unplanned(original))
-        self.training = original.training
-
-    @property
-    def program(self) -> Program:
-        """The generated graphs."""
-        planned: PlannedForward = self.__dict__["forward"]
-        return planned.step.program
-
-    @property
-    def code(self) -> str:
-        """The whole step as Python; recomputed calls are named ``..._recomputed``."""
-        return self.program.code
-
-    def train(self, mode: bool = True) -> CheckpointedModule:
-        """Also sets the original's own flag, which decides whether the plan applies."""
-        self.original.training = mode
-        super().train(mode)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        original = copy.deepcopy(self.original, memo)
-        return CheckpointedModule(original, self.__dict__["forward"].step)
-
-    def __reduce__(self) -> Any:
-        return self.__dict__["forward"].__reduce__()
-
-
-def _unplanned(model: nn.Module) -> Any:
-    applied = planned_forward_of(model)
-    return model.forward if applied is None else applied.original
+    return Plan.of(serialize.load(path))

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from planner.errors import PlannerError
 from planner.units import bytes_text, seconds_text
-from solvers import Solution
 
 __all__ = ["Bar", "Event", "Phase", "Progress", "Reporter", "reporting"]
 
@@ -82,24 +81,44 @@ class Event:
 Progress: TypeAlias = Callable[[Event], object]
 
 
+class Found(Protocol):
+    """What a search has found so far: a ``solvers.Solution``, or an answer made of one."""
+
+    @property
+    def budget_bytes(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def bound_seconds(self) -> float: ...
+
+
 class Reporter:
     """Tells one listener, and the log, what one call of the planner is doing."""
 
     def __init__(self, listener: Progress | None = None) -> None:
         self._listener = listener
         self._began = time.perf_counter()
+        self.stopped = False  # a listener, or Ctrl-C, ended a search: no other is begun
 
     def phase(self, phase: Phase, note: str = "") -> None:
         """A phase begins."""
         self._tell(Event(phase, time.perf_counter() - self._began, note))
 
-    def searching(self, step_s: float) -> Callable[[Solution], object] | None:
+    def heed(self, interrupted: bool) -> None:
+        """Remember that a search was ended before its time, so that none is begun after it."""
+        self.stopped = self.stopped or interrupted
+
+    def searching(self, step_s: float) -> Callable[[Found], object] | None:
         """A ``progress`` for :func:`solvers.solve` on a step of ``step_s`` seconds; None if none listens."""
         if self._listener is None and not log.isEnabledFor(logging.DEBUG):
             return None  # the search makes a Solution for every call
         return lambda best: self.found(best, step_s)
 
-    def found(self, best: Solution, step_s: float) -> object:
+    def found(self, best: Found, step_s: float) -> object:
         """``best`` is the best answer so far for a step of ``step_s`` seconds."""
         overhead, bound = (max(0.0, s / step_s - 1.0) if step_s else 0.0 for s in _seconds(best))
         return self._tell(
@@ -118,7 +137,7 @@ class Reporter:
         return None if self._listener is None else self._listener(event)
 
 
-def _seconds(best: Solution) -> tuple[float, float]:
+def _seconds(best: Found) -> tuple[float, float]:
     return best.seconds, best.bound_seconds
 
 

@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from planner import Placement, Plan
+from planner.options import Search
 from planner.solving import prepared
 from tests.models import CASES
 
@@ -19,7 +20,7 @@ def planned_gpt2() -> Plan:
     """A real plan at about half of what keeping everything takes."""
     case = CASES["gpt2"]
     step = prepared.prepare(case.build(), case.make_inputs(0), costs="roofline")
-    return step.plan_bytes(round(0.55 * step.baseline.peak_bytes), solver="greedy")
+    return step.plan_bytes(round(0.55 * step.baseline.peak_bytes), search=Search("greedy"))
 
 
 def made_plan(placements: list[Placement], **changes: object) -> Plan:
@@ -78,7 +79,7 @@ def made_plan(placements: list[Placement], **changes: object) -> Plan:
         "peak_op": sequence[peak],
         "peak_module": next((p.module for p in placements if p.name == sequence[peak]), ""),
         "differentiated": (),
-        "input_spec": None,
+        "inputs": {},
     }
     return Plan(**(fields | changes))  # type: ignore[arg-type]
 

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from planner.checks.zoo import Bottleneck
 from planner.costs.op_costs import DEVICES
 from planner.measure.peaks import StepRecord, compare, run_step, step_flops, step_peak
+from planner.options import Search
 from planner.plan import Plan
 from planner.solving.lowering import graph_costs
-from planner.solving.prepared import Prepared, prepare
+from planner.solving.priced import PricedStep, prepare
 from tests.models import PEERS, Case
 
 __all__ = ["Measured", "Peer", "by_hand", "measured", "measured_plan", "peer"]
@@ -44,7 +45,7 @@ class Peer:
     case: Case
     model: nn.Module
     inputs: dict[str, Any]
-    prepared: Prepared
+    prepared: PricedStep
     eager_peak_bytes: int
     eager_flops: int
     eager_record: StepRecord
@@ -57,7 +58,9 @@ class Peer:
 
     def plan(self, above_bytes: int, *, time_limit_s: float) -> Plan:
         """The plan whose peak is at most ``above_bytes`` over what is resident."""
-        return self.prepared.plan_bytes(self.resident_bytes + above_bytes, time_limit_s=time_limit_s)
+        return self.prepared.plan_bytes(
+            self.resident_bytes + above_bytes, search=Search(time_limit_s=time_limit_s)
+        )
 
 
 def by_hand(case: Case) -> nn.Module:

@@ -25,7 +25,8 @@ from planner.memory.resident import (
     optimizer_state_bytes,
     resident_of,
 )
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests.models import CASES
 
 SHAPES = ((64, 32), (64,), (3, 5, 7), (128, 16), ())
@@ -356,7 +357,7 @@ def test_the_memory_of_a_loss_is_predicted_to_the_byte(name: str, inside: bool) 
     step = prepare(
         model, inputs, costs="roofline", loss_fn=None if inside else lambda outputs: loss(*outputs)
     )
-    report = step.plan_bytes(10**9, solver="keep_all").verify()
+    report = step.plan_bytes(10**9, search=Search("keep_all")).verify()
     assert report.peak_bytes == report.predicted_peak_bytes
 
 
@@ -393,7 +394,7 @@ def test_what_a_loss_function_holds_is_in_the_budget(name: str) -> None:
     x = torch.randn(100, 8)
     loss_fn, own_bytes = losses_by_own_bytes(x, model)[name]
     prepared = prepare(model, (x,), loss_fn=loss_fn, costs="roofline")
-    assert prepared.constant_bytes == own_bytes
+    assert prepared.memory.constant_bytes == own_bytes
     plan = prepared.plan_bytes(prepared.minimum_peak_bytes)
     plan.apply(model)
     assert step_peak(model, (x,), loss_fn=loss_fn) == plan.peak_bytes == plan.budget_bytes

@@ -19,7 +19,8 @@ from planner.capture.joint_graph import capture
 from planner.checks.kernel_check import op_counts
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.measure.peaks import compare, run_step, step_peak
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 
 aten = torch.ops.aten
 RESERVE_BYTES = 4000
@@ -129,8 +130,8 @@ def agrees(model: nn.Module, *inputs: Tensor) -> Any:
     step = prepare(model, inputs, costs="roofline")
     eager, records = run_step(model, inputs), []
     plans = [
-        step.plan_bytes(step.baseline.peak_bytes, solver="keep_all"),
-        step.plan_bytes(step.minimum_peak_bytes, time_limit_s=5),
+        step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all")),
+        step.plan_bytes(step.minimum_peak_bytes, search=Search(time_limit_s=5)),
     ]
     for plan in plans:
         plan.apply(model)
@@ -242,7 +243,7 @@ def test_on_a_cpu_torch_says_its_own() -> None:
 def test_the_kernels_of_a_plan_are_counted_as_cudnns() -> None:
     model = net(norms=2)
     step = prepare(model, (pixels(),), costs="roofline")
-    step.plan_bytes(step.baseline.peak_bytes, solver="keep_all").apply(model)
+    step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all")).apply(model)
     with op_counts() as counts:
         model(pixels()).backward()
     assert counts["aten.cudnn_batch_norm"] == counts["aten.cudnn_batch_norm_backward"] == 2

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from planner._compat import OpOverload, TorchDispatchMode
+from planner.options import Search
 from planner.rewrite.bindings import bind
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests.tiny import assert_steps_equal, bert, bert_batch, seeded
 
 aten = torch.ops.aten
@@ -113,7 +114,7 @@ def test_one_ops_kinds_of_call_are_told_apart() -> None:
 def test_a_plan_that_keeps_all_makes_eagers_calls_and_says_so_in_plain_torch() -> None:
     model, inputs = bert(), bert_batch()
     prepared = prepare(model, inputs, costs="roofline")
-    plan = prepared.plan_bytes(prepared.baseline.peak_bytes, solver="keep_all")
+    plan = prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all"))
     assert "torch.addmm(" in plan.code
     assert "torch.ops.aten.addmm" not in plan.code
 

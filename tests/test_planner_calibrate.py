@@ -19,7 +19,7 @@ from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
 from planner.runtime.forward import planned_forward_of
 from planner.solving import calibrate
 from planner.solving.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
-from planner.solving.prepared import Prepared, prepare
+from planner.solving.priced import PricedStep, prepare
 from tests.tiny import Mlp, batch, seeded
 
 
@@ -38,12 +38,12 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def step() -> Prepared:
+def step() -> PricedStep:
     return prepare(seeded(Net), batch(256, labels=True), costs="roofline")
 
 
 @pytest.fixture(scope="module")
-def budget(step: Prepared) -> int:
+def budget(step: PricedStep) -> int:
     low, high = step.minimum_peak_bytes, step.baseline.peak_bytes
     return low + (high - low) * 3 // 4
 
@@ -112,7 +112,7 @@ def test_a_loss_outside_and_an_optimizer_are_in_what_is_compared() -> None:
 
 
 def test_a_step_that_takes_more_is_planned_again_until_it_fits(
-    step: Prepared, budget: int, tmp_path: Path
+    step: PricedStep, budget: int, tmp_path: Path
 ) -> None:
     plain = step.plan_bytes(budget)
     made = calibrated(step, budget, meter=fragmented(0.15))
@@ -137,7 +137,9 @@ def test_a_step_that_takes_more_is_planned_again_until_it_fits(
     assert again.summary() == page
 
 
-def test_a_plan_that_was_not_measured_says_nothing_of_it(step: Prepared, budget: int, tmp_path: Path) -> None:
+def test_a_plan_that_was_not_measured_says_nothing_of_it(
+    step: PricedStep, budget: int, tmp_path: Path
+) -> None:
     plain = step.plan_bytes(budget)
     plain.save(tmp_path / "plan.json")
     assert "calibration" not in (tmp_path / "plan.json").read_text()
@@ -145,7 +147,7 @@ def test_a_plan_that_was_not_measured_says_nothing_of_it(step: Prepared, budget:
     assert "measured" not in plain.summary()
 
 
-def test_where_it_does_not_converge_the_error_has_the_numbers(step: Prepared, budget: int) -> None:
+def test_where_it_does_not_converge_the_error_has_the_numbers(step: PricedStep, budget: int) -> None:
     seen: list[int] = []
 
     def greedy(module: nn.Module, inputs: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
@@ -158,7 +160,7 @@ def test_where_it_does_not_converge_the_error_has_the_numbers(step: Prepared, bu
     assert seen == [step.resident.total_bytes] * 2
 
 
-def test_a_margin_that_leaves_too_little_is_an_infeasible_budget(step: Prepared, budget: int) -> None:
+def test_a_margin_that_leaves_too_little_is_an_infeasible_budget(step: PricedStep, budget: int) -> None:
     def huge(*_: Any) -> StepBytes:
         return StepBytes(2 * budget, None)
 
@@ -168,7 +170,7 @@ def test_a_margin_that_leaves_too_little_is_an_infeasible_budget(step: Prepared,
     assert error.value.minimum_bytes > error.value.budget_bytes == budget
 
 
-def test_each_round_sets_more_aside(step: Prepared, budget: int) -> None:
+def test_each_round_sets_more_aside(step: PricedStep, budget: int) -> None:
     taken = iter([budget + 1000, budget + 10, budget])
 
     def meter(*_: Any) -> StepBytes:
@@ -184,7 +186,7 @@ def test_each_round_sets_more_aside(step: Prepared, budget: int) -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory\nx"), RuntimeError("broken")])
-def test_a_step_that_breaks_leaves_the_model_as_it_was(step: Prepared, error: RuntimeError) -> None:
+def test_a_step_that_breaks_leaves_the_model_as_it_was(step: PricedStep, error: RuntimeError) -> None:
     model = copy.deepcopy(step.model)
     own = prepare(model, batch(256, labels=True), costs="roofline")
     model(**batch(256, labels=True)).backward()

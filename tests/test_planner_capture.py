@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from planner._compat import FakeTensorMode
 from planner.capture.joint_graph import capture
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests import tiny
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -495,7 +496,7 @@ def test_planning_takes_no_memory_for_activations() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(10**7, 64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    plan = prepare(model, (x,), costs="roofline").plan_bytes(10**12, solver="keep_all")
+    plan = prepare(model, (x,), costs="roofline").plan_bytes(10**12, search=Search("keep_all"))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert x.nbytes > 2e9 and plan.baseline_peak_bytes > 10 * x.nbytes
     assert after - before < 0.2 * x.nbytes
@@ -520,7 +521,7 @@ def test_one_capture_serves_many_budgets() -> None:
     prepared = prepare(model, inputs, costs="roofline")
     twin = copy.deepcopy(model)
     for solver in ("keep_all", "recompute_all", "sqrt"):
-        module = prepared.plan_bytes(10**9, solver=solver).rewrite()
+        module = prepared.plan_bytes(10**9, search=Search(solver)).rewrite()
         tiny.assert_same_bits(tiny.run(module, inputs), tiny.run(twin, inputs))
 
 

@@ -21,7 +21,7 @@ from planner.costs import profiler
 from planner.costs.cache import VARIABLE, CostCache, Measured, cache_for, folder, key_of
 from planner.costs.op_costs import costs_of
 from planner.costs.roofline import is_view
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests.test_planner_costs import trace
 
 GPU = {"device": "A made GPU", "torch": "1"}

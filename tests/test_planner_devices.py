@@ -34,7 +34,7 @@ from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.measure.peaks import step_peak
 from planner.plan import Plan
 from planner.solving.calibrate import calibrated
-from planner.solving.prepared import Prepared, prepare
+from planner.solving.priced import PricedStep, prepare
 
 MB = 2**20
 CPU = torch.device("cpu")
@@ -82,13 +82,13 @@ def outputs_of(graph: TrainingGraph, op: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def step() -> Prepared:
+def step() -> PricedStep:
     model, inputs = attending(masked=True, deep=16)
     return prepare(model, inputs, costs="h100", optimizer=torch.optim.AdamW)
 
 
 @pytest.fixture(scope="module")
-def plan(step: Prepared) -> Plan:
+def plan(step: PricedStep) -> Plan:
     return step.plan_bytes((step.minimum_peak_bytes + step.baseline.peak_bytes) // 2)
 
 
@@ -127,7 +127,7 @@ def test_the_name_of_the_gpu_that_is_here_is_only_its_rates(monkeypatch: pytest.
 
 
 def test_it_says_which_device_it_is_for_and_its_bytes_add_up(
-    plan: Plan, step: Prepared, tmp_path: Path
+    plan: Plan, step: PricedStep, tmp_path: Path
 ) -> None:
     assert (plan.planned_for, plan.cost_device, plan.device) == ("H100", "H100", "cpu")
     assert plan.summary().startswith("Attention on H100 (captured on cpu), torch")
@@ -135,7 +135,7 @@ def test_it_says_which_device_it_is_for_and_its_bytes_add_up(
     assert sum(plan.breakdown.values()) == plan.peak_bytes <= plan.budget_bytes
     assert all(size % 512 == 0 for size in plan.breakdown.values())
     assert (plan.timeline % 512 == 0).all()
-    assert plan.breakdown["library_workspace"] == step.library_bytes == 2 * (32 + 1) * MB
+    assert plan.breakdown["library_workspace"] == step.memory.library_bytes == 2 * (32 + 1) * MB
     assert "cuBLAS workspace" in plan.summary()
     assert plan.recompute_flops > 0
     plan.save(tmp_path / "plan.json")
@@ -146,14 +146,14 @@ def test_it_says_which_device_it_is_for_and_its_bytes_add_up(
 
 
 @pytest.mark.parametrize("use", ["apply", "rewrite", "verify"])
-def test_it_is_not_used_here(plan: Plan, step: Prepared, use: str) -> None:
+def test_it_is_not_used_here(plan: Plan, step: PricedStep, use: str) -> None:
     before = dict(vars(step.model))
     with pytest.raises(PlannerError, match=r"for the H100, captured on cpu: its kernels, bytes and seconds"):
         getattr(plan, use)()
     assert vars(step.model) == before
 
 
-def test_training_and_measuring_are_for_this_device(step: Prepared) -> None:
+def test_training_and_measuring_are_for_this_device(step: PricedStep) -> None:
     with pytest.raises(ValueError, match="for a model that trains, not 'H100'"):
         planner.enable(step.model, 1.0, costs="H100")
     with pytest.raises(PlannerError, match="calibrate where that is"):
@@ -262,7 +262,7 @@ def test_padded_depths_and_groups_of_heads_are_captured() -> None:
 # --- What is translated -----------------------------------------------------------------------
 
 
-def test_every_rule_has_its_source_and_the_stage_prints_what_it_did(step: Prepared) -> None:
+def test_every_rule_has_its_source_and_the_stage_prints_what_it_did(step: PricedStep) -> None:
     assert all(rule.change and rule.source and (rule.outputs or rule.scratch or rule.ops) for rule in RULES)
     page = str(step.translation)
     assert page.startswith("captured on cpu, as H100 runs it:")
@@ -363,7 +363,7 @@ def test_the_workspace_is_pytorchs(
 
 def test_a_step_without_products_has_no_workspace() -> None:
     step = prepare(nn.LayerNorm(8), (torch.ones(2, 8),), costs="H100")
-    assert step.library_bytes == 0
+    assert step.memory.library_bytes == 0
 
 
 def test_a_budget_above_what_a_gpu_has_is_said(caplog: pytest.LogCaptureFixture) -> None:

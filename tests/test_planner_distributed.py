@@ -23,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import planner
 from planner import PlannerError
 from planner.measure.meter import StorageMeter
+from planner.options import Search
 from planner.rewrite import emit as rewrite
 from planner.runtime.forward import planned_forward_of
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from planner.training.distributed import shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
@@ -82,7 +83,7 @@ def _fires(rank: int, how: str, share: float = 0.4) -> tuple[list[float], int]:
     if how != "plain":
         step = prepare(model, (batch,), costs="roofline")
         low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), time_limit_s=2.0)
+        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=2.0))
         if how == "one segment":
             with _emitted_in(1):
                 plan.apply()
@@ -145,7 +146,7 @@ def _budgets(rank: int, view: bool) -> list[tuple[int, int, int]]:
         wrapped.zero_grad()
         step = prepare(wrapped, (batch,), costs="roofline", loss_fn=lambda out: out.square().mean() / 3)
         low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), time_limit_s=2.0)
+        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=2.0))
         plan.apply()
         peak, _ = _peak(wrapped, functools.partial(_step, wrapped, batch))
         out.append((plan.peak_bytes, peak, plan.budget_bytes))

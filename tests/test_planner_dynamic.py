@@ -21,9 +21,10 @@ from planner import Plan, PlannerError, StalePlanError, TraceError, _compat
 from planner.checks import zoo
 from planner.graph.training_graph import training_graph
 from planner.measure.peaks import step_peak
+from planner.options import Search
 from planner.solving import fit as search
-from planner.solving import prepared
-from planner.solving.prepared import prepare
+from planner.solving import priced
+from planner.solving.priced import prepare
 from tests import tiny
 
 Batch = dict[str, Tensor]
@@ -106,7 +107,7 @@ def rows_of(rows: int, length: int, width: int = 16) -> Batch:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the tracer and the solvers were entered, counted from outside."""
     seen: Counter[str] = Counter()
-    for module, name in ((_compat, "export_joint"), (search, "solve"), (prepared, "minimum_peak")):
+    for module, name in ((_compat, "export_joint"), (search, "solve"), (priced, "minimum_peak")):
         original = getattr(module, name)
 
         def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -122,9 +123,9 @@ def plan_at(model: nn.Module, batch: Batch, share: float, **options: Any) -> Pla
     step = prepare(model, batch, costs="roofline", **{"dynamic": True, **options})
     low, high = step.floor_bytes, step.baseline.peak_bytes
     assert step.varying is not None
-    varying = dataclasses.replace(step.varying, solver="greedy", time_limit_s=1.0)
+    varying = dataclasses.replace(step.varying, search=Search("greedy", 1.0))
     step = dataclasses.replace(step, varying=varying, least_limit_s=1.0)
-    return step.plan_bytes(int(low + share * (high - low)), solver="greedy", time_limit_s=1.0)
+    return step.plan_bytes(int(low + share * (high - low)), search=Search("greedy", 1.0))
 
 
 def hold(plan: Plan, model: nn.Module, batches: Sequence[Batch], budget_bytes: int | None = None) -> None:
@@ -239,7 +240,7 @@ def test_gradients_of_outputs_and_inputs_are_sized_as_the_batch() -> None:
     model = tiny.seeded(Two)
     batches = [{"x": torch.randn(n, 5, 32).requires_grad_()} for n in (9, 4, 2)]
     plan = prepare(model, batches[0], costs="roofline", dynamic=True).plan_bytes(
-        10**9, solver="recompute_all"
+        10**9, search=Search("recompute_all")
     )
     twin = copy.deepcopy(model)
     plan.apply(model)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import planner
 from planner import _compat
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests import tiny
 from tests.hf import FAST
 
@@ -26,7 +27,7 @@ INPUTS = tiny.batch(64, labels=True)
 def budget_gb(model: nn.Module, inputs: Any, share: float = 0.4, **options: Any) -> float:
     """Between the least peak greedy reaches (0) and the peak of the step as it is (1)."""
     step = prepare(model, inputs, costs="roofline", **options)
-    low, high = step.plan_bytes(10**9, solver="recompute_all").peak_bytes, step.baseline.peak_bytes
+    low, high = step.plan_bytes(10**9, search=Search("recompute_all")).peak_bytes, step.baseline.peak_bytes
     low = min(low, high)
     return (low + share * (high - low)) / 1e9
 

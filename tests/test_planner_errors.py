@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from planner.units import bytes_text
 from tests import tiny
 

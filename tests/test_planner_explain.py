@@ -12,7 +12,8 @@ import torch
 
 import planner
 from planner import Plan, PlannerError
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 from planner.units import bytes_text, seconds_text
 from planner.view.explain import Alternative, Explanation
 from planner.view.layers import layers_of, recompute_seconds, rows_of
@@ -21,19 +22,19 @@ from tests.made_plans import made_plan, stack, value
 
 
 @pytest.fixture(scope="module")
-def step() -> Prepared:
+def step() -> PricedStep:
     model = tiny.seeded(tiny.gpt2)
     return prepare(model, tiny.gpt2_batch(), costs="roofline", optimizer=torch.optim.AdamW)
 
 
 @pytest.fixture(scope="module")
-def plan(step: Prepared) -> Plan:
+def plan(step: PricedStep) -> Plan:
     low, high = step.floor_bytes, step.baseline.peak_bytes
-    return step.plan_bytes((low + high) // 2, solver="greedy")
+    return step.plan_bytes((low + high) // 2, search=Search("greedy"))
 
 
 @pytest.fixture(scope="module")
-def roomy(step: Prepared) -> Plan:
+def roomy(step: PricedStep) -> Plan:
     return step.plan_bytes(2 * step.baseline.peak_bytes)
 
 
@@ -44,7 +45,7 @@ def loaded(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return planner.load(path)
 
 
-def check(step: Prepared, plan: Plan, a: Alternative) -> None:
+def check(step: PricedStep, plan: Plan, a: Alternative) -> None:
     """The alternative is a schedule that runs, and its figures are the simulator's."""
     assert set(a.sequence) == set(plan.sequence)
     line = step.outline.judge(step.outline.steps(a.sequence))
@@ -55,7 +56,7 @@ def check(step: Prepared, plan: Plan, a: Alternative) -> None:
     assert a.extra_s == pytest.approx(line.recompute_seconds - plan.recompute_s, abs=1e-12)
 
 
-def test_every_value_is_explained_by_schedules_that_run(step: Prepared, plan: Plan) -> None:
+def test_every_value_is_explained_by_schedules_that_run(step: PricedStep, plan: Plan) -> None:
     seconds = recompute_seconds(plan)
     told = 0
     for p, spent_s in zip(plan.placements, seconds, strict=True):
@@ -100,7 +101,7 @@ def test_the_sentences_say_the_numbers(plan: Plan) -> None:
     assert f"costs {seconds_text(plan.recompute_s / fed)} per MB on average" in str(lower)
 
 
-def test_ancestors_that_would_run_too_are_named(step: Prepared, plan: Plan) -> None:
+def test_ancestors_that_would_run_too_are_named(step: PricedStep, plan: Plan) -> None:
     """Keeping or remaking a value changes how often others run; they and no others are told of."""
     for p in plan.placements:
         why = plan.explain(p.name)
@@ -112,7 +113,7 @@ def test_ancestors_that_would_run_too_are_named(step: Prepared, plan: Plan) -> N
                     assert f"`{name}`" in str(why)
 
 
-def test_what_the_model_returns_is_no_choice(step: Prepared, plan: Plan) -> None:
+def test_what_the_model_returns_is_no_choice(step: PricedStep, plan: Plan) -> None:
     held = [v.name for v in step.graph.values if v.kind == "output"]
     for p in plan.placements:
         if p.name in held:
@@ -120,7 +121,7 @@ def test_what_the_model_returns_is_no_choice(step: Prepared, plan: Plan) -> None
             assert plan.explain(p.name).if_recomputed is None
 
 
-def test_a_module_is_the_sum_of_its_values(step: Prepared, plan: Plan) -> None:
+def test_a_module_is_the_sum_of_its_values(step: PricedStep, plan: Plan) -> None:
     name = "transformer.h.0"
     why = plan.explain(name)
     inside = [p for p in plan.placements if p.module == name or p.module.startswith(name + ".")]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner.graph.passes.inplace import IN_PLACE, OUT, OUT_ON_CPU
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests import tiny
 
 aten = torch.ops.aten
@@ -89,7 +90,9 @@ def test_nothing_is_overwritten_that_is_read_later(solver: str) -> None:
     plan = tiny.assert_steps_equal(tiny.seeded(Branching), (x,), solver=solver)
     report = plan.verify()
     assert report.equal and report.peak_bytes == report.predicted_peak_bytes
-    written = Counter(op.target for op in plan._prepared.graph.ops if op.node and "over" in op.node.meta)  # type: ignore[union-attr]
+    written = Counter(
+        op.target for op in plan._origin.captured.graph.ops if op.node and "over" in op.node.meta
+    )  # type: ignore[union-attr]
     assert written["aten.add_"] and written["aten.mul_"]
 
 
@@ -106,6 +109,6 @@ def test_the_gradient_of_a_language_models_loss_takes_no_second_buffer() -> None
     logits_bytes = 256 * 512 * 4
     resident = prepared.problem.resident_bytes
     assert 2 * logits_bytes < prepared.baseline.peak_bytes - resident < 2.5 * logits_bytes
-    report = prepared.plan_bytes(prepared.baseline.peak_bytes, solver="keep_all").verify()
+    report = prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all")).verify()
     assert report.equal and report.peak_bytes == report.predicted_peak_bytes
     assert report.eager_peak_bytes - resident > 3 * logits_bytes

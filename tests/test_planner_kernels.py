@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from planner import _compat
 from planner.capture.effects import attributes_kept, settled
 from planner.errors import TraceError
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 
 
 class Around(nn.Module):
@@ -32,18 +33,20 @@ class Around(nn.Module):
         return self.last(self.op(self.first(x), *self.inner))
 
 
-def around(op: Callable[..., Tensor], x: Tensor, *modules: nn.Module) -> Prepared:
+def around(op: Callable[..., Tensor], x: Tensor, *modules: nn.Module) -> PricedStep:
     """The step of ``op`` on ``x``; it takes whatever width ``op`` leaves."""
     torch.manual_seed(0)
     with torch.no_grad():
         width = op(nn.Linear(8, 8)(x), *modules).shape[-1]
     model = Around(op, width, *modules)
-    return prepare(model, (x,), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", time_limit_s=0.3)
+    return prepare(
+        model, (x,), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", search=Search(time_limit_s=0.3)
+    )
 
 
-def assert_as_eager(step: Prepared) -> None:
+def assert_as_eager(step: PricedStep) -> None:
     """Bit-equal and to the byte, with everything kept and with as little as can be."""
-    for plan in (step.plan_bytes(step.baseline.peak_bytes, solver="keep_all"), step.least_plan()):
+    for plan in (step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all")), step.least_plan()):
         report = plan.verify()
         assert report.equal, str(report)
         assert report.peak_bytes == report.predicted_peak_bytes <= plan.budget_bytes, str(report)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from planner.capture.as_eager.masks import _CONSECUTIVE, _Consecutive
 from planner.measure.peaks import compare, run_step
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 
 IDS = torch.randint(2, 64, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -32,16 +33,16 @@ def _llama() -> Any:
         return hf.LlamaForCausalLM(config).train()
 
 
-def _attention(step: Prepared) -> list[dict[str, Any]]:
+def _attention(step: PricedStep) -> list[dict[str, Any]]:
     """Keyword arguments of every attention in the forward, and its number of key heads."""
     calls = [op.node for op in step.graph.ops if op.target.endswith("attention_for_cpu") and op.node]
     return [dict(n.kwargs) | {"heads": n.args[1].meta["val"].shape[1], "rest": n.args[3:]} for n in calls]
 
 
-def _same_as_eager(model: Any, inputs: dict[str, Tensor]) -> Prepared:
+def _same_as_eager(model: Any, inputs: dict[str, Tensor]) -> PricedStep:
     eager = run_step(model, inputs)
     step = prepare(model, inputs, costs="roofline")
-    plan = step.plan_bytes(step.baseline.peak_bytes, solver="keep_all")
+    plan = step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all"))
     plan.apply(model)
     found = compare(eager, run_step(model, inputs))
     plan.restore(model)

@@ -232,7 +232,7 @@ def test_out_of_memory(phase: str) -> None:
 def test_out_of_memory_is_still_what_trainers_take_it_for() -> None:
     from accelerate.utils.memory import should_reduce_batch_size
 
-    from planner.runtime.forward import _memory_explained
+    from planner.runtime.autograd import memory_explained
 
     model, _ = pair()
     plan = planner.plan_of(model)
@@ -243,7 +243,7 @@ def test_out_of_memory_is_still_what_trainers_take_it_for() -> None:
     ):
         with (
             pytest.raises(type(error), match="lower budget_gb") as caught,
-            _memory_explained(plan.step(), "forward"),
+            memory_explained(plan.executable(), "forward"),
         ):
             raise error
         assert should_reduce_batch_size(caught.value)

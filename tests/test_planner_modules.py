@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import planner
 from planner._compat import pytree
 from planner.errors import PlannerError
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests import tiny
 
 
@@ -105,10 +106,10 @@ def test_an_output_whose_container_names_nothing() -> None:
         return out.sample.mean() + sum(p.mean() for p in out.parts)
 
     model = tiny.seeded(lambda: Model(body))
-    step = prepare(model, (X,), loss_fn=loss_fn, costs="roofline", time_limit_s=3)
+    step = prepare(model, (X,), loss_fn=loss_fn, costs="roofline", search=Search(time_limit_s=3))
     names = [leaf.name for leaf in step.joint.template.leaves]
     assert names == ["output['sample']", "output['parts'][0]", "output['parts'][1]"]
-    report = step.plan_bytes(step.minimum_peak_bytes, time_limit_s=3).verify()
+    report = step.plan_bytes(step.minimum_peak_bytes, search=Search(time_limit_s=3)).verify()
     assert report.ok and report.peak_bytes == report.predicted_peak_bytes
 
 

@@ -13,7 +13,8 @@ from torch import distributions as D
 from torch.nn import functional as F
 
 from planner.errors import PlannerError
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests.tiny import seeded
 
 
@@ -111,11 +112,11 @@ def test_planned_bit_for_bit_and_to_the_byte(name: str) -> None:
         return model
 
     model = seeded(build)
-    step = prepare(model, parts[0], costs="roofline", time_limit_s=2)
+    step = prepare(model, parts[0], costs="roofline", search=Search(time_limit_s=2))
     least, most = step.minimum_peak_bytes, step.baseline.peak_bytes
     plans = [
-        step.plan_bytes((least + most) // 2, time_limit_s=2),
-        step.plan_bytes(10**12, solver="recompute_all"),
+        step.plan_bytes((least + most) // 2, search=Search(time_limit_s=2)),
+        step.plan_bytes(10**12, search=Search("recompute_all")),
     ]
     for plan in plans:
         report = plan.verify()
@@ -128,7 +129,7 @@ def test_a_singular_matrix_raises_as_it_does_in_eager() -> None:
     good, singular = torch.randn(2, 4, 4), torch.zeros(2, 4, 4)
     with pytest.raises(RuntimeError, match="singular") as eager:
         model(singular)
-    plan = prepare(model, (good,), costs="roofline").plan_bytes(10**9, solver="recompute_all")
+    plan = prepare(model, (good,), costs="roofline").plan_bytes(10**9, search=Search("recompute_all"))
     plan.apply(model)
     with pytest.raises(RuntimeError, match="singular") as planned:
         model(singular)
@@ -220,5 +221,5 @@ def test_gradients_of_several_outputs_are_held_together(solver: str) -> None:
     step = prepare(
         model, (torch.randn(16, 16),), loss_fn=lambda o: sum(t.mean() for t in o), costs="roofline"
     )
-    report = step.plan_bytes(10**9, solver=solver).verify()
+    report = step.plan_bytes(10**9, search=Search(solver)).verify()
     assert report.ok and report.peak_bytes == report.predicted_peak_bytes

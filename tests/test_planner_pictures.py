@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 
 from planner import Frontier, Placement, Plan, PlannerError, units
 from planner.frontier import FrontierPoint
+from planner.options import Search
 from planner.solving import prepared
 from planner.view import bands, block, depth, layers, plots
 from tests import tiny
@@ -256,8 +257,8 @@ def test_the_frontier() -> None:
 
 def test_the_frontier_of_a_plan_is_solved_from_its_own_trace() -> None:
     model = tiny.seeded(tiny.Mlp)
-    step = prepared.prepare(model, tiny.batch(256), costs="roofline", time_limit_s=2.0)
-    plan = step.plan_bytes(step.baseline.peak_bytes, solver="greedy")
+    step = prepared.prepare(model, tiny.batch(256), costs="roofline", search=Search(time_limit_s=2.0))
+    plan = step.plan_bytes(step.baseline.peak_bytes, search=Search("greedy"))
     ax = plan.plot_frontier(points=4, time_limit_s=1.0, peers={"flag": (step.baseline.peak_bytes, 0.5)})
     unit = 10**3 if "kB" in ax.get_xlabel() else MB
     budgets, overhead = _line(ax, "plans found").T
@@ -266,7 +267,7 @@ def test_the_frontier_of_a_plan_is_solved_from_its_own_trace() -> None:
     assert overhead[-1] == 0 < overhead[0]
     assert (_line(ax, "proved: no plan has less")[:, 1] <= overhead).all()
     assert "flag" in _legend(ax) and any(name.startswith("this plan") for name in _legend(ax))
-    curve = step.frontier(points=4, time_limit_s=1.0)
+    curve = step.frontier(points=4, search=Search(time_limit_s=1.0))
     assert repr(curve) == str(curve) and str(curve).splitlines()[-1] == curve.next_gb()
 
 

@@ -17,8 +17,9 @@ from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.graph.nodes import is_random
 from planner.measure.peaks import compare, run_step
+from planner.options import Search
 from planner.plan import Plan
-from planner.solving.prepared import Prepared, prepare
+from planner.solving.priced import PricedStep, prepare
 
 aten = torch.ops.aten
 
@@ -100,30 +101,30 @@ X = torch.randn(2048, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def step() -> Prepared:
+def step() -> PricedStep:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _Dropping().train()
     return prepare(model, (X,), costs="roofline")
 
 
-def _plans(step: Prepared) -> tuple[Plan, Plan]:
+def _plans(step: PricedStep) -> tuple[Plan, Plan]:
     """One that draws masks again, one that draws nothing twice."""
     replaying = step.least_plan()
-    return replaying, step.plan_bytes(step.baseline.peak_bytes, solver="keep_all")
+    return replaying, step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all"))
 
 
-def test_both_kinds_of_plan_draw_eagers_numbers(step: Prepared) -> None:
+def test_both_kinds_of_plan_draw_eagers_numbers(step: PricedStep) -> None:
     eager = run_step(step.model, (X,))
     for plan, replays in zip(_plans(step), (True, False), strict=True):
         plan.apply(step.model)
-        assert plan.step(step.model).program.replays is replays
+        assert plan.executable(step.model).program.replays is replays
         assert compare(eager, run_step(step.model, (X,))).equal
         plan.restore(step.model)
 
 
 def test_a_graph_capture_of_replayed_numbers_is_refused(
-    step: Prepared, monkeypatch: pytest.MonkeyPatch
+    step: PricedStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replaying, keeping = _plans(step)
     model = step.model

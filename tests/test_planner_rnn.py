@@ -17,7 +17,8 @@ from planner.capture.refusals import refuse_unplannable
 from planner.errors import TraceError
 from planner.graph import kernels
 from planner.graph.passes import lstm
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 
 # Five rows of thirteen: neither fills a vector, so a kernel that runs on from row to row has other bits.
 STEPS, BATCH, WIDTH, HIDDEN = 2, 5, 8, 13
@@ -63,11 +64,15 @@ class Around(nn.Module):
 
 def step_of(
     kind: type[nn.Module], call: Call, dtype: torch.dtype = torch.float32, **options: Any
-) -> Prepared:
+) -> PricedStep:
     torch.manual_seed(0)
     model = Around(kind(WIDTH, HIDDEN, **options), call).to(dtype)
     return prepare(
-        model, (WORDS.to(dtype),), loss_fn=lambda y: y.pow(2).mean(), costs="roofline", time_limit_s=0.1
+        model,
+        (WORDS.to(dtype),),
+        loss_fn=lambda y: y.pow(2).mean(),
+        costs="roofline",
+        search=Search(time_limit_s=0.1),
     )
 
 
@@ -84,10 +89,10 @@ SHORT = ("deep", "states")  # of what is many ops; a smaller choice
 ALL = [(nn.LSTM, name) for name in CASES] + [(kind, name) for kind in (nn.GRU, nn.RNN) for name in SHORT]
 
 
-def assert_as_eager(step: Prepared) -> None:
+def assert_as_eager(step: PricedStep) -> None:
     plans = [step.least_plan()]
     if len(step.graph.ops) < 100:
-        plans.append(step.plan_bytes(step.baseline.peak_bytes, solver="keep_all"))
+        plans.append(step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all")))
     for plan in plans:
         report = plan.verify()
         assert report.equal, str(report)
@@ -120,7 +125,7 @@ def test_a_layer_of_an_lstm_is_one_call() -> None:
     targets = [op.target for op in step.graph.ops]
     assert sum("lstm_layer" in t for t in targets) == 2
     assert targets.count("aten.mkldnn_rnn_layer_backward") == 2
-    saves = step.plan_bytes(step.baseline.peak_bytes, solver="keep_all").verify()
+    saves = step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all")).verify()
     assert saves.peak_bytes == saves.eager_peak_bytes
 
 

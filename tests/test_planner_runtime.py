@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from planner import PlannerError
+from planner.options import Search
 from planner.plan import CheckpointedModule
 from planner.runtime.forward import planned_forward_of
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests import tiny
 
 INPUTS = tiny.batch(labels=True)
@@ -293,7 +294,7 @@ def test_another_plan_over_it() -> None:
     model = tiny.seeded(tiny.Mlp)
     twin = copy.deepcopy(model)
     prepared = prepare(model, INPUTS, costs="roofline")
-    first, second = (prepared.plan_bytes(10**9, solver=s) for s in ("keep_all", "recompute_all"))
+    first, second = (prepared.plan_bytes(10**9, search=Search(s)) for s in ("keep_all", "recompute_all"))
     first.apply()
     second.apply()
     assert planned_forward_of(model).step.program is second.rewrite().program

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import planner
 from planner import InvalidPlanFileError, Plan, PlannerError, StalePlanError
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests import tiny
 
 INPUTS = tiny.batch(labels=True)
@@ -33,7 +34,9 @@ ROOT = Path(planner.__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return prepare(tiny.seeded(tiny.Mlp), INPUTS, costs="roofline").plan_bytes(10**9, solver="recompute_all")
+    return prepare(tiny.seeded(tiny.Mlp), INPUTS, costs="roofline").plan_bytes(
+        10**9, search=Search("recompute_all")
+    )
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def file(plan: Plan, tmp_path: Path) -> Path:
 def test_every_field_comes_back(plan: Plan, file: Path) -> None:
     loaded = planner.load(file)
     for field in dataclasses.fields(Plan):
-        if field.name in ("_prepared", "_outline", "input_spec", "known_minimum_bytes"):
+        if field.name in ("_origin", "_programs", "outline", "inputs", "known_minimum_bytes"):
             continue
         was, now = getattr(plan, field.name), getattr(loaded, field.name)
         if isinstance(was, np.ndarray):

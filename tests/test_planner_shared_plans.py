@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat
 from planner.capture.wrappers import bucket_bytes
+from planner.plan import Plan
 from planner.plans.serialize import FORMAT, from_text, to_text
+from planner.runtime.build import recaptured
 from planner.solving import fit as search
-from planner.solving import prepared
-from planner.solving.prepared import prepare_for
+from planner.solving import priced
 from planner.training.distributed import made_once, shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
@@ -72,7 +73,7 @@ def _fails(rank: int, case: str) -> tuple[str, str]:
         batch = batch[:5]
     interrupted = case == "interrupt" and rank == 0
     problem = KeyboardInterrupt("at rank 0") if interrupted else None
-    with mock.patch.object(prepared, "capture", side_effect=problem or prepared.capture):
+    with mock.patch.object(priced, "capture", side_effect=problem or priced.capture):
         try:
             shared_plan(model, 1e-6 if case == "budget" else 1.0, (batch,), **QUICK)
         except (PlannerError, KeyboardInterrupt) as error:
@@ -240,16 +241,16 @@ def test_without_a_group_a_shared_plan_is_a_plan() -> None:
 def test_a_plan_of_one_device_serves_another() -> None:
     """Ranks have devices of their own.  Here there is only one, so the plan's is renamed."""
     text = to_text(tiny.planned(blocks(), (data(0),)))
-    received = from_text(text.replace('"cpu"', '"cuda:3"'))
-    assert received.device == "cuda:3" and "'cuda:3'" in str(received.input_spec)
+    received = Plan.of(from_text(text.replace('"cpu"', '"cuda:3"')))
+    assert received.device == "cuda:3" and "'cuda:3'" in str(received.inputs)
     model = blocks()
     twin = copy.deepcopy(model)
-    step = prepare_for(received, model)
+    step, _ = recaptured(received, model)
     assert step.fingerprint == received.fingerprint and step.graph.device == torch.device("cpu")
     received.apply(model)
     assert same(train(model, [data(1)]), train(twin, [data(1)]))
     with pytest.raises(StalePlanError, match="another step"):
-        prepare_for(received, blocks(3))
+        recaptured(received, blocks(3))
 
 
 def test_an_infeasible_budget_travels_whole() -> None:

@@ -16,7 +16,8 @@ from torch.cuda import _memory_viz as viz
 import planner
 from planner import Plan
 from planner.memory.lifetimes import KINDS
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 from planner.view import snapshot
 from tests import tiny
 
@@ -30,14 +31,14 @@ VIEWER_READS = {
 
 
 @pytest.fixture(scope="module")
-def step() -> Prepared:
+def step() -> PricedStep:
     model = tiny.seeded(tiny.gpt2)
     return prepare(model, tiny.gpt2_batch(), costs="roofline", optimizer=torch.optim.AdamW)
 
 
 @pytest.fixture(scope="module")
-def plan(step: Prepared) -> Plan:
-    return step.plan_bytes((step.floor_bytes + step.baseline.peak_bytes) // 2, solver="greedy")
+def plan(step: PricedStep) -> Plan:
+    return step.plan_bytes((step.floor_bytes + step.baseline.peak_bytes) // 2, search=Search("greedy"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,9 @@ def test_torchs_own_reader_takes_it(plan: Plan, data: Any) -> None:
     assert {e["action"] for e in left} == {"segment_alloc", "alloc"}
 
 
-def test_what_is_left_is_parameters_state_inputs_and_gradients(step: Prepared, plan: Plan, data: Any) -> None:
+def test_what_is_left_is_parameters_state_inputs_and_gradients(
+    step: PricedStep, plan: Plan, data: Any
+) -> None:
     (segment,) = data["segments"]
     sizes = [b["size"] for b in segment["blocks"]]
     assert sum(sizes) == segment["total_size"] >= plan.peak_bytes
@@ -116,7 +119,7 @@ def test_what_is_left_is_parameters_state_inputs_and_gradients(step: Prepared, p
     held = sum(b["size"] for b in segment["blocks"] if b["state"] == "active_allocated")
     assert held == segment["allocated_size"]
     gone = outputs if plan.optimizer_step_bytes else 0
-    assert held == step.problem.resident_bytes - step.tangent_bytes + gradients + outputs - gone
+    assert held == step.problem.resident_bytes - step.memory.tangent_bytes + gradients + outputs - gone
 
 
 def test_frames_name_value_module_and_model_and_what_runs_again(plan: Plan, data: Any) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner.options import Search
 from planner.plan import Plan
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 
 __all__ = [
     "Mlp",
@@ -125,7 +126,7 @@ def planned(
     solver: str = "recompute_all",
 ) -> Plan:
     """A plan with room to spare: by default one that recomputes whatever can be recomputed."""
-    return prepare(model, inputs, loss_fn=loss_fn, costs="roofline").plan_bytes(10**9, solver=solver)
+    return prepare(model, inputs, loss_fn=loss_fn, costs="roofline").plan_bytes(10**9, search=Search(solver))
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:

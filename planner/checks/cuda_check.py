@@ -43,8 +43,9 @@ from planner.checks.zoo import MODELS, Example
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure.peaks import StepRecord, compare, cuda_step_peak, run_step, step_peak
+from planner.options import Search
 from planner.plan import Plan
-from planner.solving.prepared import CostSource, Prepared
+from planner.solving.priced import CostSource, PricedStep
 
 __all__ = [
     "Check",
@@ -390,23 +391,23 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     return rows
 
 
-def _plans(prepared: Prepared, eager_bytes: int, settings: Settings) -> dict[str, Plan]:
+def _plans(prepared: PricedStep, eager_bytes: int, settings: Settings) -> dict[str, Plan]:
     """Plans by method; a budget that no plan fits is left out, since the least one is there."""
     resident_bytes = prepared.resident.total_bytes
-    plans = {"keep_all": prepared.plan_bytes(prepared.baseline.peak_bytes, solver="keep_all")}
+    plans = {"keep_all": prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all"))}
     budgets = {
         f"plan {f:.0%}": resident_bytes + int(f * (eager_bytes - resident_bytes)) for f in settings.fractions
     }
     for method, budget in {**budgets, "plan least": prepared.minimum_peak_bytes}.items():
         with contextlib.suppress(InfeasibleBudgetError):
-            plans[method] = prepared.plan_bytes(budget, time_limit_s=settings.solve_s)
+            plans[method] = prepared.plan_bytes(budget, search=Search(time_limit_s=settings.solve_s))
     return plans
 
 
 # -------------------------------------------------------------------------------------- measuring
 
 
-def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None, int | None]:
+def _peak(example: Example, prepared: PricedStep) -> tuple[int, int | None, int | None]:
     """Allocated bytes of the whole step; reserved ones and slack where there is an allocator."""
     resident_bytes = prepared.resident.total_bytes
     model, inputs, loss_fn = example.model, example.inputs, example.loss_fn
@@ -415,7 +416,7 @@ def _peak(example: Example, prepared: Prepared) -> tuple[int, int | None, int | 
         above_bytes = step_peak(model, inputs, loss_fn=loss_fn, include_resident=False)
         return resident_bytes + above_bytes, None, None
     peak = cuda_step_peak(model, inputs, loss_fn=loss_fn)
-    resident_bytes += prepared.constant_bytes + prepared.resident_slack_bytes - peak.resident_bytes
+    resident_bytes += prepared.memory.constant_bytes + prepared.memory.slack_bytes - peak.resident_bytes
     return resident_bytes + peak.allocated_bytes, peak.reserved_bytes, peak.slack_bytes
 
 

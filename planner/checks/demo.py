@@ -22,8 +22,9 @@ import torch
 from planner.checks.trials import Eager, Race, Trial, copies_of, eager_step, prepare_example, race, trial
 from planner.checks.zoo import MODELS, Example
 from planner.errors import InfeasibleBudgetError
+from planner.options import Search
 from planner.plan import Plan
-from planner.solving.prepared import CostSource, Prepared
+from planner.solving.priced import CostSource, PricedStep
 from planner.units import bytes_text
 
 __all__ = ["FULL", "QUICK", "Demo", "Row", "Settings", "run", "table"]
@@ -178,7 +179,7 @@ def _run_model(example: Example, settings: Settings, say: Tell) -> tuple[list[Ro
             continue
         say(f"solve {label}")
         try:
-            plans[label] = prepared.plan_bytes(budget, time_limit_s=settings.solve_s)
+            plans[label] = prepared.plan_bytes(budget, search=Search(time_limit_s=settings.solve_s))
         except InfeasibleBudgetError as error:
             needs[label] = error.minimum_bytes
     trials: dict[str, Trial] = {}
@@ -195,11 +196,11 @@ def _run_model(example: Example, settings: Settings, say: Tell) -> tuple[list[Ro
     ]
 
 
-def _least(prepared: Prepared, eager: Eager, settings: Settings) -> Plan:
+def _least(prepared: PricedStep, eager: Eager, settings: Settings) -> Plan:
     """The plan of the least budget; where that one would mostly recompute, of one a little above."""
     for rise in RISES:
         budget = prepared.minimum_peak_bytes + int(rise * eager.above_bytes)
-        plan = prepared.plan_bytes(budget, time_limit_s=settings.solve_s)
+        plan = prepared.plan_bytes(budget, search=Search(time_limit_s=settings.solve_s))
         if plan.overhead <= settings.patience:
             break
     return plan
@@ -207,7 +208,7 @@ def _least(prepared: Prepared, eager: Eager, settings: Settings) -> Plan:
 
 def _rows(
     example: Example,
-    prepared: Prepared,
+    prepared: PricedStep,
     eager: Eager,
     budgets: Mapping[str, int],
     plans: Mapping[str, Plan],

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from planner._compat import TorchDispatchMode, storage_key
 from planner.checks.zoo import Example
 from planner.measure.step import backward, forward, tensors_in, undone
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 
 __all__ = ["CASES", "Case", "compare_kernels", "kernel_counts", "kernels_differ", "op_counts"]
 
@@ -241,7 +242,7 @@ def compare_kernels(name: str, device: torch.device) -> dict[str, int]:
     with case.flags():
         eager = kernel_counts(example, device)
         step = prepare(model, inputs, costs="roofline")
-        plan = step.plan_bytes(step.baseline.peak_bytes, solver="keep_all")
+        plan = step.plan_bytes(step.baseline.peak_bytes, search=Search("keep_all"))
         plan.apply(model)
         try:
             return kernels_differ(eager, kernel_counts(example, device))

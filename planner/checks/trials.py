@@ -26,7 +26,7 @@ from planner.checks.zoo import Example
 from planner.measure.peaks import Comparison, StepRecord, compare, run_step, step_flops, step_peak
 from planner.measure.step import Inputs, LossFn, backward, forward
 from planner.plan import Plan
-from planner.solving.prepared import CostSource, Prepared, prepare
+from planner.solving.priced import CostSource, PricedStep, prepare
 
 __all__ = [
     "Clock",
@@ -93,12 +93,12 @@ class Race:
     ratios: tuple[float, ...]
 
 
-def prepare_example(example: Example, costs: CostSource = "auto") -> Prepared:
+def prepare_example(example: Example, costs: CostSource = "auto") -> PricedStep:
     """Capture and price the step of a zoo model."""
     return prepare(example.model, dict(example.inputs), loss_fn=example.loss_fn, costs=costs)
 
 
-def eager_step(example: Example, prepared: Prepared, *, seed: int = 0) -> Eager:
+def eager_step(example: Example, prepared: PricedStep, *, seed: int = 0) -> Eager:
     """Measure the step as the model itself takes it."""
     record, flops = _counted_step(example, seed)
     above_bytes = step_peak(example.model, example.inputs, loss_fn=example.loss_fn, include_resident=False)

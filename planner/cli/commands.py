@@ -264,7 +264,7 @@ def _needs_matplotlib() -> None:
 
 
 def _loaded(path: Path) -> Plan:
-    from planner.plans.serialize import load
+    from planner.plan import load
 
     try:
         return load(path)

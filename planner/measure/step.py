@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from planner._compat import pytree
+from planner.capture import inputs as inputs_module
 from planner.capture.outputs import register_dataclasses
 from planner.errors import PlannerError
 
@@ -36,12 +37,14 @@ __all__ = [
     "undone",
 ]
 
-Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
+Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | inputs_module.Inputs | None
 LossFn = Callable[[Any], Tensor]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
+    if isinstance(tree, inputs_module.Inputs):
+        tree = (tree.args, tree.kwargs)
     if isinstance(tree, Mapping):  # a tokenizer's BatchEncoding is one that pytree does not know
         tree = list(tree.values())
     register_dataclasses(tree)
@@ -71,6 +74,8 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
 def call(target: Callable[..., Any], inputs: Inputs) -> Any:
     if inputs is None:
         return target()
+    if isinstance(inputs, inputs_module.Inputs):
+        return target(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return target(**inputs)
     if isinstance(inputs, tuple):

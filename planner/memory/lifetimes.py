@@ -6,16 +6,15 @@ placement.  Nothing is decided here; it is a reading of the steps that ``simulat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from planner.memory.resident import Resident
+from planner.graph.step_graph import StepGraph, forward_length
 from solvers import Problem, Timeline
 
-__all__ = ["KINDS", "Copy", "StepGraph", "bytes_over_time", "copies_of"]
+__all__ = ["KINDS", "Copy", "bytes_over_time", "copies_of"]
 
 # From the bottom of the picture to its top.
 KINDS = (
@@ -37,33 +36,6 @@ KINDS = (
 )
 
 
-class _StepOp(Protocol):
-    @property
-    def target(self) -> str: ...
-    @property
-    def phase(self) -> str: ...
-    @property
-    def inputs(self) -> tuple[int, ...]: ...
-    @property
-    def outputs(self) -> tuple[int, ...]: ...
-
-
-class _StepValue(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def final(self) -> bool: ...
-
-
-class StepGraph(Protocol):
-    """What has to be known of a step to play it through: a TrainingGraph or its Outline."""
-
-    @property
-    def ops(self) -> Sequence[_StepOp]: ...
-    @property
-    def values(self) -> Sequence[_StepValue]: ...
-
-
 @dataclass(frozen=True)
 class Copy:
     """One copy of a value: alive from step ``born`` to step ``died``, both included."""
@@ -83,7 +55,7 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
     makes for itself; ``gradients`` and ``outputs`` are held to the end.
     """
     steps = timeline.steps.tolist()
-    boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+    turn = forward_length(graph, steps)
     died: dict[tuple[int, int], int] = {}
     born: dict[int, int] = {}
     ran: set[int] = set()
@@ -102,34 +74,33 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
     out = []
     for v, t in order:
         death = died.get((v, t), end)
-        kind = _kind(graph, v, t, death, boundary, (v, t) in again)
+        kind = _kind(graph, v, t, death, turn, (v, t) in again)
         out.append(Copy(v, t, death, problem.values[v].bytes, kind))
     return out
 
 
-def _kind(graph: StepGraph, v: int, born: int, died: int, boundary: int, again: bool) -> str:
+def _kind(graph: StepGraph, v: int, born: int, died: int, turn: int, again: bool) -> str:
     value = graph.values[v]
     if value.final and value.kind in ("gradient", "output"):
         return value.kind + "s"
     if again:
         return "recomputed"
-    if born >= boundary:
+    if born >= turn:
         return "gradients_in_flight"
-    return "saved" if died >= boundary else "temporaries"
+    return "saved" if died >= turn else "temporaries"
 
 
 def bytes_over_time(
     problem: Problem,
     timeline: Timeline,
     copies: list[Copy],
-    resident: Resident,
-    further: Mapping[str, int],
+    static: Mapping[str, int],
     slack: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``.
 
-    ``further``: bytes by kind that are there throughout and not in ``resident``.  ``slack``: what an
-    allocator hands out at each step beyond ``timeline.live_bytes``; ``None`` where there is none.
+    ``static``: bytes by kind that are there throughout.  ``slack``: what an allocator hands out at each
+    step beyond ``timeline.live_bytes``; ``None`` where there is none.
     """
     length = len(timeline.steps)
     delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
@@ -138,15 +109,7 @@ def bytes_over_time(
         delta[copy.kind][copy.died + 1] -= copy.bytes
     out = {kind: np.cumsum(d)[:length] for kind, d in delta.items()}
     out["workspace"] = np.array([problem.ops[i].workspace_bytes for i in timeline.steps], dtype=np.int64)
-    constant = {
-        "parameters": resident.parameters_bytes,
-        "buffers": resident.buffers_bytes,
-        "optimizer_state": resident.optimizer_state_bytes,
-        "inputs": resident.inputs_bytes,
-        "gradients": resident.gradients_bytes,
-        **further,
-    }
-    for kind, size in constant.items():
+    for kind, size in static.items():
         out[kind] = out[kind] + size
     if slack is None:
         del out["allocator_slack"]

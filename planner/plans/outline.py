@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from planner.graph.training_graph import TrainingGraph
+from planner.memory.execution import as_executed, judge
 from planner.memory.lifetimes import Copy, copies_of
-from planner.solving.lowering import as_executed, judge
 from solvers import Op, Problem, Timeline, Value
-
-if TYPE_CHECKING:
-    from planner.solving.prepared import Prepared
 
 __all__ = ["Outline", "OutlineOp", "OutlineValue"]
 
@@ -64,21 +62,13 @@ class Outline:
         return f"Outline({len(self.ops)} ops, {len(self.values)} values)"
 
     @classmethod
-    def of(cls, step: Prepared) -> Outline:
-        """The outline of a captured step with its costs."""
-        graph, r = step.graph, step.resident
+    def of(cls, graph: TrainingGraph, problem: Problem, resident: Mapping[str, int]) -> Outline:
+        """The outline of a step that ``problem`` states; ``resident``: bytes there throughout, by kind."""
         return cls(
             tuple(OutlineOp(o.name, o.target, o.module, o.phase, o.inputs, o.outputs) for o in graph.ops),
             tuple(OutlineValue(v.name, v.kind, v.final) for v in graph.values),
-            step.problem,
-            {
-                "parameters": r.parameters_bytes,
-                "buffers": r.buffers_bytes + step.constant_bytes,
-                "optimizer_state": r.optimizer_state_bytes,
-                "inputs": r.inputs_bytes,
-                "gradients": r.gradients_bytes,
-                **step.further,
-            },
+            problem,
+            resident,
         )
 
     @cached_property

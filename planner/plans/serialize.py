@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from planner._compat import FakeTensorMode
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
 from planner.errors import InvalidPlanFileError, PlannerError
-from planner.plan import Placement, Plan
 from planner.plans.outline import Outline
-from planner.solving.calibrate import Calibration, Round
+from planner.plans.plan_data import Calibration, Placement, PlanData, Round
 
 __all__ = ["FORMAT", "VERSION", "from_text", "inputs_of", "load", "save", "to_text"]
 
@@ -36,17 +35,16 @@ _ARRAYS = ("timeline", "baseline_timeline")
 _SKIPPED = (
     "placements",
     "timeline_by_kind",
-    "input_spec",
+    "inputs",
     "known_minimum_bytes",
     "varying_dims",
     "calibration",
     "planned_for",
     "reserved_bytes",
-    "_prepared",
-    "_outline",
+    "outline",
     *_ARRAYS,
 )
-_PLAIN = tuple(f.name for f in dataclasses.fields(Plan) if f.name not in _SKIPPED)
+_PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
 _KEYS = (
     "format",
     "version",
@@ -59,7 +57,12 @@ _KEYS = (
 )
 
 
-def save(plan: Plan, path: str | Path) -> None:
+_TYPES = get_type_hints(PlanData)  # now: evaluating annotations is not for the time a file is read
+# What JSON may hold where a field is one of these.
+_NUMBERS_AND_TEXT: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+
+
+def save(plan: PlanData, path: str | Path) -> None:
     """Write ``plan``; the file appears whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -67,7 +70,7 @@ def save(plan: Plan, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def to_text(plan: Plan) -> str:
+def to_text(plan: PlanData) -> str:
     """``plan`` as JSON."""
     record = {"format": FORMAT, "version": VERSION}
     record |= {name: _plain(getattr(plan, name)) for name in _PLAIN}
@@ -75,7 +78,7 @@ def to_text(plan: Plan) -> str:
     record["timeline_by_kind"] = {k: _pack(v) for k, v in plan.timeline_by_kind.items()}
     record["placements"] = [list(dataclasses.astuple(p)) for p in plan.placements]
     record["minimum_peak_bytes"] = plan.minimum_if_known
-    spec = plan.input_spec
+    inputs = plan.inputs
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
     if plan.planned_for:
@@ -84,14 +87,14 @@ def to_text(plan: Plan) -> str:
         record["reserved_bytes"] = plan.reserved_bytes
     if plan.calibration is not None:
         record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
-    outline = plan.outline_if_known
+    outline = plan.outline
     if outline is not None:
         record["outline"] = outline.encode()
-    record["inputs"] = encode((spec.args, spec.kwargs)) if isinstance(spec, Inputs) else spec
+    record["inputs"] = encode((inputs.args, inputs.kwargs)) if isinstance(inputs, Inputs) else inputs
     return json.dumps(record, allow_nan=False)
 
 
-def load(path: str | Path) -> Plan:
+def load(path: str | Path) -> PlanData:
     """Read a plan.  Raises ``InvalidPlanFileError`` if the file is not one; ``OSError`` if it is not there.
 
     The plan can be looked at at once; ``rewrite(model)`` and ``apply(model)`` capture the model again.
@@ -103,7 +106,7 @@ def load(path: str | Path) -> Plan:
     return from_text(text, str(path))
 
 
-def from_text(text: str, path: str = "the text") -> Plan:
+def from_text(text: str, path: str = "the text") -> PlanData:
     """The inverse of :func:`to_text`; ``path`` is what errors call it.  Raises as :func:`load`."""
     try:
         record = json.loads(text, parse_constant=_refuse_constant)
@@ -129,41 +132,38 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _read(record: dict[str, Any]) -> Plan:
-    kinds = {f.name: f.type for f in dataclasses.fields(Plan)}
+def _read(record: dict[str, Any]) -> PlanData:
     plain: dict[str, Any] = {}
     for name in _PLAIN:
         value = record[name]
-        want = {"int": (int,), "float": (int, float), "str": (str,)}.get(str(kinds[name]))
+        want = _NUMBERS_AND_TEXT.get(_TYPES[name])
         if want is not None and (not isinstance(value, want) or isinstance(value, bool)):
-            raise ValueError(f"{name!r} is {value!r}, want {kinds[name]}")
+            raise ValueError(f"{name!r} is {value!r}, want {_TYPES[name].__name__}")
         plain[name] = value
-    if plain["status"] not in ("optimal", "feasible"):
-        raise ValueError(f"'status' is {plain['status']!r}")
     plain["sequence"] = tuple(map(str, plain["sequence"]))
     plain["differentiated"] = tuple(map(int, plain["differentiated"]))
     plain["breakdown"] = {str(k): int(v) for k, v in plain["breakdown"].items()}
     arrays: dict[str, Any] = {name: np.asarray(record[name], dtype=np.int64) for name in _ARRAYS}
     length = len(plain["sequence"])
-    if len(arrays["timeline"]) != length:
+    if len(arrays["timeline"]) != length:  # before the outline is held against it
         raise ValueError(f"'timeline' has {len(arrays['timeline'])} entries for {length} steps")
     by_kind = {str(k): _unpack(v, length) for k, v in record["timeline_by_kind"].items()}
     placements = tuple(_placement(row) for row in record["placements"])
     inputs = decode(record["inputs"], FakeTensorMode())  # one that cannot be rebuilt is found now
     if not (isinstance(inputs, tuple) and list(map(type, inputs)) == [tuple, dict]):
         raise ValueError("'inputs' are not positional and keyword arguments")
-    return Plan(
+    return PlanData(
         **plain,
         **arrays,
         timeline_by_kind=by_kind,
         placements=placements,
-        input_spec=record["inputs"],
-        known_minimum_bytes=_optional_int(record["minimum_peak_bytes"]),
+        inputs=record["inputs"],
+        known_minimum_bytes=_optional_int("minimum_peak_bytes", record["minimum_peak_bytes"]),
         varying_dims=_dims(record.get("varying_dims"), inputs),
         calibration=_calibration(record.get("calibration")),
         planned_for=str(record.get("planned_for", "")),
-        reserved_bytes=_optional_int(record.get("reserved_bytes")),
-        _outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
+        reserved_bytes=_optional_int("reserved_bytes", record.get("reserved_bytes")),
+        outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 
 
@@ -200,9 +200,9 @@ def _dims(record: Any, inputs: Any) -> Dims | None:
     return dims
 
 
-def _optional_int(value: Any) -> int | None:
+def _optional_int(name: str, value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"'minimum_peak_bytes' is {value!r}, want an integer or null")
+        raise ValueError(f"{name!r} is {value!r}, want an integer or null")
     return value
 
 
@@ -292,10 +292,10 @@ def decode(record: Any, mode: FakeTensorMode, moved: Mapping[str, str] = Mapping
     raise ValueError(f"an input is described as {kind!r}")
 
 
-def inputs_of(plan: Plan, device: torch.device | None = None) -> Inputs:
+def inputs_of(plan: PlanData, device: torch.device | None = None) -> Inputs:
     """The plan's inputs as fake tensors, for a new capture; those on its device are put on ``device``."""
-    if isinstance(plan.input_spec, Inputs):
-        return plan.input_spec
+    if isinstance(plan.inputs, Inputs):
+        return plan.inputs
     moved = {} if device is None else {plan.device: str(device)}
-    args, kwargs = decode(plan.input_spec, FakeTensorMode(allow_non_fake_inputs=True), moved)
+    args, kwargs = decode(plan.inputs, FakeTensorMode(allow_non_fake_inputs=True), moved)
     return Inputs(args, kwargs)

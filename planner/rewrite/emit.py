@@ -25,9 +25,9 @@ from torch import fx
 from planner._compat import BoxedCodeGen
 from planner.graph import kernels
 from planner.graph.nodes import layer_of, module_of
+from planner.graph.step_graph import replayed_states
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.bindings import bind
-from planner.solving.lowering import replayed_states
 
 __all__ = ["Argument", "Program", "Segment", "emit"]
 

@@ -26,9 +26,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -37,18 +37,17 @@ from torch import nn
 from planner import _compat
 from planner._compat import pytree
 from planner.capture.inputs import Inputs
+from planner.capture.joint_graph import JointGraph, LossFn
 from planner.capture.symbolic import Captures
 from planner.errors import StalePlanError
+from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph
+from planner.options import Search
+from planner.plans.plan_data import PlanData
 from planner.rewrite.emit import Argument, emit
-from planner.runtime.forward import Step
+from planner.runtime.step import ExecutableStep
 
-if TYPE_CHECKING:
-    from planner.capture.joint_graph import JointGraph
-    from planner.plan import Plan
-    from planner.solving.prepared import Prepared
-
-__all__ = ["OnLarger", "Variant", "Variants", "Varying"]
+__all__ = ["OnLarger", "Replanner", "Variant", "Variants", "Varying"]
 
 log = logging.getLogger(__name__)
 
@@ -68,29 +67,67 @@ class Varying:
 
     captures: Captures
     on_larger: OnLarger = "replan"
-    solver: str = "auto"
-    time_limit_s: float = 30.0
+    search: Search = field(default_factory=Search)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Replanner(Protocol):
+    """A captured step that has costs, so that its schedules can be judged and searched for.
+
+    :class:`planner.solving.priced.PricedStep` is one; a plan from a file has none.
+    """
+
+    @property
+    def captured(self) -> CapturedStep: ...
+    @property
+    def loss_fn(self) -> LossFn | None: ...
+
+    def peak_of(self, steps: list[int]) -> int:
+        """Peak in bytes of a schedule, the optimizer's step included."""
+        ...
+
+    def peak_at(self, value_bytes: np.ndarray, inputs: Inputs, steps: list[int]) -> int:
+        """The same where each of the graph's values has ``value_bytes``, shape (V,)."""
+        ...
+
+    def recaptured(self, model: nn.Module, joint: JointGraph) -> Replanner:
+        """The same model and settings, from another capture or at other sizes."""
+        ...
+
+    def plan_bytes(
+        self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
+    ) -> PlanData:
+        """The plan for a budget in bytes."""
+        ...
 
 
 class Variant:
     """One capture with one schedule, and what it takes to run it at other sizes.
 
-    ``plan``      whose budget it is for; it was made for ``prepared``, or for larger sizes.
+    ``plan``      whose budget it is for; it was made for ``captured``, or for larger sizes.
     ``sequence``  op names in execution order: the plan's, or one that keeps all; only the former's peak
-                  is known to be within the budget at the sizes that ``prepared`` has.
+                  is known to be within the budget at the sizes that ``captured`` has.
 
     ``storage_bytes(*values)``  bytes of each value of the graph where the symbols have these values.
     """
 
-    def __init__(self, prepared: Prepared, plan: Plan, sequence: Sequence[str] | None = None) -> None:
-        self.prepared, self.plan, self.fits = prepared, plan, sequence is None
+    def __init__(
+        self,
+        captured: CapturedStep,
+        replanner: Replanner | None,
+        plan: PlanData,
+        sequence: Sequence[str] | None = None,
+    ) -> None:
+        self.captured, self.replanner = captured, replanner
+        self.plan, self.fits = plan, sequence is None
         sequence = plan.sequence if sequence is None else sequence
-        self.steps = prepared.steps(sequence)
-        joint, graph = prepared.joint, prepared.graph
+        self.steps = captured.steps(sequence)
+        joint, graph = captured.joint, captured.graph
         self.tensors = joint.inputs.tensors()
-        program = emit(graph, self.steps, boundary=prepared.forward_steps(sequence))
-        self.step = Step(program, joint.template, prepared.expected, graph.device, plan.budget_bytes)
+        program = emit(graph, self.steps, boundary=captured.forward_steps(sequence))
+        self.step = ExecutableStep(
+            program, joint.template, captured.expected, graph.device, plan.budget_bytes
+        )
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols
         expressions = {
@@ -115,17 +152,17 @@ class Variant:
         grown = self.storage_bytes(*self._read(tensors))
         larger = bool((grown > self._planned).any()) or _bytes_of(tensors) > _bytes_of(self.tensors)
         return (self.fits and not larger) or (
-            self.prepared.costs is not None
-            and self.prepared.peak_at(grown, inputs, self.steps) <= self.plan.budget_bytes
+            self.replanner is not None
+            and self.replanner.peak_at(grown, inputs, self.steps) <= self.plan.budget_bytes
         )
 
     @cached_property
     def keeping_all(self) -> Variant | None:
         """The same capture with nothing recomputed; ``None`` if that is what this is."""
-        ops = self.prepared.graph.ops
-        if len(self.steps) == len(ops) or self.prepared.costs is None:
+        ops = self.captured.graph.ops
+        if len(self.steps) == len(ops) or self.replanner is None:
             return None
-        return Variant(self.prepared, self.plan, [op.name for op in ops])
+        return Variant(self.captured, self.replanner, self.plan, [op.name for op in ops])
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> dict[Argument, int]:
         """The sizes that the program is given."""
@@ -137,8 +174,8 @@ class Variant:
             return self.plan.held_bytes
         made = [
             i
-            for i, v in enumerate(self.prepared.graph.values)
-            if v.producer is not None and self.prepared.graph.ops[v.producer].phase == "forward"
+            for i, v in enumerate(self.captured.graph.values)
+            if v.producer is not None and self.captured.graph.ops[v.producer].phase == "forward"
         ]
         return int(self.storage_bytes(*self._read(tensors))[made].sum()) + _bytes_of(tensors)
 
@@ -186,11 +223,13 @@ class Variants:
     ``last``    the plan of the last batch, and ``held_bytes`` what it holds between forward and backward.
     """
 
-    def __init__(self, plan: Plan, prepared: Prepared, varying: Varying) -> None:
+    def __init__(
+        self, plan: PlanData, captured: CapturedStep, replanner: Replanner | None, varying: Varying
+    ) -> None:
         self.plan, self.varying = plan, varying
         self.solves = 1
         self.last, self.held_bytes = plan, plan.held_bytes
-        self.all = [Variant(prepared, plan)]
+        self.all = [Variant(captured, replanner, plan)]
         self._known: dict[Any, tuple[Variant, dict[Argument, Any], int]] = {}
 
     @property
@@ -206,7 +245,7 @@ class Variants:
 
     def step_for(
         self, model: nn.Module, leaves: Sequence[Any], in_spec: Any
-    ) -> tuple[Step, dict[Argument, Any]]:
+    ) -> tuple[ExecutableStep, dict[Argument, Any]]:
         """The program for a batch, and the sizes it is given.
 
         Traces and solves where it must; raises ``StalePlanError`` where the batch is larger than the
@@ -231,7 +270,7 @@ class Variants:
             if variant.serves(tensors, inputs):
                 return self._lightest(variant, tensors, inputs)
         first = self.all[0]
-        if first.prepared.costs is None:
+        if first.replanner is None:
             raise StalePlanError(
                 f"inputs of shapes {_shapes(tensors)} are larger or of another kind than those the plan was "
                 f"made for ({_shapes(first.tensors)}), and a plan read from a file cannot be extended; plan "
@@ -244,8 +283,8 @@ class Variants:
                 "smaller, or pass on_larger='replan'"
             )
         with self.varying.around():
-            joint = self._captured(model, tensors, inputs)
-            variant = self._planned(first.prepared.again(model, joint))
+            joint = self._captured(model, tensors, inputs, first.replanner.loss_fn)
+            variant = self._planned(first.replanner.recaptured(model, joint))
         self._keep(variant)
         log.info(
             "%s planned again for shapes %s, with %d traces and %d solves so far",
@@ -269,13 +308,15 @@ class Variants:
             for d, size in enumerate(t.shape)
         )
 
-    def _captured(self, model: nn.Module, tensors: list[torch.Tensor], inputs: Inputs) -> JointGraph:
+    def _captured(
+        self, model: nn.Module, tensors: list[torch.Tensor], inputs: Inputs, loss_fn: LossFn | None
+    ) -> JointGraph:
         """A capture that is right for a batch, at the sizes to plan for.
 
         Those are the sizes first planned for, where they are larger throughout and the capture holds there
         too; else the batch's own.
         """
-        found = self.varying.captures.of(model, inputs, self.all[0].prepared.loss_fn)
+        found = self.varying.captures.of(model, inputs, loss_fn)
         if found.sizes is None:
             return found
         own, largest = found.sizes.read(tensors), found.sizes.read(self.all[0].tensors)
@@ -283,24 +324,22 @@ class Variants:
         known = any(v.sizes is found.sizes for v in self.all)  # then its sizes were those of another batch
         return found.at(largest if serves_all and not known else own)
 
-    def _planned(self, prepared: Prepared) -> Variant:
+    def _planned(self, step: Replanner) -> Variant:
         """With the plan's own schedule where that is one of this graph and fits, else with another."""
-        plan, asked = self.plan, self.varying
-        same = {op.name for op in prepared.graph.ops} == set(plan.sequence)
-        if same and prepared.peak_of(prepared.steps(plan.sequence)) <= plan.budget_bytes:
-            return Variant(prepared, plan)
-        made = prepared.plan_bytes(
-            plan.budget_bytes, solver=asked.solver, time_limit_s=asked.time_limit_s, hint=plan
-        )
+        plan, captured = self.plan, step.captured
+        same = {op.name for op in captured.graph.ops} == set(plan.sequence)
+        if same and step.peak_of(captured.steps(plan.sequence)) <= plan.budget_bytes:
+            return Variant(captured, step, plan)
+        made = step.plan_bytes(plan.budget_bytes, self.varying.search, hint=plan)
         self.solves += 1
-        return Variant(prepared, made)
+        return Variant(captured, step, made)
 
     def _keep(self, variant: Variant) -> None:
         self.all.append(variant)
         if len(self.all) > _MOST_VARIANTS:
             gone = self.all.pop(1)
             self._known = {
-                k: known for k, known in self._known.items() if known[0].prepared is not gone.prepared
+                k: known for k, known in self._known.items() if known[0].captured is not gone.captured
             }
 
 

@@ -11,7 +11,9 @@ from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import LossFn
 from planner.errors import PlannerError
 from planner.measure.peaks import Comparison, compare, run_step, step_flops, step_peak
-from planner.plan import Plan
+from planner.plans.plan_data import PlanData
+from planner.runtime.apply import applied, restored
+from planner.runtime.step import ExecutableStep
 
 __all__ = ["Report", "verify"]
 
@@ -67,45 +69,42 @@ class Report:
 
 
 def verify(
-    plan: Plan,
+    plan: PlanData,
+    step: ExecutableStep,
     model: nn.Module,
     inputs: object = None,
     *,
     loss_fn: LossFn | None = None,
     seed: int = 0,
 ) -> Report:
-    """Run ``model``'s step both ways from the same seed.  The model is left as it was.
+    """Run ``model``'s step as it is and as ``step``, from the same seed.  The model is left as it was.
 
-    ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
-    :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, or if
-    gradients are not None.
+    Raises ``PlannerError`` if the plan knows no inputs and none are given, or if gradients are not None.
     """
-    prepared = plan._prepared
-    if inputs is None:
-        if prepared is None or any(isinstance(t, FakeTensor) for t in prepared.joint.inputs.tensors()):
-            raise PlannerError(
-                "this plan knows only the sizes of its inputs (it is from a file, from another process, "
-                "or made in the middle of training); pass verify(model, inputs)"
-            )
-        given = prepared.joint.inputs
-    else:
+    if inputs is not None:
         given = Inputs.of(model, inputs)
-    if loss_fn is None and prepared is not None:
-        loss_fn = prepared.loss_fn
-    batch = given.kwargs if given.kwargs and not given.args else given.args
+    elif isinstance(plan.inputs, Inputs) and not any(
+        isinstance(t, FakeTensor) for t in plan.inputs.tensors()
+    ):
+        given = plan.inputs
+    else:
+        raise PlannerError(
+            "this plan knows only the sizes of its inputs (it is from a file, from another process, "
+            "or made in the middle of training); pass verify(model, inputs)"
+        )
     standing = vars(model).get("forward")
     if hasattr(standing, "original"):  # a plan that is applied, or the switch
         del vars(model)["forward"]
     try:
-        eager = run_step(model, batch, loss_fn=loss_fn, seed=seed)
-        eager_peak = step_peak(model, batch, loss_fn=loss_fn)
-        eager_flops = step_flops(model, batch, loss_fn=loss_fn)
-        plan.apply(model)
-        ours = run_step(model, batch, loss_fn=loss_fn, seed=seed)
-        peak = step_peak(model, batch, loss_fn=loss_fn)
-        flops = step_flops(model, batch, loss_fn=loss_fn)
+        eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
+        eager_peak = step_peak(model, given, loss_fn=loss_fn)
+        eager_flops = step_flops(model, given, loss_fn=loss_fn)
+        applied(model, step)
+        ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
+        peak = step_peak(model, given, loss_fn=loss_fn)
+        flops = step_flops(model, given, loss_fn=loss_fn)
     finally:
-        plan.restore(model)
+        restored(model)
         if hasattr(standing, "original"):
             vars(model)["forward"] = standing
     state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))

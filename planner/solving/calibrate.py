@@ -20,8 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,14 +30,13 @@ from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure.peaks import cuda_step_peak, step_peak, tensors_in
 from planner.measure.step import undone
-from planner.progress import Reporter
+from planner.options import Search
+from planner.plan import Plan
+from planner.plans.plan_data import Calibration, Round
+from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-if TYPE_CHECKING:
-    from planner.plan import Plan
-    from planner.solving.prepared import Prepared
-
-__all__ = ["Calibration", "Meter", "Round", "StepBytes", "calibrated", "measured_bytes"]
+__all__ = ["Meter", "StepBytes", "calibrated", "measured_bytes"]
 
 ROUNDS = 5
 
@@ -52,59 +50,6 @@ class StepBytes(NamedTuple):
 
 # (rewritten module, batch, loss_fn, bytes known to be resident) -> what its step takes
 Meter = Callable[[nn.Module, Any, Any, int], StepBytes]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One planned step.  Bytes are of the whole step, the optimizer's state included.
-
-    ``margin_bytes``     set aside when it was planned; ``predicted_bytes`` its peak without them.
-    ``allocated_bytes``  measured, ``reserved_bytes`` too, or ``None``.
-    """
-
-    margin_bytes: int
-    predicted_bytes: int
-    allocated_bytes: int
-    reserved_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            count = getattr(self, field.name)
-            optional = field.name == "reserved_bytes" and count is None
-            if not optional and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-                raise ValueError(f"{field.name} must be a count of bytes, 0 or more, got {count!r}")
-
-    @property
-    def taken_bytes(self) -> int:
-        """What has to fit the budget."""
-        return max(self.allocated_bytes, self.reserved_bytes or 0)
-
-    def __str__(self) -> str:
-        reserved = "" if self.reserved_bytes is None else f", reserved {bytes_text(self.reserved_bytes)}"
-        margin = f", {bytes_text(self.margin_bytes)} set aside" if self.margin_bytes else ""
-        return (
-            f"predicted {bytes_text(self.predicted_bytes)}{margin}; "
-            f"allocated {bytes_text(self.allocated_bytes)}{reserved}"
-        )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The rounds a plan went through; the last one is the plan's own."""
-
-    rounds: tuple[Round, ...]
-
-    def __post_init__(self) -> None:
-        if not self.rounds:
-            raise ValueError("a calibration has at least one round")
-
-    @property
-    def last(self) -> Round:
-        """What the plan's own step was measured to take."""
-        return self.rounds[-1]
-
-    def __str__(self) -> str:
-        return "\n".join(f"round {k}: {r}" for k, r in enumerate(self.rounds, 1))
 
 
 def measured_bytes(module: nn.Module, batch: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
@@ -121,27 +66,27 @@ def measured_bytes(module: nn.Module, batch: Any, loss_fn: Any, resident_bytes: 
 
 
 def calibrated(
-    step: Prepared,
+    step: PricedStep,
     budget_bytes: int,
+    search: Search | None = None,
     *,
-    solver: str = "auto",
-    time_limit_s: float = 30.0,
-    progress: Reporter | None = None,
     meter: Meter = measured_bytes,
     rounds: int = ROUNDS,
 ) -> Plan:
     """The plan for ``budget_bytes`` whose step was run and measured to fit it; ``Plan.calibration`` tells.
 
     The model's state, gradients, buffers and random state are afterwards what they were, and no plan is
-    applied.  Raises as :meth:`Prepared.plan_bytes`; ``InfeasibleBudgetError`` also where the margin leaves
-    too little; ``PlannerError`` where the step cannot be run, or does not fit after ``rounds`` rounds.
+    applied.  Raises as :meth:`PricedStep.plan_bytes`; ``InfeasibleBudgetError`` also where the margin leaves
+    too little; ``PlannerError`` where the step cannot be run, does not fit after ``rounds`` rounds, or does
+    not fit when the search was stopped.
     """
-    tell = progress or Reporter()
+    search = search or Search()
+    tell = search.tell
     _refuse_unreal(step)
     found: list[Round] = []
     while True:
         try:
-            plan = step.plan_bytes(budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=tell)
+            plan = step.plan_bytes(budget_bytes, search)
         except InfeasibleBudgetError as error:
             raise _with_rounds(error, found) from None
         tell.phase("calibrate", f"round {len(found) + 1}")
@@ -149,17 +94,18 @@ def calibrated(
         last = found[-1]
         if last.taken_bytes <= budget_bytes:
             return dataclasses.replace(plan, calibration=Calibration(tuple(found)))
-        if len(found) == rounds:
+        if len(found) == rounds or tell.stopped:
+            ended = f"after {rounds} rounds" if len(found) == rounds else "when it was stopped, in the midst"
             raise PlannerError(
                 f"the planned step of {plan.model_name} takes more than the budget of "
-                f"{bytes_text(budget_bytes)} after {rounds} rounds of measuring and planning again:\n"
+                f"{bytes_text(budget_bytes)} {ended} of measuring and planning again:\n"
                 f"{Calibration(tuple(found))}\nRaise the budget; with a fragmented allocator, "
                 "PYTORCH_ALLOC_CONF=expandable_segments:True may help"
             )
-        step = dataclasses.replace(step, margin_bytes=last.taken_bytes - last.predicted_bytes)
+        step = step.with_margin(last.taken_bytes - last.predicted_bytes)
 
 
-def _refuse_unreal(step: Prepared) -> None:
+def _refuse_unreal(step: PricedStep) -> None:
     name = type(step.model).__name__
     if step.target.elsewhere:
         raise PlannerError(
@@ -183,17 +129,15 @@ def _with_rounds(error: InfeasibleBudgetError, found: list[Round]) -> Infeasible
     )
 
 
-def _round(step: Prepared, plan: Plan, meter: Meter) -> Round:
+def _round(step: PricedStep, plan: Plan, meter: Meter) -> Round:
     """Run the step of ``plan`` by itself and measure it."""
-    model, inputs, resident = step.model, step.joint.inputs, step.resident
-    batch: Any = inputs.kwargs if inputs.kwargs and not inputs.args else inputs.args
+    model, batch, resident = step.model, step.joint.inputs, step.resident
     state_bytes = resident.optimizer_state_bytes
-    there_bytes = resident.total_bytes - state_bytes + step.tangent_bytes + step.constant_bytes
-    there_bytes += step.resident_slack_bytes
-    predicted_bytes = int(plan.timeline.max(initial=0)) - step.margin_bytes
+    margin_bytes = step.memory.margin_bytes
+    predicted_bytes = int(plan.timeline.max(initial=0)) - margin_bytes
     with _gradients_set_aside(model, batch), undone(model, batch):
         try:
-            taken = meter(plan.rewrite(model), batch, step.loss_fn, there_bytes)
+            taken = meter(plan.rewrite(model), batch, step.loss_fn, step.memory.seen_bytes)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -201,10 +145,10 @@ def _round(step: Prepared, plan: Plan, meter: Meter) -> Round:
     if step.graph.device.type != "cuda":  # a meter of storages sees only what the step touches
         state_bytes += resident.gradients_bytes
     reserved = None if taken.reserved_bytes is None else taken.reserved_bytes + state_bytes
-    return Round(step.margin_bytes, predicted_bytes, taken.allocated_bytes + state_bytes, reserved)
+    return Round(margin_bytes, predicted_bytes, taken.allocated_bytes + state_bytes, reserved)
 
 
-def _exhausted(step: Prepared, plan: Plan, what: str) -> str:
+def _exhausted(step: PricedStep, plan: Plan, what: str) -> str:
     memory = memory_of(step.graph.device)
     there = (
         ""

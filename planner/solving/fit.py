@@ -1,4 +1,4 @@
-"""The search for a plan whose execution fits a budget, where the solvers count storages only.
+"""The search for a schedule whose execution fits a budget, where the solvers count storages only.
 
 What an allocator hands out beyond them (:mod:`planner.memory.execution`) depends on the schedule, so it is
 found after solving.  A schedule that is over the budget by it is solved for again, at a target lower by as
@@ -8,147 +8,201 @@ allocator does, a schedule that fits with slack fits without.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from planner.errors import InfeasibleBudgetError
 from planner.memory.execution import Execution
-from planner.units import bytes_text
+from planner.options import Search
 from solvers import InfeasibleError, Problem, Schedule, Solution, solve
 from solvers import frontier as solve_frontier
 
-if TYPE_CHECKING:
-    from planner.plan import Plan
+__all__ = ["Answer", "fitted", "fitted_each"]
 
-__all__ = ["LEAST", "fitted", "fitted_each", "infeasible_error"]
-
-LEAST = "the least budget that has a plan"
-
+# Targets that are tried; each is lower by the last one's slack, which hardly differs between like schedules.
 ROUNDS = 4
 EQUAL = 1 + 1e-9  # seconds that differ by less are the same sum, added up otherwise
 
 Play = Callable[[Schedule], Execution]
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What was found for one budget.
+
+    ``execution``      of the schedule found, as it runs on the device; within ``budget_bytes``.  ``None``:
+                       none was found.
+    ``bound_seconds``  proved: no schedule within the budget takes less; ``inf``: none is within it.
+    ``floor_bytes``    proved: no schedule has a lower peak.
+    ``seconds``        of the schedule, recomputation included; ``inf`` without one.
+    ``solve_seconds``  of search.
+    ``interrupted``    whether a listener or Ctrl-C ended it.
+
+    Raises ``ValueError`` for an execution that exceeds the budget, and for one that is faster than its bound.
+    """
+
+    budget_bytes: int
+    execution: Execution | None
+    bound_seconds: float
+    floor_bytes: int
+    seconds: float = math.inf
+    solver: str = ""
+    solve_seconds: float = 0.0
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.execution is None:
+            return
+        if self.execution.peak_bytes > self.budget_bytes:
+            raise ValueError(
+                f"an execution of {self.execution.peak_bytes} bytes is no answer for {self.budget_bytes}"
+            )
+        if self.seconds * EQUAL < self.bound_seconds:
+            raise ValueError(
+                f"a schedule of {self.seconds} s beats the proved bound of {self.bound_seconds} s"
+            )
+
+    @property
+    def fits(self) -> bool:
+        """Whether a schedule within the budget was found."""
+        return self.execution is not None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the schedule found.  Raises ``ValueError`` where there is none."""
+        if self.execution is None:
+            raise ValueError(f"nothing was found within {self.budget_bytes} bytes")
+        return self.execution.peak_bytes
+
+    @property
+    def is_optimal(self) -> bool:
+        """Whether no schedule within the budget is faster."""
+        return self.execution is not None and self.seconds <= self.bound_seconds * EQUAL
+
+    @property
+    def is_infeasible(self) -> bool:
+        """Whether it is proved that nothing fits."""
+        return math.isinf(self.bound_seconds)
+
+
+def _answer(budget_bytes: int, found: Solution, first: Solution, execution: Execution | None) -> Answer:
+    """``found`` as an answer for the budget that ``first`` was solved at."""
+    spent_s = first.solve_seconds + (0.0 if found is first else found.solve_seconds)
+    # The two are sums of the same numbers where a plan is optimal, added up in another order.
+    bound_seconds = first.bound_seconds if execution is None else min(first.bound_seconds, found.seconds)
+    return Answer(
+        budget_bytes,
+        execution,
+        bound_seconds,
+        first.floor_bytes,
+        math.inf if execution is None else found.seconds,
+        found.solver,
+        spent_s,
+        found.interrupted,
+    )
+
+
 def fitted(
     problem: Problem,
     budget_bytes: int,
     play: Play,
-    *,
-    solver: str,
-    time_limit_s: float,
-    progress: Callable[[Solution], object] | None = None,
+    search: Search,
     hint: Schedule | None = None,
-) -> Solution | None:
-    """The best schedule found whose execution fits; ``None`` where it is proved that none does.
+) -> Answer:
+    """The best schedule found whose execution fits, with what is proved for ``budget_bytes``.
 
-    If none was found in ``ROUNDS``, the answer is "unsettled".  The first search may take
-    ``time_limit_s``, all others together as much again.
+    The first search may take ``search.time_limit_s``, all others together as much again.  A listener's stop
+    and Ctrl-C end all of them.
     """
+    tell = search.tell
+    progress = tell.searching(problem.total_seconds)
     try:
         first = solve(
-            problem, budget_bytes, solver=solver, time_limit_s=time_limit_s, progress=progress, hint=hint
+            problem,
+            budget_bytes,
+            solver=search.solver,
+            time_limit_s=search.time_limit_s,
+            progress=progress,
+            hint=hint,
         )
-    except InfeasibleError:
-        return None
-    if not first.fits:
-        return first
-    deadline = time.perf_counter() + time_limit_s
-    found, target_bytes, slack_bytes = first, budget_bytes, 0
+    except InfeasibleError as error:
+        return Answer(budget_bytes, None, math.inf, error.floor_bytes)
+    found = first
+    deadline = time.perf_counter() + search.time_limit_s
+    target_bytes, slack_bytes = budget_bytes, 0
     for _ in range(ROUNDS):
-        taken_bytes = play(found.schedule).peak_bytes
-        if taken_bytes <= budget_bytes:
-            return found if found is first else _within(found, first, taken_bytes)
-        slack_bytes = max(slack_bytes, taken_bytes - found.peak_bytes)
-        target_bytes = min(target_bytes - (taken_bytes - budget_bytes), budget_bytes - slack_bytes)
-        if target_bytes <= 0:
-            break
-        left_s = max(deadline - time.perf_counter(), time_limit_s / 8)
-        try:
-            found = solve(problem, target_bytes, solver=solver, time_limit_s=left_s, hint=found.schedule)
-        except InfeasibleError:
-            break
+        tell.heed(found.interrupted)
         if not found.fits:
             break
-    return dataclasses.replace(first, peak_bytes=budget_bytes + 1, status="unsettled")
-
-
-def _within(found: Solution, first: Solution, taken_bytes: int) -> Solution:
-    """``found``, solved at a lower target, as an answer for the budget ``first`` was solved at."""
-    optimal = found.seconds <= first.bound_seconds * EQUAL
-    return dataclasses.replace(
-        found,
-        peak_bytes=taken_bytes,
-        budget_bytes=first.budget_bytes,
-        bound_seconds=min(first.bound_seconds, found.seconds),
-        status="optimal" if optimal else "feasible",
-        solve_seconds=first.solve_seconds + found.solve_seconds,
-    )
+        execution = play(found.schedule)
+        if execution.peak_bytes <= budget_bytes:
+            return _answer(budget_bytes, found, first, execution)
+        slack_bytes = max(slack_bytes, execution.peak_bytes - found.peak_bytes)
+        target_bytes = min(target_bytes - (execution.peak_bytes - budget_bytes), budget_bytes - slack_bytes)
+        if target_bytes <= 0 or tell.stopped:
+            break
+        left_s = max(deadline - time.perf_counter(), search.time_limit_s / 8)
+        try:
+            found = solve(
+                problem,
+                target_bytes,
+                solver=search.solver,
+                time_limit_s=left_s,
+                progress=progress,
+                hint=found.schedule,
+            )
+        except InfeasibleError:
+            break
+    return _answer(budget_bytes, first, first, None)
 
 
 def fitted_each(
     problem: Problem,
     budgets: list[int],
     play: Play,
-    *,
-    solver: str,
-    time_limit_s: float,
-    progress: Callable[[Solution], object] | None = None,
+    search: Search,
     hint: Schedule | None = None,
-) -> Mapping[int, Solution | None]:
+) -> Mapping[int, Answer]:
     """An answer as of :func:`fitted` for each budget, solved together; ``time_limit_s`` is for each."""
-    answers = solve_frontier(
-        problem, budgets, solver=solver, time_limit_s=time_limit_s, progress=progress, hint=hint
-    )
+    tell = search.tell
+
+    def solved(targets: list[int]) -> Mapping[int, Solution | InfeasibleError]:
+        answers = solve_frontier(
+            problem,
+            targets,
+            solver=search.solver,
+            time_limit_s=search.time_limit_s,
+            progress=tell.searching(problem.total_seconds),
+            hint=hint,
+        )
+        tell.heed(any(isinstance(s, Solution) and s.interrupted for s in answers.values()))
+        return answers
+
+    answers = solved(budgets)
     first = {b: s for b, s in answers.items() if isinstance(s, Solution)}
-    taken = {s.schedule: play(s.schedule).peak_bytes for s in first.values() if s.fits}
-    over = {b: taken[s.schedule] - s.peak_bytes for b, s in first.items() if s.fits and taken[s.schedule] > b}
-    if over:
-        targets = [b - max(over.values()) for b in over]
-        lower = solve_frontier(
-            problem, [t for t in targets if t > 0], solver=solver, time_limit_s=time_limit_s, hint=hint
-        )
-        for s in lower.values():
-            if isinstance(s, Solution) and s.fits:
-                taken[s.schedule] = play(s.schedule).peak_bytes
-                first.setdefault(s.budget_bytes, s)
-    found: dict[int, Solution | None] = {}
+    candidates = [s for s in first.values() if s.fits]
+    played = {s.schedule: play(s.schedule) for s in candidates}
+    slack = {
+        b: played[s.schedule].peak_bytes - s.peak_bytes
+        for b, s in first.items()
+        if s.fits and played[s.schedule].peak_bytes > b
+    }
+    if slack and not tell.stopped:
+        lower = solved([b - max(slack.values()) for b in slack if b > max(slack.values())])
+        more = [s for s in lower.values() if isinstance(s, Solution) and s.fits]
+        played |= {s.schedule: play(s.schedule) for s in more}
+        candidates += more
+    found: dict[int, Answer] = {}
     for b in budgets:
-        own = first.get(b)
-        if own is None or not own.fits or taken[own.schedule] <= b:
-            found[b] = own
+        own = answers[b]
+        if isinstance(own, InfeasibleError):
+            found[b] = Answer(b, None, math.inf, own.floor_bytes)
             continue
-        fits = [s for s in first.values() if s.fits and taken[s.schedule] <= b]
+        if own.fits and played[own.schedule].peak_bytes <= b:
+            found[b] = _answer(b, own, own, played[own.schedule])
+            continue
+        fits = [s for s in candidates if played[s.schedule].peak_bytes <= b] if own.fits else []
         best = min(fits, key=lambda s: s.seconds, default=None)
-        found[b] = (
-            dataclasses.replace(own, peak_bytes=b + 1, status="unsettled")
-            if best is None
-            else _within(best, own, taken[best.schedule])
-        )
+        found[b] = _answer(b, best or own, own, None if best is None else played[best.schedule])
     return found
-
-
-def infeasible_error(
-    least: Plan, budget_bytes: int, need_bytes: int, floor_bytes: int
-) -> InfeasibleBudgetError:
-    """For a budget that no plan fits: what ``least``, the plan of the lowest peak, needs, what fills it."""
-    largest = sorted(least.breakdown.items(), key=lambda item: -item[1])
-    parts = ", ".join(f"{k.replace('_', ' ')} {bytes_text(b)}" for k, b in largest if b > need_bytes / 1000)
-    decided = (
-        f"it is proved that none needs less than {floor_bytes / 1e9:.4g} GB"
-        if budget_bytes < floor_bytes
-        else f"none was found between the proved floor of {floor_bytes / 1e9:.4g} GB and there"
-    )
-    enough_gb = math.ceil(need_bytes / 1e3) / 1e6  # rounded up: the number in the message works as a budget
-    return InfeasibleBudgetError(
-        f"no plan for {least.model_name} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-        f"with a plan is {enough_gb:.6f} GB, and {decided}. At that plan's peak: {parts}. Raise the "
-        "budget, or make the batch smaller",
-        budget_bytes=budget_bytes,
-        minimum_bytes=need_bytes,
-        floor_bytes=floor_bytes,
-        breakdown=dict(least.breakdown),
-    )

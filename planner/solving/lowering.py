@@ -6,7 +6,6 @@ the allocator's grain (512 on CUDA, 1 on CPU); what is resident throughout is on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
@@ -15,11 +14,9 @@ from planner.costs.op_costs import Costs, Device, costs_of
 from planner.devices.state import allocation_grain, rounded_up
 from planner.graph.nodes import layer_of
 from planner.graph.training_graph import GraphOp, TrainingGraph
-from planner.memory.lifetimes import StepGraph
 from solvers import Op, Problem, Schedule, Value
-from solvers.core.simulate import Timeline, simulate_steps
 
-__all__ = ["as_executed", "graph_costs", "judge", "lower", "replayed_states", "steps_of"]
+__all__ = ["graph_costs", "lower", "steps_of"]
 
 T = TypeVar("T")
 
@@ -101,23 +98,3 @@ def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list
     ours = [i for i in between if graph.ops[i].phase == "forward"]
     theirs = [i for i in between if graph.ops[i].phase != "forward"]
     return steps[:first] + theirs + ours + steps[last + 1 :]
-
-
-def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
-    """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
-    runs = Counter(steps)
-    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
-    return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}
-
-
-def as_executed(graph: StepGraph, problem: Problem, steps: list[int]) -> Problem:
-    """The problem without the generator states that no replay of ``steps`` reads."""
-    replayed = replayed_states(graph, steps)
-    idle = {i for i, op in enumerate(graph.ops) if op.target == "rng_state" and i not in replayed}
-    values = tuple(replace(v, bytes=0) if v.producer in idle else v for v in problem.values)
-    return replace(problem, values=values)
-
-
-def judge(graph: StepGraph, problem: Problem, steps: list[int]) -> Timeline:
-    """The timeline of what will be executed."""
-    return simulate_steps(as_executed(graph, problem, steps), steps)

@@ -44,7 +44,6 @@ forward and is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import logging
@@ -55,9 +54,13 @@ import torch.distributed as dist
 from torch import nn
 
 from planner import _compat
+from planner.api import plan
 from planner.errors import PlannerError
 from planner.plan import Plan
+from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
+from planner.runtime.build import check_is_of
+from planner.solving.priced import prepare
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
@@ -80,19 +83,19 @@ def shared_plan(
     Raises, on every rank, what the first rank's ``plan`` raised, or ``PlannerError`` that names the rank
     whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.
     """
-    from planner.api import plan
-    from planner.solving.prepared import prepare
 
-    def adopt(received: Plan) -> Plan:
+    def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
         step = prepare(model, inputs_of(received, device) if inputs is None else inputs, **options)
-        step.check_is_of(received)
-        return dataclasses.replace(received, _prepared=step)
+        check_is_of(received, step.captured)
+        return Plan.of(received, step)
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
 
 
-def made_once(key: str, make: Callable[[], Plan], adopt: Callable[[Plan], Plan], *, wait_s: float) -> Plan:
+def made_once(
+    key: str, make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], *, wait_s: float
+) -> Plan:
     """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
 
     ``key``       everything the plan depends on: ranks with equal keys can run each other's plan.
@@ -121,7 +124,7 @@ def made_once(key: str, make: Callable[[], Plan], adopt: Callable[[Plan], Plan],
     return adopt(from_text(text, "the plan of another rank")) if text else make()
 
 
-def agreed(make: Callable[[], Plan], adopt: Callable[[Plan], Plan], group: Any = None) -> Plan:
+def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: Any = None) -> Plan:
     """The plan that the first rank of ``group`` makes and every other adopts.  A collective, once.
 
     ``make()``         runs on the first rank only.

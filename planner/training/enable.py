@@ -20,7 +20,7 @@ from planner.capture.wrappers import unwrapped
 from planner.memory.resident import OptimizerLike, budget_bytes_of
 from planner.plan import Plan
 from planner.progress import Progress
-from planner.solving.prepared import CostSource
+from planner.solving.priced import CostSource
 from planner.training import huggingface
 from planner.training.ondemand import OnLarger, Settings
 from planner.training.switch import Switch

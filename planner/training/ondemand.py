@@ -38,12 +38,14 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.live_optimizers import found_optimizer_bytes
 from planner.memory.resident import OptimizerLike, Resident, resident_of
+from planner.options import Search
 from planner.plan import Plan
+from planner.plans.plan_data import PlanData
 from planner.progress import Progress, Reporter, reporting
 from planner.runtime.forward import PlannedForward
 from planner.runtime.guard import Guard
 from planner.runtime.variants import OnLarger, Varying
-from planner.solving.prepared import CostSource, Prepared, prepare
+from planner.solving.priced import CostSource, PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
 from planner.training.distributed import made_once
@@ -180,7 +182,8 @@ class OnDemand:
         """The forward of a call has run; from here to its backward it holds memory."""
         variants, held = kept.runner.step.variants, kept.plan.held_bytes
         if variants is not None:
-            self.last, held = variants.last, variants.held_bytes
+            last, held = variants.last, variants.held_bytes
+            self.last = last if isinstance(last, Plan) else Plan.of(last)
         if kept.runner.last_call is not None:
             self._waiting.append((kept.runner.last_call, held))
 
@@ -221,12 +224,12 @@ class OnDemand:
             resident_at = partial(self._resident, call.signature.has_gradients)
             resident = resident_at(step.graph, step.joint.inputs)
             limit_s = self.settings.time_limit_s
-            step = replace(step, resident=resident, resident_at=resident_at, least_limit_s=limit_s)
+            step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
             try:
                 plan = self._made_once(call, step)
             except InfeasibleBudgetError as error:
                 raise self._in_company(error, call) from None
-            runner = PlannedForward(self.planned, plan.step(), original=original)
+            runner = PlannedForward(self.planned, plan.executable(), original=original)
         any_size = runner.step.variants is not None
         kept = Kept(plan, runner, self._left_bytes(), self._most_held(call), any_size)
         self._plans.keep(call, kept)
@@ -236,12 +239,12 @@ class OnDemand:
         log.log(level, "%s", _announcement(plan, call, self._calls or 1, time.perf_counter() - began))
         return kept
 
-    def _captured(self, call: Call) -> Prepared:
+    def _captured(self, call: Call) -> PricedStep:
         exact = replace(call.signature, has_gradients=False, place=1)
         step = self._steps.find(exact)
         if step is not None:
             try:
-                guard = Guard(self.planned, step.expected)
+                guard = Guard(self.planned, step.captured.expected)
                 guard.check_modules()
             except StalePlanError as edited:
                 self._edited(edited)
@@ -254,14 +257,14 @@ class OnDemand:
                 loss_fn=s.loss_fn,
                 costs=s.costs,
                 dynamic=self._steps.is_to_vary(exact),
-                progress=self._tell,
+                search=Search(progress=self._tell),
             )
             self._steps.keep(exact, step)
         if step.varying is None:
             return step
         return self._sized(step, call, self._steps.largest(exact))
 
-    def _sized(self, step: Prepared, call: Call, largest: list[torch.Tensor]) -> Prepared:
+    def _sized(self, step: PricedStep, call: Call, largest: list[torch.Tensor]) -> PricedStep:
         """A step of varying sizes, ready to be planned: at these where calls share the budget, else for any.
 
         In the latter case at the largest sizes seen if these are no larger.
@@ -273,30 +276,31 @@ class OnDemand:
             if alone and largest and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
                 sizes = largest
             joint = joint.at(joint.sizes.read(sizes), fixed=not alone)
-        asked = Varying(step.varying.captures, "replan", s.solver, s.time_limit_s, self.around)
-        return replace(step.again(self.planned, joint), varying=asked if alone else None)
+        search = Search(s.solver, s.time_limit_s)
+        asked = Varying(step.varying.captures, "replan", search, self.around)
+        return replace(step.recaptured(self.planned, joint), varying=asked if alone else None)
 
-    def _made_once(self, call: Call, step: Prepared) -> Plan:
+    def _made_once(self, call: Call, step: PricedStep) -> Plan:
         """The plan, from whichever rank of a distributed job asked for it first."""
         s, left = self.settings, self._left_bytes()
         needs = (left, step.problem.resident_bytes, self._most_held(call), self._calls, call.signature.place)
         sizes = [tuple(tensor.shape) for tensor in step.joint.inputs.tensors()]
         varies = step.varying is not None
-        key = f"{step.fingerprint} {sizes} {varies} {needs} {s.solver} {s.time_limit_s} {s.costs}"
+        key = f"{step.captured.fingerprint} {sizes} {varies} {needs} {s.solver} {s.time_limit_s} {s.costs}"
 
-        def adopt(received: Plan) -> Plan:
+        def adopt(received: PlanData) -> Plan:
             self._learn_need(call, step, received.known_minimum_bytes)
-            return replace(received, _prepared=step)
+            return Plan.of(received, step)
 
         wait_s = 60.0 + 4 * PROBES * s.time_limit_s
         return made_once(key, lambda: self._solved(call, step), adopt, wait_s=wait_s)
 
-    def _learn_need(self, call: Call, step: Prepared, known_bytes: int | None = None) -> None:
+    def _learn_need(self, call: Call, step: PricedStep, known_bytes: int | None = None) -> None:
         size = sum(call.signature.sizes)
         if self._calls != 1 and size > self._need_size:
             self._need_bytes, self._need_size = known_bytes or step.minimum_peak_bytes, size
 
-    def _solved(self, call: Call, step: Prepared) -> Plan:
+    def _solved(self, call: Call, step: PricedStep) -> Plan:
         s, left = self.settings, self._left_bytes()
         self._learn_need(call, step)
         if self._calls is None:
@@ -307,9 +311,7 @@ class OnDemand:
         limit_s = s.time_limit_s if most is None else s.time_limit_s / PROBES
 
         def make(budget_bytes: int) -> Plan:
-            return step.plan_bytes(
-                budget_bytes, solver=s.solver, time_limit_s=limit_s, progress=self._tell, hint=self.last
-            )
+            return step.plan_bytes(budget_bytes, Search(s.solver, limit_s, self._tell), hint=self.last)
 
         if most is None:
             return make(left)

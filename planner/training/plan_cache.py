@@ -15,7 +15,7 @@ import torch
 
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
-from planner.solving.prepared import Prepared
+from planner.solving.priced import PricedStep
 from planner.training.calls import Call, Signature
 
 __all__ = ["Kept", "PerShape", "StepCache"]
@@ -96,10 +96,10 @@ class StepCache:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._steps: OrderedDict[Signature, Prepared] = OrderedDict()
+        self._steps: OrderedDict[Signature, PricedStep] = OrderedDict()
         self._kinds: OrderedDict[Signature, _Kind] = OrderedDict()
 
-    def find(self, signature: Signature) -> Prepared | None:
+    def find(self, signature: Signature) -> PricedStep | None:
         """The step that serves calls of this signature, captured as it is or for any size."""
         for key in (signature, signature.kind):
             if key in self._steps:
@@ -112,7 +112,7 @@ class StepCache:
         kind = self._kinds.get(signature.kind)
         return kind is not None and kind.captures >= FIXED
 
-    def keep(self, signature: Signature, step: Prepared) -> None:
+    def keep(self, signature: Signature, step: PricedStep) -> None:
         """From now on this step serves calls of this signature, or of its kind if sizes vary in it."""
         kind = self._kinds.setdefault(signature.kind, _Kind())
         self._kinds.move_to_end(signature.kind)

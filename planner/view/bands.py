@@ -16,7 +16,7 @@ from planner.memory.lifetimes import KINDS
 from planner.units import bytes_text, label
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan_data import PlanData
 
 __all__ = [
     "Band",
@@ -62,7 +62,7 @@ class Band:
     visible: bool = True
 
 
-def bands_of(plan: Plan) -> tuple[Band, ...]:
+def bands_of(plan: PlanData) -> tuple[Band, ...]:
     """From the bottom up; kinds that are nowhere 1 % of the peak are together in "other", on top."""
     order = [k for k in KINDS if k in plan.timeline_by_kind]
     order += [k for k in plan.timeline_by_kind if k not in KINDS]
@@ -79,7 +79,7 @@ def bands_of(plan: Plan) -> tuple[Band, ...]:
     return tuple(bands)
 
 
-def aligned_baseline(plan: Plan) -> np.ndarray:
+def aligned_baseline(plan: PlanData) -> np.ndarray:
     """``baseline_timeline`` over the steps of the plan, shape (T,)."""
     seen: set[str] = set()
     position = np.empty(len(plan.sequence), dtype=np.int64)
@@ -95,26 +95,26 @@ def highest(level: np.ndarray, count: int) -> np.ndarray:
     return np.array([a + int(np.argmax(level[a:b])) for a, b in pairwise(edges)], dtype=int)
 
 
-def turn_of(plan: Plan) -> int | None:
+def turn_of(plan: PlanData) -> int | None:
     """The first step of the backward: the first at which a gradient is in flight."""
     flying = np.flatnonzero(plan.timeline_by_kind.get("gradients_in_flight", np.zeros(1)))
     return int(flying[0]) if len(flying) else None
 
 
-def peak_place(plan: Plan) -> str:
+def peak_place(plan: PlanData) -> str:
     """The op at the peak, and the module it works for."""
     if plan.peak_op == "optimizer.step":
         return plan.peak_op
     return f"{plan.peak_op} in {plan.peak_module or 'the model itself'}"
 
 
-def picture_title(plan: Plan) -> str:
+def picture_title(plan: PlanData) -> str:
     """What the picture of memory shows, in a line."""
     peak, before = bytes_text(plan.peak_bytes), bytes_text(plan.baseline_peak_bytes)
     return f"{plan.model_name}: peak {peak} instead of {before}, {plan.overhead:.1%} more step time"
 
 
-def top_bytes(plan: Plan) -> int:
+def top_bytes(plan: PlanData) -> int:
     """The highest thing to show; a budget far above everything else is left out of the frame."""
     highest = max(plan.peak_bytes, plan.baseline_peak_bytes)
     return plan.budget_bytes if highest < plan.budget_bytes < 2 * highest else highest

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-    from planner.plan import Placement, Plan
     from planner.plans.outline import Outline
+    from planner.plans.plan_data import Placement, PlanData
 
 __all__ = ["block_graph", "plot_graph"]
 
@@ -48,14 +48,14 @@ class _Node:
     inside: bool = True
 
 
-def block_graph(plan: Plan, module: str) -> nx.DiGraph:
+def block_graph(plan: PlanData, module: str) -> nx.DiGraph:
     """Ops of ``module`` as nodes, the values between them as edges.
 
     Node attributes: ``op``, ``module`` (its path below ``module``), ``bytes`` (of its outputs),
     ``decision`` (of the largest of them), ``times`` (it runs, on its side).  The edge attribute ``kept`` is
     true from a kept value to an op that runs again.  Raises ``PlannerError`` as :func:`plot_graph`.
     """
-    graph = plan.outline_if_known
+    graph = plan.outline
     if graph is None:
         raise PlannerError("this plan's file does not say what each op reads; make the plan again")
     chosen = [i for i, op in enumerate(graph.ops) if op.phase == "forward" and _within(op.module, module)]
@@ -70,7 +70,7 @@ def block_graph(plan: Plan, module: str) -> nx.DiGraph:
     return _built(plan, graph, module, chosen)
 
 
-def _built(plan: Plan, graph: Outline, module: str, chosen: list[int]) -> nx.DiGraph:
+def _built(plan: PlanData, graph: Outline, module: str, chosen: list[int]) -> nx.DiGraph:
     placed = {p.name: p for p in plan.placements}
     decisions = [placed.get(v.name) for v in graph.values]
     runs = dict.fromkeys((graph.ops[i].name for i in chosen), 0)
@@ -136,7 +136,7 @@ def _part(path: str, module: str) -> str:
     return ".".join(path.split(".")[: depth + 1])
 
 
-def _unknown(plan: Plan, module: str) -> str:
+def _unknown(plan: PlanData, module: str) -> str:
     paths = {p.module for p in plan.placements}
     known = sorted(
         x for x in {".".join(x.split(".")[:k]) for x in paths for k in range(1, 1 + len(x.split(".")))} if x
@@ -148,7 +148,7 @@ def _unknown(plan: Plan, module: str) -> str:
 # -- drawing --------------------------------------------------------------------------------------
 
 
-def plot_graph(plan: Plan, module: str, ax: Axes | None = None) -> Axes:
+def plot_graph(plan: PlanData, module: str, ax: Axes | None = None) -> Axes:
     """The ops of ``module``, coloured by what happens to what they make; on the right those that run again.
 
     Raises ``PlannerError`` if no op is in such a module (naming near ones), if there are more than 64 (naming

@@ -21,7 +21,7 @@ from planner.view.layers import Row, depth_rows, layers_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from planner.plan import Plan
+    from planner.plans.plan_data import PlanData
 
 __all__ = ["STATES", "plot_placements", "states_of"]
 
@@ -61,7 +61,7 @@ def states_of(row: Row, steps: int) -> np.ndarray:
     return np.cumsum(delta, axis=1)[:, :steps]
 
 
-def plot_placements(plan: Plan, ax: Axes | None = None) -> Axes:
+def plot_placements(plan: PlanData, ax: Axes | None = None) -> Axes:
     """When each layer's values are in memory: kept, dropped, recomputed; bytes by layer in a panel beside it.
 
     Every layer has a row where they are 36 at most, else neighbours of one structure share one.  The

@@ -18,7 +18,7 @@ from planner.view.layers import ROOT, layers_of, recompute_seconds
 if TYPE_CHECKING:
     import pandas
 
-    from planner.plan import Decision, Placement, Plan
+    from planner.plans.plan_data import Decision, Placement, PlanData
 
 __all__ = ["Change", "LayerChange", "PlanDiff", "diff"]
 
@@ -104,15 +104,15 @@ class PlanDiff:
         return frame
 
 
-def diff(first: Plan, second: Plan) -> PlanDiff:
+def diff(first: PlanData, second: PlanData) -> PlanDiff:
     """What ``second`` does differently from ``first``.
 
     Raises ``TypeError`` for anything but plans, and ``PlannerError`` for plans of different models.
     """
-    from planner.plan import Plan
+    from planner.plans.plan_data import PlanData
 
     for plan in (first, second):
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, PlanData):
             raise TypeError(f"diff compares two plans, got a {type(plan).__name__}")
     before, after = ({p.name: p for p in plan.placements} for plan in (first, second))
     spent = [
@@ -153,7 +153,7 @@ def diff(first: Plan, second: Plan) -> PlanDiff:
     )
 
 
-def _same_model(first: Plan, second: Plan) -> tuple[str, ...]:
+def _same_model(first: PlanData, second: PlanData) -> tuple[str, ...]:
     """``PlannerError`` if the plans have different values; a note if they are of different steps."""
     if first.fingerprint == second.fingerprint:
         return ()
@@ -181,7 +181,7 @@ def _kept(p: Placement | None) -> int:
     return p.bytes if p is not None and p.decision == "save" else 0
 
 
-def _figures(a: Plan, b: Plan) -> tuple[tuple[str, str, str, str], ...]:
+def _figures(a: PlanData, b: PlanData) -> tuple[tuple[str, str, str, str], ...]:
     """Name, first, second, change."""
 
     def size(name: str, x: int, y: int) -> tuple[str, str, str, str]:

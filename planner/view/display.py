@@ -32,8 +32,8 @@ from planner.view.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
 if TYPE_CHECKING:
     import pandas
 
-    from planner.frontier import Frontier
-    from planner.plan import Plan
+    from planner.plans.frontier_data import FrontierData
+    from planner.plans.plan_data import PlanData
 
 __all__ = ["dataframe", "frontier_dataframe", "html", "summary"]
 
@@ -49,7 +49,7 @@ _DECISIONS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 # -- text -----------------------------------------------------------------------------------------
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: PlanData) -> str:
     """One screen of text: budget, peak, overhead and its bound, what fills the peak, layer by layer."""
     unit = ByteUnit.of(plan.peak_bytes)
     parts = [
@@ -71,11 +71,11 @@ def summary(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _where(plan: Plan) -> str:
+def _where(plan: PlanData) -> str:
     return f"{plan.planned_for} (captured on {plan.device})" if plan.planned_for else plan.device
 
 
-def _figures(plan: Plan) -> list[tuple[str, str, str]]:
+def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
     """The numbers a plan is judged by: name, value, remark."""
     flops = plan.recompute_flops / plan.step_flops if plan.step_flops else 0.0
     return [
@@ -113,7 +113,7 @@ def _figures(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
-def _reserved(plan: Plan) -> list[tuple[str, str, str]]:
+def _reserved(plan: PlanData) -> list[tuple[str, str, str]]:
     """What the allocator would take from the driver, where there is one that takes more than it hands out."""
     if plan.reserved_bytes is None:
         return []
@@ -121,7 +121,7 @@ def _reserved(plan: Plan) -> list[tuple[str, str, str]]:
     return [("predicted reserved", gb_text(reserved), f"{_share(plan.peak_bytes, reserved)} of it allocated")]
 
 
-def _measured(plan: Plan) -> list[tuple[str, str, str]]:
+def _measured(plan: PlanData) -> list[tuple[str, str, str]]:
     """What the planned step was measured to take, if it was."""
     if plan.calibration is None:
         return []
@@ -131,12 +131,12 @@ def _measured(plan: Plan) -> list[tuple[str, str, str]]:
     return [("measured peak", gb_text(last.allocated_bytes), rounds + reserved)]
 
 
-def _filled(plan: Plan) -> list[tuple[str, int]]:
+def _filled(plan: PlanData) -> list[tuple[str, int]]:
     """What there is at the peak, largest first."""
     return sorted(((k, b) for k, b in plan.breakdown.items() if b), key=lambda item: -item[1])
 
 
-def _row_cells(plan: Plan, unit: ByteUnit) -> list[tuple[str, ...]]:
+def _row_cells(plan: PlanData, unit: ByteUnit) -> list[tuple[str, ...]]:
     rows = rows_of(layers_of(plan), _TEXT_ROWS)
     cells = [
         (
@@ -152,7 +152,7 @@ def _row_cells(plan: Plan, unit: ByteUnit) -> list[tuple[str, ...]]:
     return [*cells, ("total", *(unit.text(b) for b in total), seconds_text(plan.recompute_s))]
 
 
-def _counts(plan: Plan) -> str:
+def _counts(plan: PlanData) -> str:
     count = {d: sum(p.decision == d for p in plan.placements) for d in _DECISIONS}
     return (
         f"{len(plan.placements):,} values: {count['save']:,} kept, {count['recompute']:,} recomputed, "
@@ -179,7 +179,7 @@ def _columns(rows: Sequence[Sequence[str]], alignment: str, *, indent: int) -> l
 # -- table ----------------------------------------------------------------------------------------
 
 
-def dataframe(plan: Plan) -> pandas.DataFrame:
+def dataframe(plan: PlanData) -> pandas.DataFrame:
     """One row per value of the forward, in order of execution.
 
     ``name``, ``module``, ``op``, ``bytes``, ``decision``, ``layer``;
@@ -215,7 +215,7 @@ def dataframe(plan: Plan) -> pandas.DataFrame:
     return frame
 
 
-def frontier_dataframe(frontier: Frontier) -> pandas.DataFrame:
+def frontier_dataframe(frontier: FrontierData) -> pandas.DataFrame:
     """One row per budget.
 
     ``budget_bytes``, ``peak_bytes``, ``overhead`` and ``overhead_bound`` (shares of step time), ``status``;
@@ -260,7 +260,7 @@ _STYLE = """
 """
 
 
-def html(plan: Plan) -> str:
+def html(plan: PlanData) -> str:
     """The plan for a notebook: figures, memory over the step, the peak, and each layer to unfold.
 
     Static markup in which every name is escaped; below 300 kB for any model.
@@ -337,7 +337,7 @@ def _lines(row: Row, unit: ByteUnit) -> list[list[str]]:
     return lines
 
 
-def _svg(plan: Plan, width: int = 640, height: int = 170) -> str:
+def _svg(plan: PlanData, width: int = 640, height: int = 170) -> str:
     """Memory over the step; where there are more steps than pixels, the highest of each pixel's."""
     if not len(plan.timeline):
         return ""

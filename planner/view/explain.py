@@ -25,7 +25,7 @@ from planner.view.layers import ROOT, layers_of, recompute_seconds, rows_of
 from solvers import Timeline
 
 if TYPE_CHECKING:
-    from planner.plan import Placement, Plan
+    from planner.plans.plan_data import Placement, PlanData
 
 __all__ = ["Alternative", "Explanation", "explain"]
 
@@ -99,7 +99,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(plan: Plan, name: str) -> Explanation:
+def explain(plan: PlanData, name: str) -> Explanation:
     """Why the value or the values of the module called ``name`` are kept, recomputed or freed.
 
     ``name``  a value (``gelu_3``), a module path (all below it), both (``model.layers.0.mlp.mm_7``), or a
@@ -114,7 +114,7 @@ def explain(plan: Plan, name: str) -> Explanation:
     name, placements = _named(plan, name)
     seconds = dict(zip(map(id, plan.placements), recompute_seconds(plan), strict=True))
     spent = sum(seconds[id(p)] for p in placements)
-    outline = plan.outline_if_known
+    outline = plan.outline
     if outline is None:
         said = (
             _value(placements[0], spent) if len(placements) == 1 else _what_is(name, placements, spent),
@@ -140,7 +140,7 @@ def explain(plan: Plan, name: str) -> Explanation:
 # -- names ----------------------------------------------------------------------------------------
 
 
-def _named(plan: Plan, name: str) -> tuple[str, tuple[Placement, ...]]:
+def _named(plan: PlanData, name: str) -> tuple[str, tuple[Placement, ...]]:
     """The name in full, and the placements it stands for."""
     exact = _exactly(plan, name)
     if exact:
@@ -162,7 +162,7 @@ def _named(plan: Plan, name: str) -> tuple[str, tuple[Placement, ...]]:
     raise ValueError(f"no value or module of this plan of {plan.model_name} is called {name!r}{hint}")
 
 
-def _exactly(plan: Plan, name: str) -> tuple[Placement, ...]:
+def _exactly(plan: PlanData, name: str) -> tuple[Placement, ...]:
     """The placements of a value, a value in its module, a module, or a row of the summary."""
     of_value = tuple(p for p in plan.placements if name in (p.name, f"{p.module}.{p.name}"))
     if of_value:
@@ -189,7 +189,7 @@ def _prefixes(module: str) -> list[str]:
 class _WhatIf:
     """The plan's schedule, and what becomes of it when a choice is turned round."""
 
-    def __init__(self, plan: Plan, outline: Outline) -> None:
+    def __init__(self, plan: PlanData, outline: Outline) -> None:
         self.plan, self.outline = plan, outline
         self.steps = outline.steps(plan.sequence)
         made = (k for k, v in enumerate(outline.problem.values) if v.producer is not None)
@@ -348,7 +348,7 @@ def _what_is(name: str, placements: Sequence[Placement], spent_s: float) -> str:
     return f"`{name}` makes {len(placements)} values, {total}: {', '.join(parts)}{took}."
 
 
-def _of_keeping(plan: Plan, a: Alternative, single: bool) -> Iterable[str]:
+def _of_keeping(plan: PlanData, a: Alternative, single: bool) -> Iterable[str]:
     """What keeping the recomputed would win, and what stands against it."""
     saved_s = -a.extra_s
     what = "it" if single else "what it recomputes"
@@ -372,7 +372,7 @@ def _of_keeping(plan: Plan, a: Alternative, single: bool) -> Iterable[str]:
         yield f"It would fit, with a peak of {bytes_text(a.peak_bytes)} at {where}{better}."
 
 
-def _of_recomputing(plan: Plan, a: Alternative, kept: Sequence[Placement], single: bool) -> Iterable[str]:
+def _of_recomputing(plan: PlanData, a: Alternative, kept: Sequence[Placement], single: bool) -> Iterable[str]:
     """What making the kept again would cost and free."""
     also = f", and {_listed(a.along)} with it," if a.along else ""
     what = "it" if single else "what it keeps"
@@ -396,7 +396,7 @@ def _of_recomputing(plan: Plan, a: Alternative, kept: Sequence[Placement], singl
         )
 
 
-def _time(plan: Plan, seconds: float) -> str:
+def _time(plan: PlanData, seconds: float) -> str:
     share = f" ({seconds / plan.step_s:.2%} of the step)" if plan.step_s and seconds > 0 else ""
     return f"{seconds_text(seconds)}{share}" if seconds > 0 else "no time"
 

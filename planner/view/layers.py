@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from planner.plan import Placement, Plan
+    from planner.plans.plan_data import Placement, PlanData
 
 __all__ = ["ROOT", "Layer", "Row", "depth_rows", "layers_of", "recompute_seconds", "rows_of"]
 
@@ -77,7 +77,7 @@ class Row:
         return sum(p.bytes for layer in self.layers for p in layer.placements if p.decision == decision)
 
 
-def recompute_seconds(plan: Plan) -> tuple[float, ...]:
+def recompute_seconds(plan: PlanData) -> tuple[float, ...]:
     """Seconds of recomputation by placement; of a call with several outputs the first one carries them.
 
     They add up to ``plan.recompute_s``.
@@ -91,7 +91,7 @@ def recompute_seconds(plan: Plan) -> tuple[float, ...]:
     return tuple(out)
 
 
-def layers_of(plan: Plan) -> tuple[Layer, ...]:
+def layers_of(plan: PlanData) -> tuple[Layer, ...]:
     """The layers of the model in order of their first value."""
     paths = [p.module for p in plan.placements]
     cut = _layer_names(paths)

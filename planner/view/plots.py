@@ -27,8 +27,8 @@ from planner.view.canvas import BUDGET, FREED, KEPT, RECOMPUTED, finish, ink, ma
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from planner.frontier import Frontier, Peers
-    from planner.plan import Plan
+    from planner.plans.frontier_data import FrontierData, Peers
+    from planner.plans.plan_data import PlanData
 
 __all__ = ["plot_frontier", "plot_memory"]
 
@@ -37,7 +37,7 @@ _OPTIMIZER = "#a8937e"
 _COLUMNS = 700  # more steps than this share one
 
 
-def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
+def plot_memory(plan: PlanData, ax: Axes | None = None) -> Axes:
     """Live bytes at each step, stacked by kind, against the budget and the step without recomputation.
 
     The horizontal axis counts the steps of the plan, of which the highest are drawn where there are more
@@ -86,7 +86,11 @@ def plot_memory(plan: Plan, ax: Axes | None = None) -> Axes:
 
 
 def plot_frontier(
-    frontier: Frontier, ax: Axes | None = None, *, plan: Plan | None = None, peers: Peers | None = None
+    frontier: FrontierData,
+    ax: Axes | None = None,
+    *,
+    plan: PlanData | None = None,
+    peers: Peers | None = None,
 ) -> Axes:
     """Overhead against budget; the best overhead of any plan lies in the band above the proved bound.
 
@@ -145,7 +149,7 @@ def _held(level: np.ndarray) -> np.ndarray:
     return np.append(level, level[-1:])
 
 
-def _mark_peak(ax: Axes, plan: Plan, unit: ByteUnit) -> None:
+def _mark_peak(ax: Axes, plan: PlanData, unit: ByteUnit) -> None:
     """A dot at the peak, named in the upper left corner, which the start of the forward leaves free."""
     if not len(plan.timeline):
         return
@@ -180,7 +184,7 @@ def _pairs(peers: Peers) -> dict[str, list[tuple[float, float]]]:
     return out
 
 
-def _mark_budgets(ax: Axes, frontier: Frontier, unit: ByteUnit, others: Sequence[float]) -> None:
+def _mark_budgets(ax: Axes, frontier: FrontierData, unit: ByteUnit, others: Sequence[float]) -> None:
     """The floor, the step without recomputation, and the budgets that no plan was found for."""
     floor, full = frontier.floor_bytes / unit.bytes, frontier.baseline_peak_bytes / unit.bytes
     budgets = [b / unit.bytes for b in (*(p.budget_bytes for p in frontier.points), *others)]
@@ -204,5 +208,5 @@ def _mark_budgets(ax: Axes, frontier: Frontier, unit: ByteUnit, others: Sequence
         ax.plot(failed, [0] * len(failed), "x", color=ink(ax), clip_on=False, label="no plan found")
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: PlanData) -> str:
     return f"this plan: {plan.overhead:.1%} at {bytes_text(plan.budget_bytes)}"

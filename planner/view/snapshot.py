@@ -30,7 +30,7 @@ from planner.memory.lifetimes import Copy
 from planner.plans.outline import Outline
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan_data import PlanData
 
 __all__ = ["memory_snapshot", "save"]
 
@@ -43,7 +43,7 @@ UNNAMED = "unknown"
 _SOURCES = {"parameter": "parameters", "buffer": "buffers", "input": "inputs"}
 
 
-def save(plan: Plan, path: str | Path) -> None:
+def save(plan: PlanData, path: str | Path) -> None:
     """Write :func:`memory_snapshot` of ``plan``; the file appears whole or not at all.
 
     Raises ``PlannerError`` as :func:`memory_snapshot`, ``OSError`` if the file cannot be written.
@@ -55,7 +55,7 @@ def save(plan: Plan, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def memory_snapshot(plan: Plan) -> dict[str, Any]:
+def memory_snapshot(plan: PlanData) -> dict[str, Any]:
     """The snapshot as dicts and lists: ``segments``, and ``device_traces`` with a list per device.
 
     Each event has ``action``, ``addr``, ``size`` (bytes), ``stream``, ``time_us``, ``frames`` and, if it
@@ -64,7 +64,7 @@ def memory_snapshot(plan: Plan) -> dict[str, Any]:
 
     Raises ``PlannerError`` for a plan from a file that was written without its step.
     """
-    outline = plan.outline_if_known
+    outline = plan.outline
     if outline is None:
         raise PlannerError(
             "the plan's file holds no graph of the step (it was written by an earlier version), so it cannot "
@@ -107,7 +107,7 @@ def _device_index(device: str) -> int:
 # -- the step -------------------------------------------------------------------------------------
 
 
-def _play(plan: Plan, outline: Outline, trace: _Trace) -> None:
+def _play(plan: PlanData, outline: Outline, trace: _Trace) -> None:
     """The step's allocations in order."""
     resident = [(trace.alloc(size, kind, [label]), kind) for kind, label, size in _resident(outline)]
     steps = outline.steps(plan.sequence)

@@ -1,1 +1,1 @@
-"""What no schedule can beat: the least peak, the least time, and the program over instants that proves both."""
+"""What no schedule can beat: the least peak, the least time, and the programs that prove them."""

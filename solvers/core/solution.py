@@ -64,6 +64,8 @@ class Solution:
     ``status``             see the module's docstring.
     ``solver``             name of the method that found the schedule.
     ``solve_seconds``      wall clock spent on finding it.
+    ``floor_bytes``        no schedule's peak is lower: the highest floor that was proved.
+    ``interrupted``        whether a listener or Ctrl-C ended the search.
     """
 
     schedule: Schedule
@@ -75,6 +77,8 @@ class Solution:
     status: Status
     solver: str
     solve_seconds: float
+    floor_bytes: int = 0
+    interrupted: bool = False
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):

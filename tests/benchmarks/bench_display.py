@@ -23,7 +23,8 @@ import torch
 
 from planner.checks import zoo
 from planner.checks.demo import aligned
-from planner.solving.prepared import Prepared, prepare
+from planner.options import Search
+from planner.solving.priced import PricedStep, prepare
 from planner.view.plots import plot_frontier
 
 RESULTS = Path(__file__).parent / "results" / "display.json"
@@ -32,19 +33,19 @@ SHARE = 0.6  # of the keep-all peak
 TEXT_S, PICTURE_S, PAGE_BYTES = 0.2, 3.0, 300_000
 
 
-def deep_step(layers: int) -> Prepared:
+def deep_step(layers: int) -> PricedStep:
     """The captured step of a GPT2 of ``layers`` narrow layers."""
     model = zoo.gpt2(n_embd=32, n_layer=layers, n_head=2, n_positions=32, vocab_size=512)
     return prepare(model, zoo.token_batch(2, 32, 512), costs="roofline")
 
 
-def bench(step: Prepared, *, turns: int = 3) -> dict[str, Any]:
+def bench(step: PricedStep, *, turns: int = 3) -> dict[str, Any]:
     """One record: sizes of the plan, and a row for each way to look at it."""
     import matplotlib.pyplot as plt
 
     budget = round(SHARE * step.baseline.peak_bytes)
-    plan = step.plan_bytes(budget, solver="greedy")
-    curve = step.frontier([budget / 1e9, step.baseline.peak_bytes / 1e9], solver="greedy")
+    plan = step.plan_bytes(budget, search=Search("greedy"))
+    curve = step.frontier([budget, step.baseline.peak_bytes], search=Search("greedy"))
     page = plan._repr_html_()
 
     def drawn(draw: Callable[[], Any]) -> Callable[[], None]:

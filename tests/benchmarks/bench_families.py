@@ -25,7 +25,8 @@ import torch
 import transformers
 
 from planner.errors import PlannerError
-from planner.solving.prepared import prepare
+from planner.options import Search
+from planner.solving.priced import prepare
 from tests.benchmarks.families import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,13 +61,13 @@ def row_of(family: str) -> Row:
     loss_fn = _loss_of_depth if name == "DPTForDepthEstimation" else None
     began = time.perf_counter()
     try:
-        step = prepare(model, batch, loss_fn=loss_fn, costs="roofline", time_limit_s=SOLVE_S)
+        step = prepare(model, batch, loss_fn=loss_fn, costs="roofline", search=Search(time_limit_s=SOLVE_S))
     except PlannerError as error:
         return Row(family, name, "refused", note=_reason(error))
     rest = step.problem.resident_bytes
     eager = step.baseline.peak_bytes
     budget = max(step.minimum_peak_bytes, rest + (eager - rest) // 2)
-    plan = step.plan_bytes(budget, time_limit_s=SOLVE_S)
+    plan = step.plan_bytes(budget, search=Search(time_limit_s=SOLVE_S))
     seconds = time.perf_counter() - began
     report = plan.verify()
     exact = report.ok and report.peak_bytes == report.predicted_peak_bytes

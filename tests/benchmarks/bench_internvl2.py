@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 import planner
 from planner.examples.internvl2 import SHAPES, internvl2
+from planner.options import Search
 from planner.solving.lowering import graph_costs
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, without_memory
 
 RESULTS = Path(__file__).parent / "results" / "internvl2.json"
@@ -84,7 +85,7 @@ def bench() -> dict[str, Any]:
         began = time.perf_counter()
         row: dict[str, Any] = {"share": share, "budget_bytes": at_rest + round(share * adds)}
         try:
-            plan = step.plan_bytes(row["budget_bytes"], time_limit_s=SOLVE_S)
+            plan = step.plan_bytes(row["budget_bytes"], search=Search(time_limit_s=SOLVE_S))
             row |= {
                 "peak_bytes": plan.peak_bytes,
                 "overhead": plan.overhead,

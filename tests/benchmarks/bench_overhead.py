@@ -28,6 +28,7 @@ import torch
 from planner.checks.demo import aligned
 from planner.checks.trials import copies_of, prepare_example, race
 from planner.checks.zoo import MODELS, Example, ResNet, UNet, gpt2, internvl, internvl_batch, token_batch
+from planner.options import Search
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 MOST, MOST_OF_HOST = 1.03, 1.1
@@ -79,7 +80,7 @@ def cpu_seconds_of(work: Callable[[], None], _: torch.device) -> float:
 def _bench(example: Example, turns: int, most: float) -> dict[str, Any]:
     example.model.train()
     prepared = prepare_example(example, "roofline")
-    plan = prepared.plan_bytes(prepared.baseline.peak_bytes, solver="keep_all")
+    plan = prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all"))
     runners = copies_of(example.model, [plan])
     ran = race(runners, example.inputs, example.loss_fn, steps=turns, clock=cpu_seconds_of)
     assert ran.losses[0] == ran.losses[1], f"{example.name}: the losses differ from eager's"

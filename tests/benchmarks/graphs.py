@@ -42,7 +42,7 @@ from planner._compat import FakeTensorMode
 from planner.checks import zoo
 from planner.costs.op_costs import Device
 from planner.solving.lowering import graph_costs
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from solvers import Problem, Schedule, read_problem, simulate, write_problem
 
 __all__ = ["FOLDER", "GRAPHS", "activation_peak_bytes", "capture_problem", "load"]

@@ -27,8 +27,9 @@ from planner import Plan
 from planner.checks import demo
 from planner.checks.zoo import MODELS
 from planner.devices.state import DEVICES, Device
+from planner.options import Search
 from planner.solving.lowering import graph_costs
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, GRAPHS, without_memory
 
 SHARE = 0.5
@@ -74,7 +75,9 @@ def _half(model: nn.Module, inputs: Mapping[str, Any], rates: Device) -> Plan:
     step = prepare(model, inputs, costs="roofline")
     step = dataclasses.replace(step, costs=graph_costs(step.graph, "roofline", rates=rates))
     at_rest = step.resident.total_bytes
-    return step.plan_bytes(at_rest + round(SHARE * (step.baseline.peak_bytes - at_rest)), time_limit_s=10.0)
+    return step.plan_bytes(
+        at_rest + round(SHARE * (step.baseline.peak_bytes - at_rest)), search=Search(time_limit_s=10.0)
+    )
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from planner.checks.kernel_check import CASES, compare_kernels
 from planner.errors import PlannerError
 from planner.measure.step import held
+from planner.options import Search
 from planner.plan import Plan
 from planner.solving.calibrate import calibrated
 from planner.solving.lowering import graph_costs
-from planner.solving.prepared import CostSource, Prepared, prepare
+from planner.solving.priced import CostSource, PricedStep, prepare
 from tests.benchmarks import race_models
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, settle, timed
 from tests.benchmarks.race_methods import COMPILED, HAND_MADE, INDUCTOR_REASON
@@ -177,7 +178,7 @@ class Worker:
         return gradients(self.step(self.case.model))
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> PricedStep:
         """The captured and priced step; a second try after a failure fails at once, the same way."""
         if self._failure is not None:
             raise self._failure
@@ -311,10 +312,10 @@ class Worker:
         if method == "ours-calibrated":
             with self.turns.alone():
                 began = time.perf_counter()
-                plan = calibrated(prepared, budget, time_limit_s=self.job.solve_s)
+                plan = calibrated(prepared, budget, search=Search(time_limit_s=self.job.solve_s))
                 settle(self.device)
         else:
-            plan = prepared.plan_bytes(budget, solver=solver, time_limit_s=self.job.solve_s)
+            plan = prepared.plan_bytes(budget, search=Search(solver, self.job.solve_s))
         with self.applied(plan) as run:
             setup_s = self.prepared_s + time.perf_counter() - began
             beside = None

@@ -24,8 +24,9 @@ import torch
 
 from planner.errors import InfeasibleBudgetError
 from planner.measure.step import backward, forward, held, undone
+from planner.options import Search
 from planner.plan import Plan
-from planner.solving.prepared import prepare
+from planner.solving.priced import prepare
 from tests.benchmarks.race import RAISED, Worker
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, settle
 from tests.benchmarks.race_methods import COMPILED, HAND_MADE, Method
@@ -151,7 +152,9 @@ class _Search:
         prepared = dataclasses.replace(made, least_limit_s=worker.job.least_s)
         for share in SHARES:
             try:
-                plan = prepared.plan_bytes(int(share * self.cap_bytes), time_limit_s=worker.job.solve_s)
+                plan = prepared.plan_bytes(
+                    int(share * self.cap_bytes), search=Search(time_limit_s=worker.job.solve_s)
+                )
             except InfeasibleBudgetError as error:
                 self.failed_with = str(error)[:200]
                 return False

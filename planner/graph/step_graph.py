@@ -1,0 +1,48 @@
+"""What has to be known of a step to play a schedule through, whoever holds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["StepGraph", "forward_length", "replayed_states"]
+
+
+class _StepOp(Protocol):
+    @property
+    def target(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[int, ...]: ...
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
+
+
+class _StepValue(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def final(self) -> bool: ...
+
+
+class StepGraph(Protocol):
+    """What has to be known of a step to play it through: a TrainingGraph or its Outline."""
+
+    @property
+    def ops(self) -> Sequence[_StepOp]: ...
+    @property
+    def values(self) -> Sequence[_StepValue]: ...
+
+
+def forward_length(graph: StepGraph, steps: Sequence[int]) -> int:
+    """How many leading positions of a schedule run in the forward, before the loss."""
+    return next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+
+
+def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
+    """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
+    runs = Counter(steps)
+    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
+    return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}

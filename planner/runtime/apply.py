@@ -1,0 +1,92 @@
+"""A program in the place of a model's forward: on the model itself, or as a GraphModule beside it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+from planner.rewrite.emit import Program
+from planner.runtime.forward import PlannedForward, planned_forward_of
+from planner.runtime.step import ExecutableStep
+
+__all__ = ["CheckpointedModule", "applied", "restored"]
+
+
+def applied(model: nn.Module, step: ExecutableStep) -> nn.Module:
+    """Make ``model`` itself run ``step``, in place; twice is a no-op.  Returns the model.
+
+    Raises ``StalePlanError``, with nothing changed, for a model that is not the one captured.
+    """
+    standing = planned_forward_of(model)
+    if standing is not None:
+        if standing.step is step:
+            return model
+        restored(model)
+    before = model.__dict__.get("forward")
+    stand_in = PlannedForward(model, step)  # raises before anything is changed
+    stand_in.before = before
+    model.__dict__["forward"] = stand_in
+    return model
+
+
+def restored(model: nn.Module) -> nn.Module:
+    """Undo :func:`applied`, whatever was applied; a no-op if nothing was.  Returns the model."""
+    standing = planned_forward_of(model)
+    if standing is not None:
+        if standing.before is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = standing.before
+    return model
+
+
+class CheckpointedModule(fx.GraphModule):
+    """The rewritten model.  ``graph`` is its forward; ``code`` the whole step, backward included.
+
+    It shares the original's submodules and Parameters, so training either trains both.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, step: ExecutableStep) -> None:
+        super().__init__({}, step.program.forward.graph, type(original).__name__ + "Checkpointed")
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        for name, parameter in original._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in original._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        self.__dict__["original"] = original
+        self.__dict__["forward"] = PlannedForward(original, step, original=_unplanned(original))
+        self.training = original.training
+
+    @property
+    def program(self) -> Program:
+        """The generated graphs."""
+        planned: PlannedForward = self.__dict__["forward"]
+        return planned.step.program
+
+    @property
+    def code(self) -> str:
+        """The whole step as Python; recomputed calls are named ``..._recomputed``."""
+        return self.program.code
+
+    def train(self, mode: bool = True) -> CheckpointedModule:
+        """Also sets the original's own flag, which decides whether the plan applies."""
+        self.original.training = mode
+        super().train(mode)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
+        original = copy.deepcopy(self.original, memo)
+        return CheckpointedModule(original, self.__dict__["forward"].step)
+
+    def __reduce__(self) -> Any:
+        return self.__dict__["forward"].__reduce__()
+
+
+def _unplanned(model: nn.Module) -> Any:
+    applied = planned_forward_of(model)
+    return model.forward if applied is None else applied.original

@@ -1,0 +1,73 @@
+"""From a plan to the step that runs it.
+
+A plan that was made here brings its captured step along.  One from a file does not: its model is captured
+again, and what comes out must be the step the plan was made for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from planner.capture.joint_graph import capture
+from planner.capture.symbolic import Captures
+from planner.errors import StalePlanError
+from planner.graph.captured import CapturedStep
+from planner.graph.training_graph import training_graph
+from planner.measure.step import device_of
+from planner.plans.plan_data import PlanData
+from planner.plans.serialize import inputs_of
+from planner.rewrite.emit import emit
+from planner.runtime.step import ExecutableStep
+from planner.runtime.variants import Replanner, Variants, Varying
+
+__all__ = ["check_is_of", "executable", "recaptured"]
+
+
+def executable(
+    plan: PlanData,
+    captured: CapturedStep,
+    varying: Varying | None = None,
+    replanner: Replanner | None = None,
+) -> ExecutableStep:
+    """The program of ``plan`` on ``captured``, shared by every model it is applied to.
+
+    ``varying``    what a plan for many sizes was asked for; ``None``: its sizes are fixed.
+    ``replanner``  plans for further sizes; ``None``: those at hand are all there are.
+
+    Raises ``StalePlanError`` for a plan that runs an op which the step does not have.
+    """
+    if varying is not None:
+        variants = Variants(plan, captured, replanner, varying)
+        return replace(variants.all[0].step, variants=variants)
+    program = emit(
+        captured.graph, captured.steps(plan.sequence), boundary=captured.forward_steps(plan.sequence)
+    )
+    return ExecutableStep(
+        program, captured.joint.template, captured.expected, captured.graph.device, plan.budget_bytes
+    )
+
+
+def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying | None]:
+    """Capture ``model`` for a plan read from a file, and what that plan says of varying sizes.
+
+    Raises ``StalePlanError`` if it is not the same step, ``TraceError`` if it is not one graph.
+    """
+    inputs = inputs_of(plan, device_of(model, None, None))
+    joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
+    captured = CapturedStep.of(model, joint, training_graph(joint))
+    check_is_of(plan, captured)
+    return captured, None if plan.varying_dims is None else Varying(Captures(plan.varying_dims, joint))
+
+
+def check_is_of(plan: PlanData, captured: CapturedStep) -> None:
+    """``StalePlanError`` unless ``plan`` was made for this very step."""
+    if captured.fingerprint != plan.fingerprint:
+        raise StalePlanError(
+            f"the plan was made for another step than that of this {type(captured.model).__name__} "
+            f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
+            f"{captured.fingerprint[:12]} with torch {torch.__version__}): the model's structure, its sizes, "
+            "its training flags, autocast or the versions of its libraries differ; make a new plan"
+        )

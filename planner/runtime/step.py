@@ -1,0 +1,46 @@
+"""The executable step: a program and what its callers must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from planner.capture.expectation import Expectation
+from planner.capture.outputs import OutputTemplate
+from planner.plans.plan_data import PlanData
+from planner.rewrite.emit import Argument, Program
+
+__all__ = ["ExecutableStep", "StepsBySize"]
+
+
+class StepsBySize(Protocol):
+    """The programs at hand for batches of many sizes; see :class:`planner.runtime.variants.Variants`."""
+
+    last: PlanData
+    held_bytes: int
+
+    def step_for(
+        self, model: nn.Module, leaves: Sequence[Any], in_spec: Any
+    ) -> tuple[ExecutableStep, dict[Argument, Any]]:
+        """The program for a batch, and the sizes it is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExecutableStep:
+    """A program and what its callers must agree with; the same for every instance of the model.
+
+    ``budget_bytes``  that it was planned to.
+    ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
+    """
+
+    program: Program
+    template: OutputTemplate
+    expected: Expectation
+    device: torch.device
+    budget_bytes: int
+    variants: StepsBySize | None = None
