@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import planner
-from planner import InfeasibleBudgetError, PlannerError, measure
+from planner import InfeasibleBudgetError, PlannerError
 from planner._compat import FakeTensorMode
 from planner.devices.state import Segment, segments_of
+from planner.measure import peaks
 from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
 from planner.runtime.forward import planned_forward_of
 from planner.solving import calibrate
@@ -243,7 +244,7 @@ def test_on_cuda_what_others_hold_in_the_process_is_left_out(monkeypatch: pytest
 def test_what_the_allocator_handed_out_is_read_from_its_own_books(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"allocated_bytes.all.peak": 90, "requested_bytes.all.peak": 70}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    assert measure._slack_bytes(torch.device("cuda")) == 20
+    assert peaks._slack_bytes(torch.device("cuda")) == 20
     segment = {
         "device": 0,
         "address": 4096,
@@ -279,7 +280,7 @@ def test_the_scratch_of_cublas_is_part_of_a_measured_step(monkeypatch: pytest.Mo
         "max_memory_reserved": 90,
     }.items():
         monkeypatch.setattr(torch.cuda, name, says(name, value))
-    monkeypatch.setattr(measure, "clear_cublas_workspaces", says("clear"))
+    monkeypatch.setattr(peaks, "clear_cublas_workspaces", says("clear"))
     assert cuda_step_peak(model, (torch.ones(2, 4),), device="cuda") == CudaPeak(80, 90, 10)
     told = [name for name in log if name not in ("synchronize", "empty_cache")]
     assert told == [

@@ -137,8 +137,8 @@ def test_saving_loading_and_predicting(tmp_path: Path) -> None:
         for n in names
         if n.endswith((".safetensors", ".json"))
     )
-    loaded = rerankers.CrossEncoder(str(tmp_path / "a"), device="cpu")
-    assert (loaded.predict(texts) == twin.predict(texts)).all()
+    loaded, other = (rerankers.CrossEncoder(str(tmp_path / n), device="cpu") for n in ("a", "b"))
+    assert (loaded.predict(texts) == other.predict(texts)).all()
     assert planner.plan_of(loaded) is None
 
 

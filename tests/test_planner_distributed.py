@@ -264,6 +264,7 @@ def test_one_plan_of_many_sizes_for_all_ranks(ranks: Ranks) -> None:
 
 
 def _sharded(rank: int, how: str) -> list[Tensor] | str:
+    """``how``: "plain" or "planned", and what: blocks whose batch needs a gradient, or the whole model."""
     model, batch = blocks(), data(rank)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     if how == "planned blocks":
@@ -274,8 +275,8 @@ def _sharded(rank: int, how: str) -> list[Tensor] | str:
     elif how == "planned whole":
         tiny.planned(model, (batch,)).apply()
     else:
-        batch.requires_grad_(how == "plain")
-    if how != "planned whole":
+        batch.requires_grad_(how == "plain blocks")
+    if not how.endswith("whole"):
         for block in model:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -296,10 +297,11 @@ def _sharded(rank: int, how: str) -> list[Tensor] | str:
 
 
 def test_blocks_planned_before_they_are_sharded_train_as_plain_fsdp2(ranks: Ranks) -> None:
-    plain = ranks(_sharded, "plain")
-    assert same(ranks(_sharded, "planned blocks")[0], plain[0])
-    assert same(ranks(_sharded, "planned whole")[1], plain[1])
-    assert same(ranks(_sharded, "plan afterwards")[0], plain[0])  # refused, and otherwise as it was
+    plain = {what: ranks(_sharded, f"plain {what}") for what in ("blocks", "whole", "otherwise")}
+    assert same(ranks(_sharded, "planned blocks")[0], plain["blocks"][0])
+    assert same(ranks(_sharded, "planned whole")[1], plain["whole"][1])
+    refused = ranks(_sharded, "plan afterwards")
+    assert same(refused[0], plain["otherwise"][0])  # and otherwise as it was
 
 
 def _sharded_below(rank: int) -> str:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import planner
 from tests import tiny
 from tests.hf import FAST
+from tests.signals import HEARD, IGNORING, ctrl_c_heard
 
 INPUTS = tiny.batch(64, labels=True)
 
@@ -138,7 +139,7 @@ def test_broken_off_in_the_middle_of_the_backward(
     model, twin = pair()
     handle = model.second.weight.register_hook(fails)
     loss = model(**INPUTS)
-    with pytest.raises(error):
+    with pytest.raises(error), ctrl_c_heard():
         loss.backward()
     assert model.last.weight.grad is not None and model.first.weight.grad is None  # it was the middle
     with pytest.raises(planner.PlannerError, match=r"second backward.*Run the forward again"):
@@ -150,21 +151,21 @@ def test_broken_off_in_the_middle_of_the_backward(
 def test_ctrl_c_is_still_pythons_after_the_solvers_ran() -> None:
     script = """
 import signal, solvers
-from solvers import checkmate
+from solvers.exact import method
 n = 5  # a chain of n, whose backward reads every value of it, the last first
 ops = [solvers.Op(f"f{i}", (i - 1,) if i else (), (i,), 1.0) for i in range(n)]
 reads = [(i,) if i == n - 1 else (2 * n - 2 - i, i) for i in range(n)]
 ops += [solvers.Op(f"b{i}", reads[i], (2 * n - 1 - i,), 1.0) for i in reversed(range(n))]
 values = [solvers.Value(f"v{i}", 4, i, i == 2 * n - 1) for i in range(2 * n)]
 problem = solvers.Problem(tuple(ops), tuple(values), n, 0, "chain")
-checkmate.minimum_peak(problem, time_limit_s=2, seed=0, hint=solvers.Schedule.keep_all(problem))
+method.minimum_peak(problem, time_limit_s=2, seed=0, hint=solvers.Schedule.keep_all(problem))
 assert solvers.solve(problem, 20, solver="exact", time_limit_s=2).recompute_seconds > 0
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
     print("interrupted")
 """
-    command = [sys.executable, "-c", script]
+    command = [*IGNORING, sys.executable, "-c", HEARD + script]
     ran = subprocess.run(
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False
     )
@@ -181,7 +182,7 @@ def test_interrupted_while_planning() -> None:
         raise AssertionError("unreachable")
 
     planner.enable(model, 1.0, **FAST, loss_fn=interrupt, now=True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), ctrl_c_heard():
         model(**INPUTS)
     assert torch.equal(torch.get_rng_state(), state) and planner.plan_of(model) is None
     model.gradient_checkpointing_enable({"loss_fn": None})

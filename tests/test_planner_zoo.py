@@ -47,8 +47,8 @@ def test_the_cross_encoder_is_one() -> None:
     assert lengths.max() == example.inputs["input_ids"].shape[1]  # no truncation, no spare padding
     assert len(set(lengths.tolist())) > 1
     example.whole.eval()
-    outputs = example.whole({**example.inputs})  # its own forward runs the planned model
-    with torch.no_grad():
+    with torch.no_grad():  # both: other kernels may run where gradients are wanted
+        outputs = example.whole({**example.inputs})  # its own forward runs the planned model
         assert torch.equal(outputs["scores"].squeeze(), example.model(**example.inputs).logits.squeeze())
 
 

@@ -17,6 +17,7 @@ from solvers import Problem, Schedule, Solution, frontier, minimum_peak, simulat
 from solvers.core.incumbent import ENOUGH, Incumbent
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
+from tests.signals import HEARD, IGNORING
 from tests.solver_graphs import training_chain
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +153,7 @@ print(json.dumps({
 def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
     """In the middle of a search; the process ends soon after as well."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, name, what],
+        [*IGNORING, sys.executable, "-c", HEARD + INTERRUPTED, name, what],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
