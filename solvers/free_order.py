@@ -111,8 +111,10 @@ def _in_order(problem: Problem, budget_bytes: int, time_limit_s: float, seed: in
 def footprint_floor(problem: Problem) -> tuple[int, str]:
     """Bytes that no schedule peaks below, in any order, and the op that needs them.
 
-    Whenever it runs, an op's inputs, its outputs and its workspace are resident together.
+    Whenever it runs, an op's inputs, its outputs and its workspace are resident together (but for what only
+    a replay needs).
     """
+    problem = problem.relaxed
     worst, name = problem.resident_bytes, ""
     for i, op in enumerate(problem.ops):
         around = (*problem.counted_inputs[i], *op.outputs)
@@ -144,6 +146,7 @@ def lower_peak(
     With ``turn``, the forward ops come first, in some order.
     """
     started = time.perf_counter()
+    problem = problem.relaxed  # no op runs again in an order
     order = list(range(len(problem)))
 
     def excess(steps: list[int]) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 
 from hypothesis import strategies as st
 
@@ -74,6 +76,14 @@ def tense_problem(rng: random.Random, max_ops: int = 6) -> Problem:
         problem = Problem(tuple(ops), tuple(values), turn=turn, name="tense")
         if least_peak(problem)[0] < simulate(problem, Schedule.keep_all(problem)).peak_bytes:
             return problem
+
+
+def with_replay_only(problem: Problem, rng: random.Random, most: int = 3) -> Problem:
+    """``problem`` with up to ``most`` values, not final ones, held only where a reader of them runs again."""
+    may = [v for v, value in enumerate(problem.values) if not value.final and value.producer is not None]
+    chosen = set(rng.sample(may, min(len(may), rng.randint(1, most))))
+    values = (replace(value, replay_only=v in chosen) for v, value in enumerate(problem.values))
+    return replace(problem, values=tuple(values))
 
 
 def from_seeds(make: Callable[[random.Random], Problem]) -> st.SearchStrategy[Problem]:
@@ -145,16 +155,37 @@ def _search(problem: Problem, passes: int | None, budget: int | None) -> tuple[f
     return None
 
 
+def _by_replays(problem: Problem) -> Iterator[Problem]:
+    """One problem without ``replay_only`` values per choice of those that may be replayed.
+
+    A value that may has its bytes; one that may not has none, and each reader of it runs once.  Every
+    schedule is one of some choice that counts it as it is, and of no choice that counts it lower.
+    """
+    flagged = [v for v, value in enumerate(problem.values) if value.replay_only]
+    for choice in product((False, True), repeat=len(flagged)):
+        idle = {v for v, replayed in zip(flagged, choice, strict=True) if not replayed}
+        yield replace(
+            problem,
+            values=tuple(
+                replace(value, bytes=0 if v in idle else value.bytes, replay_only=False)
+                for v, value in enumerate(problem.values)
+            ),
+            ops=tuple(
+                replace(op, recomputable=op.recomputable and idle.isdisjoint(op.inputs)) for op in problem.ops
+            ),
+        )
+
+
 def best_seconds(problem: Problem, budget: int, passes: int | None = ANY) -> tuple[float, list[int]] | None:
     """Least total seconds within ``budget`` and op positions that take them; ``None`` if nothing fits."""
-    return _search(problem, passes, budget)
+    found = (_search(one, passes, budget) for one in _by_replays(problem))
+    return min((one for one in found if one is not None), default=None)
 
 
 def least_peak(problem: Problem, passes: int | None = ANY) -> tuple[int, list[int]]:
     """Least peak in bytes of any schedule of the class, and op positions that reach it."""
-    found = _search(problem, passes, None)
-    assert found is not None
-    return int(found[0]), found[1]
+    found = [one for one in (_search(choice, passes, None) for choice in _by_replays(problem)) if one]
+    return min((int(peak), steps) for peak, steps in found)
 
 
 def training_chain(layers: int, ops_per_layer: int, seed: int = 0) -> Problem:

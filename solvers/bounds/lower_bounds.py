@@ -2,6 +2,7 @@
 
 Both are proved for every schedule that first executes the ops in the problem's order and holds a
 final value from the moment it is first made; recomputations may be any, in any number, anywhere.
+All is proved of ``Problem.relaxed``, in which a schedule takes no more than it truly does.
 
 *Peak.*  When op i first runs, its inputs, outputs and workspace are resident; so is every final value
 made before, and every value that a pinned op made before and an op not yet executed reads.  The
@@ -65,6 +66,7 @@ class PeakFloor:
 
 def peak_floor(problem: Problem) -> PeakFloor:
     """The largest sum of bytes that must be resident when some op first runs (see the module)."""
+    problem = problem.relaxed
     n = len(problem)
     if not n:
         return PeakFloor(problem.resident_bytes, "")
@@ -104,6 +106,7 @@ def proved_floor(
     Anytime.
     """
     started = time.perf_counter()
+    problem = problem.relaxed
     floor = peak_floor(problem)
     top = least_bytes or int(simulate_steps(problem, list(range(len(problem)))).peak_bytes)
     for found in raised_floors(problem, deadline=started + WINDOWS_SHARE * time_limit_s):

@@ -65,6 +65,7 @@ class WindowFloor:
 
 def window_floor(problem: Problem, reduction: Reduction, begin: int, end: int, most: int) -> WindowFloor:
     """The least peak of first runs ``begin`` up to ``end`` over all paths of sets of ``most`` values."""
+    problem = reduction.problem
     need = reduction.staying[begin:end] + reduction.around[begin:end]
     tight = begin + int(need.argmax())
     tracked = _nearest(problem, reduction, begin, end, tight, most)

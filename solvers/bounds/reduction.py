@@ -48,7 +48,8 @@ class Reduction:
 
     @classmethod
     def of(cls, problem: Problem, free_bytes: int = 0) -> Reduction:
-        """Reduce ``problem``; the values taken to be free weigh at most ``free_bytes`` together."""
+        """Reduce ``problem.relaxed``; the values taken to be free weigh at most ``free_bytes`` together."""
+        problem = problem.relaxed
         n, ops, values = len(problem), problem.ops, problem.values
         stays_until = tuple(_stays_until(problem, v) for v in range(len(values)))
         counted = _counted(problem, free_bytes)

@@ -32,7 +32,7 @@ from solvers.core.just_in_time import trim
 from solvers.core.linear import LinearAnswer
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
-from solvers.core.simulate import simulate_steps
+from solvers.core.simulate import Timeline, simulate_steps
 from solvers.core.solution import InfeasibleError, Solution, solution_of
 from solvers.staged.stages import Facts
 
@@ -150,6 +150,8 @@ def refine(
     on_round: Callable[[Refinement], object] | None = None,
 ) -> Refinement:
     """Raise the bound on extra seconds within ``budget_bytes`` (``None``: on the peak) until time is up.
+
+    The program and the bound are of ``problem.relaxed``; schedules are judged by what they truly take.
 
     Starts at ``instants`` and a bound ``known`` to hold.  Stops early once the bound is ``enough``, or a
     schedule is known that is off it by no more than ``close``, or where no instant or row is left to add.
@@ -273,15 +275,10 @@ class _Search:
         assert x is not None
         both = [emitted(program, x, ascending=order) for order in (False, True)]
         steps = min(both, key=lambda steps: simulate_steps(self.problem, steps).peak_bytes)
-        line = simulate_steps(self.problem, steps)
+        line = self._judge(steps)
         where = _next_first_runs(steps, len(self.problem))
         found.tightest = min(where[line.peak_step], len(self.problem) - 1)
         limit = self.budget if self.budget is not None else int(found.bound * (1 + FINE_GAP)) + 1
-        if line.peak_bytes < found.lowest[1]:
-            found.lowest = steps, line.peak_bytes
-        cost = float(line.peak_bytes) if self.budget is None else line.recompute_seconds
-        if cost < found.best and (self.budget is None or line.peak_bytes <= self.budget):
-            found.best, found.steps = cost, steps
         found.settled = found.best <= found.bound * (1 + 2 * SAFETY)
         if found.settled:
             found.bound = max(found.bound, found.best)
@@ -292,6 +289,17 @@ class _Search:
             return False
         self.gap = FINE_GAP
         return True
+
+    def _judge(self, steps: list[int]) -> Timeline:
+        """Remember ``steps`` for what they truly take; their timeline as the program counts bytes."""
+        found, line = self.found, simulate_steps(self.problem, steps)
+        if line.peak_bytes < found.lowest[1]:
+            found.lowest = steps, line.peak_bytes
+        cost = float(line.peak_bytes) if self.budget is None else line.recompute_seconds
+        if cost < found.best and (self.budget is None or line.peak_bytes <= self.budget):
+            found.best, found.steps = cost, steps
+        counted = self.reduction.problem
+        return line if counted is self.problem else simulate_steps(counted, steps)
 
     def _add(self, program: InstantProgram, steps: list[int], where: list[int], over: np.ndarray) -> bool:
         """New instants and burst rows at the steps that are ``over``, the worst first."""

@@ -33,7 +33,7 @@ _OP_DEFAULTS: Mapping[str, Any] = {
     "group": None,
 }
 _OP_FIELDS = ("name", "inputs", "outputs", "seconds", *_OP_DEFAULTS)
-_VALUE_DEFAULTS: Mapping[str, Any] = {"final": False}
+_VALUE_DEFAULTS: Mapping[str, Any] = {"final": False, "replay_only": False}
 _VALUE_FIELDS = ("name", "bytes", *_VALUE_DEFAULTS)
 
 

@@ -16,6 +16,7 @@ runs, its inputs, its outputs, its workspace and every other live value are resi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,12 +42,16 @@ class Value:
     ``producer``  index of the op that makes it; ``None`` for a source, which is always resident and
                   is accounted for in ``Problem.resident_bytes``, not here.
     ``final``     it must be alive when the schedule ends, and never dies once computed.
+    ``replay_only``  held only where a reader of it runs more than once; counted as 0 bytes in a schedule
+                  where none does.  So is the state of a random generator before a random op: a first run
+                  draws from the generator itself, only a replay starts from the state.
     """
 
     name: str
     bytes: int
     producer: int | None = None
     final: bool = False
+    replay_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,45 @@ class Problem:
         values = self.values
         return tuple(tuple(v for v in op.inputs if values[v].producer is not None) for op in self.ops)
 
+    @cached_property
+    def _replay_only(self) -> tuple[int, ...]:
+        """The values that count only where a reader of them runs again."""
+        return tuple(v for v, value in enumerate(self.values) if value.replay_only)
+
+    def idle_values(self, runs: Sequence[int]) -> set[int]:
+        """The ``replay_only`` values of which no reader runs again; ``runs``: per op, how often it runs."""
+        readers = self.consumers if self._replay_only else ()
+        return {v for v in self._replay_only if all(runs[i] < 2 for i in readers[v])}
+
+    def as_run(self, steps: Iterable[int]) -> Problem:
+        """What the schedule ``steps`` (op positions) is counted by: values it does not hold have 0 bytes.
+
+        No value of the answer is ``replay_only``; without such values it is this very problem.
+        """
+        if not self._replay_only:
+            return self
+        times = Counter(steps)
+        idle = self.idle_values([times[i] for i in range(len(self))])
+        return self.relaxed if len(idle) == len(self._replay_only) else self._without(idle)
+
+    @cached_property
+    def relaxed(self) -> Problem:
+        """The problem with every ``replay_only`` value at 0 bytes; itself if it has none.
+
+        No schedule takes more bytes in it than in this problem, and each takes the same seconds: what is
+        proved of all schedules of ``relaxed`` within a budget holds of all of this problem's.
+        """
+        return self._without(set(self._replay_only)) if self._replay_only else self
+
+    def _without(self, idle: set[int]) -> Problem:
+        values = tuple(
+            replace(value, bytes=0 if v in idle else value.bytes, replay_only=False)
+            if value.replay_only
+            else value
+            for v, value in enumerate(self.values)
+        )
+        return replace(self, values=values)
+
     def validate(self) -> None:
         """Raise ``ProblemError`` unless every field is consistent (see the class docstrings)."""
 
@@ -156,6 +200,8 @@ class Problem:
                 raise bad(f"value {value.name!r} has bytes={value.bytes!r}, want an int >= 0")
             if value.producer is not None and (value.producer, v) not in makes:
                 raise bad(f"value {value.name!r} names producer {value.producer}, which does not make it")
+            if value.final and value.replay_only:
+                raise bad(f"value {value.name!r} is final and replay_only: to the end it is held in any case")
         made: set[int] = {v for v, value in enumerate(self.values) if value.producer is None}
         for i, op in enumerate(self.ops):
             for label, seconds in (("seconds", op.seconds), ("recompute_seconds", op.again_s)):
@@ -194,18 +240,20 @@ class Problem:
         bytes_of: Mapping[str, int],
         *,
         final: Iterable[str] = (),
+        replay_only: Iterable[str] = (),
         **fields: Any,
     ) -> Problem:
         """From ops that name their values: ``{"name", "inputs", "outputs", "seconds", ...}``.
 
         ``bytes_of`` maps every value's name to its bytes; a value that no op makes is a source.
+        ``final`` and ``replay_only`` name the values that are.
         """
         rows = list(ops)
         producer = {v: i for i, row in enumerate(rows) for v in row["outputs"]}
-        final = set(final)
+        final, replayed = set(final), set(replay_only)
         names = list(bytes_of)
         number = {n: k for k, n in enumerate(names)}
-        values = tuple(Value(n, bytes_of[n], producer.get(n), n in final) for n in names)
+        values = tuple(Value(n, bytes_of[n], producer.get(n), n in final, n in replayed) for n in names)
 
         def op(row: Mapping[str, Any]) -> Op:
             extra = {k: x for k, x in row.items() if k not in ("name", "inputs", "outputs")}
@@ -219,7 +267,7 @@ class Problem:
         """A DAG whose nodes are ops with one value each.
 
         Node attributes: ``seconds`` and ``bytes`` (required); ``workspace_bytes``, ``final``,
-        ``recomputable``, ``recompute_seconds``, ``group`` (optional).  Graph attributes:
+        ``replay_only``, ``recomputable``, ``recompute_seconds``, ``group`` (optional).  Graph attributes:
         ``order`` (all nodes, topological; default: a topological sort that keeps the nodes'
         insertion order where it can), ``turn``, ``resident_bytes``.
 
@@ -258,7 +306,8 @@ class Problem:
             }
             ins = tuple(sorted(position[p] for p in graph.predecessors(n)))
             ops.append(Op(str(n), ins, (i,), data["seconds"], **extra))
-            values.append(Value(str(n), data["bytes"], i, bool(data.get("final", False))))
+            flags = bool(data.get("final", False)), bool(data.get("replay_only", False))
+            values.append(Value(str(n), data["bytes"], i, *flags))
         return cls(
             tuple(ops),
             tuple(values),
@@ -270,8 +319,8 @@ class Problem:
     def to_networkx(self) -> nx.DiGraph:
         """The inverse of ``from_networkx`` where every op makes one value.
 
-        An op with several outputs becomes one node whose ``bytes`` is their sum; each edge carries
-        the ``values`` that cross it.
+        An op with several outputs becomes one node whose ``bytes`` is their sum, and which is
+        ``replay_only`` if they all are; each edge carries the ``values`` that cross it.
         """
         graph = nx.DiGraph(
             name=self.name,
@@ -292,6 +341,8 @@ class Problem:
                 graph.nodes[op.name]["recompute_seconds"] = op.recompute_seconds
             if op.group is not None:
                 graph.nodes[op.name]["group"] = op.group
+            if op.outputs and all(self.values[v].replay_only for v in op.outputs):
+                graph.nodes[op.name]["replay_only"] = True
         for v, readers in enumerate(self.consumers):
             producer = self.values[v].producer
             if producer is None:

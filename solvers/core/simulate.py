@@ -4,7 +4,8 @@ Memory while an op runs is: ``resident_bytes`` + every value alive before the st
 outputs + its workspace.  When an op runs again, the copy it replaces has died after its own last
 use, so two copies of one value are never alive together.  A final value is the exception: it stays
 once computed, so an op that runs again for the sake of another output makes a second copy of it,
-which is resident for that step only.
+which is resident for that step only.  A ``replay_only`` value has its bytes only in schedules that run a
+reader of it again (``Problem.as_run``).
 
 Every solver's answer passes through here before anyone sees it, and the planner's predicted peak
 is this function's.  Work is linear in the steps and their inputs.
@@ -75,8 +76,8 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
 def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
     """``simulate`` for op positions instead of names."""
     ops, values, reads = problem.ops, problem.values, problem.counted_inputs
-    times = np.bincount(np.asarray(steps, dtype=np.int64), minlength=len(ops))
-    for i, n in enumerate(times.tolist()):
+    times = np.bincount(np.asarray(steps, dtype=np.int64), minlength=len(ops)).tolist()
+    for i, n in enumerate(times):
         if n == 0:
             raise InvalidScheduleError(f"{problem.name}: op {ops[i].name!r} never runs")
         if n > 1 and not ops[i].recomputable:
@@ -104,6 +105,8 @@ def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
             frees[t].append(v)
 
     size = [value.bytes for value in values]
+    for v in problem.idle_values(times):
+        size[v] = 0
     live = np.empty(len(steps), dtype=np.int64)
     kept = np.empty(len(steps), dtype=np.int64)
     now = problem.resident_bytes

@@ -66,8 +66,9 @@ def solve(
     """The fastest schedule found within ``budget_bytes``, with a bound on every schedule's seconds.
 
     Not cut by ``time_limit_s``, no schedule of ``passes`` passes per stage is faster (default: 2 up to
-    ``TWO_PASS_OPS`` ops, else 1), and none at all if the status is ``optimal``.  Cut, it is the best one
-    found, ``hint`` (default: the greedy schedule) included.
+    ``TWO_PASS_OPS`` ops, else 1; there ``replay_only`` values count in every schedule), and none at all if
+    the status is ``optimal``.  Cut, it is the best one found, ``hint`` included (default: the greedy
+    schedule).
 
     Raises ``InfeasibleError`` if it is proved that no schedule fits; if only none was found, the answer is
     ``unsettled`` and its schedule the one of lowest peak.
@@ -83,7 +84,7 @@ def solve(
     if len(problem) > MOST_OPS:
         bound = time_bound(problem, budget_bytes, time_limit_s=left_s())
         return solution_of(problem, best.schedule, budget_bytes, solver="exact", bound_seconds=bound)
-    answer, plan = _highs(AnyOrder(problem), budget_bytes, SHARE * left_s(), seed)
+    answer, plan = _highs(AnyOrder(problem.relaxed), budget_bytes, SHARE * left_s(), seed)
     bound = problem.total_seconds if answer.infeasible else answer.bound
     best = _better(best, plan, problem)
     if not answer.infeasible and (not best.fits or best.seconds - bound > OPTIMAL_RTOL * best.seconds):
@@ -114,11 +115,11 @@ def minimum_peak(
     best = greedy(problem, 0) if hint is None else hint
     if not 0 < len(problem) <= MOST_OPS:
         return best, peak_floor(problem).bytes
-    best, floor = _lowest(AnyOrder(problem), best, SHARE * time_limit_s, seed)
+    best, floor = _lowest(problem, AnyOrder(problem.relaxed), best, SHARE * time_limit_s, seed)
     if simulate(problem, best).peak_bytes > floor:
         left_s = time_limit_s - (time.perf_counter() - started)
         program = Program(problem, _default_passes(problem) if passes is None else passes)
-        best, _ = _lowest(program, best, left_s, seed)
+        best, _ = _lowest(problem, program, best, left_s, seed)
     return best, floor
 
 
@@ -212,10 +213,14 @@ def _cp_sat(program: Program, best: Solution, time_limit_s: float, seed: int) ->
     return search.schedule() if search.run() else None
 
 
-def _lowest(program: Program, best: Schedule, time_limit_s: float, seed: int) -> tuple[Schedule, int]:
-    """The lower of ``best`` and the plan of least peak by CP-SAT, and its bound on the program's peak."""
-    problem = program.problem
-    top = simulate(problem, best).peak_bytes
+def _lowest(
+    problem: Problem, program: Program, best: Schedule, time_limit_s: float, seed: int
+) -> tuple[Schedule, int]:
+    """The lower of ``best`` and the plan of least peak by CP-SAT, and its bound on the program's peak.
+
+    ``program`` may be of ``problem.relaxed``, and the bound then is; the lower is so in ``problem``.
+    """
+    top = simulate(program.problem, best).peak_bytes
     search = _Search(program, time_limit_s, seed, best)
     peak = search.model.new_int_var(0, top, "peak")
     search.model.add_hint(peak, top)
@@ -223,8 +228,10 @@ def _lowest(program: Program, best: Schedule, time_limit_s: float, seed: int) ->
     search.model.minimize(peak)
     if search.run():
         found = search.schedule()
-        best = found if simulate(problem, found).peak_bytes < top else best
-    bound = math.ceil(search.solver.best_objective_bound - 1e-6)
+        best = min(best, found, key=lambda schedule: simulate(problem, schedule).peak_bytes)
+    # Where the program counts more than ``best`` takes, it may have no answer, and then no bound.
+    proved = search.solver.best_objective_bound
+    bound = math.ceil(proved - 1e-6) if math.isfinite(proved) else 0
     return best, min(max(bound, 0), simulate(problem, best).peak_bytes)
 
 

@@ -66,6 +66,7 @@ def instants_bound(
 
     Stops early once the bound reaches ``good_enough_s()``, the seconds of the best plan known by then.
     """
+    problem = problem.relaxed
     deadline = time.monotonic() + time_limit_s
     best, chosen = 0.0, 0
     relaxed_until = time.monotonic() + _RELAXED_SHARE * time_limit_s
