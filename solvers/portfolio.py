@@ -24,7 +24,7 @@ from solvers.bounds import lower_bounds as bounds
 from solvers.bounds.pebbling import raised_floors
 from solvers.bounds.refine import Refinement, pressure_instants, refine
 from solvers.chain.method import Chains
-from solvers.core.incumbent import OVER_POWER, Incumbent
+from solvers.core.incumbent import OVER_POWER, Incumbent, Offer
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.exact import method as checkmate
@@ -122,12 +122,12 @@ class Methods:
 
         if not run.fits or run.gap_s > RESTART_GAP * run.total_s:
             starts = _worth_starting_from(run)
-            for name, steps in starts:
-                child = run.fork(steps, START_SHARE)
+            for start in starts:
+                child = run.fork(start.steps, START_SHARE)
                 improve(child)
-                log.debug("from %s: %r", name, child)
-                run.offer(child.steps, "local search")
-                run.offer(child.lowest[1], "local search")
+                log.debug("from %s: %r", start.solver, child)
+                run.offer(child.best.steps, "local search")
+                run.offer(child.lowest.steps, "local search")
         improve(run)
 
     def offer_cheapest(self, run: Incumbent) -> None:
@@ -162,18 +162,19 @@ class Methods:
         """Make plans of the schedules that are a little above the budget, and faster than the best plan."""
         deadline = time.perf_counter() + SHAVE_SHARE * run.left_s
         # Moves on what recomputes everything, which may be near too, take seconds each.
-        near = [one for one in run.near if one[1] <= run.total_s] or run.near
+        known = run.near
+        near = [one for one in known if one.recompute_s <= run.total_s] or known
         first, rest = near[:2], near[2:]
         starts = [*first, *rest[:: max(1, -(-len(rest) // MOST_SHAVED))]]
         if not starts and not run.fits:
-            starts = [(run.peak_bytes, run.recompute_s, run.steps)]
-        for k, (_, recompute_s, steps) in enumerate(starts):
+            starts = [run.best.offer]
+        for k, start in enumerate(starts):
             left_s = deadline - time.perf_counter()
             if run.done or left_s <= 0 or (run.fits and run.gap_s <= GREEDY_GAP * run.total_s):
                 return
-            if not run.fits or recompute_s < run.recompute_s:
+            if not run.fits or start.recompute_s < run.recompute_s:
                 share = left_s / (len(starts) - k)
-                shave(run, steps, deadline=time.perf_counter() + max(share, left_s / 2))
+                shave(run, start.steps, deadline=time.perf_counter() + max(share, left_s / 2))
 
     def _offer_greedy(self, run: Incumbent) -> None:
         if run.left_s > 0 and (not run.fits or run.gap_s > GREEDY_GAP * run.total_s):
@@ -189,7 +190,7 @@ class Methods:
             run.budget_bytes,
             time_limit_s=_limit_s(run, RETENTION_SHARE),
             seed=seed,
-            hint=Schedule.of(self.problem, run.steps),
+            hint=Schedule.of(self.problem, run.best.steps),
         )
         run.offer(found.schedule.steps(self.problem), "retention")
         run.raise_bound(found.bound_seconds)
@@ -243,7 +244,7 @@ class Methods:
             if quick and baseline.suits(problem) and floor.open:
                 run.offer(baseline.run(problem, floor.bytes).steps(problem), name)
         if len(problem) <= EXACT_OPS and floor.open:
-            hint = Schedule.of(problem, run.lowest[1])
+            hint = Schedule.of(problem, run.lowest.steps)
             limit_s = _limit_s(run, 0.5)
             found, proved = checkmate.minimum_peak(problem, time_limit_s=limit_s, seed=seed, hint=hint)
             run.offer(found.steps(problem), "exact")
@@ -257,24 +258,24 @@ class Methods:
                 self._chains = self._chains or Chains(problem)
                 self._chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
                 self._shave(near)
-                run.offer(near.lowest[1], near.lowest[2])
+                run.offer(near.lowest.steps, near.lowest.solver)
             # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.
-            start, share = (near.steps, near.solver), FIRST_STEP
+            start, share = near.best.offer, FIRST_STEP
             while share > LAST_STEP and floor.open:
-                least = run.lowest[0]
+                least = run.lowest.peak_bytes
                 step = max(1, math.floor(share * (least - problem.resident_bytes)))
                 lower = Incumbent(problem, max(floor.bytes, least - step), deadline=run.deadline)
-                for steps, solver in (start, run.lowest[1:]):
-                    lower.offer(steps, solver)
-                shave(lower, lower.steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
+                for known in (start, run.lowest):
+                    lower.offer(known.steps, known.solver)
+                shave(lower, lower.best.steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
                 local_search.improve(
                     lower, seed=seed, workers=lambda: _free_cores(proof), layer=self.layer, until_fits=True
                 )
-                run.offer(lower.lowest[1], lower.lowest[2])
-                start = lower.steps, lower.solver
+                run.offer(lower.lowest.steps, lower.lowest.solver)
+                start = lower.best.offer
                 if not lower.fits:
                     share /= 2
-                log.debug("%s: least peak %d, floor %d", problem.name, run.lowest[0], floor.bytes)
+                log.debug("%s: least peak %d, floor %d", problem.name, run.lowest.peak_bytes, floor.bytes)
             proof.result()
         return floor.bytes
 
@@ -288,7 +289,7 @@ class _Floor:
 
     @property
     def open(self) -> bool:
-        return self.run.left_s > 0 and self.run.lowest[0] > self.bytes
+        return self.run.left_s > 0 and self.run.lowest.peak_bytes > self.bytes
 
     def prove(self) -> None:
         """Raise the floor for a share of the time, and offer the schedules met on the way."""
@@ -304,23 +305,24 @@ class _Floor:
             bounds.proved_floor(
                 run.problem,
                 time_limit_s=_limit_s(run, FLOOR_SHARE),
-                least_bytes=run.lowest[0],
+                least_bytes=run.lowest.peak_bytes,
                 on_round=tell,
             )
 
 
-def _worth_starting_from(run: Incumbent) -> list[tuple[str, list[int]]]:
-    """Methods and their schedules, the fastest first: a fast one a little over the budget is a good start."""
+def _worth_starting_from(run: Incumbent) -> list[Offer]:
+    """Each method's best, the fastest first: a fast one a little over the budget is a good start."""
+    fits, known_s = run.fits, run.recompute_s
     chosen = []
-    for name, ((over, recompute_s, _), steps) in run.starts.items():
-        if not over:
-            worth = recompute_s <= FAR_SLOWER * run.recompute_s
+    for start in run.starts.values():
+        if not start.over:
+            worth = start.recompute_s <= FAR_SLOWER * known_s
         else:
-            near = over <= (NEAR_OVER if run.fits else FAR_OVER) ** OVER_POWER
-            worth = near and (not run.fits or recompute_s < run.recompute_s)
+            near = start.over <= (NEAR_OVER if fits else FAR_OVER) ** OVER_POWER
+            worth = near and (not fits or start.recompute_s < known_s)
         if worth:
-            chosen.append((recompute_s, name, steps))
-    return [(name, steps) for _, name, steps in sorted(chosen)[:MOST_STARTS]]
+            chosen.append(start)
+    return sorted(chosen, key=lambda start: (start.recompute_s, start.solver))[:MOST_STARTS]
 
 
 def _limit_s(run: Incumbent, share: float) -> float:

@@ -135,9 +135,9 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     _interruptible(
         lambda: methods.lower(first, seed), first, started + (LEAST_SHARE + PATIENCE - 1) * limit_s
     )
-    least_bytes, steps, name = first.lowest
-    run = Incumbent(problem, least_bytes, deadline=started + ENDS_AT * limit_s)
-    run.offer(steps, name)
+    least = first.lowest
+    run = Incumbent(problem, least.peak_bytes, deadline=started + ENDS_AT * limit_s)
+    run.offer(least.steps, least.solver)
     if not first.stopped and not run.done:
         _interruptible(lambda: methods.search(run, seed), run, started + PATIENCE * limit_s)
     return replace(run.solution(), solve_seconds=time.perf_counter() - started)

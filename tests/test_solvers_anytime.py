@@ -258,7 +258,7 @@ def test_offers_are_ranked_by_bytes_over_the_budget_then_seconds_then_peak() -> 
     useless = [0, *keep_all]
     assert not run.offer(useless, "hand").taken
     assert run.offer(keep_all, "hand").peak_bytes == top
-    assert (run.lowest[0], run.solver) == (top, "keep_all")
+    assert (run.lowest.peak_bytes, run.solver) == (top, "keep_all")
     dropped = solve(problem, top - 1).schedule.steps(problem)
     assert run.offer(dropped, "hand").taken and run.fits
     assert repr(run).startswith("Incumbent(")
@@ -269,3 +269,24 @@ def test_offers_are_ranked_by_bytes_over_the_budget_then_seconds_then_peak() -> 
     assert run.solution().status == "optimal"
     run.stop()
     assert run.left_s == 0
+
+
+def test_what_is_read_of_an_incumbent_is_of_one_moment() -> None:
+    """An offer that comes in while another thread reads changes nothing of what that thread has."""
+    problem = training_chain(3, 2)
+    top = keep_all_peak(problem)
+    run = Incumbent(problem, top - 1)
+    better = solve(problem, top - 1).schedule.steps(problem)
+    run.offer(list(range(len(problem))), "keep_all")
+    run.offer([0, *range(len(problem))], "once more")
+    starts = iter(run.starts.values())
+    next(starts)
+    run.offer(list(range(len(problem))), "and again")
+    assert len(list(starts)) == 1
+    near, best, lowest = iter(run.near), run.best, run.lowest
+    assert run.offer(better, "another method").taken
+    assert all(offer.peak_bytes == top for offer in near)
+    assert len(best.steps) == len(best.line.steps) == len(problem) and best.solver == "keep_all"
+    assert (lowest.steps, lowest.peak_bytes) == (best.steps, best.line.peak_bytes)
+    assert run.best.steps == better and run.best.line.steps.tolist() == better
+    assert run.lowest.steps == better and len(run.starts) == 4

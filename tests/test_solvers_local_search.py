@@ -203,14 +203,14 @@ def test_search_never_makes_anything_worse(problem: Problem, fraction: float, se
     top = keep_all_peak(problem)
     budget = round(fraction * top)
     run = Incumbent(problem, budget)
-    before = run.over, run.recompute_s, run.peak_bytes
+    before = run.best.over, run.recompute_s, run.peak_bytes
     local_search.improve(run, seed=seed)
     line = simulate(problem, Schedule.of(problem, run.steps))
     over = float(((np.maximum(line.live_bytes - budget, 0) / max(1, budget)) ** OVER_POWER).sum())
     after = over, line.recompute_seconds, line.peak_bytes
-    assert after == (run.over, run.recompute_s, run.peak_bytes)
+    assert after == (run.best.over, run.recompute_s, run.peak_bytes)
     assert after <= before
-    assert run.lowest[0] <= line.peak_bytes
+    assert run.lowest.peak_bytes <= line.peak_bytes
     if run.fits and problem.turn is None:
         truth = best_seconds(problem, budget)
         assert truth is not None and truth[0] <= line.seconds + 1e-9

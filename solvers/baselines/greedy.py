@@ -20,6 +20,7 @@ from solvers.core.just_in_time import Gap, can_be_dropped, just_in_time_steps, r
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
+from solvers.core.solution import Rank, rank
 
 __all__ = ["greedy"]
 
@@ -34,11 +35,8 @@ class _Plan:
     dropped: frozenset[Gap]
     timeline: Timeline
 
-    def rank(self, budget_bytes: int) -> tuple[bool, float, float]:
-        line = self.timeline
-        if line.peak_bytes <= budget_bytes:
-            return False, line.seconds, line.peak_bytes
-        return True, line.peak_bytes, line.seconds
+    def rank(self, budget_bytes: int) -> Rank:
+        return rank(self.timeline, budget_bytes)
 
 
 def greedy(problem: Problem, budget_bytes: int) -> Schedule:

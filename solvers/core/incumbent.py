@@ -12,7 +12,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ import numpy as np
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
-from solvers.core.solution import Solution, solution_of
+from solvers.core.solution import Rank, Solution, solution_of
 
-__all__ = ["ENOUGH", "Incumbent", "Progress", "Verdict"]
+__all__ = ["ENOUGH", "Candidate", "Incumbent", "Offer", "Progress", "Verdict"]
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +44,63 @@ class Verdict(NamedTuple):
     peak_bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """A schedule that was offered, in short.
+
+    ``steps``        op positions; nobody changes the list.
+    ``solver``       the method that found it.
+    ``over``         how far it is above the budget: the sum over steps of (excess / budget) to the power of
+                     ``OVER_POWER``, a number without unit.
+    ``recompute_s``  seconds beyond every op's first run.
+    ``peak_bytes``   the most bytes at any step.
+    """
+
+    steps: list[int]
+    solver: str
+    over: float
+    recompute_s: float
+    peak_bytes: int
+
+    @property
+    def rank(self) -> Rank:
+        """Lower is better."""
+        return Rank(self.over, self.recompute_s, self.peak_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """The best schedule at some moment: its ``steps``, what the simulator says of it, and as in ``Offer``."""
+
+    steps: list[int]
+    line: Timeline
+    solver: str
+    over: float
+
+    @property
+    def offer(self) -> Offer:
+        """The same in short."""
+        line = self.line
+        return Offer(self.steps, self.solver, self.over, line.recompute_seconds, line.peak_bytes)
+
+
 class Incumbent:
     """Shared by all the methods of one solve, from several threads.
 
-    ``steps``      the best schedule so far as op positions: the least above the budget (in the norm of
-                   ``OVER_POWER`` over its steps), then the fewest seconds, then the lowest peak.
+    What several threads read is replaced whole under ``lock`` and never changed in place, so that each read
+    of a field is of one moment.
+
+    ``best``       the best schedule so far: the least above the budget (in the norm of ``OVER_POWER`` over
+                   its steps), then the fewest seconds, then the lowest peak.
     ``bound_s``    no schedule within the budget takes fewer seconds in total.
     ``progress``   called with a ``Solution`` for each better schedule or bound; returning ``True`` stops
                    the search.
     ``enough_s``   a gap that ends the search.
-    ``starts``     per method, the rank and the steps of the best it found.
+    ``lowest``     the schedule of lowest peak, for an answer where nothing fits.
+    ``starts``     per method, the best it found.
     ``floor``      where it is proved that nothing fits by a floor of the peak: its bytes, and the op.
     ``near``       schedules that are above the budget by no more than ``NEAR`` of it, each faster than those
-                   nearer: peak bytes, recompute seconds and steps, by peak.
+                   nearer, by peak.
     """
 
     def __init__(
@@ -72,24 +117,22 @@ class Incumbent:
         self.total_s = problem.total_seconds
         self.enough_s = ENOUGH * self.total_s if enough_s is None else enough_s
         self.progress = progress
-        self.steps: list[int] = list(range(len(problem)))
-        self.line = simulate_steps(problem, self.steps)
-        self.over = self.over_of(self.line)
-        self.solver = "keep_all"
-        # Of lowest peak, for an answer where nothing fits.
-        self.lowest = self.line.peak_bytes, self.steps, self.solver
+        self.best = self._candidate(list(range(len(problem))), "keep_all")
+        self.lowest = self.best.offer
         self.bound_s = self.total_s
         self.floor: tuple[int, str] | None = None
         self.stopped = False
         self.parent: Incumbent | None = None
-        self.starts: dict[str, tuple[tuple[float, float, float], list[int]]] = {}
-        self.near: list[tuple[int, float, list[int]]] = []
+        self.starts: Mapping[str, Offer] = {}
+        self.near: tuple[Offer, ...] = ()
         self.lock = threading.RLock()
 
     def __repr__(self) -> str:
+        best = self.best
         return (
-            f"Incumbent({self.recompute_s / (self.total_s or 1.0):.4%} by {self.solver}, bound "
-            f"{self.bound_s / (self.total_s or 1.0) - 1:.4%}, peak {self.peak_bytes} of {self.budget_bytes})"
+            f"Incumbent({best.line.recompute_seconds / (self.total_s or 1.0):.4%} by {best.solver}, bound "
+            f"{self.bound_s / (self.total_s or 1.0) - 1:.4%}, peak {best.line.peak_bytes} of "
+            f"{self.budget_bytes})"
         )
 
     @property
@@ -107,14 +150,14 @@ class Incumbent:
             deadline=min(self.deadline, time.perf_counter() + share * self.left_s),
             enough_s=self.enough_s,
         )
-        child.offer(steps, self.solver)
+        child.offer(steps, self.best.solver)
         child.parent = self
         return child
 
     @property
     def fits(self) -> bool:
         """Whether the best schedule is within the budget."""
-        return self.peak_bytes <= self.budget_bytes
+        return self.best.line.peak_bytes <= self.budget_bytes
 
     @property
     def gap_s(self) -> float:
@@ -129,40 +172,62 @@ class Incumbent:
     @property
     def settled(self) -> bool:
         """Close enough to the bound."""
-        return self.fits and self.gap_s <= self.enough_s
+        line = self.best.line
+        gap_s = self.total_s + line.recompute_seconds - self.bound_s
+        return line.peak_bytes <= self.budget_bytes and gap_s <= self.enough_s
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the best schedule; who wants several of its parts reads ``best`` once."""
+        return self.best.steps
+
+    @property
+    def line(self) -> Timeline:
+        """Of the best schedule."""
+        return self.best.line
+
+    @property
+    def solver(self) -> str:
+        """That found the best schedule."""
+        return self.best.solver
 
     @property
     def peak_bytes(self) -> int:
         """Of the best schedule."""
-        return self.line.peak_bytes
+        return self.best.line.peak_bytes
 
     @property
     def recompute_s(self) -> float:
         """Of the best schedule."""
-        return self.line.recompute_seconds
+        return self.best.line.recompute_seconds
+
+    def _candidate(self, steps: list[int], solver: str) -> Candidate:
+        line = simulate_steps(self.problem, steps)
+        return Candidate(steps, line, solver, self.over_of(line))
 
     def offer(self, steps: Sequence[int], solver: str) -> Verdict:
         """Take ``steps`` if they are better than what is there."""
-        line = simulate_steps(self.problem, list(steps))
-        rank = self.over_of(line), line.recompute_seconds, line.peak_bytes
+        candidate = self._candidate(list(steps), solver)
+        offer = candidate.offer
         with self.lock:
-            if solver not in self.starts or rank < self.starts[solver][0]:
-                self.starts[solver] = rank, list(steps)
-            if line.peak_bytes < self.lowest[0]:
-                self.lowest = line.peak_bytes, list(steps), solver
-            if 0 < line.peak_bytes - self.budget_bytes <= NEAR * self.budget_bytes:
-                self._remember(line.peak_bytes, line.recompute_seconds, list(steps))
-            taken = rank < (self.over, self.recompute_s, self.peak_bytes)
+            if solver not in self.starts or offer.rank < self.starts[solver].rank:
+                self.starts = {**self.starts, solver: offer}
+            if offer.peak_bytes < self.lowest.peak_bytes:
+                self.lowest = offer
+            if 0 < offer.peak_bytes - self.budget_bytes <= NEAR * self.budget_bytes:
+                self._remember(offer)
+            taken = offer.rank < self.best.offer.rank
             if taken:
-                self.steps, self.solver, self.line, self.over = list(steps), solver, line, rank[0]
+                self.best = candidate
                 self._tell()
-        return Verdict(taken, line.peak_bytes)
+        return Verdict(taken, offer.peak_bytes)
 
-    def _remember(self, peak_bytes: int, recompute_s: float, steps: list[int]) -> None:
-        if any(peak <= peak_bytes and seconds <= recompute_s for peak, seconds, _ in self.near):
+    def _remember(self, offer: Offer) -> None:
+        if any(o.peak_bytes <= offer.peak_bytes and o.recompute_s <= offer.recompute_s for o in self.near):
             return
-        rest = [one for one in self.near if one[0] < peak_bytes or one[1] < recompute_s]
-        self.near = sorted([*rest, (peak_bytes, recompute_s, steps)], key=lambda one: one[:2])[:MOST_NEAR]
+        rest = [o for o in self.near if o.peak_bytes < offer.peak_bytes or o.recompute_s < offer.recompute_s]
+        near = sorted([*rest, offer], key=lambda o: (o.peak_bytes, o.recompute_s))
+        self.near = tuple(near[:MOST_NEAR])
 
     def over_of(self, line: Timeline) -> float:
         """How far ``line`` is above the budget; spreading a peak over more steps counts as progress."""
@@ -192,12 +257,12 @@ class Incumbent:
     def solution(self) -> Solution:
         """The best so far; the one of lowest peak while none fits."""
         with self.lock:
-            _, steps, solver = (0, self.steps, self.solver) if self.fits else self.lowest
+            answer = self.best.offer if self.fits else self.lowest
             return solution_of(
                 self.problem,
-                Schedule.of(self.problem, steps),
+                Schedule.of(self.problem, answer.steps),
                 self.budget_bytes,
-                solver=solver,
+                solver=answer.solver,
                 bound_seconds=self.bound_s,
                 solve_seconds=time.perf_counter() - self.started,
             )

@@ -15,13 +15,13 @@ A budget that no schedule can meet raises :class:`InfeasibleError` instead.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
-from solvers.core.simulate import simulate
+from solvers.core.simulate import Timeline, simulate
 
-__all__ = ["InfeasibleError", "Solution", "Status", "fits_better", "solution_of"]
+__all__ = ["InfeasibleError", "Rank", "Solution", "Status", "fits_better", "rank", "solution_of"]
 
 Status = Literal["optimal", "feasible", "unsettled"]
 
@@ -98,6 +98,11 @@ class Solution:
         """Whether the peak is within the budget."""
         return self.peak_bytes <= self.budget_bytes
 
+    @property
+    def rank(self) -> Rank:
+        """Lower is better, among answers to the same budget."""
+        return Rank(max(0, self.peak_bytes - self.budget_bytes), self.seconds, self.peak_bytes)
+
     def __repr__(self) -> str:
         return (
             f"Solution({self.status} by {self.solver}: {self.seconds:.6g} s of which "
@@ -150,13 +155,28 @@ def solution_of(
     )
 
 
+class Rank(NamedTuple):
+    """Which of two answers to one budget is better: the lower rank, for every method.
+
+    ``over``        how far it is above the budget, 0 where it fits; bytes, or what measures them.
+    ``seconds``     of the run, or of its recomputations.
+    ``peak_bytes``  the most bytes at any step.
+    """
+
+    over: float
+    seconds: float
+    peak_bytes: int
+
+
+def rank(timeline: Timeline, budget_bytes: int) -> Rank:
+    """The rank of a schedule whose excess over ``budget_bytes`` is that of its peak, in bytes."""
+    peak = timeline.peak_bytes
+    return Rank(max(0, peak - budget_bytes), timeline.seconds, peak)
+
+
 def fits_better(one: Solution, other: Solution) -> bool:
     """Whether ``one`` is the better answer: first to fit the budget, then fewer seconds, then a lower peak.
 
-    Among solutions that do not fit, the lower peak wins.
+    Among solutions that do not fit, the lower peak wins.  Both are answers to the same budget.
     """
-
-    def rank(s: Solution) -> tuple[bool, float, float]:
-        return (False, s.seconds, s.peak_bytes) if s.fits else (True, s.peak_bytes, s.seconds)
-
-    return rank(one) < rank(other)
+    return one.rank < other.rank

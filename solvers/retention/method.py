@@ -53,7 +53,7 @@ from solvers.core.just_in_time import can_be_dropped
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
-from solvers.core.solution import OPTIMAL_RTOL, Solution, solution_of
+from solvers.core.solution import OPTIMAL_RTOL, Rank, Solution, solution_of
 from solvers.retention.bound import instants_bound, tight_instants
 from solvers.retention.program import Candidate, RetentionProgram
 
@@ -98,9 +98,9 @@ class _Plan:
         return cls(line, max(0, line.peak_bytes - budget_bytes))
 
     @property
-    def rank(self) -> tuple[int, float, int]:
-        """Lower is better: first the excess over the budget, then seconds, then the peak."""
-        return self.excess_bytes, self.timeline.seconds, self.timeline.peak_bytes
+    def rank(self) -> Rank:
+        """Lower is better."""
+        return Rank(self.excess_bytes, self.timeline.seconds, self.timeline.peak_bytes)
 
     def stages(self) -> list[int]:
         """Per step, the op whose first run ends its stage."""

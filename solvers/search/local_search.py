@@ -196,15 +196,15 @@ class _Search:
                 if given_up >= HOPELESS and not gained and given_up > GIVE_UP * solved:
                     break
                 batch = [windows.pop() for _ in range(min(len(windows), workers()))]
-                start = run.steps, run.line
+                start = run.best
                 tasks = [
-                    pool.submit(self.solve_window, window, *start, self.rng.randrange(2**30))
+                    pool.submit(self.solve_window, window, start.steps, start.line, self.rng.randrange(2**30))
                     for window in batch
                 ]
                 for window, outcome in zip(batch, [task.result() for task in tasks], strict=True):
                     taken = [run.offer(steps, "local search").taken for steps in outcome.found]
                     gained |= any(taken)
-                    if outcome.found and not taken[-1] and run.steps is not start[0]:
+                    if outcome.found and not taken[-1] and run.best is not start:
                         windows.append(window)
                     solved += 1
                     given_up += not (outcome.settled or outcome.found)
@@ -284,7 +284,8 @@ def first_runs_over(run: Incumbent) -> list[int]:
     seen = np.zeros(len(run.problem), dtype=bool)
     pending = 0
     out: dict[int, None] = {}
-    for i, live in zip(run.steps, run.line.live_bytes.tolist(), strict=True):
+    best = run.best
+    for i, live in zip(best.steps, best.line.live_bytes.tolist(), strict=True):
         if live > run.budget_bytes:
             out[min(pending, len(seen) - 1)] = None
         if not seen[i]:
