@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solvers.core.just_in_time import Gap, can_be_dropped, just_in_time_steps, runs_of_groups
+from solvers.core.just_in_time import Gap, can_be_dropped, first_runs, just_in_time_steps, runs_of_groups
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
@@ -118,21 +118,15 @@ class _AtPeak:
         line = plan.timeline
         steps = line.steps.tolist()
         self.peak = line.peak_step
-        seen = bytearray(len(self.problem))
         self.again: set[tuple[int, int]] = set()
         self.reads_after: dict[int, set[int]] = {}
-        at: list[int] = []
-        pending = 0
-        for s, i in enumerate(steps):
-            if seen[i]:
-                self.again.add((i, self.stage_of[pending]))
-            at.append(pending)
+        at = first_runs(steps)
+        for s, (i, first) in enumerate(zip(steps, at, strict=True)):
+            if i != first:
+                self.again.add((i, self.stage_of[first]))
             if s > self.peak:
                 for v in self.problem.counted_inputs[i]:
-                    self.reads_after.setdefault(v, set()).add(self.stage_of[pending])
-            if not seen[i]:
-                seen[i] = 1
-                pending = i + 1
+                    self.reads_after.setdefault(v, set()).add(self.stage_of[first])
         self.op = steps[self.peak]
         self.now = at[self.peak]
         live: set[int] = set()

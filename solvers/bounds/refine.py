@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from solvers.bounds.instants import InstantProgram
 from solvers.bounds.reduction import Reduction
-from solvers.core.just_in_time import trim
+from solvers.core.just_in_time import first_runs, runs_again, trim
 from solvers.core.linear import LinearAnswer
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
@@ -193,39 +193,14 @@ def emitted(program: InstantProgram, x: np.ndarray, *, ascending: bool = False) 
 def _missing(red: Reduction, start: int, there: set[int], wanted: Sequence[int]) -> list[int]:
     """Ops that make the ``wanted`` values that are past at ``start`` and not ``there`` (which then are),
     inputs first."""
-    problem, order = red.problem, []
+    ops = red.problem.ops
 
-    def makers(wanted: Sequence[int]) -> Iterator[int]:
-        for v in wanted:
-            p = problem.values[v].producer
-            if p is not None and p < start and v not in there and problem.ops[p].recomputable:
-                there.update(problem.ops[p].outputs)
-                yield p
+    def may_run(i: int) -> bool:
+        return i < start and ops[i].recomputable
 
-    stack = [(-1, makers(wanted))]
-    while stack:
-        i, pending = stack[-1]
-        p = next(pending, None)
-        if p is not None:
-            stack.append((p, makers(red.reads[p])))
-            continue
-        stack.pop()
-        if i >= 0:
-            order.append(i)
-    return order
-
-
-def _next_first_runs(steps: list[int], n: int) -> list[int]:
-    """Per step, the op that is the first to run for the first time from there on."""
-    where, ran, firsts = [n] * len(steps), -1, []
-    for i in steps:
-        firsts.append(i > ran)
-        ran = max(ran, i)
-    following = n - 1
-    for s in reversed(range(len(steps))):
-        following = steps[s] if firsts[s] else following
-        where[s] = following
-    return where
+    burst = list(runs_again(red.problem, wanted, there.__contains__, may_run, reads=red.reads))
+    there.update(v for i in burst for v in ops[i].outputs)
+    return burst
 
 
 class _Search:
@@ -276,7 +251,7 @@ class _Search:
         both = [emitted(program, x, ascending=order) for order in (False, True)]
         steps = min(both, key=lambda steps: simulate_steps(self.problem, steps).peak_bytes)
         line = self._judge(steps)
-        where = _next_first_runs(steps, len(self.problem))
+        where = first_runs(steps)
         found.tightest = min(where[line.peak_step], len(self.problem) - 1)
         limit = self.budget if self.budget is not None else int(found.bound * (1 + FINE_GAP)) + 1
         found.settled = found.best <= found.bound * (1 + 2 * SAFETY)

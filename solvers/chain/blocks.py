@@ -30,6 +30,7 @@ from functools import cached_property
 import numpy as np
 
 from solvers.chain.saved_sets import BlockGraph, saved_sets
+from solvers.core.just_in_time import runs_again
 from solvers.core.problem import Problem, ProblemError
 
 __all__ = ["Chain", "Option", "check_chain", "cut_into_blocks"]
@@ -215,15 +216,8 @@ class Chain:
 
     def closure(self, targets: Iterable[int], at_hand: Collection[int]) -> list[int]:
         """Ops that make ``targets`` from what is at hand (held values always are), in order."""
-        values, reads = self.problem.values, self._reads
-        todo: set[int] = set()
-        stack = [v for v in targets if v not in at_hand and v not in self.held]
-        while stack:
-            i = values[stack.pop()].producer
-            if i is not None and i not in todo:
-                todo.add(i)
-                stack.extend(u for u in reads[i] if u not in at_hand)
-        return sorted(todo)
+        missing = (v for v in targets if v not in self.held)
+        return sorted(runs_again(self.problem, missing, at_hand.__contains__, reads=self._reads))
 
     def again_seconds(self, steps: Iterable[int]) -> float:
         """Seconds of running ``steps`` once more."""

@@ -19,7 +19,7 @@ turn comes, like any other.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from solvers.core.problem import Problem, ProblemError
 from solvers.core.schedule import Schedule
@@ -27,11 +27,14 @@ from solvers.core.schedule import Schedule
 __all__ = [
     "Gap",
     "can_be_dropped",
+    "first_runs",
     "gaps_of_values",
     "just_in_time",
     "just_in_time_steps",
+    "runs_again",
     "runs_of_groups",
     "trim",
+    "turn_of",
 ]
 
 Gap = tuple[int, int]
@@ -55,42 +58,72 @@ def just_in_time_steps(
     problem: Problem, dropped: Collection[Gap], *, stage_of: Sequence[int] | None = None
 ) -> list[int]:
     """``just_in_time`` as op positions."""
-    ops, values, reads = problem.ops, problem.values, problem.counted_inputs
+    ops, reads = problem.ops, problem.counted_inputs
     gone = _ends_of_dropped_gaps(problem, dropped)
     stages = range(len(ops)) if stage_of is None else stage_of
     if len(stages) != len(ops):
         raise ValueError(f"stage_of has {len(stages)} entries for {len(ops)} ops")
     # ends[v]: the op that ends the gap v is in now; touched[v]: the stage that last made or read v.
     uses = [(*readers, len(ops)) for readers in problem.consumers]
-    position = [0] * len(values)
-    touched = [-1] * len(values)
+    position = [0] * len(problem.values)
+    touched = [-1] * len(problem.values)
     steps: list[int] = []
 
-    def missing(v: int, stage: int) -> bool:
-        return touched[v] != stage and v in gone and uses[v][position[v]] in gone[v]
+    stage = 0
 
-    def make_again(wanted: Iterable[int], stage: int) -> None:
-        todo: set[int] = set()
-        stack = [v for v in wanted if missing(v, stage)]
-        while stack:
-            i = values[stack.pop()].producer
-            if i is not None and i not in todo:
-                todo.add(i)
-                stack.extend(u for u in reads[i] if missing(u, stage))
-        for i in sorted(todo):
+    def at_hand(v: int) -> bool:
+        return touched[v] == stage or v not in gone or uses[v][position[v]] not in gone[v]
+
+    for t, op in enumerate(ops):
+        stage = stages[t]
+        for i in sorted(runs_again(problem, reads[t], at_hand)):
             steps.append(i)
             for v in (*reads[i], *ops[i].outputs):
                 touched[v] = stage
-
-    for t, op in enumerate(ops):
-        make_again(reads[t], stages[t])
         steps.append(t)
         for v in reads[t]:
             position[v] += 1
-            touched[v] = stages[t]
+            touched[v] = stage
         for v in op.outputs:
-            touched[v] = stages[t]
+            touched[v] = stage
     return steps
+
+
+def runs_again(
+    problem: Problem,
+    wanted: Iterable[int],
+    at_hand: Callable[[int], bool],
+    may_run: Callable[[int], bool] | None = None,
+    *,
+    reads: Sequence[Sequence[int]] | None = None,
+    most: int | None = None,
+) -> Iterator[int]:
+    """Ops that must run again to have the values ``wanted``, each once, inputs before what reads them.
+
+    ``at_hand``  whether a value needs no run; asked when its turn comes, so that what the caller makes of
+                 the ops yielded so far counts.
+    ``may_run``  whether an op may run again (default: any); of one that may not, nothing is asked for.
+    ``reads``    per op, the values that are looked at (default: ``problem.counted_inputs``).
+    ``most``     no more ops than this are asked for (default: no end); of more, some are then missing.
+
+    Depth first, with a stack of its own: the values of an op in order, and behind them, as ``~op``, the op
+    itself.  Linear in the ops yielded and their inputs.
+    """
+    values = problem.values
+    reads = problem.counted_inputs if reads is None else reads
+    asked: set[int] = set()
+    stack = list(wanted)[::-1]
+    while stack:
+        v = stack.pop()
+        if v < 0:
+            yield ~v
+        elif not at_hand(v):
+            i = values[v].producer
+            if i is None or i in asked or len(asked) == most or not (may_run is None or may_run(i)):
+                continue
+            asked.add(i)
+            stack.append(~i)
+            stack.extend(reads[i][::-1])
 
 
 def _ends_of_dropped_gaps(problem: Problem, dropped: Collection[Gap]) -> dict[int, set[int]]:
@@ -146,15 +179,28 @@ def turn_of(problem: Problem, what: str) -> int:
     return problem.turn
 
 
+def first_runs(steps: Sequence[int]) -> list[int]:
+    """Per step, the op that is the next to run for the first time: the step's own where it is such a run.
+
+    After the last first run it is the number of ops.  A step that runs again belongs to the stage of this op.
+    """
+    order = list(dict.fromkeys(steps))
+    order.append(len(order))
+    following: list[int] = []
+    k = 0
+    for i in steps:
+        following.append(order[k])
+        k += i == order[k]
+    return following
+
+
 def trim(problem: Problem, steps: Sequence[int]) -> list[int]:
     """Leave out recomputations none of whose outputs is read before it is made again."""
-    ran: set[int] = set()
-    first = [not (i in ran or ran.add(i)) for i in steps]  # type: ignore[func-returns-value]
     wanted: set[int] = set()
     kept: list[int] = []
-    for i, required in zip(reversed(steps), reversed(first), strict=True):
+    for i, first in zip(reversed(steps), reversed(first_runs(steps)), strict=True):
         outputs = problem.ops[i].outputs
-        if required or any(v in wanted for v in outputs):
+        if i == first or any(v in wanted for v in outputs):
             kept.append(i)
             wanted.difference_update(outputs)
             wanted.update(problem.counted_inputs[i])

@@ -49,7 +49,7 @@ from itertools import pairwise
 import numpy as np
 
 from solvers.baselines.greedy import greedy
-from solvers.core.just_in_time import can_be_dropped
+from solvers.core.just_in_time import can_be_dropped, first_runs, trim
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
@@ -102,23 +102,10 @@ class _Plan:
         """Lower is better."""
         return Rank(self.excess_bytes, self.timeline.seconds, self.timeline.peak_bytes)
 
-    def stages(self) -> list[int]:
-        """Per step, the op whose first run ends its stage."""
-        steps = self.timeline.steps.tolist()
-        seen: set[int] = set()
-        pending = 0
-        out = []
-        for i in steps:
-            out.append(pending)
-            if i not in seen:
-                seen.add(i)
-                pending = i + 1
-        return out
-
     def reruns(self) -> list[Candidate]:
         """The candidates it runs."""
         steps = self.timeline.steps.tolist()
-        return sorted({(i, t) for i, t in zip(steps, self.stages(), strict=True) if i != t})
+        return sorted({(i, t) for i, t in zip(steps, first_runs(steps), strict=True) if i != t})
 
 
 def solve(
@@ -318,7 +305,7 @@ class _Search:
         answer = program.solve(time_limit_s=deadline - time.perf_counter(), seed=self.seed)
         if answer.x is None:
             return None, answer.infeasible
-        steps = _trimmed(problem, _steps(problem, program.chosen(answer.x)))
+        steps = trim(problem, _steps(problem, program.chosen(answer.x)))
         return _Plan.of(problem, self.budget, steps), answer.optimal
 
 
@@ -328,23 +315,3 @@ def _steps(problem: Problem, candidates: Iterable[Candidate]) -> list[int]:
     for i, t in candidates:
         at.setdefault(t, []).append(i)
     return [i for t in range(len(problem)) for i in (*sorted(at.get(t, ())), t)]
-
-
-def _trimmed(problem: Problem, steps: list[int]) -> list[int]:
-    """``steps`` without the recomputations whose copies nothing reads."""
-    while True:
-        made: dict[int, int] = {}
-        read = [False] * len(steps)
-        seen: set[int] = set()
-        for s, i in enumerate(steps):
-            for v in problem.counted_inputs[i]:
-                read[made[v]] = True
-            for v in problem.ops[i].outputs:
-                made[v] = s
-            if i not in seen:
-                seen.add(i)
-                read[s] = True
-        kept = [i for s, i in enumerate(steps) if read[s]]
-        if len(kept) == len(steps):
-            return steps
-        steps = kept

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.core.incumbent import Incumbent
-from solvers.core.just_in_time import can_be_dropped, trim
+from solvers.core.just_in_time import can_be_dropped, first_runs, runs_again, trim
 from solvers.core.simulate import Timeline, simulate_steps
 
 __all__ = ["shave"]
@@ -161,12 +161,9 @@ class _Places:
         self.excess = np.maximum(line.live_bytes - run.budget_bytes, 0)
         self.at: dict[int, list[int]] = {}
         self.made: dict[int, list[bool]] = {}
-        self.first: list[bool] = []
+        self.first = [i == first for i, first in zip(steps, first_runs(steps), strict=True)]
         counted, ops = self.problem.counted_inputs, self.problem.ops
-        seen: set[int] = set()
         for s, i in enumerate(steps):
-            self.first.append(i not in seen)
-            seen.add(i)
             for values, makes in ((counted[i], False), (ops[i].outputs, True)):
                 for v in values:
                     self.at.setdefault(v, []).append(s)
@@ -190,17 +187,14 @@ class _Places:
 
         ``None`` if they are more than ``most``, or rest on what was made once and is gone.
         """
-        problem, ops = self.problem, set[int]()
-        stack = list(wanted)
-        while stack:
-            i = problem.values[stack.pop()].producer
-            if i is None or i in ops:
-                continue
-            if not problem.ops[i].recomputable or len(ops) == most:
-                return None
-            ops.add(i)
-            stack.extend(u for u in problem.counted_inputs[i] if not self.is_there(u, s))
-        return sorted(ops)
+        targets = frozenset(wanted)
+
+        def at_hand(v: int) -> bool:
+            return v not in targets and self.is_there(v, s)
+
+        ops = sorted(runs_again(self.problem, targets, at_hand, most=most + 1))
+        makes_it = len(ops) <= most and all(self.problem.ops[i].recomputable for i in ops)
+        return ops if makes_it else None
 
     def drops(self, again: int = FEW_AGAIN) -> list[_Drop]:
         """Values that wait across steps above the budget, most bytes there per second first."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.core.just_in_time import first_runs, runs_again
 from solvers.core.problem import Problem
 
 __all__ = ["Template", "template_around"]
@@ -73,51 +74,35 @@ def template_around(
     left out in the stages ``opened``.  A step that runs again belongs to the stage of the first run that
     follows it.
     """
-    values, reads = problem.values, problem.counted_inputs
+    reads = problem.counted_inputs
+    finals = {v for v, value in enumerate(problem.values) if value.final}
     ends = (*first[1:], len(problem))
     stage_of = np.repeat(np.arange(len(first)), np.diff((*first, len(problem)))).tolist()
     slots: list[int] = []
     required: list[bool] = []
     starts = [0]
     of_step: list[int] = []
-    placed: set[int] = set()
-    pending = 0  # the first run still to come
-    stage = 0
+    made = set(finals)  # what has a slot in this stage, or is there for good
+    stage = pending = 0
 
-    def open_for(t: int) -> None:
-        """Slots for what op ``t`` reads and ``allowed`` may make again, inputs first."""
-        may = allowed[stage]
-        stack = [(t, iter(reads[t]))]
-        while stack:
-            i, inputs = stack[-1]
-            for v in inputs:
-                p = values[v].producer
-                if p is not None and p < pending and p in may and p not in placed and not values[v].final:
-                    placed.add(p)
-                    stack.append((p, iter(reads[p])))
-                    break
-            else:
-                stack.pop()
-                if i != t:
-                    slots.append(i)
-                    required.append(False)
+    def may_run(i: int) -> bool:
+        return i < pending and i in allowed[stage]
 
-    for i in steps:
-        now = stage_of[min(pending, len(problem) - 1)]
-        while stage < now:
+    for i, pending in zip(steps, first_runs(steps), strict=True):
+        while stage < stage_of[min(pending, len(problem) - 1)]:
             stage += 1
-            placed = set()
+            made = set(finals)
             starts.append(len(slots))
         if allowed[stage]:
-            open_for(i)
-        is_first = i == pending
+            for again in runs_again(problem, reads[i], made.__contains__, may_run):
+                slots.append(again)
+                required.append(False)
+                made.update(problem.ops[again].outputs)
         of_step.append(len(slots))
         slots.append(i)
-        required.append(is_first or stage not in opened)
-        if is_first:
-            pending += 1
-        else:
-            placed.add(i)
+        required.append(i == pending or stage not in opened)
+        if i != pending:
+            made.update(problem.ops[i].outputs)
     if len(starts) != len(ends):
         raise ValueError(f"steps reach {len(starts)} of {len(ends)} stages")
     return Template(problem, tuple(slots), tuple(required), tuple(starts), tuple(of_step))

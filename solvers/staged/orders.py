@@ -7,6 +7,7 @@ what the program's memory rows describe.
 
 from __future__ import annotations
 
+from solvers.core.just_in_time import runs_again
 from solvers.staged.program import Choice
 from solvers.staged.stages import Stages
 
@@ -55,16 +56,6 @@ def _pinned(stages: Stages) -> set[int]:
 def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) -> None:
     """Append the recomputations op ``t`` needs; ``resident`` grows by what they make."""
     problem, decided = stages.facts.problem, stages.facts.is_decided
-    stack = [(t, iter(problem.counted_inputs[t]))]
-    while stack:
-        i, pending = stack[-1]
-        for v in pending:
-            p = problem.values[v].producer
-            if p is not None and decided[v] and v not in resident:
-                stack.append((p, iter(problem.counted_inputs[p])))
-                break
-        else:
-            stack.pop()
-            if i != t:
-                steps.append(i)
-                resident.update(problem.ops[i].outputs)
+    for i in runs_again(problem, problem.counted_inputs[t], lambda v: not decided[v] or v in resident):
+        steps.append(i)
+        resident.update(problem.ops[i].outputs)

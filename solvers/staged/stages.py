@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.core.just_in_time import runs_again
 from solvers.core.problem import Problem
 
 __all__ = ["Facts", "Stages", "cut_after_pressure", "cut_by_groups", "cut_evenly"]
@@ -204,34 +205,18 @@ class Stages:
         return allowed
 
     def _templates(self) -> list[list[int]]:
-        problem, decided = self.facts.problem, self.facts.is_decided
+        problem, reads = self.facts.problem, self.facts.problem.counted_inputs
+        undecided = np.flatnonzero(~self.facts.is_decided).tolist()
         templates = []
         ends = (*self.first[1:], len(problem))
         for g, (start, end) in enumerate(zip(self.first, ends, strict=True)):
             row: list[int] = []
-            placed: set[int] = set()
+            placed = set(undecided)
             for t in range(start, end):
-                emit_needed(problem, decided, t, self.allowed[g], placed, row)
+                for i in runs_again(problem, reads[t], placed.__contains__, self.allowed[g].__contains__):
+                    row.append(i)
+                    placed.update(problem.ops[i].outputs)
                 row.append(t)
             templates.append(row)
-            self.allowed[g] &= placed
+            self.allowed[g].intersection_update(row)
         return templates
-
-
-def emit_needed(
-    problem: Problem, decided: np.ndarray, t: int, runnable: set[int], placed: set[int], out: list[int]
-) -> None:
-    """Append to ``out`` what op ``t`` needs: ops of ``runnable`` not yet ``placed``, inputs first."""
-    stack = [(t, iter(problem.counted_inputs[t]))]
-    while stack:
-        i, pending = stack[-1]
-        for v in pending:
-            p = problem.values[v].producer
-            if p is not None and decided[v] and p in runnable and p not in placed:
-                placed.add(p)
-                stack.append((p, iter(problem.counted_inputs[p])))
-                break
-        else:
-            stack.pop()
-            if i != t:
-                out.append(i)
