@@ -122,6 +122,18 @@ def test_recomputing_nothing_is_optimal_at_the_baseline_peak(family: str) -> Non
     s.check(plan)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_plan_beats_a_bound_that_was_proved_for_as_much_memory_or_more(family: str) -> None:
+    s = subject(family)
+    least, most = s.prepared.minimum_peak_bytes, s.prepared.baseline.peak_bytes
+    budgets = {least, most, *(b for f in FRACTIONS if (b := s.budget_bytes(f)) >= least)}
+    plans = [s.plan(b) for b in sorted(budgets)]
+    for i, tighter in enumerate(plans):
+        assert tighter.floor_bytes <= tighter.peak_bytes
+        for looser in plans[i:]:
+            assert looser.overhead_bound <= tighter.overhead
+
+
 @pytest.mark.parametrize("family", ["bert", "resnet"])
 def test_less_memory_never_costs_less_time(family: str) -> None:
     s = subject(family)
@@ -140,7 +152,7 @@ def test_segments_change_no_bit_and_no_peak(family: str, segments: int) -> None:
 
     s = subject(family)
     plan = s.plan(s.prepared.minimum_peak_bytes)
-    program = emit(s.prepared.graph, s.prepared.steps(plan.sequence), segments=segments)
+    program = emit(s.prepared.graph, s.prepared.captured.steps(plan.sequence), segments=segments)
     assert (len(program.segments) == 1) == (segments == 1)
     plan.apply()
     try:

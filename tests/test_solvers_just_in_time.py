@@ -72,7 +72,7 @@ def test_first_runs_names_the_next_op_to_run_for_the_first_time() -> None:
 
 
 def trimmed_until_nothing_goes(problem: Problem, steps: list[int]) -> list[int]:
-    """The definition: a recomputation of which nothing is read before it is made again goes, over and over."""
+    """The definition: a recomputation that nobody reads before it is made again goes, over and over."""
     while True:
         made: dict[int, int] = {}
         read = [i not in steps[:s] for s, i in enumerate(steps)]

@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["StepGraph", "forward_length", "replayed_states"]
+__all__ = ["RNG_STATE", "StepGraph", "forward_length", "replayed_states"]
+
+# Target of the op that keeps a generator's state for a random op that runs again.
+RNG_STATE = "rng_state"
 
 
 class _StepOp(Protocol):
@@ -44,5 +47,5 @@ def forward_length(graph: StepGraph, steps: Sequence[int]) -> int:
 def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
     """The ``rng_state`` ops from which ``steps`` replays a random op; the others need not run."""
     runs = Counter(steps)
-    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == "rng_state"}
+    states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == RNG_STATE}
     return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}

@@ -8,24 +8,23 @@ are all there is: with ``expandable_segments`` every block is cut to size, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from planner.devices.allocator import Resident, is_default, played
-from planner.graph.step_graph import StepGraph, replayed_states
 from solvers import Problem, Timeline
 from solvers.core.simulate import simulate_steps
 
-__all__ = ["Execution", "as_executed", "execute", "judge"]
+__all__ = ["Execution", "execute"]
 
 
 @dataclass(frozen=True, eq=False)
 class Execution:
     """A schedule played through.
 
-    ``problem``         without what is never read; see :func:`as_executed`.
+    ``problem``         as it is run: generator states that no replay reads have 0 bytes.
     ``timeline``        of live storages.
     ``slack_bytes``     handed out beyond them while each step runs, shape (T,); ``None``: no allocator.
     ``reserved_bytes``  that the allocator takes from the driver; ``None`` likewise.
@@ -54,7 +53,6 @@ class Execution:
 
 
 def execute(
-    graph: StepGraph,
     problem: Problem,
     steps: list[int],
     blocks: Resident | None = None,
@@ -65,23 +63,10 @@ def execute(
     ``blocks``        what a CUDA allocator has handed out when the step begins; ``None``: there is none.
     ``margin_bytes``  of what is resident in ``problem`` is nowhere, but set aside.
     """
-    executed = as_executed(graph, problem, steps)
+    executed = problem.as_run(steps)
     timeline = simulate_steps(executed, steps)
     if blocks is None or not is_default():
         return Execution(executed, timeline)
     peaks = played(executed, timeline, blocks)
     slack = peaks.allocated_bytes - (timeline.live_bytes - margin_bytes)
     return Execution(executed, timeline, slack, peaks.reserved_peak_bytes)
-
-
-def as_executed(graph: StepGraph, problem: Problem, steps: list[int]) -> Problem:
-    """The problem without the generator states that no replay of ``steps`` reads."""
-    replayed = replayed_states(graph, steps)
-    idle = {i for i, op in enumerate(graph.ops) if op.target == "rng_state" and i not in replayed}
-    values = tuple(replace(v, bytes=0) if v.producer in idle else v for v in problem.values)
-    return replace(problem, values=values)
-
-
-def judge(graph: StepGraph, problem: Problem, steps: list[int]) -> Timeline:
-    """The timeline of what will be executed."""
-    return simulate_steps(as_executed(graph, problem, steps), steps)

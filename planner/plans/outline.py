@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from planner.graph.step_graph import RNG_STATE
 from planner.graph.training_graph import TrainingGraph
-from planner.memory.execution import as_executed, judge
 from planner.memory.lifetimes import Copy, copies_of
 from solvers import Op, Problem, Timeline, Value
+from solvers.core.simulate import simulate_steps
 
 __all__ = ["Outline", "OutlineOp", "OutlineValue"]
 
@@ -85,11 +86,11 @@ class Outline:
 
     def judge(self, steps: list[int]) -> Timeline:
         """What running ``steps`` takes; ``InvalidScheduleError`` if it cannot be run."""
-        return judge(self, self.problem, steps)
+        return simulate_steps(self.problem, steps)
 
     def copies(self, timeline: Timeline) -> list[Copy]:
         """Every copy of every value, with the bytes it has in ``timeline``'s run."""
-        return copies_of(self, as_executed(self, self.problem, timeline.steps.tolist()), timeline)
+        return copies_of(self, self.problem.as_run(timeline.steps.tolist()), timeline)
 
     def readers(self, value: int, *, forward: bool) -> list[OutlineOp]:
         """The ops of the forward, or those behind it, that read ``value``."""
@@ -150,6 +151,7 @@ class Outline:
             OutlineValue(str(name), kind, k in final)
             for k, (name, kind) in enumerate(zip(v["name"], words_at(words, v["kind"]), strict=True))
         )
+        states = {k for op in ops if op.target == RNG_STATE for k in op.outputs}
         priced = zip(ops, o["seconds"], o["again_s"], o["workspace_bytes"], strict=True)
         problem = Problem(
             tuple(
@@ -157,7 +159,7 @@ class Outline:
                 for i, (op, seconds, again, scratch) in enumerate(priced)
             ),
             tuple(
-                Value(f"{k}:{value.name}", size, producer.get(k), value.final)
+                Value(f"{k}:{value.name}", size, producer.get(k), value.final, k in states)
                 for k, (value, size) in enumerate(zip(values, v["bytes"], strict=True))
             ),
             record["turn"],

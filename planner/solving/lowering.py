@@ -13,7 +13,8 @@ from typing import Literal, TypeVar
 from planner.costs.op_costs import Costs, Device, costs_of
 from planner.devices.state import allocation_grain, rounded_up
 from planner.graph.nodes import layer_of
-from planner.graph.training_graph import GraphOp, TrainingGraph
+from planner.graph.step_graph import RNG_STATE
+from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from solvers import Op, Problem, Schedule, Value
 
 __all__ = ["graph_costs", "lower", "steps_of"]
@@ -62,7 +63,13 @@ def lower(
     """
     grain = allocation_grain(graph.device) if grain is None else grain
     size = [rounded_up(v.bytes, grain) for v in graph.values]
-    values = tuple(Value(f"{i}:{v.name}", size[i], v.producer, v.final) for i, v in enumerate(graph.values))
+
+    def value(i: int, v: GraphValue) -> Value:
+        # A generator's state is read where a random op runs again, and dropped where none does.
+        state = v.producer is not None and graph.ops[v.producer].target == RNG_STATE
+        return Value(f"{i}:{v.name}", size[i], v.producer, v.final, state)
+
+    values = tuple(value(i, v) for i, v in enumerate(graph.values))
 
     def op(o: GraphOp) -> Op:
         seconds = 0.0 if o.node is None else costs.seconds[o.name]

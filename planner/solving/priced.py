@@ -197,7 +197,7 @@ class PricedStep:
 
     def execution(self, steps: list[int]) -> Execution:
         """What running ``steps`` takes on the device planned for."""
-        return execute(self.graph, self.problem, steps, self.memory.blocks, self.memory.margin_bytes)
+        return execute(self.problem, steps, self.memory.blocks, self.memory.margin_bytes)
 
     def played(self, schedule: Schedule) -> Execution:
         """:meth:`execution` of a solver's schedule."""
