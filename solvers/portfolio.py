@@ -16,8 +16,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 
 from solvers.baselines.simple import BASELINES
 from solvers.bounds import lower_bounds as bounds
@@ -73,14 +77,44 @@ START_SHARE = 0.5
 FIRST_STEP, LAST_STEP = 0.02, 5e-4
 
 
+class Programs:
+    """What the methods of one problem build, each when it is first asked for; of one search at a time."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    @cached_property
+    def relaxations(self) -> Relaxations:
+        """The staged programs."""
+        return Relaxations(self.problem)
+
+    @cached_property
+    def chains(self) -> Chains:
+        """The chain's tables."""
+        return Chains(self.problem)
+
+
 class Methods:
-    """The methods for one problem; what they build is kept for the next budget."""
+    """The methods for one problem; what they build is kept for the next budget.
+
+    A search takes the programs and gives them back when it ends.  One that is left behind when its time is
+    up still works on them, so the next search has programs of its own.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.layer = ops_per_layer(problem)
-        self._relaxations: Relaxations | None = None
-        self._chains: Chains | None = None
+        self._lock = threading.Lock()
+        self._kept: Programs | None = None
+
+    @contextmanager
+    def _programs(self) -> Iterator[Programs]:
+        """Programs that no other search works on; not given back by a search that fails."""
+        with self._lock:
+            taken, self._kept = self._kept or Programs(self.problem), None
+        yield taken
+        with self._lock:
+            self._kept = taken
 
     @property
     def splits(self) -> bool:
@@ -106,7 +140,8 @@ class Methods:
             bound = pool.submit(self._bound, run)
             if run.deadline == math.inf:
                 bound.result()
-            self.offer_plans(run, seed)
+            with self._programs() as programs:
+                self.offer_plans(run, programs, seed)
             self._search_locally(run, bound, seed)
             self._offer_greedy(run)
             bound.result()
@@ -141,20 +176,18 @@ class Methods:
                 schedule = BASELINES[name].run(self.problem, run.budget_bytes)
                 run.offer(schedule.steps(self.problem), name)
 
-    def offer_plans(self, run: Incumbent, seed: int) -> None:
+    def offer_plans(self, run: Incumbent, programs: Programs, seed: int) -> None:
         """Plans to start from, the cheapest to make first."""
         if self.splits:
-            self._relaxations = self._relaxations or Relaxations(self.problem)
-            self._relaxations.offer_plans(run, last=1, seed=seed)
+            programs.relaxations.offer_plans(run, last=1, seed=seed)
             if run.fits and run.recompute_s <= run.total_s:
-                self._relaxations.offer_plans(run, first=1, last=FIRST_CUTS, seed=seed)
+                programs.relaxations.offer_plans(run, first=1, last=FIRST_CUTS, seed=seed)
             if not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
-                self._chains = self._chains or Chains(self.problem)
-                self._chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+                programs.chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
             self._shave(run)
             # Relaxations that are far from a plan are the slowest to solve.
             if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:
-                self._relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
+                programs.relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
         if len(self.problem) <= GREEDY_OPS or not run.fits or run.recompute_s > run.total_s:
             self._offer_greedy(run)
 
@@ -255,8 +288,8 @@ class Methods:
                 proof.result()
             near = Incumbent(problem, floor.bytes, deadline=run.deadline)
             if self.splits and floor.open:
-                self._chains = self._chains or Chains(problem)
-                self._chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+                with self._programs() as programs:
+                    programs.chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
                 self._shave(near)
                 run.offer(near.lowest.steps, near.lowest.solver)
             # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.

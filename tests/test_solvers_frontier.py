@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from solvers import InfeasibleError, Op, Problem, Solution, Value, frontier, minimum_peak, simulate, solve
 from solvers.bounds import lower_bounds as bounds
+from solvers.core.incumbent import Incumbent
 from solvers.portfolio import Methods
+from solvers.staged import method as staged
+from solvers.staged.program import StagedProgram
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, from_seeds, least_peak, tense_problem, training_chain
 
@@ -209,3 +215,58 @@ def test_least_peak_of_larger_graphs_is_at_or_above_the_floor(larger: Answers) -
     for answer in answers.values():
         if isinstance(answer, InfeasibleError):
             assert answer.floor_bytes <= least.peak_bytes
+
+
+def left_behind(methods: Methods) -> int:
+    """A search that is not back by its limit; its budget."""
+    budget = round(0.6 * keep_all_peak(methods.problem))
+    assert solve(methods.problem, budget, time_limit_s=0.1, methods=methods).solve_seconds < 0.4
+    return budget
+
+
+def test_a_search_that_is_left_behind_does_not_share_what_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, cut = [], staged.Stages
+
+    def slowly(*args: Any) -> object:
+        begun.append(threading.get_ident())
+        time.sleep(0.5)
+        return cut(*args)
+
+    monkeypatch.setattr(staged, "Stages", slowly)
+    methods = Methods(random_training_graph(4, layers=6))
+    budget = left_behind(methods)
+    assert len(begun) == 1
+    assert solve(methods.problem, budget + 9, time_limit_s=20, methods=methods).fits
+    assert len(set(begun)) == 2
+
+
+def test_a_search_that_is_left_behind_does_not_share_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program is of one budget for as long as a search works on it."""
+    busy: list[object] = []
+    changed: list[float] = []
+    relax = staged._relax
+
+    def slowly(run: Incumbent, program: StagedProgram, seed: int) -> None:
+        busy.append(program)
+        before = program.budget_bytes
+        time.sleep(0.5)
+        if program.budget_bytes != before:
+            changed.append(before)
+        relax(run, program, seed)
+
+    monkeypatch.setattr(staged, "_relax", slowly)
+    methods = Methods(random_training_graph(4, layers=6))
+    budget = left_behind(methods)
+    assert len(busy) == 1
+    assert solve(methods.problem, budget + 9, time_limit_s=20, methods=methods).fits
+    assert len({*map(id, busy)}) == len(busy) > 1 and not changed
+
+
+def test_programs_are_kept_for_the_next_budget() -> None:
+    methods = Methods(random_training_graph(4, layers=6))
+    top = keep_all_peak(methods.problem)
+    kept = []
+    for share in (0.8, 0.6):
+        solve(methods.problem, share * top, time_limit_s=20, methods=methods)
+        kept.append(methods._kept)
+    assert kept[0] is kept[1] is not None

@@ -77,9 +77,9 @@ def test_never_worse_and_never_better_than_the_best(problem: Problem) -> None:
     low = least_peak(problem)[0]
     for budget in {low, (low + keep_all_peak(problem)) // 2}:
         run = Incumbent(problem, budget)
-        before = run.over
+        before = run.best.over
         shave.shave(run, range(len(problem)), deadline=math.inf)
-        assert run.over <= before
+        assert run.best.over <= before
         simulate(problem, Schedule.of(problem, run.steps))
         truth = best_seconds(problem, budget)
         assert truth is not None and (not run.fits or run.total_s + run.recompute_s >= truth[0] - 1e-9)
