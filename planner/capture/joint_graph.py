@@ -7,7 +7,7 @@ norms, attention, dropout and batch norm stay whole, and every kernel is the one
 
 Loss.  Three cases, decided here and carried on as which outputs are *differentiated*:
 
-* the model returns its loss (a scalar output, or a field called ``loss``): that is what is
+* the model returns its loss (:func:`planner.capture.outputs.loss_index`): that is what is
   differentiated; the gradient of any other output is undefined, as in ``out.loss.backward()``;
 * ``loss_fn`` is given: it is traced by itself from the model's outputs, and the outputs it reads
   are differentiated;

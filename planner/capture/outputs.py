@@ -1,10 +1,14 @@
-"""The model's output object with its tensors taken out, and which of them the step differentiates."""
+"""The model's output object with its tensors taken out, and which of them the step differentiates.
+
+The rule of which tensor is the loss stands here alone (:func:`loss_index`): a capture and a measurement of
+the same model differentiate the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from planner._compat import pytree
 from planner.errors import TraceError
 
-__all__ = ["Leaf", "OutputTemplate", "template_of"]
+__all__ = ["Leaf", "OutputTemplate", "loss_index", "loss_within", "register_dataclasses", "template_of"]
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,71 @@ def _names(tree: Any) -> list[str]:
     return named if len(named) == len(numbered) else numbered
 
 
+# The output's own field or key; any that is called so, however deep; any whose name ends so.
+_LOSSES = (
+    re.compile(r"output(\.loss|\['loss'\])"),
+    re.compile(r".*(\.loss|\['loss'\])"),
+    re.compile(r".*loss('\])?"),
+)
+
+
+def loss_index(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> int | None:
+    """Which tensor of a model's output is its loss; ``None``: all that require grad are differentiated.
+
+    Only a tensor of one element that requires grad can be.  Of those it is, in this order,
+
+    1. the output's own ``loss``, a field or a key;
+    2. the only one called ``loss`` at any depth, as in ``{"decoder": {"loss": ...}}``;
+    3. the only one whose name ends in ``loss``, as ``mask_loss``;
+    4. the only one there is, whatever its name.
+
+    Where several fit and none of the above decides (``(loss, loss * 2)``), none is *the* loss.  A loss that
+    was not reduced, or that was detached, is none either.
+
+    ``names``  place of each tensor as one would write it: ``output['loss']``, ``output.loss``, ``output[0]``.
+    """
+    able = [i for i, t in enumerate(tensors) if t.requires_grad and t.numel() == 1]
+    for pattern in _LOSSES:
+        named = [i for i in able if pattern.fullmatch(names[i])]
+        if len(named) == 1:
+            return named[0]
+    return able[0] if len(able) == 1 else None
+
+
+def loss_within(output: Any) -> torch.Tensor | None:
+    """The tensor of ``output`` that is its loss, by :func:`loss_index`.
+
+    Also of what a graph cannot carry: mappings that pytree does not know are read by key, of any other object
+    ``loss`` is all that is seen.
+    """
+    if isinstance(output, Mapping):
+        output = dict(output)
+    register_dataclasses(output)
+    flat = pytree.tree_leaves(output)
+    if len(flat) == 1 and flat[0] is output and not isinstance(output, torch.Tensor):
+        return loss_within({"loss": getattr(output, "loss", None)})
+    found = [(n, t) for n, t in zip(_places(output), flat, strict=True) if isinstance(t, torch.Tensor)]
+    index = loss_index([n for n, _ in found], [t for _, t in found])
+    return None if index is None else found[index][1]
+
+
+def _places(output: Any) -> list[str]:
+    return ["output" + name for name in _names(output)]
+
+
 def template_of(
     model_name: str, output: Any, used: frozenset[int] | None
 ) -> tuple[OutputTemplate, list[torch.Tensor]]:
     """The template of ``output``, and its tensors.
 
-    ``used``: indices of the tensors that are differentiated; ``None``: the loss if there is one, else
-    all that require grad.  Raises ``TraceError`` for an object that no graph can carry.
+    ``used``: indices of the tensors that are differentiated; ``None``: the loss if there is one
+    (:func:`loss_index`), else all that require grad.
+
+    Raises ``TraceError`` for an object that no graph can carry.
     """
     register_dataclasses(output)
     flat, spec = pytree.tree_flatten(output)
-    names = ["output" + name for name in _names(output)]
+    names = _places(output)
     for name, leaf in zip(names, flat, strict=True):
         if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
             raise TraceError(
@@ -93,18 +151,13 @@ def template_of(
     tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
     labels = [name for name, t in zip(names, is_tensor, strict=True) if t]
     tracked = [t.requires_grad for t in tensors]
+    loss = loss_index(labels, tensors) if used is None else None
     if used is not None:
         chosen = [i in used for i in range(len(tensors))]
+    elif loss is not None:
+        chosen = [i == loss for i in range(len(tensors))]
     else:
-        scalar = [g and t.numel() == 1 for g, t in zip(tracked, tensors, strict=True)]
-        named = [s and label.strip("[]'.").endswith("loss") for s, label in zip(scalar, labels, strict=True)]
-        if sum(named) > 1:
-            named = [
-                n and re.search(r"\W'?loss'?\W*$", label) is not None
-                for n, label in zip(named, labels, strict=True)
-            ]
-        is_loss = named if any(named) else scalar if sum(scalar) == 1 else [False] * len(tensors)
-        chosen = is_loss if any(is_loss) else tracked
+        chosen = tracked
     leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))
     constants = tuple(None if t else leaf for t, leaf in zip(is_tensor, flat, strict=True))
     return OutputTemplate(spec, tuple(is_tensor), constants, leaves), tensors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from planner._compat import pytree
 from planner.capture import inputs as inputs_module
-from planner.capture.outputs import register_dataclasses
+from planner.capture.outputs import loss_within, register_dataclasses
 from planner.errors import PlannerError
 
 __all__ = [
@@ -54,9 +54,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
     """The scalar a step differentiates, or ``None`` when it differentiates the outputs themselves.
 
-    In this order: ``loss_fn(outputs)``; ``outputs.loss`` or ``outputs["loss"]``; the output itself,
-    or the only one of several, that has one element and requires grad.  Raises TypeError if
-    ``loss_fn`` gives no one-element tensor.
+    ``loss_fn(outputs)``; without one, what :func:`planner.capture.outputs.loss_index` says of the outputs,
+    which is the rule that a capture goes by.  Raises TypeError if ``loss_fn`` gives no one-element tensor.
     """
     if loss_fn is not None:
         loss = loss_fn(outputs)
@@ -64,11 +63,7 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
         return loss
-    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if isinstance(found, Tensor):
-        return found
-    scalars = [t for t in tensors_in(outputs) if t.requires_grad and t.numel() == 1]
-    return scalars[0] if len(scalars) == 1 else None
+    return loss_within(outputs)
 
 
 def call(target: Callable[..., Any], inputs: Inputs) -> Any:
