@@ -33,10 +33,12 @@ from torch import fx, nn
 
 from planner import _compat
 from planner._compat import descriptors, pytree
+from planner.capture import meta
 from planner.capture.effects import Effects, attributes_kept, original_forward, settled, tensors_kept
 from planner.capture.fakes import fake_inputs, fake_of
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import OutputTemplate, template_of
+from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate
 from planner.errors import PlannerError, TraceError
@@ -77,8 +79,8 @@ class Traced:
         if fixed:
             storage_bytes = {}
             for node in nodes.values():
-                if "size" in node.meta:
-                    node.meta["size"] = node.meta["val"]
+                if meta.size(node) is not None:
+                    meta.note_size(node, meta.value(node))
 
         moved = {
             f.name: {key: nodes[node] for key, node in getattr(self, f.name).items()}
@@ -86,6 +88,23 @@ class Traced:
             if f.name not in ("module", "storage_bytes")
         }
         return Traced(module, **moved, storage_bytes=storage_bytes)
+
+    def function(self, name: str) -> str:
+        """The graph as the Python function ``name`` of its placeholders and constants; imports above it."""
+        kinds = {n: f"parameter {k}" for k, n in self.parameters.items()}
+        kinds |= {n: f"buffer {k}" for k, n in self.buffers.items()}
+        kinds |= {n: f"input {k}" for k, n in self.inputs.items()}
+        kinds |= {n: f"tangent {k}" for k, n in self.tangents.items()}
+        nodes = list(self.module.graph.nodes)
+        given = {
+            n: kinds.get(n, f"constant {n.target}") for n in nodes if n.op in ("placeholder", "get_attr")
+        }
+        results = {
+            "outputs": [self.outputs[i] for i in sorted(self.outputs)],
+            "buffers": self.mutations,
+            "gradients": self.gradients | {str(i): n for i, n in self.input_gradients.items()},
+        }
+        return code_of(name, given, [n for n in nodes if n.op == "call_function"], results)
 
     def __repr__(self) -> str:
         return (
@@ -115,7 +134,6 @@ class JointGraph:
     in_spec: Any
     inputs: Inputs
     sees_loss: bool
-    module_types: dict[str, str] = field(default_factory=dict)
     sizes: Sizes | None = None
     symbolic: Traced | None = None
     loss_at: Callable[[Inputs], Traced] | None = None
@@ -132,6 +150,17 @@ class JointGraph:
         if fixed:
             return replace(self, step=step, loss=loss, inputs=inputs, sizes=None, symbolic=None)
         return replace(self, step=step, loss=loss, inputs=inputs)
+
+    @property
+    def code(self) -> str:
+        """Python that runs: ``step`` (and ``loss``) on tensors, as captured."""
+        functions = [self.step.function("step")]
+        if self.loss is not None:
+            functions.append(self.loss.function("loss"))
+        return headed([repr(self)], *functions)
+
+    def __str__(self) -> str:
+        return self.code
 
     def __repr__(self) -> str:
         return f"JointGraph(step={self.step!r}, loss={self.loss!r}, outputs={len(self.template.leaves)})"
@@ -189,10 +218,9 @@ def capture(
         loss_fn is None
         and used is None
         and len(chosen) == 1
-        and traced.outputs[chosen[0]].meta["val"].numel() == 1
+        and meta.tensor(traced.outputs[chosen[0]]).numel() == 1
     )
-    types = {name: type(m).__name__ for name, m in model.named_modules()}
-    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, types)
+    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss)
     if sizes is None:
         return joint
     with explained(model, found):
@@ -354,7 +382,7 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
     d = descriptors
     out = Traced(module, {}, {}, {}, {}, {}, {}, {}, {})
     for node in module.graph.find_nodes(op="placeholder"):
-        desc = node.meta["desc"]
+        desc = meta.description(node)
         if isinstance(desc, d.ParamAOTInput):
             out.parameters[names[desc.target]] = node
         elif isinstance(desc, d.BufferAOTInput):
@@ -373,8 +401,8 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
         else:
             raise TraceError(f"the capture made an input this version does not know: {desc}")
     (output,) = module.graph.find_nodes(op="output")
-    own = sum(isinstance(desc, d.PlainAOTOutput) for desc in output.meta["desc"]) - len(rebound)
-    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):
+    own = sum(isinstance(desc, d.PlainAOTOutput) for desc in meta.description(output)) - len(rebound)
+    for node, desc in zip(output.args[0], meta.description(output), strict=True):
         if node is None:
             continue
         if isinstance(desc, d.PlainAOTOutput):
@@ -402,7 +430,7 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
 
 @contextlib.contextmanager
 def _module_paths(model: nn.Module) -> Iterator[None]:
-    """Leave the path of the running module in each node's ``meta["custom"]["module"]``."""
+    """Leave the path of the running module in each node; see :func:`planner.capture.meta.module`."""
     paths = {id(module): name for name, module in model.named_modules()}
     open_contexts: list[contextlib.AbstractContextManager[None]] = []
 

@@ -23,6 +23,7 @@ from torch import fx
 
 from planner import _compat
 from planner._compat import FakeTensor, FakeTensorMode, pytree
+from planner.capture import meta
 from planner.capture.inputs import Inputs
 
 __all__ = ["Dims", "Dynamic", "Sizes", "evaluate", "varying_dims"]
@@ -156,20 +157,20 @@ def evaluate(
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node], dict[int, Any]]:
     """A copy of a symbolic graph at the given sizes, its nodes by those of ``module``, and storage bytes.
 
-    A tensor's ``meta["val"]`` has numbers for sizes and ``meta["symbolic"]`` what it had before; a size
-    has its number in ``meta["val"]`` and its expression in ``meta["size"]``.  The last result gives, by
+    A tensor's :func:`~planner.capture.meta.value` has numbers for sizes and ``symbolic`` what it had before;
+    a size has its number in ``value`` and its expression in ``size``.  The last result gives, by
     storage, the expression of its bytes where that is not a number.
     """
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(module.graph, nodes) or ())
     evaluation = _Evaluation(values)
     for old, new in nodes.items():
-        value = old.meta.get("val")
-        new.meta["val"] = pytree.tree_map(evaluation, value)
+        value = meta.value(old)
+        meta.set_value(new, pytree.tree_map(evaluation, value))
         if isinstance(value, (torch.Tensor, tuple, list)):
-            new.meta["symbolic"] = value
+            meta.note_symbolic(new, value)
         elif isinstance(value, torch.SymInt):
-            new.meta["size"] = _compat.expression_of(value)
+            meta.note_size(new, _compat.expression_of(value))
     return fx.GraphModule(module, graph), nodes, evaluation.storage_bytes
 
 

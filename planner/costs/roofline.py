@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner._compat import pytree, size_hint, storage_key, writes_arguments
+from planner.capture import meta
 from planner.devices.state import DEVICES, Device
 from planner.graph import kernels
 from planner.measure.peaks import FLOP_FORMULAS
@@ -34,7 +35,7 @@ aten = torch.ops.aten
 
 def value_of(node: fx.Node) -> Any:
     """The fake value of ``node``; None if it has none."""
-    return node.meta.get("val")
+    return meta.value(node)
 
 
 def packet_of(node: fx.Node) -> Any:

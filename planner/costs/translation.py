@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from planner._compat import size_hint
+from planner.capture import meta
 from planner.devices.state import Device
 from planner.graph.nodes import tensors_of
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
@@ -37,7 +38,7 @@ def _tensor(node: fx.Node, index: int) -> torch.Tensor:
     """The fake value of an argument."""
     source = node.args[index]
     assert isinstance(source, fx.Node)
-    value: torch.Tensor = source.meta["val"]
+    value: torch.Tensor = meta.tensor(source)
     return value
 
 

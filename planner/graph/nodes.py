@@ -10,14 +10,34 @@ import torch
 from torch import fx
 
 from planner import _compat
+from planner.capture import meta
 from planner.graph import kernels
+
+__all__ = [
+    "argument",
+    "changes_nothing",
+    "first_tensor",
+    "ignores_running_stats",
+    "is_check",
+    "is_mutation",
+    "is_random",
+    "keeps_unreduced",
+    "last_of",
+    "layer_of",
+    "output_mask",
+    "readers_of",
+    "roots_of",
+    "same_layout",
+    "spare_bytes",
+    "tensors_of",
+]
 
 aten = torch.ops.aten
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors a node makes, ``None``s and numbers left out, in order."""
-    value = node.meta.get("val")
+    value = meta.value(node)
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
@@ -34,6 +54,7 @@ def output_mask(node: fx.Node, length: int) -> list[bool]:
 
 
 def first_tensor(node: fx.Node) -> torch.Tensor:
+    """The first of :func:`tensors_of`; ``IndexError`` if the node makes none."""
     return tensors_of(node)[0]
 
 
@@ -54,7 +75,7 @@ def keeps_unreduced(node: fx.Node) -> fx.Node | None:
     if argument(node, "reduction") == 0:
         return None
     a, b = node.all_input_nodes[0], node.all_input_nodes[-1]
-    return max(a, b, key=lambda n: n.meta["val"].numel())
+    return max(a, b, key=lambda n: meta.tensor(n).numel())
 
 
 def spare_bytes(node: fx.Node) -> int:
@@ -62,7 +83,7 @@ def spare_bytes(node: fx.Node) -> int:
     bag = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
     if not isinstance(bag, fx.Node) or bag.target is not aten._embedding_bag.default:
         return 0
-    made = node.meta["val"]
+    made = meta.tensor(node)
     return made.element_size() if made.device.type == "cpu" and made.numel() else 0
 
 
@@ -93,11 +114,6 @@ def is_mutation(node: fx.Node) -> bool:
     return _compat.writes_arguments(node.target)
 
 
-def module_of(node: fx.Node) -> str | None:
-    """Path of the module whose forward made the node (a backward node has its forward's)."""
-    return (node.meta.get("custom") or {}).get("module")
-
-
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)|^(\d+)(?:\.|$)")
 
 
@@ -111,15 +127,16 @@ _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
 def changes_nothing(node: fx.Node) -> bool:
+    """Whether the result is the first argument: an alias, or a view of the same layout at any sizes."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target in _ALIASES:
         return True
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    before, after = meta.value(node.args[0]), meta.value(node)
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)) or is_mutation(node):
         return False
     return _compat.storage_key(before) == _compat.storage_key(after) and _same_view(
-        node.args[0].meta.get("symbolic", before), node.meta.get("symbolic", after)
+        meta.symbolic(node.args[0]), meta.symbolic(node)
     )
 
 
@@ -136,6 +153,7 @@ def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def same_layout(grad: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """Whether a gradient has the dtype and strides that autograd gives one of ``leaf``."""
     if grad.dtype != leaf.dtype:
         return False
     pairs = zip(grad.shape, grad.stride(), torch.empty_like(leaf).stride(), strict=True)
@@ -153,7 +171,7 @@ def last_of(node: fx.Node) -> fx.Node:
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
     """Calls that read the node's storage, directly or through views."""
-    key = _compat.storage_key(node.meta["val"])
+    key = _compat.storage_key(meta.tensor(node))
     out: list[fx.Node] = []
     stack = list(node.users)
     while stack:
@@ -179,7 +197,7 @@ def ignores_running_stats(node: fx.Node) -> bool:
 
 def roots_of(node: fx.Node) -> dict[int, fx.Node]:
     """For a call with several outputs: tensor position -> its ``getitem``."""
-    value: Any = node.meta.get("val")
+    value: Any = meta.value(node)
     if isinstance(value, torch.Tensor):
         return {0: node}
     made = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,19 +18,11 @@ import torch
 from torch import fx
 
 from planner import _compat
-from planner.capture.joint_graph import JointGraph, Traced
+from planner.capture import meta
+from planner.capture.joint_graph import JointGraph
 from planner.graph import kernels
-from planner.graph.nodes import (
-    is_check,
-    is_mutation,
-    keeps_unreduced,
-    module_of,
-    roots_of,
-    spare_bytes,
-    tensors_of,
-)
-from planner.graph.normalize import Normalized, normalize
-from planner.graph.passes.inplace import write_in_place
+from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
+from planner.graph.normalize import Ordered, normalize
 
 __all__ = ["KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -46,7 +38,6 @@ KINDS = (
     "backward",
     "loss",
 )
-SOURCES = ("parameter", "buffer", "input", "constant", "tangent")
 
 
 @dataclass(frozen=True)
@@ -133,37 +124,29 @@ class TrainingGraph:
             f"{len(self.values)} storages, {made} bytes made)"
         )
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Total bytes of all storages by kind."""
-        out = dict.fromkeys(KINDS, 0)
-        for value in self.values:
-            out[value.kind] += value.bytes
-        return out
-
 
 def training_graph(joint: JointGraph) -> TrainingGraph:
     """Restate ``joint`` as ops and storages.
 
     Raises ``TraceError`` if an output or a buffer depends on output gradients.
     """
-    step = normalize(joint.step)
-    forward, backward = step.order()
-    write_in_place(backward, {*step.gradients.values(), *step.outputs})
-    table = _Table(step.device(), step.storage_bytes)
+    normalized = normalize(joint)
+    step = normalized.step
+    table = _Table(step.device, step.storage_bytes)
     for node, (kind, name) in step.sources.items():
         table.add_source(node, kind, str(name))
-    for node in forward:
+    for node in step.forward:
         table.add_call(node, "forward", step.pinned)
     loss_tensors: tuple[torch.Tensor, ...] = ()
-    if joint.loss is not None:
-        loss_tensors = _splice_loss(step, table, joint.loss)
+    if normalized.loss is not None:
+        loss_tensors = _splice_loss(step, table, normalized.loss)
         turn = next(i for i, op in enumerate(table.ops) if op.node is None)
     else:
         turn = len(table.ops)
         if joint.sees_loss:
             ((_, tangent),) = step.tangents.items()
             table.add_seed(tangent)
-    for node in backward:
+    for node in step.backward:
         table.add_call(node, "backward", step.pinned)
     table.hold_together(step.tangents.values())
     for node in step.outputs:
@@ -177,7 +160,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         step.graph,
         table.value_of,
         step.sources,
-        tuple(step.outputs),
+        step.outputs,
         step.gradients,
         step.tangents,
         step.constants,
@@ -186,40 +169,38 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
     )
 
 
-def _splice_loss(step: Normalized, table: _Table, loss: Traced) -> tuple[torch.Tensor, ...]:
+def _splice_loss(step: Ordered, table: _Table, loss: Ordered) -> tuple[torch.Tensor, ...]:
     """``loss_fn`` runs in eager between the model's forward and backward; its ops never run again.
 
     Returns the tensors that it holds itself.
     """
-    inner = Normalized(loss)
-    for source, (kind, name) in inner.sources.items():
+    for source, (kind, name) in loss.sources.items():
         if kind == "input":
             table.alias(source, step.outputs[int(name)])
         elif kind != "tangent":
             table.add_source(source, kind, f"loss/{name}")
-    forward, backward = inner.order()
-    for node in forward:
+    for node in loss.forward:
         table.add_call(node, "loss", None, prefix="loss/")
-    ((_, seed),) = inner.tangents.items()
+    ((_, seed),) = loss.tangents.items()
     table.add_seed(seed)
-    for node in inner.outputs:
+    for node in loss.outputs:
         table.hold(node, "output")
-    for _, formula in itertools.groupby(backward, lambda node: node.meta.get("seq_nr")):
+    for _, formula in itertools.groupby(loss.backward, meta.formula):
         first = len(table.ops)
         for node in formula:
             table.add_call(node, "loss", None, prefix="loss/")
         table.hold_through(first)
     for index, tangent in step.tangents.items():
-        gradient = inner.gradients.get(index)
+        gradient = loss.gradients.get(index)
         if gradient is not None:
             table.alias(tangent, gradient)
-    return tuple(inner.constants.values())
+    return tuple(loss.constants.values())
 
 
 class _Table:
     """Numbers for storages and ops while they are being collected."""
 
-    def __init__(self, device: torch.device, storage_bytes: dict[int, Any]) -> None:
+    def __init__(self, device: torch.device, storage_bytes: Mapping[int, Any]) -> None:
         self.device = device
         self.storage_bytes = dict(storage_bytes)
         self.ops: list[GraphOp] = []
@@ -240,13 +221,13 @@ class _Table:
         symbolic = self._symbolic_bytes(key, root) if here else None
         like = keeps_unreduced(root) if here else None
         if like is not None:
-            whole = like.meta["val"]
+            whole = meta.tensor(like)
             counted = whole.numel() * tensor.element_size()
             dense = whole.untyped_storage().nbytes() == counted
             symbolic = self.storage_bytes.get(_compat.storage_key(whole)) if dense else None
         spare = spare_bytes(root) if here else 0
         counted, symbolic = counted + spare, None if symbolic is None else symbolic + spare
-        module = module_of(root) or self._module
+        module = meta.module(root) or self._module
         self.values.append(GraphValue(name, counted, kind, producer, root, module=module, symbolic=symbolic))
         return index
 
@@ -255,11 +236,11 @@ class _Table:
         if key not in self.storage_bytes and root.target is kernels.gradient_like:
             leaf = root.args[1]
             assert isinstance(leaf, fx.Node)
-            key = _compat.storage_key(leaf.meta["val"])
+            key = _compat.storage_key(meta.tensor(leaf))
         return self.storage_bytes.get(key)
 
     def add_source(self, node: fx.Node, kind: str, name: str) -> None:
-        tensor = node.meta["val"]
+        tensor = meta.value(node)
         if not isinstance(tensor, torch.Tensor):
             return
         if kind != "constant" and _compat.storage_key(tensor) in self._by_storage:
@@ -269,7 +250,7 @@ class _Table:
 
     def add_seed(self, tangent: fx.Node) -> None:
         """The ones that ``loss.backward()`` starts from; alive until it returns."""
-        tensor = tangent.meta["val"]
+        tensor = meta.tensor(tangent)
         if tangent in self.value_of:
             old = self.value_of[tangent]
             self.values[old] = GraphValue("", 0, "tangent", None, None)
@@ -300,23 +281,25 @@ class _Table:
         if old is not None:
             self.values[old] = GraphValue("", 0, self.values[old].kind, None, None)
         self.value_of[node] = self.value_of[other]
-        self._by_storage[_compat.storage_key(node.meta["val"])] = self.value_of[other]
-        self._keep.append(node.meta["val"])
+        self._by_storage[_compat.storage_key(meta.tensor(node))] = self.value_of[other]
+        self._keep.append(meta.tensor(node))
 
-    def add_call(self, node: fx.Node, phase: str, pinned: set[fx.Node] | None, prefix: str = "") -> None:
+    def add_call(
+        self, node: fx.Node, phase: str, pinned: Collection[fx.Node] | None, prefix: str = ""
+    ) -> None:
         """Number the storages ``node`` makes; one that makes none, changes none and checks none is a view."""
-        module = module_of(node)
+        module = meta.module(node)
         self._module = self._module if module is None else module
-        over = node.meta.get("over")
+        over = meta.over(node)
         if over is not None:  # the fake result, and every view of it, has a storage of its own
-            self._by_storage[_compat.storage_key(node.meta["val"])] = self.value_of[over]
-            self._keep.append(node.meta["val"])
+            self._by_storage[_compat.storage_key(meta.tensor(node))] = self.value_of[over]
+            self._keep.append(meta.tensor(node))
         tensors = tensors_of(node)
         fresh = [t for t in tensors if _compat.storage_key(t) not in self._by_storage]  # storages new here
         mutates = is_mutation(node)
         if node.target is operator.getitem or not (fresh or mutates or is_check(node)):
-            if isinstance(node.meta.get("val"), torch.Tensor):
-                self.value_of[node] = self._by_storage[_compat.storage_key(node.meta["val"])]
+            if isinstance(meta.value(node), torch.Tensor):
+                self.value_of[node] = self._by_storage[_compat.storage_key(meta.tensor(node))]
             return
         producer = len(self.ops)
         reads = tuple(dict.fromkeys(v for n in node.all_input_nodes for v in self._values_of(n)))
@@ -328,9 +311,9 @@ class _Table:
                 continue
             root = root_of.get(i, node)
             outputs.append(self._value(tensor, prefix + root.name, kind, producer, root))
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            self.value_of[node] = self._by_storage[_compat.storage_key(node.meta["val"])]
-        draw = node.meta.get("draw")
+        if isinstance(meta.value(node), torch.Tensor):
+            self.value_of[node] = self._by_storage[_compat.storage_key(meta.tensor(node))]
+        draw = meta.draw(node)
         self.ops.append(
             GraphOp(
                 prefix + node.name,
@@ -342,7 +325,7 @@ class _Table:
                 recomputable=pinned is not None
                 and node not in pinned
                 and not is_check(node)
-                and (not mutates or "again" in node.meta),
+                and (not mutates or meta.again(node) is not None),
                 fused_with_previous=draw is not None,
             )
         )
@@ -351,7 +334,7 @@ class _Table:
             self.ops[drawn] = replace(self.ops[drawn], workspace=outputs[0])
 
     def _state(self, node: fx.Node) -> tuple[int, ...]:
-        state = node.meta.get("rng_state")
+        state = meta.rng_state(node)
         return () if state is None else (self.value_of[state],)
 
     def _values_of(self, node: fx.Node) -> list[int]:

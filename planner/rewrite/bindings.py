@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from planner._compat import OpOverload, TorchDispatchMode, modes_set_aside, pytree, size_hint
+from planner.capture import meta
 
 __all__ = ["bind"]
 
@@ -53,7 +54,7 @@ def bind(graph: fx.Graph) -> None:
 
 
 def _is_tensor(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+    return isinstance(argument, fx.Node) and isinstance(meta.value(argument), torch.Tensor)
 
 
 def _binding_of(node: fx.Node) -> Callable[..., Any]:
@@ -81,14 +82,14 @@ def _kind(leaf: Any) -> object:
     """All that a binding's choice of overload looks at."""
     if not isinstance(leaf, fx.Node):
         return type(leaf)
-    value = leaf.meta.get("val")
+    value = meta.value(leaf)
     return ("tensor", value.dim() == 0) if isinstance(value, torch.Tensor) else int
 
 
 def _stand_in(leaf: Any) -> Any:
     if not isinstance(leaf, fx.Node):
         return leaf
-    value = leaf.meta.get("val")
+    value = meta.value(leaf)
     if not isinstance(value, torch.Tensor):
         return 1 if value is None else size_hint(value)
     sizes, strides = [*map(size_hint, value.shape)], [*map(size_hint, value.stride())]

@@ -23,8 +23,9 @@ import torch
 from torch import fx
 
 from planner._compat import BoxedCodeGen
+from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.nodes import layer_of, module_of
+from planner.graph.nodes import layer_of
 from planner.graph.step_graph import replayed_states
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.bindings import bind
@@ -193,13 +194,13 @@ class _Writer:
         assert node is not None
         again = index in self.ran
         self.ran.add(index)
-        drawn: fx.Node | None = node.meta.get("draw")
+        drawn = meta.draw(node)
         just_drawn = previous is not None and self.source.ops[previous].node is drawn
         if drawn is not None and just_drawn and drawn in self.current:
             call = self._call(operator.getitem, (self.current[drawn], 0), {}, node, again)
-        elif again and "rng_state" in node.meta:
+        elif again and (noted := meta.rng_state(node)) is not None:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
-            state = self.operand(node.meta["rng_state"])
+            state = self.operand(noted)
             device = str(self.source.device)
             if node.target is kernels.dropout_mask:  # as an argument, generated code could not name it
                 call = self._call(kernels.dropout_mask_again, (state, device, *args), kwargs, node, again)
@@ -207,13 +208,13 @@ class _Writer:
                 call = self._call(kernels.replay, (state, device, node.target, *args), kwargs, node, again)
         elif node.target is kernels.rng_state and index not in self.replayed:
             return
-        elif again and "again" in node.meta:
-            target, args = node.meta["again"]
+        elif again and (other := meta.again(node)) is not None:
+            target, args = other
             call = self._call(target, fx.map_arg(args, self.operand), {}, node, again)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
             call = self._call(node.target, args, kwargs, node, again)
-        call.meta = {**node.meta, "recompute": again}
+        meta.note_recompute(call, again, node)
         self.current[node] = call
         for user in node.users:
             if user.target is operator.getitem:
@@ -345,7 +346,7 @@ def _cuts(
         later_gradients[i] = later_gradients[i + 1] + (calls[i] in gradients)
     for i, node in enumerate(calls[:-1], start=1):
         have += size.get(node, 0)
-        layer_ends = layer_of(module_of(calls[i]) or "") != layer_of(module_of(node) or "")
+        layer_ends = layer_of(meta.module(calls[i]) or "") != layer_of(meta.module(node) or "")
         due = (i >= free and len(starts) == 1) or (have >= quota and layer_ends and i > free)
         if due and later_gradients[i] and calls[i].target is not operator.getitem:
             starts.append(i)
@@ -362,7 +363,7 @@ def _transposed_twice(node: fx.Node) -> fx.Node | None:
 
 
 def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
+    value = meta.value(node)
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 

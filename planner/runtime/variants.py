@@ -36,6 +36,7 @@ from torch import nn
 
 from planner import _compat
 from planner._compat import pytree
+from planner.capture import meta
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, LossFn
 from planner.capture.symbolic import Captures
@@ -130,9 +131,7 @@ class Variant:
         )
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols
-        expressions = {
-            key: node.meta["size"] for node, (kind, key) in graph.sources.items() if kind == "size"
-        }
+        expressions = {key: meta.size(node) for node, (kind, key) in graph.sources.items() if kind == "size"}
         self._arguments = [Argument("size", str(key)) for key in expressions]
         self._sizes = _compat.compiled(list(expressions.values()), symbols)
         self.storage_bytes = _storage_bytes(graph, symbols)

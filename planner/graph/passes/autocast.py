@@ -13,41 +13,41 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
 from planner import _compat
+from planner.capture import meta
+from planner.graph.draft import Did, Draft
 
-__all__ = ["share_weight_casts"]
+__all__ = ["cast_weights_once"]
 
 aten = torch.ops.aten
 
 
-def share_weight_casts(
-    graph: fx.Graph, parameters: Iterable[fx.Node], gradient_of: dict[fx.Node, fx.Node]
-) -> dict[fx.Node, fx.Node]:
-    """Merge each parameter's casts under autocast; returns the gradient nodes that changed, old -> new.
-
-    ``gradient_of``  gradient node by parameter node.
-    """
+def cast_weights_once(draft: Draft) -> Did:
+    """Merge each weight's casts under autocast; runs under the autocast state of the capture."""
     replaced: dict[fx.Node, fx.Node] = {}
-    for parameter in parameters:
-        low = _autocast_dtype(parameter.meta["val"].device)
+    merged = 0
+    for parameter, (kind, name) in draft.sources.items():
+        if kind != "parameter":
+            continue
+        low = _autocast_dtype(meta.tensor(parameter).device)
         casts = [n for n in parameter.users if _is_cast(n, low)]
         if low is None or len(casts) < 2:
             continue
         for other in casts[1:]:
             other.replace_all_uses_with(casts[0])
-            graph.erase_node(other)
-        gradient = gradient_of.get(parameter)
-        if gradient is not None:
-            new = _summed_low(graph, gradient, low)
-            if new is not None:
-                gradient.replace_all_uses_with(new)
-                replaced[gradient] = new
-    return replaced
+            draft.graph.erase_node(other)
+        merged += len(casts) - 1
+        gradient = draft.gradients.get(name)
+        new = None if gradient is None else _summed_low(draft.graph, gradient, low)
+        if gradient is not None and new is not None:
+            gradient.replace_all_uses_with(new)
+            replaced[gradient] = new
+    draft.gradients = {name: replaced.get(node, node) for name, node in draft.gradients.items()}
+    draft.sweep()
+    return {"casts merged": merged}
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -62,7 +62,7 @@ def _summed_low(graph: fx.Graph, gradient: fx.Node, low: torch.dtype) -> fx.Node
     """``gradient``, a sum of casts and other terms, with the terms that were cast added before one cast."""
     terms = _terms(gradient)
     below = {n: n.all_input_nodes[0] for n in terms if n.target is aten._to_copy.default}
-    cast = [n for n in terms if n in below and below[n].meta["val"].dtype == low]
+    cast = [n for n in terms if n in below and meta.tensor(below[n]).dtype == low]
     if len(cast) < 2:
         return None
     total = below[cast[0]]
@@ -70,7 +70,7 @@ def _summed_low(graph: fx.Graph, gradient: fx.Node, low: torch.dtype) -> fx.Node
         total = _add(graph, total, below[term])
     with graph.inserting_after(total):
         back = graph.call_function(aten._to_copy.default, (total,), dict(cast[0].kwargs))
-    back.meta = dict(cast[0].meta)
+    meta.describe(back, meta.value(cast[0]), cast[0])
     rest = [n for n in terms if n not in cast]
     if not rest:
         return back
@@ -95,6 +95,6 @@ def _add(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
     later = max(a, b, key=order.__getitem__)
     with graph.inserting_after(later):
         node = graph.call_function(aten.add.Tensor, (a, b))
-    with _compat.fake_mode_of(a.meta["val"]):
-        node.meta = {**later.meta, "val": torch.empty_like(a.meta["val"])}
+    with _compat.fake_mode_of(meta.tensor(a)):
+        meta.describe(node, torch.empty_like(meta.tensor(a)), later)
     return node

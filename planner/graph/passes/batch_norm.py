@@ -29,7 +29,9 @@ import torch
 from torch import fx
 
 from planner import _compat
+from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.draft import Did, Draft
 from planner.graph.nodes import last_of
 
 __all__ = ["as_eager"]
@@ -50,8 +52,9 @@ _ARGUMENTS: Mapping[Any, Callable[..., tuple[Any, ...]]] = MappingProxyType(
 )
 
 
-def as_eager(graph: fx.Graph) -> None:
+def as_eager(draft: Draft) -> Did:
     """Call cuDNN's batch norm, forward and backward, wherever eager would."""
+    graph = draft.graph
     reserves: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target in _ARGUMENTS:
@@ -63,10 +66,11 @@ def as_eager(graph: fx.Graph) -> None:
             saved: Any = node.args[5]
             if saved.args[0] in reserves:
                 _backward(graph, node, saved.args[0], reserves[saved.args[0]])
+    return {"batch norms": len(reserves)}
 
 
 def _value(source: Any) -> torch.Tensor | None:
-    return source.meta["val"] if isinstance(source, fx.Node) else None
+    return meta.tensor(source) if isinstance(source, fx.Node) else None
 
 
 def _forward(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
@@ -74,8 +78,8 @@ def _forward(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
     x, training = args[0], args[5]
     with graph.inserting_before(node):
         args = (_dense(graph, x, None), *args[1:])
-    fake: torch.Tensor = x.meta["val"]
-    made = node.meta["val"]
+    fake: torch.Tensor = meta.tensor(x)
+    made = meta.value(node)
     count = _compat.batch_norm_reserve_bytes(fake, training)
     with _compat.fake_mode_of(fake):
         reserve = torch.empty(count, dtype=torch.uint8, device=fake.device)
@@ -86,14 +90,14 @@ def _forward(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...]) -> fx.Node:
     else:
         node.target = aten.cudnn_batch_norm.default
         if training:
-            node.meta["again"] = (node.target, (*args[:3], None, None, *args[5:]))
+            meta.note_again(node, node.target, (*args[:3], None, None, *args[5:]))
     node.args = args
-    node.meta = {**node.meta, "val": (*made, reserve)}
+    meta.describe(node, (*made, reserve), node)
     for part in node.users:
-        part.meta["val"] = node.meta["val"][part.args[1]]
+        meta.set_value(part, meta.value(node)[part.args[1]])
     with graph.inserting_after(last_of(node)):
         found = graph.call_function(operator.getitem, (node, len(made)))
-    found.meta = {**node.meta, "val": reserve}
+    meta.describe(found, reserve, node)
     return found
 
 
@@ -103,27 +107,27 @@ def _backward(graph: fx.Graph, node: fx.Node, forward: fx.Node, reserve: fx.Node
     x: Any = forward.args[0]
     with graph.inserting_before(node):
         gradient = _dense(graph, gradient, x)
-    made = node.meta["val"]
+    made = meta.value(node)
     likes = (x, weight, weight)
-    with _compat.fake_mode_of(x.meta["val"]):
+    with _compat.fake_mode_of(meta.tensor(x)):
         made = tuple(
-            t if isinstance(t, torch.Tensor) else torch.empty_like(like.meta["val"])
+            t if isinstance(t, torch.Tensor) else torch.empty_like(meta.tensor(like))
             for t, like in zip(made, likes, strict=True)
         )
     node.target = aten.cudnn_batch_norm_backward.default
     node.args = (x, gradient, weight, mean, variance, saved_mean, saved_deviation, eps, reserve)
-    node.meta = {**node.meta, "val": made}
+    meta.describe(node, made, node)
 
 
 def _dense(graph: fx.Graph, source: fx.Node, like: fx.Node | None) -> fx.Node:
     """``source`` without gaps, in the layout of ``like`` or its own: a copy where eager makes one."""
-    fake: torch.Tensor = source.meta["val"]
+    fake: torch.Tensor = meta.tensor(source)
     with _compat.fake_mode_of(fake):
-        layout = _layout(torch.empty_like(fake if like is None else like.meta["val"]))
+        layout = _layout(torch.empty_like(fake if like is None else meta.tensor(like)))
         if fake.is_contiguous(memory_format=layout):
             return source
         copy = graph.call_function(aten.clone.default, (source,), {"memory_format": layout})
-        copy.meta = {**source.meta, "val": fake.clone(memory_format=layout)}
+        meta.describe(copy, fake.clone(memory_format=layout), source)
     return copy
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import fx
 
 from planner._compat import storage_key
+from planner.capture import meta
+from planner.graph.draft import Did
 from planner.graph.nodes import is_mutation, tensors_of
 
 __all__ = ["IN_PLACE", "write_in_place"]
@@ -53,12 +55,12 @@ OUT_ON_CPU: dict[Any, tuple[Any, str]] = {
 }
 
 
-def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> None:
+def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> Did:
     """Replace what can be replaced among ``backward``, calls in execution order, views included.
 
     ``kept``  nodes whose storages the caller holds: gradients and outputs.
 
-    A replaced node's ``meta["over"]`` is the operand whose storage its result lies on.
+    Of a replaced node :func:`planner.capture.meta.over` is the operand whose storage its result lies on.
     """
     position = {node: t for t, node in enumerate(backward)}
     on: dict[int, list[fx.Node]] = defaultdict(list)
@@ -67,10 +69,11 @@ def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> No
             on[storage_key(tensor)].append(node)
     inside = {k for k, nodes in on.items() if not any(_foreign(n, k, position) for n in nodes)}
     held = {storage_key(t) for node in kept for t in tensors_of(node)}
+    written = 0
     for t, node in enumerate(backward):
         for operand in _overwritable(node):
-            key = storage_key(operand.meta["val"])
-            if key not in inside or key in held or storage_key(node.meta["val"]) in held:
+            key = storage_key(meta.tensor(operand))
+            if key not in inside or key in held or storage_key(meta.tensor(node)) in held:
                 continue
             others = [n for n in node.all_input_nodes if n is not operand]
             if any(storage_key(x) == key for n in others for x in tensors_of(n)):
@@ -78,7 +81,9 @@ def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> No
             last = max(position.get(user, len(backward)) for n in on[key] for user in n.users)
             if last == t and _same_place(operand, node):
                 _replace(node, operand)
+                written += 1
                 break
+    return {"calls": written}
 
 
 def _foreign(node: fx.Node, key: int, position: dict[fx.Node, int]) -> bool:
@@ -90,20 +95,20 @@ def _foreign(node: fx.Node, key: int, position: dict[fx.Node, int]) -> bool:
 
 def _overwritable(node: fx.Node) -> list[fx.Node]:
     """Operands that an in-place form of the call would write to."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or is_mutation(node):
+    if node.op != "call_function" or not isinstance(meta.value(node), torch.Tensor) or is_mutation(node):
         return []
     places: tuple[int, ...] = ()
     if node.target in IN_PLACE and not node.kwargs:
         places = IN_PLACE[node.target][1]
-    elif node.target in OUT or (node.target in OUT_ON_CPU and node.meta["val"].device.type == "cpu"):
+    elif node.target in OUT or (node.target in OUT_ON_CPU and meta.tensor(node).device.type == "cpu"):
         places = (0,)
     operands = [n for p in places if isinstance(n := node.args[p], fx.Node)]
-    return [n for n in operands if isinstance(n.meta["val"], torch.Tensor)]
+    return [n for n in operands if isinstance(meta.value(n), torch.Tensor)]
 
 
 def _same_place(operand: fx.Node, node: fx.Node) -> bool:
     """Whether the operand is a whole storage laid out as the result."""
-    a, b = operand.meta["val"], node.meta["val"]
+    a, b = meta.tensor(operand), meta.tensor(node)
     return (
         a.shape == b.shape
         and a.stride() == b.stride()
@@ -122,4 +127,4 @@ def _replace(node: fx.Node, operand: fx.Node) -> None:
     else:
         form, name = {**OUT, **OUT_ON_CPU}[node.target]
         node.target, node.kwargs = form, {**node.kwargs, name: operand}
-    node.meta = {**node.meta, "over": operand}
+    meta.note_over(node, operand)

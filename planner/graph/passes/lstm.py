@@ -17,29 +17,32 @@ import functools
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx.node import map_arg
 
 from planner import _compat
+from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.draft import Did, Draft
 
 __all__ = ["as_eager"]
 
 aten = torch.ops.aten
 
 
-def as_eager(graph: fx.Graph) -> None:
+def as_eager(draft: Draft) -> Did:
     """Turn oneDNN's LSTM into calls that leave their workspace, and give that its size."""
-    for node in graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default):
-        *made, workspace = node.meta["val"]
-        count = _workspace_bytes(map_arg(node.args, lambda a: _Zeros.like(a.meta["val"])))
+    layers = draft.graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default)
+    for node in layers:
+        *made, workspace = meta.value(node)
+        count = _workspace_bytes(map_arg(node.args, lambda a: _Zeros.like(meta.tensor(a))))
         with _compat.fake_mode_of(workspace):
             workspace = torch.empty(count, dtype=torch.uint8)
         node.target = kernels.lstm_layer
-        node.meta = {**node.meta, "val": (*made, workspace)}
+        meta.describe(node, (*made, workspace), node)
         for part in node.users:
             if part.args[1] == len(made):
-                part.meta["val"] = workspace
+                meta.set_value(part, workspace)
+    return {"LSTM layers": len(layers)}
 
 
 class _Zeros(tuple[tuple[int, ...], torch.dtype]):

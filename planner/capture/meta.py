@@ -1,0 +1,183 @@
+"""What a node of a captured graph carries beside its call: one table, and one way in and out for each entry.
+
+An fx node has a dict, ``node.meta``, that torch's tracer fills and that every stage here adds to.
+
+=============  =======================================  ==========================  =========================
+key            holds                                    written by                  read by
+=============  =======================================  ==========================  =========================
+``val``        fake tensor(s) or number that it makes   torch; each pass; sizes     everyone: :func:`value`,
+                                                                                    :func:`tensor`
+``symbolic``   ``val`` before sizes became numbers      capture/sizes               graph/nodes (no-ops)
+``size``       sympy expression of a size that varies   capture/sizes, joint_graph  graph/draft, variants
+``desc``       torch's description of an input, or of   torch                       capture/joint_graph
+               each output (on the output node)
+``custom``     ``{"module": path}`` of the module at    capture/joint_graph         graph/nodes
+               work, by ``torch.fx.traceback``
+``seq_nr``     number of the autograd formula           torch                       graph/training_graph
+``again``      (target, args) of any further execution  passes: buffers,            training_graph, rewrite
+                                                        batch_norm
+``draw``       the node that draws a dropout's mask     passes/dropout              training_graph, rewrite
+``rng_state``  the node that notes the generator's      passes/random_state         training_graph, rewrite
+               state
+``over``       the operand on whose storage it lies     passes/inplace              training_graph
+``recompute``  whether it is a further execution        rewrite/emit                whoever reads the program
+=============  =======================================  ==========================  =========================
+
+Keys that torch alone writes and reads (stack traces and the like) are carried along by :func:`describe`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = [
+    "again",
+    "describe",
+    "description",
+    "draw",
+    "forget_symbolic",
+    "formula",
+    "module",
+    "note_again",
+    "note_draw",
+    "note_over",
+    "note_recompute",
+    "note_rng_state",
+    "note_size",
+    "note_symbolic",
+    "over",
+    "recomputes",
+    "rng_state",
+    "set_value",
+    "size",
+    "symbolic",
+    "tensor",
+    "value",
+]
+
+
+def value(node: fx.Node) -> Any:
+    """What the call makes: a fake tensor, a nest of them, a number; ``None`` if nothing."""
+    return node.meta.get("val")
+
+
+def tensor(node: fx.Node) -> torch.Tensor:
+    """What the call makes, where that is one tensor."""
+    made: torch.Tensor = node.meta["val"]
+    return made
+
+
+def set_value(node: fx.Node, made: Any) -> None:
+    """From here on the call makes ``made``."""
+    node.meta["val"] = made
+
+
+def describe(node: fx.Node, made: Any, like: fx.Node | None = None, *, same_work: bool = True) -> None:
+    """Give ``node`` an entry of its own: it makes ``made``, and for the rest is as ``like``.
+
+    ``same_work``  ``False``: of ``like`` only the module that was at work.
+    """
+    if like is None:
+        node.meta = {"val": made}
+    elif same_work:
+        node.meta = {**like.meta, "val": made}
+    else:
+        node.meta = {"val": made, "custom": like.meta.get("custom", {})}
+
+
+def symbolic(node: fx.Node) -> Any:
+    """What the call makes before its sizes became numbers; as :func:`value` where they always were."""
+    return node.meta.get("symbolic", node.meta.get("val"))
+
+
+def note_symbolic(node: fx.Node, made: Any) -> None:
+    """``made`` is what the call makes at symbolic sizes."""
+    node.meta["symbolic"] = made
+
+
+def forget_symbolic(node: fx.Node) -> None:
+    """Whatever the call makes from here on, it is not what was traced."""
+    node.meta.pop("symbolic", None)
+
+
+def size(node: fx.Node) -> Any:
+    """Expression of the size that the node is; ``None`` where it is none."""
+    return node.meta.get("size")
+
+
+def note_size(node: fx.Node, expression: Any) -> None:
+    """The node is a size, a number or an expression of the capture's symbols."""
+    node.meta["size"] = expression
+
+
+def description(node: fx.Node) -> Any:
+    """Torch's descriptor of a placeholder; of the output node, one for each output."""
+    return node.meta["desc"]
+
+
+def module(node: fx.Node) -> str | None:
+    """Path of the module whose forward made the node (a backward node has its forward's)."""
+    return (node.meta.get("custom") or {}).get("module")
+
+
+def formula(node: fx.Node) -> int | None:
+    """Number of the autograd formula that the call is part of."""
+    number: int | None = node.meta.get("seq_nr")
+    return number
+
+
+def again(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """Target and arguments of a further execution, where they are not those of the first."""
+    found: tuple[Any, tuple[Any, ...]] | None = node.meta.get("again")
+    return found
+
+
+def note_again(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """A further execution calls ``target`` on ``args``."""
+    node.meta["again"] = (target, args)
+
+
+def draw(node: fx.Node) -> fx.Node | None:
+    """The draw that a dropout's application comes with, where one kernel makes both."""
+    found: fx.Node | None = node.meta.get("draw")
+    return found
+
+
+def note_draw(node: fx.Node, drawn: fx.Node) -> None:
+    """``node`` applies the mask of ``drawn``."""
+    node.meta["draw"] = drawn
+
+
+def rng_state(node: fx.Node) -> fx.Node | None:
+    """What a replay of a random call starts from."""
+    found: fx.Node | None = node.meta.get("rng_state")
+    return found
+
+
+def note_rng_state(node: fx.Node, state: fx.Node) -> None:
+    """``node`` draws from a generator at ``state``."""
+    node.meta["rng_state"] = state
+
+
+def over(node: fx.Node) -> fx.Node | None:
+    """The operand on whose storage the call writes its result."""
+    found: fx.Node | None = node.meta.get("over")
+    return found
+
+
+def note_over(node: fx.Node, operand: fx.Node) -> None:
+    """``node`` writes its result over ``operand``; entries shared with other nodes stay as they are."""
+    node.meta = {**node.meta, "over": operand}
+
+
+def recomputes(node: fx.Node) -> bool:
+    """Whether a call of a rewritten program is a further execution."""
+    return bool(node.meta.get("recompute", False))
+
+
+def note_recompute(node: fx.Node, further: bool, like: fx.Node) -> None:
+    """``node`` is one execution of ``like``, ``further`` or the first."""
+    node.meta = {**like.meta, "recompute": further}
