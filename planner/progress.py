@@ -116,7 +116,13 @@ class Reporter:
         """A ``progress`` for :func:`solvers.solve` on a step of ``step_s`` seconds; None if none listens."""
         if self._listener is None and not log.isEnabledFor(logging.DEBUG):
             return None  # the search makes a Solution for every call
-        return lambda best: self.found(best, step_s)
+
+        def heard(best: Found) -> object:
+            wish = self.found(best, step_s)
+            self.heed(wish is True)
+            return wish
+
+        return heard
 
     def found(self, best: Found, step_s: float) -> object:
         """``best`` is the best answer so far for a step of ``step_s`` seconds."""
