@@ -7,6 +7,7 @@ import gc
 import inspect
 import logging
 import pickle
+import re
 import weakref
 from typing import Any
 
@@ -269,11 +270,32 @@ def test_enabling_twice_changes_the_budget_without_a_new_capture(
         ({"on_larger": "ignore"}, ValueError),
         ({"max_plans": 0}, ValueError),
         ({"optimizer": "adam"}, TypeError),
+        ({"budget_gb": float("nan")}, ValueError),
+        ({"budget_gb": float("inf")}, ValueError),
+        ({"budget_gb": True}, TypeError),
+        ({"solver": "nope"}, ValueError),
+        ({"time_limit_s": -3}, ValueError),
+        ({"time_limit_s": float("nan")}, ValueError),
+        ({"time_limit_s": "30"}, TypeError),
+        ({"progress": "yes"}, TypeError),
+        ({"calls_per_step": 0}, ValueError),
+        ({"costs": "guess"}, ValueError),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        planner.enable(tiny.seeded(tiny.Mlp), **{"budget_gb": 1, **arguments})
+    """They are refused where they are given, by the argument's name, and the model stays as it was."""
+    (name, value), *_ = arguments.items()
+    said = rf"(?s){name}.*{re.escape(repr(value))}"
+    model = tiny.seeded(tiny.Mlp)
+    with pytest.raises(error, match=said):
+        planner.enable(model, **{"budget_gb": 1, **arguments})
+    assert not plain(model)
+    planner.enable(model, 1, **FAST)
+    with pytest.raises(error, match=said):
+        planner.enable(model, **{"budget_gb": 1, **arguments})
+    with pytest.raises(error, match=said):
+        model.gradient_checkpointing_enable(arguments)
+    assert vars(model)["_planner_switch"].settings.search.solver == FAST["solver"]
 
 
 def test_options_of_the_switch_that_make_no_sense() -> None:

@@ -10,7 +10,7 @@ model's class, or passes ``now=True``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -18,17 +18,18 @@ from torch import nn
 from planner.capture.joint_graph import LossFn
 from planner.capture.wrappers import unwrapped
 from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.options import Search
 from planner.plan import Plan
 from planner.progress import Progress
+from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
 from planner.training import huggingface
-from planner.training.ondemand import OnLarger, Settings
+from planner.training.settings import Settings
 from planner.training.switch import Switch
 
 __all__ = ["disable", "enable", "plan_of"]
 
 _KEY = "_planner_switch"
-_OPTIONS = frozenset(f.name for f in fields(Settings)) - {"budget_bytes"}
 
 
 def enable(
@@ -78,9 +79,9 @@ def enable(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
+    search = Search(solver, time_limit_s, progress)
     settings = Settings(
-        budget_bytes, loss_fn, optimizer, costs, solver, time_limit_s, on_larger, max_plans,
-        calls_per_step, progress,
+        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search
     )  # fmt: skip
     root = unwrapped(model)
     switch = vars(root).get(_KEY)
@@ -130,21 +131,8 @@ class _Method:
             self.switch.turn_off()
             return
         options = huggingface.arguments_of(args, kwargs)
-        self.switch.change(_overridden(self.switch.settings, options))
+        self.switch.change(self.switch.settings.changed(options))
         self.switch.turn_on()
-
-
-def _overridden(settings: Settings, options: dict[str, Any]) -> Settings:
-    options = dict(options)
-    if "budget_gb" in options:
-        settings = replace(settings, budget_bytes=budget_bytes_of(options.pop("budget_gb")))
-    unknown = options.keys() - _OPTIONS
-    if unknown:
-        raise TypeError(
-            f"{sorted(unknown)[0]!r} is no option of the planner; there are budget_gb, "
-            f"{', '.join(sorted(_OPTIONS))}"
-        )
-    return replace(settings, **options)
 
 
 def _put_methods(module: nn.Module, switch: Switch) -> None:

@@ -24,35 +24,35 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import LossFn
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.live_optimizers import found_optimizer_bytes
-from planner.memory.resident import OptimizerLike, Resident, resident_of
+from planner.memory.resident import Resident, resident_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.progress import Progress, Reporter, reporting
+from planner.progress import Reporter
 from planner.runtime.forward import PlannedForward
 from planner.runtime.guard import Guard
-from planner.runtime.variants import OnLarger, Varying
-from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.runtime.variants import Varying
+from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
 from planner.training.distributed import made_once
 from planner.training.plan_cache import Kept, PerShape, StepCache
+from planner.training.settings import Settings
 from planner.training.sharing import PROBES, most_held, plan_that_holds
 
-__all__ = ["OnDemand", "OnLarger", "Settings"]
+__all__ = ["OnDemand"]
 
 log = logging.getLogger(__name__)
 
@@ -61,40 +61,6 @@ REMEMBERED = 32
 
 # A plan made for so much less room than there is now recomputes more than it must.
 ENOUGH = 1.15
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`planner.enable` was told; see there."""
-
-    budget_bytes: int | None
-    loss_fn: LossFn | None = None
-    optimizer: OptimizerLike | Literal["find"] | None = "find"
-    costs: CostSource = "auto"
-    solver: str = "auto"
-    time_limit_s: float = 30.0
-    on_larger: OnLarger = "replan"
-    max_plans: int = 64
-    calls_per_step: int | None = None
-    progress: bool | Progress | None = None
-
-    def __post_init__(self) -> None:
-        if self.on_larger not in ("replan", "raise"):
-            raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
-        counts: dict[str, int | None] = {"max_plans": self.max_plans}
-        if self.calls_per_step is not None:
-            counts["calls_per_step"] = self.calls_per_step
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number from 1 up, not {count!r}")
-        if self.costs not in ("auto", "profile", "roofline"):
-            raise ValueError(
-                f"costs must be 'auto', 'profile' or 'roofline' for a model that trains, not {self.costs!r}"
-            )
-        if isinstance(self.optimizer, str) and self.optimizer != "find":
-            raise TypeError(
-                f"optimizer must be 'find', None, an optimizer, its class or bytes, got {self.optimizer!r}"
-            )
 
 
 class OnDemand:
@@ -219,11 +185,12 @@ class OnDemand:
         self._refuse(call)
         began = time.perf_counter()
         # A meter that watches training is not to count this.
-        with reporting(self.settings.progress) as self._tell, self.around(), modes_set_aside():
+        with self.settings.search.reporting() as search, self.around(), modes_set_aside():
+            self._tell = search.tell
             step = self._captured(call)
             resident_at = partial(self._resident, call.signature.has_gradients)
             resident = resident_at(step.graph, step.joint.inputs)
-            limit_s = self.settings.time_limit_s
+            limit_s = self.settings.search.time_limit_s
             step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
             try:
                 plan = self._made_once(call, step)
@@ -276,7 +243,7 @@ class OnDemand:
             if alone and largest and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
                 sizes = largest
             joint = joint.at(joint.sizes.read(sizes), fixed=not alone)
-        search = Search(s.solver, s.time_limit_s)
+        search = replace(s.search, progress=None)
         asked = Varying(step.varying.captures, "replan", search, self.around)
         return replace(step.recaptured(self.planned, joint), varying=asked if alone else None)
 
@@ -286,13 +253,14 @@ class OnDemand:
         needs = (left, step.problem.resident_bytes, self._most_held(call), self._calls, call.signature.place)
         sizes = [tuple(tensor.shape) for tensor in step.joint.inputs.tensors()]
         varies = step.varying is not None
-        key = f"{step.captured.fingerprint} {sizes} {varies} {needs} {s.solver} {s.time_limit_s} {s.costs}"
+        options = f"{s.search.solver} {s.search.time_limit_s} {s.costs}"
+        key = f"{step.captured.fingerprint} {sizes} {varies} {needs} {options}"
 
         def adopt(received: PlanData) -> Plan:
             self._learn_need(call, step, received.known_minimum_bytes)
             return Plan.of(received, step)
 
-        wait_s = 60.0 + 4 * PROBES * s.time_limit_s
+        wait_s = 60.0 + 4 * PROBES * s.search.time_limit_s
         return made_once(key, lambda: self._solved(call, step), adopt, wait_s=wait_s)
 
     def _learn_need(self, call: Call, step: PricedStep, known_bytes: int | None = None) -> None:
@@ -308,10 +276,12 @@ class OnDemand:
                 raise step.infeasible(left)
             return step.least_plan()
         most = self._most_held(call)
-        limit_s = s.time_limit_s if most is None else s.time_limit_s / PROBES
+        limit_s = s.search.time_limit_s if most is None else s.search.time_limit_s / PROBES
 
         def make(budget_bytes: int) -> Plan:
-            return step.plan_bytes(budget_bytes, Search(s.solver, limit_s, self._tell), hint=self.last)
+            return step.plan_bytes(
+                budget_bytes, replace(s.search, time_limit_s=limit_s, progress=self._tell), hint=self.last
+            )
 
         if most is None:
             return make(left)

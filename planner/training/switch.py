@@ -24,7 +24,8 @@ from torch import nn
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
 from planner.training import huggingface
-from planner.training.ondemand import OnDemand, Settings
+from planner.training.ondemand import OnDemand
+from planner.training.settings import Settings
 
 __all__ = ["Switch"]
 

@@ -1,0 +1,72 @@
+"""What a model was enabled with: the options of :func:`planner.enable`, checked where they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from planner.capture.joint_graph import LossFn
+from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.options import Search
+from planner.runtime.variants import OnLarger
+from planner.solving.priced import CostSource
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`planner.enable` was told; see there.
+
+    Raises ``TypeError`` or ``ValueError``, which name the argument, what it is and what it may be.
+    """
+
+    budget_bytes: int | None
+    loss_fn: LossFn | None = None
+    optimizer: OptimizerLike | Literal["find"] | None = "find"
+    costs: CostSource = "auto"
+    on_larger: OnLarger = "replan"
+    max_plans: int = 64
+    calls_per_step: int | None = None
+    search: Search = field(default_factory=Search)
+
+    def __post_init__(self) -> None:
+        if self.on_larger not in ("replan", "raise"):
+            raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
+        counts: dict[str, int | None] = {"max_plans": self.max_plans}
+        if self.calls_per_step is not None:
+            counts["calls_per_step"] = self.calls_per_step
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number from 1 up, not {count!r}")
+        if self.costs not in ("auto", "profile", "roofline"):
+            raise ValueError(
+                f"costs must be 'auto', 'profile' or 'roofline' for a model that trains, not {self.costs!r}"
+            )
+        if isinstance(self.optimizer, str) and self.optimizer != "find":
+            raise TypeError(
+                f"optimizer must be 'find', None, an optimizer, its class or bytes, got {self.optimizer!r}"
+            )
+
+    def changed(self, options: dict[str, Any]) -> Settings:
+        """The same but for ``options``, named as the arguments of :func:`planner.enable` are.
+
+        Raises as they do, and ``TypeError`` for a name that is none of them.
+        """
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"{sorted(unknown)[0]!r} is no option of the planner; there are budget_gb, "
+                f"{', '.join(sorted(_OPTIONS - {'budget_gb'}))}"
+            )
+        own = dict(options)
+        asked = {name: own.pop(name) for name in _SEARCH & own.keys()}
+        if "budget_gb" in own:
+            own["budget_bytes"] = budget_bytes_of(own.pop("budget_gb"))
+        return replace(self, **own, search=replace(self.search, **asked))
+
+
+_SEARCH = frozenset(f.name for f in fields(Search))
+_OPTIONS = (
+    (frozenset(f.name for f in fields(Settings)) - {"budget_bytes", "search"}) | _SEARCH | {"budget_gb"}
+)
