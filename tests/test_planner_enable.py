@@ -245,14 +245,14 @@ def test_gradients_of_earlier_batches_count() -> None:
 def test_enabling_twice_changes_the_budget_without_a_new_capture(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from planner.training import ondemand
+    from planner.training import making
 
     model, twin = pair(share=0.8, now=True)
     first, want = train(model), train(twin)
     tiny.assert_same_bits(first, want)
     loose = planner.plan_of(model)
     assert planner.enable(model, loose.budget_bytes / 1e9, **FAST) is model  # the same again: nothing
-    monkeypatch.setattr(ondemand, "prepare", lambda *a, **k: pytest.fail("captured again"))
+    monkeypatch.setattr(making, "prepare", lambda *a, **k: pytest.fail("captured again"))
     tiny.assert_same_bits(train(model), train(twin))
     assert planner.plan_of(model) is loose
     planner.enable(model, loose.budget_bytes / 1e9 * 0.8, **FAST)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 import planner
-from planner.training import ondemand
+from planner.training import making
 from tests import tiny
 
 ROWS = (32, 8, 16)
@@ -34,7 +34,7 @@ def test_three_shapes_in_any_order(rows: tuple[int, ...], max_plans: int) -> Non
 def test_from_the_third_shape_on_nothing_is_captured(max_plans: int) -> None:
     model = tiny.seeded(tiny.Mlp)
     planner.enable(model, 1.0, max_plans=max_plans, **OPTIONS)
-    with mock.patch.object(ondemand, "prepare", side_effect=ondemand.prepare) as prepare:
+    with mock.patch.object(making, "prepare", side_effect=making.prepare) as prepare:
         for n in (32, 8, 16, 24, 12, 20, 28):
             tiny.run(model, tiny.batch(n, labels=True), steps=1)
     assert [call.kwargs["dynamic"] for call in prepare.call_args_list] == [False, False, True]

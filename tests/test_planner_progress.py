@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
 import planner
-from planner import PlannerError
-from planner.progress import Event, Reporter, reporting
+from planner import PlannerError, progress
+from planner.progress import Bar, Event, Reporter, reporting
 from tests import tiny
 from tests.signals import ctrl_c_heard
 
@@ -69,6 +71,22 @@ def test_a_frontier_tells_too() -> None:
     )
     assert {e.phase for e in seen} >= {"capture", "profile", "solve"}
     assert {e.budget_bytes for e in seen if e.budget_bytes} == {90_000, 105_000}
+
+
+def test_enable_keeps_nothing_of_a_bar_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[weakref.ref[Bar]] = []
+
+    class Noted(Bar):
+        def __init__(self) -> None:
+            super().__init__()
+            bars.append(weakref.ref(self))
+
+    monkeypatch.setattr(progress, "Bar", Noted)
+    net = model()
+    planner.enable(net, 110e-6, costs="roofline", progress=True, now=True)
+    net(DATA[0]).sum().backward()
+    gc.collect()
+    assert len(bars) == 1 and bars[0]() is None
 
 
 def test_enable_tells_when_the_first_batch_is_planned() -> None:

@@ -41,6 +41,11 @@ class Signature:
         """The same for calls that differ in sizes only."""
         return replace(self, leaves=tuple(map(_without_sizes, self.leaves)))
 
+    @cached_property
+    def of_step(self) -> Signature:
+        """That of the captured step, which depends neither on gradients held nor on the place in the step."""
+        return replace(self, has_gradients=False, place=1)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Elements of each tensor."""

@@ -17,6 +17,7 @@ from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
 from planner.solving.priced import PricedStep
 from planner.training.calls import Call, Signature
+from planner.training.sharing import Room
 
 __all__ = ["Kept", "PerShape", "StepCache"]
 
@@ -28,15 +29,14 @@ MOST_KINDS = 64
 
 
 class Kept(NamedTuple):
-    """A plan, what runs it, and the room it was made for: bytes at its peak, and while it waits.
+    """A plan, what runs it, and the room it was made for.
 
     ``any_size``  whether it serves calls of other sizes too.
     """
 
     plan: Plan
     runner: PlannedForward
-    left_bytes: int
-    most_held_bytes: int | None
+    room: Room
     any_size: bool = False
 
 

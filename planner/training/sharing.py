@@ -16,15 +16,43 @@ Known weakness: calls are dealt with as they come, and a long one after short on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from planner.errors import InfeasibleBudgetError
 from planner.plan import Plan
 
-__all__ = ["PROBES", "Make", "most_held", "plan_that_holds"]
+__all__ = ["PROBES", "Make", "Room", "most_held", "plan_that_holds"]
 
 Make = Callable[[int], Plan]  # from a budget in bytes; InfeasibleBudgetError where there is none
 
 PROBES = 5
+
+# A plan made for so much less room than there is now recomputes more than it must.
+ENOUGH = 1.15
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one call may take.
+
+    ``left_bytes``  at its peak: the budget less what the calls before it hold.
+    ``most_bytes``  from its forward to its backward; ``None`` if no call comes after it.
+    """
+
+    left_bytes: int
+    most_bytes: int | None
+
+    def suits(self, plan: Plan, made_for: Room) -> bool:
+        """Whether a plan made for another room fits this one, and was not made for much less."""
+        most, then = self.most_bytes, made_for.most_bytes
+        if plan.peak_bytes > self.left_bytes or (most is None) != (then is None):
+            return False
+        if most is not None and then is not None:
+            if plan.held_bytes > most and most * ENOUGH < then:
+                return False
+            if plan.recompute_flops and most > ENOUGH * then:
+                return False
+        return not plan.recompute_flops or self.left_bytes <= ENOUGH * made_for.left_bytes
 
 
 def most_held(left_bytes: int, need_bytes: int, calls: int, place: int) -> int | None:

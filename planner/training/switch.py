@@ -39,8 +39,7 @@ class Switch:
         self._before: Callable[..., Any] | None = None  # what planned.__dict__ held under "forward"
         self._lowered: list[nn.Module] = []
         self._planning = False
-        self._plans = OnDemand(root, planned, settings)
-        self._plans.around = self._aside
+        self._plans = OnDemand(root, planned, settings, self._aside)
 
     @property
     def settings(self) -> Settings:
@@ -154,8 +153,7 @@ class Switch:
         settings = state.pop("settings")
         vars(self).update(state)
         self._planning = False
-        self._plans = OnDemand(self.root, self.planned, settings)
-        self._plans.around = self._aside
+        self._plans = OnDemand(self.root, self.planned, settings, self._aside)
 
 
 def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:

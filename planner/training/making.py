@@ -1,0 +1,219 @@
+"""Makes the plan for one call: captures its step, counts what is resident, solves for the room it has.
+
+A step is captured for each of the first two shapes that come and, when others come, once more for sizes
+that vary (:class:`~planner.training.plan_cache.StepCache`); from then on one plan serves them all
+(:mod:`planner.runtime.variants`), or, where calls share the budget, each shape is planned from that capture.
+
+What is resident is that of the whole model: parameters, gradients and optimizer state outside the planned
+module count too.  Of the ranks of a distributed job one makes each plan and the others take it over
+(:mod:`planner.training.distributed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from planner.capture.inputs import Inputs
+from planner.errors import InfeasibleBudgetError
+from planner.graph.training_graph import TrainingGraph
+from planner.memory.live_optimizers import found_optimizer_bytes
+from planner.memory.resident import Resident, resident_of
+from planner.options import Search
+from planner.plan import Plan
+from planner.plans.plan_data import PlanData
+from planner.runtime.guard import Guard
+from planner.runtime.variants import Varying
+from planner.solving.priced import PricedStep, prepare
+from planner.training import huggingface
+from planner.training.calls import Call
+from planner.training.distributed import made_once
+from planner.training.plan_cache import StepCache
+from planner.training.settings import Settings
+from planner.training.sharing import PROBES, Room, plan_that_holds
+from planner.training.step_calls import StepCalls
+
+__all__ = ["PlanMaker"]
+
+
+class PlanMaker:
+    """Makes plans for calls of ``planned``, a part of ``root`` or all of it, each from a step it keeps.
+
+    ``calls``   those of the step, which share the budget.
+    ``around``  the context in which steps are captured in the middle of training.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        planned: nn.Module,
+        settings: Settings,
+        calls: StepCalls,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.root, self.planned, self.settings = root, planned, settings
+        self.calls, self.around = calls, around
+        self._steps = StepCache(settings.max_plans)
+
+    def change(self, settings: Settings) -> None:
+        """From the next plan on; steps captured already are not captured again."""
+        if (settings.loss_fn, settings.costs) != (self.settings.loss_fn, self.settings.costs):
+            self.forget()
+        self.settings = settings
+        self._steps.most = settings.max_plans
+
+    def forget(self) -> None:
+        """Drop every captured step."""
+        self._steps = StepCache(self.settings.max_plans)
+
+    def check(self, call: Call) -> None:
+        """``StalePlanError`` if the model was edited since the step for this call was captured."""
+        step = self._steps.find(call.signature.of_step)
+        if step is not None:
+            Guard(self.planned, step.captured.expected).check_modules()
+
+    def make(self, call: Call, search: Search, hint: Plan | None) -> Plan:
+        """The plan for this call; ``hint``, one of a like call, is where the search starts.
+
+        ``search`` is that of the settings, with its reporter open.  Errors as :func:`planner.plan`.
+        """
+        step = self._captured(call, search)
+        resident_at = partial(self._resident, call.signature.has_gradients)
+        resident = resident_at(step.graph, step.joint.inputs)
+        step = replace(step.with_resident(resident, resident_at), least_limit_s=search.time_limit_s)
+        try:
+            return self._made_once(call, step, search, hint)
+        except InfeasibleBudgetError as error:
+            raise self._in_company(error, call) from None
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def _captured(self, call: Call, search: Search) -> PricedStep:
+        signature, s = call.signature.of_step, self.settings
+        step = self._steps.find(signature)
+        if step is None:
+            step = prepare(
+                self.planned,
+                call.inputs.without_data(),  # plans outlive the batch they were made from
+                loss_fn=s.loss_fn,
+                costs=s.costs,
+                dynamic=self._steps.is_to_vary(signature),
+                search=Search(progress=search.tell),
+            )
+            self._steps.keep(signature, step)
+        if step.varying is None:
+            return step
+        return self._sized(step, call, self._steps.largest(signature))
+
+    def _sized(self, step: PricedStep, call: Call, largest: list[torch.Tensor]) -> PricedStep:
+        """A step of varying sizes, ready to be planned: at these where calls share the budget, else for any.
+
+        In the latter case at the largest sizes seen if these are no larger.
+        """
+        assert step.varying is not None
+        s, alone, sizes = self.settings, self.calls.per_step == 1, call.inputs.tensors()
+        joint = step.varying.captures.of(self.planned, call.inputs, s.loss_fn)
+        if joint.sizes is not None:
+            if alone and largest and _no_smaller(largest, sizes) and joint.sizes.admit(largest):
+                sizes = largest
+            joint = joint.at(joint.sizes.read(sizes), fixed=not alone)
+        asked = Varying(step.varying.captures, "replan", replace(s.search, progress=None), self.around)
+        return replace(step.recaptured(self.planned, joint), varying=asked if alone else None)
+
+    def _resident(self, adds: bool, graph: TrainingGraph, inputs: Inputs) -> Resident:
+        """What the device holds through a step of the whole model, not only of the part that is planned.
+
+        ``adds``: the step adds to gradients that are there.
+        """
+        chosen = self.settings.optimizer
+        arguments = (inputs.args, inputs.kwargs)
+        device = graph.device
+        found = resident_of(self.root, arguments, None if chosen == "find" else chosen, device=device)
+        if chosen == "find":
+            taken = found_optimizer_bytes(self.root, device)
+            found = replace(
+                found,
+                optimizer_state_bytes=taken.state_bytes,
+                optimizer_step_bytes=taken.step_transient_bytes,
+            )
+        inside = set() if adds else {id(p) for p in self.planned.parameters()}
+        coming = sum(
+            p.nbytes
+            for p in self.root.parameters()
+            if id(p) not in inside and p.requires_grad and p.grad is None and p.device == device
+        )
+        outputs = sum(v.bytes for v in graph.values if v.kind == "output")
+        behind = huggingface.outside_bytes(self.root, outputs)
+        return replace(
+            found,
+            gradients_bytes=found.gradients_bytes + coming,
+            buffers_bytes=found.buffers_bytes + behind,
+        )
+
+    # -- the plan ----------------------------------------------------------------------------------
+
+    def _made_once(self, call: Call, step: PricedStep, search: Search, hint: Plan | None) -> Plan:
+        """The plan, from whichever rank of a distributed job asked for it first."""
+        room, place = self._room(call), call.signature.place
+        needs = (
+            room.left_bytes, step.problem.resident_bytes, room.most_bytes, self.calls.per_step, place
+        )  # fmt: skip
+        sizes = [tuple(tensor.shape) for tensor in step.joint.inputs.tensors()]
+        varies = step.varying is not None
+        key = (
+            f"{step.captured.fingerprint} {sizes} {varies} {needs} {search.solver} {search.time_limit_s} "
+            f"{self.settings.costs}"
+        )
+
+        def adopt(received: PlanData) -> Plan:
+            self._learn_need(call, step, received.known_minimum_bytes)
+            return Plan.of(received, step)
+
+        wait_s = 60.0 + 4 * PROBES * search.time_limit_s
+        return made_once(key, lambda: self._solved(call, step, search, hint), adopt, wait_s=wait_s)
+
+    def _solved(self, call: Call, step: PricedStep, search: Search, hint: Plan | None) -> Plan:
+        self._learn_need(call, step)
+        room = self._room(call)
+        if self.calls.per_step is None:
+            if step.minimum_peak_bytes > room.left_bytes:
+                raise step.infeasible(room.left_bytes)
+            return step.least_plan()
+        if room.most_bytes is None:
+            return step.plan_bytes(room.left_bytes, search, hint=hint)
+        probe = replace(search, time_limit_s=search.time_limit_s / PROBES)
+
+        def make(budget_bytes: int) -> Plan:
+            return step.plan_bytes(budget_bytes, probe, hint=hint)
+
+        low = step.problem.resident_bytes + room.most_bytes
+        return plan_that_holds(room.most_bytes, low, room.left_bytes, make)
+
+    def _room(self, call: Call) -> Room:
+        assert self.settings.budget_bytes is not None
+        return self.calls.room(self.settings.budget_bytes, call.signature.place)
+
+    def _learn_need(self, call: Call, step: PricedStep, known_bytes: int | None = None) -> None:
+        elements = sum(call.signature.sizes)
+        if self.calls.is_largest(elements):
+            self.calls.learn_need(elements, known_bytes or step.minimum_peak_bytes)
+
+    def _in_company(self, error: InfeasibleBudgetError, call: Call) -> InfeasibleBudgetError:
+        place, calls, held = call.signature.place, self.calls.per_step, self.calls.held_bytes
+        if calls == 1:
+            return error
+        known = f"of {calls}" if calls else "in the first step, which tells how many there are,"
+        return error.saying(
+            f"call {place} {known} of {type(self.planned).__name__} before the backward, {held / 1e9:.4g} GB "
+            f"held by those before it: {error}"
+        )
+
+
+def _no_smaller(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    pairs = zip(some, others, strict=True)
+    return all(a >= b for x, y in pairs for a, b in zip(x.shape, y.shape, strict=True))
