@@ -9,15 +9,9 @@ ranks exchange are those of the plain step.  So ranks need not agree on a plan, 
 
 **One plan.**  Agreeing is still worth it: one rank solves instead of all, and no rank is slower than the
 others because its clock found another plan.  There are two ways, and neither leaves a rank waiting for good:
-
-* :func:`shared_plan` is ``planner.plan`` as a collective, for loops that plan before they train.  The first
-  rank's plan goes round (the plan file's text), then how each rank fared with it; an error of any rank is
-  raised by all.
-* ``planner.enable`` plans when a batch asks for it, and whether the other ranks need that plan nobody knows.
-  So plans are not sent but left in the job's key-value store, under what they are for (the captured step,
-  the room, the options): :func:`made_once`.  The rank that asks first makes the plan, others that need the
-  same one wait for it, at most a few times the solver's limit, and then make their own.  A rank with a batch
-  of another size asks for another plan and meets nobody.
+:func:`shared_plan`, a collective, for loops that plan before they train; and :func:`made_once`, for
+``planner.enable``, which plans when a batch asks for it, when nobody knows whether the other ranks need that
+plan.  There a rank with a batch of another size asks for another plan and meets nobody.
 
 **Buckets.**  DistributedDataParallel holds the gradients once more.  These bytes are counted where a wrapper
 around the model exists when the plan is made.
@@ -44,9 +38,8 @@ forward and is refused.
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +54,7 @@ from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
 from planner.runtime.build import check_is_of
 from planner.solving.priced import prepare
+from planner.training.job_store import JobStore
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
@@ -74,7 +68,8 @@ def shared_plan(
 ) -> Plan:
     """:func:`planner.plan` made by the first rank of ``group`` and received by the others.
 
-    A collective: every rank of ``group`` (default: all) calls it, under the same autocast.  The plan is for
+    A collective: every rank of ``group`` (default: all) calls it, under the same autocast.  The plan's text
+    goes round (as in its file), then how each rank fared with it.  It is for
     the first rank's ``inputs``; the others pass inputs of the same sizes, or ``None`` to take its word.
     Wrap the model in DistributedDataParallel before, so that its buckets are counted.
 
@@ -98,30 +93,51 @@ def made_once(
 ) -> Plan:
     """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
 
+    It passes through the job's key-value store (:mod:`planner.training.job_store`).
+
     ``key``       everything the plan depends on: ranks with equal keys can run each other's plan.
     ``make()``    runs where nobody else has made the plan, or who tried failed or took too long.
     ``adopt(received)``  turns another rank's plan into one for this rank's model.
-    ``wait_s``    how long to wait for another rank's plan.
+    ``wait_s``    how long to wait for another rank's plan, in seconds.
     """
+    texts = _texts_of_this_job()
+    if texts is None:
+        return make()
+    name = texts.name_of(FORMAT, key)
+    text: str | None = None
+    while text is None:
+        if texts.is_first(name):
+            return _offered(make, texts, name)
+        try:
+            text = texts.wait(name, wait_s)
+        except (TimeoutError, RuntimeError) as error:  # too late, or the store is not to be had
+            log.warning("no plan came from another rank in %.0f s, this one makes its own: %s", wait_s, error)
+            return make()
+    return adopt(from_text(text, "the plan of another rank")) if text else make()
+
+
+def _offered(make: Callable[[], Plan], texts: JobStore, name: str) -> Plan:
+    text: str | None = None
+    try:
+        plan = make()
+        text = _text_of(plan)
+    finally:  # whatever happened here, nobody waits for it
+        texts.offer(name, text or "")
+    return plan
+
+
+def _texts_of_this_job() -> JobStore | None:
+    """What this rank remembers of the texts it left; forgotten with the process group."""
     store = _compat.job_store() if _is_running(None) else None
     if store is None:
-        return make()
-    name = f"{FORMAT}/{hashlib.sha256(key.encode()).hexdigest()}"
-    if store.add(f"{name}/asked", 1) == 1:
-        text: str | None = None
-        try:
-            plan = make()
-            text = _text_of(plan)
-        finally:  # whatever happened here, nobody waits for it
-            store.set(f"{name}/plan", text or "")
-        return plan
-    try:
-        store.wait([f"{name}/plan"], datetime.timedelta(seconds=wait_s))
-    except RuntimeError as error:  # of which kind depends on the store
-        log.warning("no plan came from another rank in %.0f s, this one makes its own: %s", wait_s, error)
-        return make()
-    text = store.get(f"{name}/plan").decode()
-    return adopt(from_text(text, "the plan of another rank")) if text else make()
+        return None
+    group = dist.group.WORLD
+    if group not in _JOBS:
+        _JOBS[group] = JobStore(store, dist.get_world_size())
+    return _JOBS[group]
+
+
+_JOBS: weakref.WeakKeyDictionary[Any, JobStore] = weakref.WeakKeyDictionary()
 
 
 def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: Any = None) -> Plan:
