@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import planner
-from planner.__main__ import CANNOT, FAILED, HELD, _parser, main
-from planner.cli.commands import INTERRUPTED
+from planner.__main__ import main
+from planner.cli import parser as arguments
+from planner.cli.commands import CANNOT, FAILED, HELD, INTERRUPTED
 from planner.plans.serialize import VERSION
 
 ROOT = Path(planner.__file__).parent.parent
@@ -324,7 +325,7 @@ def test_a_reader_that_has_had_enough(
 
 
 def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = _parser()
+    parser = arguments.parser()
     commands = re.findall(r"^    ([a-z-]+) ", parser.format_help(), re.MULTILINE)
     assert {"plan", "show", "frontier", "verify", "explain", "diff", "snapshot", "demo"} <= set(commands)
     for command in commands:

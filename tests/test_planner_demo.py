@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from planner.__main__ import CANNOT, FAILED, HELD, main
+from planner.__main__ import main
 from planner.checks import cuda_check, demo
 from planner.checks.trials import Trial, race, seconds_of
 from planner.checks.zoo import MODELS
+from planner.cli.commands import CANNOT, FAILED, HELD
 from planner.errors import PlannerError
 from planner.measure.peaks import Agreement, Comparison
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import planner
-from planner.__main__ import _parser
+from planner.cli.parser import parser
 from planner.costs.cache import VARIABLE
 from planner.devices.state import DEVICES
 from solvers import SOLVERS
@@ -174,7 +174,7 @@ def test_planner_commands_parse() -> None:
     commands += re.findall(r"^rematplan (.*)$", README, re.MULTILINE)
     assert len(commands) > 3
     for command in commands:
-        _parser().parse_args(shlex.split(command))
+        parser().parse_args(shlex.split(command))
 
 
 def test_links_and_files_exist() -> None:

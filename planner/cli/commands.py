@@ -21,7 +21,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.plan import Plan
 from planner.progress import Bar
 
-__all__ = ["CANNOT", "FAILED", "HELD", "Outcome"]
+__all__ = ["CANNOT", "FAILED", "HELD", "INTERRUPTED", "Outcome"]
 
 HELD, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
