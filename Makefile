@@ -41,7 +41,7 @@ bench-solvers: $(VENV)/.ready
 
 # The interpreter as it is, with the packages it has: machines with a GPU often have no network.
 check-cuda:
-	$(PYTHON) -m planner check-cuda
+	$(PYTHON) -m planner check-cuda --results tests/benchmarks/results/cuda.jsonl
 
 # The race against every peer, at most nine minutes; run again, it goes on where it stopped.
 # BENCH="--part race --models unet" for a part of it, BENCH="--device cpu" for small sizes on a CPU.

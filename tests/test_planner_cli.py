@@ -18,10 +18,11 @@ import pytest
 import planner
 from planner.__main__ import main
 from planner.cli import parser as arguments
+from planner.cli import user_code
 from planner.cli.commands import CANNOT, FAILED, HELD, INTERRUPTED
 from planner.plans.serialize import VERSION
 
-ROOT = Path(planner.__file__).parent.parent
+ROOT = Path(planner.__file__).resolve().parent.parent
 
 TRAIN = """
 import torch
@@ -58,6 +59,10 @@ def wider():
 
 def number():
     return 3
+
+def plans():  # an error that is raised in the planner's own files
+    import planner
+    return planner.plan(bare(), "8", batch())
 
 def needs(width):
     return nn.Linear(width, 3)
@@ -228,6 +233,7 @@ def test_a_model_that_does_not_train_is_noted(run: Run) -> None:
 REFUSED = {
     "train.py:broken": r"train.py, line 26, in broken\n    return nn.Linear\(3\)",
     "train.py:number": "returned an object of type int; it has to return a torch.nn.Module",
+    "train.py:plans": r"TypeError: budget_gb .*\n    train.py, line 39, in plans\n",
     "train.py:needs": "takes width: name a callable that needs no arguments",
     "train.py:biuld": "has no 'biuld'; it defines Net, build, bare",
     "train.py:build --inputs loss2": "has no 'loss2'",
@@ -250,6 +256,14 @@ def test_a_model_that_cannot_be_had(run: Run, what: str) -> None:
     code, out, err = run(f"plan {what} --budget-gb 1")
     assert (code, out) == (CANNOT, "")
     assert re.search(REFUSED[what], err) and "Traceback" not in err
+
+
+def test_which_frames_are_ours() -> None:
+    """All of the package, and nothing beside it whose name begins like its own."""
+    for file in ("cli/user_code.py", "memory/resident.py", "api.py"):
+        assert str(ROOT / "planner" / file).startswith(user_code._OURS)
+    for file in ("planner_models.py", "planner-experiments/train.py", "tests/tiny.py"):
+        assert not str(ROOT / file).startswith(user_code._OURS)
 
 
 @pytest.mark.parametrize(("budget", "said"), [("-1", "positive"), ("nan", "finite"), ("0", "positive")])

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_nothing_recomputed_calls_the_same_ops(check: cuda_check.Check) -> None:
 
 
 def test_lines_of_json(check: cuda_check.Check, tmp_path: Path) -> None:
-    path = tmp_path / "results" / "cuda.jsonl"
+    path = tmp_path / "cuda.jsonl"
     cuda_check.append_rows(path, check.rows)
     cuda_check.append_rows(path, check.rows)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -197,6 +198,38 @@ def test_the_check_fails_on_what_it_should(check: cuda_check.Check) -> None:
     assert "predicted" in wrong.failures()[0]
     assert "gradients differ" in unequal.failures()[0]
     assert noisy.failures() == []
+
+
+def test_it_writes_only_where_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file and no folder without --results, wherever it is run."""
+    row = cuda_check.Row(
+        "g", "d", "t", "c", "2026", "m", "demo", "x", "eager", None, 10, 12, None, 5, step_s=1.0
+    )
+
+    def run(settings: cuda_check.Settings, tell: Any, found: Any) -> cuda_check.Check:
+        if found is not None:
+            found([row])
+        return cuda_check.Check((row,), 1.0)
+
+    monkeypatch.setattr(cuda_check, "run", run)
+    monkeypatch.chdir(tmp_path)
+    command = ["check-cuda", "--device", "cpu", "--models", "gpt2"]
+    assert main(command) == HELD
+    assert list(tmp_path.rglob("*")) == []
+    assert "appended" not in capsys.readouterr().out
+    assert main([*command, "--results", "here.jsonl"]) == HELD
+    assert [p.name for p in tmp_path.rglob("*")] == ["here.jsonl"]
+    assert "1 lines appended to here.jsonl" in capsys.readouterr().out
+    assert main([*command, "--results", "no/such/folder.jsonl"]) == CANNOT
+    assert [p.name for p in tmp_path.rglob("*")] == ["here.jsonl"]
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_make_target_keeps_its_results() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\ncheck-cuda:\n")[1].splitlines()[0]
+    assert recipe.endswith("check-cuda --results tests/benchmarks/results/cuda.jsonl")
 
 
 def test_without_a_gpu_it_says_so(

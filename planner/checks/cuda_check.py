@@ -213,8 +213,7 @@ class Row:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append one line of JSON per row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Append one line of JSON per row.  ``OSError`` if there is no such folder: none is made."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(row.json() + "\n" for row in rows)
 

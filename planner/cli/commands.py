@@ -175,12 +175,17 @@ def check_cuda(arguments: Namespace) -> Outcome:
     """The demo's measurements on a GPU."""
     from planner.checks import cuda_check
 
+    results: Path | None = arguments.results
+    _writable(results)
     settings = cuda_check.settings_of(arguments.device, size=arguments.size, quick=arguments.quick)
     if arguments.models:
         settings = dataclasses.replace(settings, models=tuple(arguments.models))
     with PhaseBar(settings.phases) as bar:
-        check = cuda_check.run(settings, bar.tell, partial(cuda_check.append_rows, arguments.results))
-    told = f"total {check.seconds:.0f} s; {len(check.rows)} lines appended to {arguments.results}"
+        found = None if results is None else partial(cuda_check.append_rows, results)
+        check = cuda_check.run(settings, bar.tell, found)
+    told = f"total {check.seconds:.0f} s"
+    if results is not None:
+        told += f"; {len(check.rows)} lines appended to {results}"
     return _judged(f"{check}\n\n{told}", check.failures())
 
 

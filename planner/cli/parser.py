@@ -126,13 +126,14 @@ examples:
 _CUDA = """\
 Runs the demo's models on a CUDA device: allocated and reserved peaks against budget and prediction,
 step time by CUDA events, gradients (also with deterministic algorithms), and the kernels of a step
-that recomputes nothing against eager's. Prints a table and appends one JSON object per measured step
-to the results file. Needs no network. Exit code 2 without a CUDA device."""
+that recomputes nothing against eager's. Prints a table, and with --results appends one JSON object per
+measured step to a file. Needs no network. Exit code 2 without a CUDA device."""
 
 _CUDA_EXAMPLES = """\
 examples:
   {prog} check-cuda                on a machine with a GPU
-  {prog} check-cuda --quick --models gpt2"""
+  {prog} check-cuda --quick --models gpt2
+  {prog} check-cuda --results cuda.jsonl"""
 
 _MODEL = "package.module:NAME or path/to/file.py:NAME: a callable that returns the model, or (model, inputs)"
 _INPUTS = "the batch, or a callable that returns it; a bare name is looked up in MODEL's module"
@@ -287,7 +288,7 @@ def _add_cuda(parser: ArgumentParser) -> None:
         help="the demo's or the published sizes; auto: large on 40 GB (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--results", type=Path, default=Path("tests/benchmarks/results/cuda.jsonl"),
-        help="file to append to (default: %(default)s)",
+        "--results", type=Path, metavar="FILE",
+        help="append a line of JSON there per measured step (default: write no file)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one model, short searches")

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import linecache
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from planner.errors import PlannerError
 __all__ = ["Built", "UserCodeError", "build", "named"]
 
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-_OURS = str(Path(__file__).resolve().parent.parent)
+_OURS = str(Path(__file__).resolve().parent.parent) + os.sep  # frames below it are the planner's own
 
 
 class UserCodeError(PlannerError):
