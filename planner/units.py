@@ -1,10 +1,10 @@
-"""Numbers with their units, for people: bytes in powers of ten, seconds, shares."""
+"""Numbers with their units: bytes in powers of ten, seconds, shares, as people read them; whole multiples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ByteUnit", "bytes_text", "gb_text", "label", "seconds_text"]
+__all__ = ["ByteUnit", "bytes_text", "gb_text", "label", "rounded_up", "seconds_text"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ def seconds_text(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {name}"
     return f"{seconds / 1e-6:.3g} \N{MICRO SIGN}s"
+
+
+def rounded_up(count: int, grain: int) -> int:
+    """The least multiple of ``grain`` that is not below ``count``."""
+    return -(-count // grain) * grain
 
 
 def label(kind: str) -> str:

@@ -20,11 +20,11 @@ from planner.devices.allocator import (
     AllocatorPeaks,
     Block,
     CachingAllocator,
-    Resident,
+    HeldBlocks,
     is_default,
     played,
 )
-from planner.devices.state import Segment
+from planner.devices.state import DeviceSegment
 from planner.memory.execution import Execution
 from planner.solving.fit import fitted, fitted_each
 from solvers import Problem, Schedule, simulate
@@ -183,7 +183,7 @@ def chain(sizes: list[int], *, seconds: float = 1.0) -> Problem:
 
 def test_a_schedule_takes_what_its_blocks_take() -> None:
     problem = chain([int(11.5 * MIB), 3 * MIB])
-    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), Resident((), (512, 1000)))
+    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), HeldBlocks((), (512, 1000)))
     # Resident: 512 + 1024.  v0 has 12 MiB to itself, v1 is cut from 20, gradients lie beside the residents.
     assert peaks.requested_peak_bytes == 1512 + int(14.5 * MIB) + 512
     assert peaks.allocated_peak_bytes == 1536 + 15 * MIB + 512
@@ -194,8 +194,10 @@ def test_a_schedule_takes_what_its_blocks_take() -> None:
 
 
 def test_a_step_begins_in_the_segments_that_are_there() -> None:
-    seen = Segment(7 * MIB, 20 * MIB, False, {7 * MIB: 6 * MIB, 17 * MIB: 4 * MIB})  # 4 and 6 MiB are free
-    resident = Resident((seen,), (0, 1000))
+    seen = DeviceSegment(
+        7 * MIB, 20 * MIB, False, {7 * MIB: 6 * MIB, 17 * MIB: 4 * MIB}
+    )  # 4 and 6 MiB are free
+    resident = HeldBlocks((seen,), (0, 1000))
     assert resident.handed_out_bytes == resident.asked_bytes + 24 == 10 * MIB + 1024
     allocator = resident.allocator()
     assert [allocator.allocate(n * MIB).address for n in (3, 5)] == [6 * MIB, 14 * MIB]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import planner
 from planner import InfeasibleBudgetError, PlannerError
 from planner._compat import FakeTensorMode
-from planner.devices.state import Segment, segments_of
+from planner.devices.state import DeviceSegment, segments_of
 from planner.measure import peaks
 from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
 from planner.runtime.forward import planned_forward_of
@@ -258,7 +258,7 @@ def test_what_the_allocator_handed_out_is_read_from_its_own_books(monkeypatch: p
     }
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment, {**segment, "device": 1}])
-    assert segments_of(torch.device("cuda", 0)) == [Segment(4096, 2048, True, {4096 + 512: 1024})]
+    assert segments_of(torch.device("cuda", 0)) == [DeviceSegment(4096, 2048, True, {4096 + 512: 1024})]
     assert segments_of(torch.device("cpu")) == []
 
 

@@ -20,16 +20,9 @@ from planner.capture.joint_graph import capture
 from planner.costs.target import Target
 from planner.costs.translation import RULES, scratch_bytes, translated
 from planner.devices import state as devices
-from planner.devices.state import (
-    DEVICES,
-    DeviceMemory,
-    cublas_workspace_bytes,
-    cublaslt_workspace_bytes,
-    device_named,
-    library_bytes,
-    memory_of,
-    warn_of_little_memory,
-)
+from planner.devices.cublas import cublas_workspace_bytes, cublaslt_workspace_bytes, library_blocks
+from planner.devices.rates import DEVICES, device_named
+from planner.devices.state import DeviceMemory, memory_of, warn_of_little_memory
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.measure.peaks import step_peak
 from planner.plan import Plan
@@ -356,9 +349,9 @@ def test_the_workspace_is_pytorchs(
     unified = environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE") == "1"
     own = 0 if unified else int(environ.get("CUBLASLT_WORKSPACE_SIZE", 1024)) * 1024
     assert cublaslt_workspace_bytes(environ) == own
-    assert library_bytes(capability, products=True, biased=True) == 2 * (expected + own)
-    assert library_bytes(capability, products=True, biased=False) == 2 * expected
-    assert library_bytes(None, products=True, biased=True) == 0
+    assert library_blocks(capability, products=True, biased=True) == (expected, own) * 2
+    assert library_blocks(capability, products=True, biased=False) == (expected,) * 2
+    assert library_blocks(None, products=True, biased=True) == ()
 
 
 def test_a_step_without_products_has_no_workspace() -> None:

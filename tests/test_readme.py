@@ -15,7 +15,7 @@ import pytest
 import planner
 from planner.cli.parser import parser
 from planner.costs.cache import VARIABLE
-from planner.devices.state import DEVICES
+from planner.devices.rates import DEVICES
 from solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,14 +33,11 @@ from planner.costs.roofline import (
     value_of,
 )
 from planner.costs.translation import scratch_bytes
-from planner.devices.state import DEVICES, Device
+from planner.devices.rates import Device
 
 __all__ = [
-    "DEVICES",
     "Costs",
-    "Device",
     "costs_of",
-    "device_for",
     "is_view",
     "node_bytes",
     "node_flops",

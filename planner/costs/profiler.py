@@ -31,7 +31,7 @@ from torch.fx.node import map_arg
 from planner._compat import modes_set_aside, pytree, size_hint
 from planner.costs.cache import Measured
 from planner.costs.roofline import operands_of, packet_of, value_of
-from planner.devices.state import DEVICES, Device
+from planner.devices.rates import DEVICES, Device
 
 __all__ = ["Measured", "device_for", "measure", "signature_of", "undisturbed"]
 

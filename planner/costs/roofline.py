@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from planner._compat import pytree, size_hint, storage_key, writes_arguments
 from planner.capture import meta
-from planner.devices.state import DEVICES, Device
+from planner.devices.rates import Device
 from planner.graph import kernels
 from planner.measure.peaks import FLOP_FORMULAS
 
-__all__ = ["DEVICES", "Device", "is_view", "node_bytes", "node_flops", "roofline_seconds"]
+__all__ = ["is_view", "node_bytes", "node_flops", "roofline_seconds"]
 
 aten = torch.ops.aten
 

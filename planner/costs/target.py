@@ -21,13 +21,11 @@ from planner.capture.as_eager.cuda_attention import CudaAttention
 from planner.costs.op_costs import Costs
 from planner.costs.profiler import device_for
 from planner.costs.translation import Translation, translated
+from planner.devices.rates import DEVICES, Device, device_named
 from planner.devices.state import (
-    DEVICES,
-    Device,
     DeviceMemory,
     allocation_grain,
     capability_of,
-    device_named,
     memory_of,
     memory_on_paper,
     reachable,

@@ -24,10 +24,10 @@ from torch import fx
 
 from planner._compat import size_hint
 from planner.capture import meta
-from planner.devices.state import Device
+from planner.devices.rates import Device
 from planner.graph.nodes import tensors_of
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
-from planner.units import bytes_text
+from planner.units import bytes_text, rounded_up
 
 __all__ = ["RULES", "Change", "Rule", "Translation", "scratch_bytes", "translated"]
 
@@ -46,17 +46,13 @@ def _sizes(tensor: torch.Tensor) -> list[int]:
     return [*map(size_hint, tensor.shape)]
 
 
-def _multiple(count: int, of: int) -> int:
-    return -(-count // of) * of
-
-
 # --- Scratch ----------------------------------------------------------------------------------
 
 
 def _flash_backward(node: fx.Node) -> int:
     query, key = _tensor(node, 1), _tensor(node, 2)
     batch, heads, length, depth = _sizes(query)
-    rows, columns = _multiple(length, 128), _multiple(depth, 32 if depth <= 128 else 64)
+    rows, columns = rounded_up(length, 128), rounded_up(depth, 32 if depth <= 128 else 64)
     groups = heads // _sizes(key)[1]
     expanded = 2 * batch * heads * _sizes(key)[2] * depth * query.element_size() if groups > 1 else 0
     return 4 * batch * heads * rows * (columns + 1) + expanded
@@ -65,9 +61,9 @@ def _flash_backward(node: fx.Node) -> int:
 def _efficient_backward(node: fx.Node) -> int:
     query, key = _tensor(node, 1), _tensor(node, 2)
     batch, heads, length, depth = _sizes(query)
-    held = 4 * batch * heads * _multiple(length, 64) * (_multiple(depth, 64) + 1)
+    held = 4 * batch * heads * rounded_up(length, 64) * (rounded_up(depth, 64) + 1)
     if query.dtype in _HALF and depth > 128:
-        held += 2 * 4 * batch * heads * _multiple(_sizes(key)[2], 64) * _multiple(depth, 64)
+        held += 2 * 4 * batch * heads * rounded_up(_sizes(key)[2], 64) * rounded_up(depth, 64)
     return held
 
 

@@ -37,13 +37,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.devices.state import Segment
+from planner.devices.state import GRAIN, DeviceSegment
+from planner.units import rounded_up
 from solvers import Problem, Timeline
 
-__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "Resident", "is_default", "played"]
+__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "HeldBlocks", "is_default", "played"]
 
 MIB = 2**20
-GRAIN = 512
 SMALL = MIB  # the largest block of the small pool, and the largest rest that is not cut off a large one
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
@@ -110,7 +110,7 @@ class CachingAllocator:
 
     def allocate(self, count: int) -> Block:
         """A block of at least ``count`` bytes, ``count`` being more than 0."""
-        count = -(-count // GRAIN) * GRAIN
+        count = rounded_up(count, GRAIN)
         small = count <= SMALL
         free = self._free[small]
         k = bisect_left(free, (count, -1))
@@ -119,18 +119,18 @@ class CachingAllocator:
         rest = block.bytes - count
         if rest >= GRAIN if small else rest > SMALL:
             block.bytes = count
-            self._keep(Block(block.address + count, rest, small, before=block))
+            self._to_free_list(Block(block.address + count, rest, small, before=block))
         self.allocated_bytes += block.bytes
         return block
 
-    def lay(self, segment: Segment) -> None:
+    def lay(self, segment: DeviceSegment) -> None:
         """A segment that is there already; what is not handed out of it is free."""
         start, at = self._taken(segment.bytes), segment.address
         block: Block | None = None
         for address, count in [*sorted(segment.blocks.items()), (segment.address + segment.bytes, 0)]:
             if address > at:
                 block = Block(start + at - segment.address, address - at, segment.small, block)
-                self._keep(block)
+                self._to_free_list(block)
             if count:
                 block = Block(start + address - segment.address, count, segment.small, block)
                 self.allocated_bytes += count
@@ -143,24 +143,24 @@ class CachingAllocator:
         self.allocated_bytes -= block.bytes
         before, after = block.before, block.after
         if before is not None and before.free:
-            self._forget(before)
+            self._from_free_list(before)
             block = before.join()
         if after is not None and after.free:
-            self._forget(after)
+            self._from_free_list(after)
             block.join()
-        self._keep(block)
+        self._to_free_list(block)
 
     def trim(self) -> None:
         """Give the driver back what is free of whole segments, as ``torch.cuda.empty_cache`` does."""
         for block in [b for b in self._at.values() if b.is_segment]:
-            self._forget(block)
+            self._from_free_list(block)
             self.reserved_bytes -= block.bytes
 
     def _segment(self, count: int, small: bool) -> Block:
         if small:
             size = SMALL_SEGMENT
         else:
-            size = LARGE_SEGMENT if count < OWN_SEGMENT else -(-count // SEGMENT_GRAIN) * SEGMENT_GRAIN
+            size = LARGE_SEGMENT if count < OWN_SEGMENT else rounded_up(count, SEGMENT_GRAIN)
         return Block(self._taken(size), size, small)
 
     def _taken(self, count: int) -> int:
@@ -171,12 +171,12 @@ class CachingAllocator:
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
         return address
 
-    def _keep(self, block: Block) -> None:
+    def _to_free_list(self, block: Block) -> None:
         block.free = True
         self._at[block.address] = block
         insort(self._free[block.small], (block.bytes, block.address))
 
-    def _forget(self, block: Block) -> None:
+    def _from_free_list(self, block: Block) -> None:
         del self._at[block.address]
         free = self._free[block.small]
         del free[bisect_left(free, (block.bytes, block.address))]
@@ -206,14 +206,14 @@ class AllocatorPeaks:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """What is there when a step begins, and through all of it.
+class HeldBlocks:
+    """Blocks that are there when a step begins, and through all of it.
 
     ``there``  segments that blocks were seen in, with these blocks only.
     ``made``   bytes of each block that is yet to be asked for, in the order in which that will be.
     """
 
-    there: tuple[Segment, ...]
+    there: tuple[DeviceSegment, ...]
     made: tuple[int, ...]
 
     def allocator(self) -> CachingAllocator:
@@ -237,12 +237,12 @@ class Resident:
         return self.allocator().allocated_bytes
 
 
-def played(problem: Problem, timeline: Timeline, resident: Resident, *, steps: int = STEPS) -> AllocatorPeaks:
+def played(problem: Problem, timeline: Timeline, held: HeldBlocks, *, steps: int = STEPS) -> AllocatorPeaks:
     """The peaks of ``steps`` training steps that run as ``timeline`` of ``problem`` says.
 
     Gradients and outputs (final values) are dropped at the end of each step.
     """
-    allocator = resident.allocator()
+    allocator = held.allocator()
     moves = _moves(problem, timeline)
     allocated = np.zeros(len(moves), dtype=np.int64)
     for _ in range(steps):
@@ -262,7 +262,7 @@ def played(problem: Problem, timeline: Timeline, resident: Resident, *, steps: i
             allocator.release(block)
     moving = timeline.live_bytes - timeline.resident_bytes
     return AllocatorPeaks(
-        resident.asked_bytes + int(moving.max(initial=0)),
+        held.asked_bytes + int(moving.max(initial=0)),
         int(allocated.max(initial=allocator.allocated_bytes)),
         allocator.reserved_peak_bytes,
         allocated,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from planner._compat import TorchDispatchMode
+from planner.units import rounded_up
 
 __all__ = ["StorageMeter"]
 
@@ -99,7 +100,7 @@ class StorageMeter(TorchDispatchMode):
         ):
             return
         storage = tensor.untyped_storage()
-        nbytes = -(-int(storage.nbytes()) // self.grain) * self.grain
+        nbytes = rounded_up(int(storage.nbytes()), self.grain)
         ref = self._tracked.get(id(storage))
         if ref is None:
             ref = _StorageRef(storage, self._forget)

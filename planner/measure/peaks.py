@@ -129,7 +129,7 @@ class CudaPeak:
                          anything else the process keeps there, but for the scratch of cuBLAS, which is
                          part of the step though it outlives it.
     ``slack_bytes``      how far most allocated bytes exceed most requested ones: blocks are rounded up,
-                         and left whole where less than 1 MiB would remain (:mod:`planner.devices.state`).
+                         and left whole where less than 1 MiB would remain (:mod:`planner.devices.allocator`).
     """
 
     allocated_bytes: int

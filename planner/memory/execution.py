@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.devices.allocator import Resident, is_default, played
+from planner.devices.allocator import HeldBlocks, is_default, played
 from solvers import Problem, Timeline
 from solvers.core.simulate import simulate_steps
 
@@ -55,7 +55,7 @@ class Execution:
 def execute(
     problem: Problem,
     steps: list[int],
-    blocks: Resident | None = None,
+    blocks: HeldBlocks | None = None,
     margin_bytes: int = 0,
 ) -> Execution:
     """Play ``steps`` of ``problem`` through.

@@ -9,11 +9,13 @@ from torch import nn
 
 from planner._compat import FakeTensor, storage_key
 from planner.capture.inputs import Inputs
-from planner.devices import allocator
-from planner.devices.state import library_blocks, rounded_up, segments_of
+from planner.devices.allocator import HeldBlocks
+from planner.devices.cublas import library_blocks
+from planner.devices.state import GRAIN, segments_of
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import tensors_in
 from planner.memory.resident import Resident
+from planner.units import rounded_up
 
 __all__ = ["blocks_of", "constant_bytes", "cublas_blocks", "gradient_bytes", "tangent_bytes"]
 
@@ -55,7 +57,7 @@ def gradient_bytes(graph: TrainingGraph, grain: int) -> int:
 
 
 def cublas_blocks(graph: TrainingGraph, capability: tuple[int, int] | None) -> tuple[int, ...]:
-    """That cuBLAS keeps for itself through the step; see :mod:`planner.devices.state`."""
+    """That cuBLAS keeps for itself through the step; see :mod:`planner.devices.cublas`."""
     targets = {op.target for op in graph.ops}
     return library_blocks(
         capability, products=bool(targets & (_PRODUCTS | _BIASED)), biased=bool(targets & _BIASED)
@@ -64,7 +66,7 @@ def cublas_blocks(graph: TrainingGraph, capability: tuple[int, int] | None) -> t
 
 def blocks_of(
     model: nn.Module, inputs: Inputs, resident: Resident, further: Sequence[int], device: torch.device
-) -> allocator.Resident:
+) -> HeldBlocks:
     """Bytes of each block that a CUDA allocator has handed out when the step begins.
 
     ``device``  where the model is.  If that is a CUDA device, the blocks of its tensors are looked up;
@@ -76,7 +78,7 @@ def blocks_of(
 
     def made(tensors: Iterable[torch.Tensor], asked_bytes: int) -> list[int]:
         storages = {storage_key(t): t for t in tensors if t.device == device}
-        asked = {k: rounded_up(int(t.untyped_storage().nbytes()), 512) for k, t in storages.items()}
+        asked = {k: rounded_up(int(t.untyped_storage().nbytes()), GRAIN) for k, t in storages.items()}
         if sum(asked.values()) != asked_bytes:  # sizes of another batch, or storages that serve two purposes
             return [asked_bytes]
         for key, tensor in storages.items() if home else ():
@@ -89,9 +91,9 @@ def blocks_of(
     tensors = (model.parameters(), model.buffers(), tensors_in((inputs.args, inputs.kwargs)))
     asked = (resident.parameters_bytes, resident.buffers_bytes, resident.inputs_bytes)
     first = [count for of, total in zip(tensors, asked, strict=True) for count in made(of, total)]
-    parameters = [rounded_up(p.untyped_storage().nbytes(), 512) for p in model.parameters()]
+    parameters = [rounded_up(p.untyped_storage().nbytes(), GRAIN) for p in model.parameters()]
     copies, rest = divmod(resident.optimizer_state_bytes, max(1, sum(parameters)))
     later = [*further, *copies * parameters, rest, resident.gradients_bytes]
     there = {segment.address: segment for segment in home.values()}
     laid = [there[a]._replace(blocks={b: there[a].blocks[b] for b in blocks}) for a, blocks in held.items()]
-    return allocator.Resident(tuple(sorted(laid)), (*first, *later))
+    return HeldBlocks(tuple(sorted(laid)), (*first, *later))

@@ -38,10 +38,11 @@ from planner._compat import (
     storage_key,
 )
 from planner.capture.wrappers import bucket_bytes
-from planner.devices.state import allocation_grain, rounded_up
+from planner.devices.state import allocation_grain
 from planner.errors import PlannerError
 from planner.measure.meter import StorageMeter
 from planner.measure.step import Inputs, device_of, tensors_in
+from planner.units import rounded_up
 
 __all__ = [
     "OptimizerBytes",

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from planner.devices import allocator
+from planner.devices.allocator import HeldBlocks, is_default
 from planner.graph.captured import CapturedStep
 from planner.measure.step import held
 from planner.memory import footprint
@@ -67,7 +67,7 @@ class StaticMemory:
         return footprint.gradient_bytes(self.captured.graph, self.grain)
 
     @cached_property
-    def blocks(self) -> allocator.Resident | None:
+    def blocks(self) -> HeldBlocks | None:
         """What a CUDA allocator has handed out when the step begins; ``None`` where there is no such one."""
         if self.device.type != "cuda":
             return None
@@ -78,7 +78,7 @@ class StaticMemory:
     @cached_property
     def slack_bytes(self) -> int:
         """What the allocator has handed out for ``blocks`` beyond what was asked for."""
-        if self.blocks is None or not allocator.is_default():
+        if self.blocks is None or not is_default():
             return 0
         asked_bytes = (
             self.resident.total_bytes + self.constant_bytes + self.tangent_bytes + self.library_bytes

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Literal, TypeVar
 
 from planner.costs.op_costs import Costs, Device, costs_of
-from planner.devices.state import allocation_grain, rounded_up
+from planner.devices.state import allocation_grain
 from planner.graph.nodes import layer_of
 from planner.graph.step_graph import RNG_STATE
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
+from planner.units import rounded_up
 from solvers import Op, Problem, Schedule, Value
 
 __all__ = ["graph_costs", "lower", "steps_of"]

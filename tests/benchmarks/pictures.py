@@ -26,7 +26,7 @@ from torch import nn
 from planner import Plan
 from planner.checks import demo
 from planner.checks.zoo import MODELS
-from planner.devices.state import DEVICES, Device
+from planner.devices.rates import DEVICES, Device
 from planner.options import Search
 from planner.solving.lowering import graph_costs
 from planner.solving.priced import prepare
