@@ -5,8 +5,9 @@ from solvers.core.problem import Op, Problem, ProblemError, Value
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import InvalidScheduleError, Timeline, simulate
 from solvers.core.solution import InfeasibleError, Solution, Status, solution_of
+from solvers.fixed_order import minimum_peak
 from solvers.frontier import frontier
-from solvers.solve import SOLVERS, minimum_peak, solve
+from solvers.solve import SOLVERS, solve
 
 __all__ = [
     "SOLVERS",

@@ -41,6 +41,7 @@ from solvers.core.problem import Op, Problem, Value
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import simulate_steps
 from solvers.core.solution import InfeasibleError, Solution, fits_better, solution_of
+from solvers.fixed_order import solve as solve_fixed
 
 __all__ = ["footprint_floor", "lower_peak", "permuted", "solve"]
 
@@ -97,15 +98,12 @@ def min_of(one: Solution, other: Solution) -> Solution:
 
 def _in_order(problem: Problem, budget_bytes: int, time_limit_s: float, seed: int) -> Schedule | None:
     """The best schedule of a fixed order; ``None`` if this order has none."""
-    from solvers.retention import method as retention
-    from solvers.solve import solve as solve_fixed
-
+    solver = "retention" if problem.turn is None else "auto"
     try:
-        if problem.turn is None:
-            return retention.solve(problem, budget_bytes, time_limit_s=time_limit_s, seed=seed).schedule
-        return solve_fixed(problem, budget_bytes, time_limit_s=time_limit_s, seed=seed).schedule
+        found = solve_fixed(problem, budget_bytes, solver=solver, limit_s=time_limit_s, seed=seed)
     except InfeasibleError:
         return None
+    return found.schedule
 
 
 def footprint_floor(problem: Problem) -> tuple[int, str]:

@@ -14,8 +14,9 @@ from solvers.core.incumbent import Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.solution import InfeasibleError, Solution, fits_better, solution_of
+from solvers.fixed_order import checked_budget
 from solvers.portfolio import Methods
-from solvers.solve import checked_budget, solve
+from solvers.solve import solve
 
 __all__ = ["frontier"]
 

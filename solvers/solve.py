@@ -1,8 +1,6 @@
 """The front door: one call, every method, one kind of answer.
 
-``auto`` keeps everything if that fits (nothing can be faster), refuses a budget below the proved floor,
-and otherwise asks every method that suits (``portfolio``), on two cores, for the best plan it can find,
-judged by the simulator, and the best bound it can prove.
+Arguments are checked here, and what they ask is done by ``fixed_order`` or ``free_order``.
 
 A search can be ended at any moment, by its time limit, by Ctrl-C or by its ``progress`` callback, and
 then answers with the best plan there is, its bound, and the status ``feasible`` (or ``unsettled``, if
@@ -12,25 +10,18 @@ better, and the same seed gives the same answer.
 
 from __future__ import annotations
 
-import logging
-import math
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from numbers import Real
 from typing import Literal
 
-from solvers.bounds import lower_bounds as bounds
-from solvers.core.incumbent import Incumbent, Progress
+from solvers.core.incumbent import Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
-from solvers.core.solution import InfeasibleError, Solution, solution_of
+from solvers.core.solution import Solution
+from solvers.fixed_order import checked_budget, checked_time_limit
+from solvers.fixed_order import solve as solve_fixed
+from solvers.free_order import solve as solve_free
 from solvers.portfolio import Methods
 
-__all__ = ["SOLVERS", "minimum_peak", "solve"]
-
-log = logging.getLogger(__name__)
+__all__ = ["SOLVERS", "solve"]
 
 SOLVERS = (
     "auto",
@@ -45,13 +36,6 @@ SOLVERS = (
     "every_block",
     "sqrt",
 )
-
-# The search is told to end a little early, since a linear program in flight overruns its limit by some.
-ENDS_AT = 0.97
-# A search that is not back this long after its limit is left behind, with the best it had.
-PATIENCE = 1.05
-# Share of the time that looks for the least peak; the rest makes the schedule of that peak faster.
-LEAST_SHARE = 0.7
 
 
 def solve(
@@ -72,7 +56,7 @@ def solve(
     ``solver``        one of ``SOLVERS``.  The baselines (``keep_all`` to ``sqrt``) answer with their one
                       schedule whether it fits or not; only ``greedy`` looks at the budget.
     ``order``         ``fixed``: first executions keep the problem's order.  ``free``: they may be permuted,
-                      which lowers both peak and time (see ``reorder``); bounds and floors are then those
+                      which lowers both peak and time (see ``free_order``); bounds and floors are then those
                       of any order.
     ``time_limit_s``  0 answers with the best of the baselines that take no search; ``math.inf`` searches
                       until nothing better is found.
@@ -93,121 +77,15 @@ def solve(
         raise ValueError(f"solver is {solver!r}, want one of {', '.join(SOLVERS)}")
     if order not in ("fixed", "free"):
         raise ValueError(f"order is {order!r}, want 'fixed' or 'free'")
-    started = time.perf_counter()
     if order == "free":
-        from solvers import free_order as reorder
-
-        return reorder.solve(problem, budget, time_limit_s=limit_s, seed=seed)
-    refuse_below_floor(problem, budget)
-    if solver == "auto":
-        run = Incumbent(problem, budget, deadline=started + ENDS_AT * limit_s, progress=progress)
-        if hint is not None:
-            run.offer(hint.steps(problem), "hint")
-        methods = methods or Methods(problem)
-        methods.offer_cheapest(run)
-        if not run.done:
-            search = methods.search
-            _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
-        if math.isinf(run.bound_s):
-            floor = bounds.peak_floor(problem)
-            floor_bytes, op_name = run.floor or (floor.bytes, floor.op_name)
-            raise InfeasibleError(budget, max(floor_bytes, budget + 1), op_name)
-        solution = run.solution()
-    else:
-        solution = _named(problem, budget, solver, limit_s, seed)
-    solution = replace(solution, solve_seconds=time.perf_counter() - started)
-    log.debug("%s: %r", problem.name, solution)
-    return solution
-
-
-def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
-    """The schedule of lowest peak that is found, then made as fast as that peak allows.
-
-    ``time_limit_s`` is seconds for both.  The answer's ``budget_bytes`` is its own ``peak_bytes``: the least
-    budget that is known to be feasible.
-    """
-    limit_s = checked_time_limit(time_limit_s)
-    started = time.perf_counter()
-    methods = Methods(problem)
-    first = Incumbent(problem, 0, deadline=started + LEAST_SHARE * limit_s)
-    if not len(problem):
-        return solution_of(problem, Schedule(()), first.peak_bytes, solver="keep_all")
-    _interruptible(
-        lambda: methods.lower(first, seed), first, started + (LEAST_SHARE + PATIENCE - 1) * limit_s
+        return solve_free(problem, budget, time_limit_s=limit_s, seed=seed)
+    return solve_fixed(
+        problem,
+        budget,
+        solver=solver,
+        limit_s=limit_s,
+        seed=seed,
+        progress=progress,
+        hint=hint,
+        methods=methods,
     )
-    least = first.lowest
-    run = Incumbent(problem, least.peak_bytes, deadline=started + ENDS_AT * limit_s)
-    run.offer(least.steps, least.solver)
-    if not first.stopped and not run.done:
-        _interruptible(lambda: methods.search(run, seed), run, started + PATIENCE * limit_s)
-    return replace(run.solution(), solve_seconds=time.perf_counter() - started)
-
-
-def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float) -> None:
-    """Do ``work`` in a thread, so that Ctrl-C is heard while a linear program runs; then ``run`` is stopped.
-
-    A thread that is still in a linear program by ``give_up_at`` (or at Ctrl-C) is left to end on its own.
-    """
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target, name="solvers", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive() and time.perf_counter() < give_up_at:
-            thread.join(min(0.2, max(0.001, give_up_at - time.perf_counter())))
-    except KeyboardInterrupt:
-        log.warning("interrupted: answering with the best schedule so far")
-        run.stop()
-    if thread.is_alive():
-        run.stop()
-    if failure:
-        raise failure[0]
-
-
-def _named(problem: Problem, budget: int, solver: str, limit_s: float, seed: int) -> Solution:
-    """One method by its name."""
-    from solvers.baselines import simple as baselines
-    from solvers.bounds import refine
-    from solvers.chain import method as chain
-    from solvers.exact import method as checkmate
-    from solvers.retention import method as retention
-    from solvers.staged import method as staged
-
-    if solver in baselines.BASELINES:
-        return baselines.solve(problem, budget, solver)
-    if solver == "instants":
-        return refine.solve(problem, budget, time_limit_s=limit_s)
-    seeded = {"exact": checkmate, "staged": staged, "chain": chain, "retention": retention}
-    return seeded[solver].solve(problem, budget, time_limit_s=limit_s, seed=seed)
-
-
-def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:
-    """``InfeasibleError`` if the proved floor of ``problem`` exceeds ``budget_bytes``."""
-
-    floor = bounds.peak_floor(problem)
-    if floor.bytes > budget_bytes:
-        raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
-
-
-def checked_budget(budget_bytes: float) -> int:
-    """``budget_bytes`` as an int; ``TypeError`` or ``ValueError`` if it makes no sense."""
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, Real):
-        raise TypeError(f"budget_bytes is {budget_bytes!r}, want a number of bytes")
-    if not math.isfinite(budget_bytes) or budget_bytes <= 0:
-        raise ValueError(f"budget_bytes is {budget_bytes!r}, want a finite number above 0")
-    return math.floor(budget_bytes)
-
-
-def checked_time_limit(time_limit_s: object) -> float:
-    """``time_limit_s`` as a float; ``TypeError`` or ``ValueError`` if it makes no sense."""
-    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, Real):
-        raise TypeError(f"time_limit_s is {time_limit_s!r}, want a number of seconds")
-    if math.isnan(time_limit_s) or time_limit_s < 0:
-        raise ValueError(f"time_limit_s is {time_limit_s!r}, want a number >= 0")
-    return float(time_limit_s)
