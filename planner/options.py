@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from planner.progress import Progress, Reporter, reporting
 from solvers import SOLVERS
-from solvers.solve import checked_time_limit
+from solvers.fixed_order import checked_time_limit
 
 __all__ = ["Search"]
 

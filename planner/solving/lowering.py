@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-from planner.costs.op_costs import Costs, Device, costs_of
+from planner.costs.op_costs import Costs, costs_of
+from planner.devices.rates import Device
 from planner.devices.state import allocation_grain
 from planner.graph.nodes import layer_of
 from planner.graph.step_graph import RNG_STATE
