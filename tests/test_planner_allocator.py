@@ -194,9 +194,8 @@ def test_a_schedule_takes_what_its_blocks_take() -> None:
 
 
 def test_a_step_begins_in_the_segments_that_are_there() -> None:
-    seen = DeviceSegment(
-        7 * MIB, 20 * MIB, False, {7 * MIB: 6 * MIB, 17 * MIB: 4 * MIB}
-    )  # 4 and 6 MiB are free
+    taken = {7 * MIB: 6 * MIB, 17 * MIB: 4 * MIB}  # 4 and 6 MiB are free
+    seen = DeviceSegment(7 * MIB, 20 * MIB, False, taken)
     resident = HeldBlocks((seen,), (0, 1000))
     assert resident.handed_out_bytes == resident.asked_bytes + 24 == 10 * MIB + 1024
     allocator = resident.allocator()

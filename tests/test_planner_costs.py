@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from planner._compat import FakeTensorMode
 from planner.costs import op_costs as costs_module
 from planner.costs import profiler
-from planner.costs.op_costs import DEVICES, Costs, costs_of, is_view, node_bytes, node_flops, roofline_seconds
+from planner.costs.op_costs import Costs, costs_of
+from planner.costs.roofline import is_view, node_bytes, node_flops, roofline_seconds
+from planner.devices.rates import DEVICES
 from planner.measure.peaks import FLOP_FORMULAS, step_flops
 
 aten = torch.ops.aten

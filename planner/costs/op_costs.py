@@ -14,8 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import fx
@@ -25,26 +25,20 @@ from planner.costs.cache import Measured, cache_for, key_of
 from planner.costs.profiler import device_for, measure, signature_of, undisturbed
 from planner.costs.roofline import (
     is_view,
-    node_bytes,
     node_flops,
+    outputs_of,
     packet_of,
     roofline_seconds,
-    tensors_of,
-    value_of,
 )
 from planner.costs.translation import scratch_bytes
 from planner.devices.rates import Device
+from planner.graph.training_graph import TrainingGraph
 
-__all__ = [
-    "Costs",
-    "costs_of",
-    "is_view",
-    "node_bytes",
-    "node_flops",
-    "roofline_seconds",
-]
+__all__ = ["Costs", "costs_of", "graph_costs"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _measured: dict[str, Measured] = {}  # by signature, for the life of the process
 
@@ -163,6 +157,33 @@ def costs_of(
     )
 
 
+def graph_costs(
+    graph: TrainingGraph,
+    source: Literal["auto", "profile", "roofline"] = "auto",
+    *,
+    rates: Device | None = None,
+) -> Costs:
+    """Costs of every op by its name; the step's and the loss's nodes come from two graphs."""
+    ours = [op.node for op in graph.ops if op.node is not None and op.phase != "loss"]
+    theirs = [op.node for op in graph.ops if op.node is not None and op.phase == "loss"]
+    costs = costs_of(ours, source, graph.device, rates=rates)
+    if not theirs:
+        return costs
+    loss = costs_of(theirs, costs.source, graph.device, rates=rates)
+    return replace(
+        costs,
+        seconds={**costs.seconds, **_prefixed(loss.seconds)},
+        workspace_bytes={**costs.workspace_bytes, **_prefixed(loss.workspace_bytes)},
+        flops={**costs.flops, **_prefixed(loss.flops)},
+        signatures=costs.signatures + loss.signatures,
+        estimated=costs.estimated + loss.estimated,
+    )
+
+
+def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
+    return {f"loss/{name}": cost for name, cost in by_node.items()}
+
+
 def _profile(
     alike: Mapping[str, list[fx.Node]],
     expected_s: Mapping[str, float],
@@ -211,7 +232,7 @@ def _attempt(node: fx.Node, device: torch.device) -> Measured | None:
 
 
 def _device_of(nodes: Iterable[fx.Node]) -> torch.device:
-    devices = [t.device for node in nodes for t in tensors_of(value_of(node))]
+    devices = [t.device for node in nodes for t in outputs_of(node)]
     return next((d for d in devices if d.type == "cuda"), devices[0] if devices else torch.device("cpu"))
 
 

@@ -29,11 +29,12 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from planner._compat import modes_set_aside, pytree, size_hint
+from planner.capture import meta
 from planner.costs.cache import Measured
-from planner.costs.roofline import operands_of, packet_of, value_of
+from planner.costs.roofline import operands_of, packet_of
 from planner.devices.rates import DEVICES, Device
 
-__all__ = ["Measured", "device_for", "measure", "signature_of", "undisturbed"]
+__all__ = ["device_for", "measure", "signature_of", "undisturbed"]
 
 aten = torch.ops.aten
 
@@ -129,10 +130,10 @@ def _index_bound(node: fx.Node) -> int:
     if packet is aten.embedding_dense_backward:
         return size_hint(args[2])  # type: ignore[arg-type]
     if packet is aten.embedding:
-        return size_hint(value_of(args[0]).shape[0])  # type: ignore[arg-type]
+        return size_hint(meta.value(args[0]).shape[0])  # type: ignore[arg-type]
     if packet in (aten.nll_loss_forward, aten.nll_loss_backward):
         log_probabilities = args[0] if packet is aten.nll_loss_forward else args[1]
-        return size_hint(value_of(log_probabilities).shape[-1])  # type: ignore[arg-type]
+        return size_hint(meta.value(log_probabilities).shape[-1])  # type: ignore[arg-type]
     return 1
 
 
@@ -187,7 +188,7 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
         return _materialize(leaf, bits if leaf.dtype == torch.bool else bound, generators[leaf.device])
 
     def prepared() -> Callable[[], Any]:
-        operands = {source: pytree.tree_map(real, value_of(source)) for source in node.all_input_nodes}
+        operands = {source: pytree.tree_map(real, meta.value(source)) for source in node.all_input_nodes}
         args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
         target: Any = node.target
         return lambda: target(*args, **kwargs)
@@ -205,7 +206,9 @@ def signature_of(node: fx.Node, device: torch.device) -> str:
             return f"{leaf.dtype}{sizes}{strides}@{leaf.device}"
         return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
-    arguments = map_arg((node.args, node.kwargs), lambda source: pytree.tree_map(describe, value_of(source)))
+    arguments = map_arg(
+        (node.args, node.kwargs), lambda source: pytree.tree_map(describe, meta.value(source))
+    )
     target: Any = node.target
     name = f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__qualname__") else str(target)
     return f"{name}{arguments} on {device} {_settings(device)}"

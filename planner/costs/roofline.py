@@ -28,14 +28,17 @@ from planner.devices.rates import Device
 from planner.graph import kernels
 from planner.measure.peaks import FLOP_FORMULAS
 
-__all__ = ["is_view", "node_bytes", "node_flops", "roofline_seconds"]
+__all__ = [
+    "is_view",
+    "node_bytes",
+    "node_flops",
+    "operands_of",
+    "outputs_of",
+    "packet_of",
+    "roofline_seconds",
+]
 
 aten = torch.ops.aten
-
-
-def value_of(node: fx.Node) -> Any:
-    """The fake value of ``node``; None if it has none."""
-    return meta.value(node)
 
 
 def packet_of(node: fx.Node) -> Any:
@@ -43,14 +46,14 @@ def packet_of(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in a value of any structure."""
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+def outputs_of(node: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors that ``node`` makes, in a value of any structure."""
+    return [x for x in pytree.tree_leaves(meta.value(node)) if isinstance(x, torch.Tensor)]
 
 
 def operands_of(node: fx.Node) -> list[torch.Tensor]:
     """The fake tensors that ``node`` is given, each of its input nodes once."""
-    return [t for source in node.all_input_nodes for t in tensors_of(value_of(source))]
+    return [t for source in node.all_input_nodes for t in outputs_of(source)]
 
 
 # --- FLOPs and bytes --------------------------------------------------------------------------
@@ -70,8 +73,8 @@ def node_flops(node: fx.Node) -> int:
     formula = _flop_formulas().get(packet_of(node)) if node.op == "call_function" else None
     if formula is None:
         return 0
-    args, kwargs = map_arg((node.args, node.kwargs), value_of)
-    return size_hint(formula(*args, **kwargs, out_val=value_of(node)))
+    args, kwargs = map_arg((node.args, node.kwargs), meta.value)
+    return size_hint(formula(*args, **kwargs, out_val=meta.value(node)))
 
 
 def is_view(node: fx.Node) -> bool:
@@ -84,7 +87,7 @@ def is_view(node: fx.Node) -> bool:
     if writes_arguments(node.target):
         return False
     theirs = {storage_key(t) for t in operands_of(node)}
-    return all(storage_key(t) in theirs for t in tensors_of(value_of(node)))
+    return all(storage_key(t) in theirs for t in outputs_of(node))
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:
@@ -109,7 +112,7 @@ def node_bytes(node: fx.Node) -> int:
     """Bytes one execution must read and write at least: each storage once each way; views 0."""
     if is_view(node):
         return 0
-    operands, written = operands_of(node), _distinct_bytes(tensors_of(value_of(node)))
+    operands, written = operands_of(node), _distinct_bytes(outputs_of(node))
     if packet_of(node) in _GATHERS and operands:
         table, *indices = operands
         return min(_touched_bytes(table), written) + _distinct_bytes(indices) + written

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from planner.capture.as_eager.cuda_attention import CudaAttention
-from planner.costs.op_costs import Costs
+from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.profiler import device_for
 from planner.costs.translation import Translation, translated
 from planner.devices.rates import DEVICES, Device, device_named
@@ -32,7 +32,6 @@ from planner.devices.state import (
 )
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of
-from planner.solving.lowering import graph_costs
 
 __all__ = ["CostSource", "Target", "target_for"]
 

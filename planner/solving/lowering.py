@@ -6,12 +6,7 @@ the allocator's grain (512 on CUDA, 1 on CPU); what is resident throughout is on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Literal, TypeVar
-
-from planner.costs.op_costs import Costs, costs_of
-from planner.devices.rates import Device
+from planner.costs.op_costs import Costs
 from planner.devices.state import allocation_grain
 from planner.graph.nodes import layer_of
 from planner.graph.step_graph import RNG_STATE
@@ -19,36 +14,7 @@ from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.units import rounded_up
 from solvers import Op, Problem, Schedule, Value
 
-__all__ = ["graph_costs", "lower", "steps_of"]
-
-T = TypeVar("T")
-
-
-def graph_costs(
-    graph: TrainingGraph,
-    source: Literal["auto", "profile", "roofline"] = "auto",
-    *,
-    rates: Device | None = None,
-) -> Costs:
-    """Costs of every op by its name; the step's and the loss's nodes come from two graphs."""
-    ours = [op.node for op in graph.ops if op.node is not None and op.phase != "loss"]
-    theirs = [op.node for op in graph.ops if op.node is not None and op.phase == "loss"]
-    costs = costs_of(ours, source, graph.device, rates=rates)
-    if not theirs:
-        return costs
-    loss = costs_of(theirs, costs.source, graph.device, rates=rates)
-    return replace(
-        costs,
-        seconds={**costs.seconds, **_prefixed(loss.seconds)},
-        workspace_bytes={**costs.workspace_bytes, **_prefixed(loss.workspace_bytes)},
-        flops={**costs.flops, **_prefixed(loss.flops)},
-        signatures=costs.signatures + loss.signatures,
-        estimated=costs.estimated + loss.estimated,
-    )
-
-
-def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
-    return {f"loss/{name}": cost for name, cost in by_node.items()}
+__all__ = ["lower", "steps_of"]
 
 
 def lower(

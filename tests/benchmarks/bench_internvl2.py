@@ -26,9 +26,9 @@ import transformers
 from torch import Tensor, nn
 
 import planner
+from planner.costs.op_costs import graph_costs
 from planner.examples.internvl2 import SHAPES, internvl2
 from planner.options import Search
-from planner.solving.lowering import graph_costs
 from planner.solving.priced import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, without_memory
 

@@ -40,8 +40,8 @@ from torch.nn import functional as F
 
 from planner._compat import FakeTensorMode
 from planner.checks import zoo
-from planner.costs.op_costs import Device
-from planner.solving.lowering import graph_costs
+from planner.costs.op_costs import graph_costs
+from planner.devices.rates import Device
 from planner.solving.priced import prepare
 from solvers import Problem, Schedule, read_problem, simulate, write_problem
 

@@ -26,9 +26,9 @@ from torch import nn
 from planner import Plan
 from planner.checks import demo
 from planner.checks.zoo import MODELS
+from planner.costs.op_costs import graph_costs
 from planner.devices.rates import DEVICES, Device
 from planner.options import Search
-from planner.solving.lowering import graph_costs
 from planner.solving.priced import prepare
 from tests.benchmarks.graphs import ATTAINED_H100, GRAPHS, without_memory
 
