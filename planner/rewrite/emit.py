@@ -4,85 +4,25 @@ The schedule's steps are replayed into fx graphs, each kernel call exactly where
 is scheduled.  The generated Python drops each tensor after its last use, and takes its arguments in
 one list that it clears, so what is freed is what the schedule frees.  Views are re-made where they
 are read.  What crosses from the forward to the backward is the saved set; what crosses from one
-segment of the backward to a later one is handed over by name.
-
-Segments.  One autograd node for the whole backward would hand out every gradient at its very end:
-no overlap with communication, and under gradient accumulation a second set of gradients.  The
-*backward* is cut, not the forward, so any cut is legal and none changes what is recomputed.  The
-first cut comes right after the last use of the output gradients, which the engine holds for as long
-as the node that receives them runs.
+segment of the backward to a later one is handed over by name.  How the backward is cut, and why: :mod:`planner.rewrite.segments`.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
-from planner._compat import BoxedCodeGen
 from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.nodes import layer_of
 from planner.graph.step_graph import replayed_states
 from planner.graph.training_graph import TrainingGraph
-from planner.rewrite.bindings import bind
+from planner.rewrite.program import Argument, Program, Segment
+from planner.rewrite.segments import cuts_of, in_order, module_of, segment_of
 
-__all__ = ["Argument", "Program", "Segment", "emit"]
-
-
-class Argument(NamedTuple):
-    """Where an argument of a generated graph comes from.
-
-    ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index), "size"
-               (an integer that varies; its expression), "saved" (position in the forward's saved set) or
-               "mail" (a value an earlier segment made).
-    """
-
-    kind: str
-    key: str | int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A contiguous part of the backward.
-
-    ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position).
-    ``mail``        names of the remaining results, kept for later segments.
-    """
-
-    module: fx.GraphModule
-    arguments: tuple[Argument, ...]
-    gradients: tuple[str | int, ...]
-    mail: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """The rewritten step.
-
-    ``forward``    returns the model's output tensors, then the saved set.
-    ``segments``   the backward, in execution order.
-    ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
-    """
-
-    forward: fx.GraphModule
-    arguments: tuple[Argument, ...]
-    outputs: int
-    saved: int
-    segments: tuple[Segment, ...]
-    constants: dict[str, torch.Tensor]
-    replays: bool
-
-    @property
-    def code(self) -> str:
-        """The whole step as Python; a call that runs again is named ``..._recomputed``."""
-        parts = [f"# forward: {self.outputs} outputs, {self.saved} saved tensors", self.forward.code.strip()]
-        for k, segment in enumerate(self.segments):
-            parts += [f"\n# backward, segment {k + 1} of {len(self.segments)}", segment.module.code.strip()]
-        return "\n".join(parts)
+__all__ = ["emit"]
 
 
 def emit(
@@ -260,8 +200,8 @@ class _Writer:
         arguments = self.arguments[self.forward]
         used = {n for n in self.forward.nodes if n.op == "placeholder"}
         return Program(
-            _module(self.forward, "Forward"),
-            tuple(a for n, a in _in_order(self.forward, arguments) if n in used),
+            module_of(self.forward, "Forward"),
+            tuple(a for n, a in in_order(self.forward, arguments) if n in used),
             len(outputs),
             len(saved),
             tuple(self._cut(segments)),
@@ -272,7 +212,7 @@ class _Writer:
     def _cut(self, segments: int | None) -> list[Segment]:
         _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
         calls = [n for n in self.backward.nodes if n.op == "call_function"]
-        starts = _cuts(calls, self.gradient_results, self.arguments[self.backward], segments)
+        starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments)
         parts = [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
         home = {n: k for k, part in enumerate(parts) for n in part}
         first_use: dict[fx.Node, int] = {}
@@ -284,74 +224,9 @@ class _Writer:
                     last_use[operand] = k
         arguments = self.arguments[self.backward]
         return [
-            _segment(k, part, home, first_use, last_use, arguments, self.gradient_results)
+            segment_of(k, part, home, first_use, last_use, arguments, self.gradient_results)
             for k, part in enumerate(parts)
         ]
-
-
-def _segment(
-    k: int,
-    part: list[fx.Node],
-    home: dict[fx.Node, int],
-    first_use: dict[fx.Node, int],
-    last_use: dict[fx.Node, int],
-    arguments: dict[fx.Node, Argument],
-    gradients: dict[fx.Node, str | int],
-) -> Segment:
-    """Copy ``part`` into a graph of its own."""
-    graph = fx.Graph()
-    inside = set(part)
-    outside = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in inside))
-    new: dict[fx.Node, fx.Node] = {}
-    sources: list[Argument] = []
-    for node in outside:
-        new[node] = graph.placeholder(node.name)
-        new[node].meta = node.meta
-        argument = arguments.get(node)
-        handed = argument is None or (argument.kind == "saved" and first_use[node] < k)
-        sources.append(Argument("mail", node.name) if handed or argument is None else argument)
-    for node in part:
-        new[node] = graph.node_copy(node, new.__getitem__)
-        new[node].meta = node.meta
-    results = [n for n in part if n in gradients]
-    mail = [n for n in part if last_use.get(n, k) > k]
-    mail += [n for n in outside if (n in home or arguments[n].kind == "saved") and last_use[n] > k]
-    graph.output([new[n] for n in (*results, *mail)])
-    return Segment(
-        _module(graph, f"Backward{k}"),
-        tuple(sources),
-        tuple(gradients[n] for n in results),
-        tuple(n.name for n in mail),
-    )
-
-
-def _cuts(
-    calls: list[fx.Node],
-    gradients: dict[fx.Node, str | int],
-    arguments: dict[fx.Node, Argument],
-    segments: int | None,
-) -> list[int]:
-    """Positions at which segments start: after the output gradients' last use, then by gradient bytes."""
-    tangents = {n for n, a in arguments.items() if a.kind == "tangent"}
-    free = 1 + max((i for i, n in enumerate(calls) if tangents & set(n.all_input_nodes)), default=-1)
-    if segments == 1 or not calls:
-        return [0]
-    size = {n: _bytes(n) for n in gradients}
-    quota = sum(size.values()) / (segments or 8)
-    if segments is None:
-        quota = min(quota, 25e6) if quota > 1e6 else max(quota, 1e6)
-    starts, have = [0], 0.0
-    later_gradients = [0] * (len(calls) + 1)
-    for i in range(len(calls) - 1, -1, -1):
-        later_gradients[i] = later_gradients[i + 1] + (calls[i] in gradients)
-    for i, node in enumerate(calls[:-1], start=1):
-        have += size.get(node, 0)
-        layer_ends = layer_of(meta.module(calls[i]) or "") != layer_of(meta.module(node) or "")
-        due = (i >= free and len(starts) == 1) or (have >= quota and layer_ends and i > free)
-        if due and later_gradients[i] and calls[i].target is not operator.getitem:
-            starts.append(i)
-            have = 0.0
-    return starts
 
 
 def _transposed_twice(node: fx.Node) -> fx.Node | None:
@@ -362,11 +237,6 @@ def _transposed_twice(node: fx.Node) -> fx.Node | None:
     return inner.args[0] if twice else None  # type: ignore[union-attr,return-value]
 
 
-def _bytes(node: fx.Node) -> int:
-    value = meta.value(node)
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
 def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> None:
     """Parts of a result that nothing reads, and views made for nobody."""
     for node in reversed(graph.nodes):
@@ -374,19 +244,5 @@ def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> No
             graph.erase_node(node)
 
 
-def _in_order(graph: fx.Graph, arguments: dict[fx.Node, Argument]) -> list[tuple[fx.Node, Argument]]:
-    return [(n, arguments[n]) for n in graph.nodes if n.op == "placeholder"]
-
-
 def _last(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)), graph._root)
-
-
-def _module(graph: fx.Graph, name: str) -> fx.GraphModule:
-    for node in graph.nodes:  # a kernel may lay its result out otherwise than the trace believed
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    bind(graph)
-    graph.set_codegen(BoxedCodeGen())
-    graph.lint()
-    return fx.GraphModule({}, graph, name)

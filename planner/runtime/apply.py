@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from planner.rewrite.emit import Program
+from planner.rewrite.program import Program
 from planner.runtime.forward import PlannedForward, planned_forward_of
 from planner.runtime.step import ExecutableStep
 

@@ -28,7 +28,7 @@ import torch
 from planner import _compat
 from planner.errors import PlannerError
 from planner.graph import kernels
-from planner.rewrite.emit import Argument
+from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["PendingCall", "SegmentNode", "memory_explained", "refuse_capture", "without_autocast"]

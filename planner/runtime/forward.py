@@ -17,7 +17,7 @@ from torch import nn
 
 from planner.capture.inputs import Inputs
 from planner.errors import PlannerError
-from planner.rewrite.emit import Argument
+from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
     SegmentNode,

@@ -12,7 +12,7 @@ from torch import nn
 from planner.capture.expectation import Expectation
 from planner.capture.outputs import OutputTemplate
 from planner.plans.plan_data import PlanData
-from planner.rewrite.emit import Argument, Program
+from planner.rewrite.program import Argument, Program
 
 __all__ = ["ExecutableStep", "StepsBySize"]
 

@@ -45,7 +45,8 @@ from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph
 from planner.options import Search
 from planner.plans.plan_data import PlanData
-from planner.rewrite.emit import Argument, emit
+from planner.rewrite.emit import emit
+from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["OnLarger", "Replanner", "Variant", "Variants", "Varying"]

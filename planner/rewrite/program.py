@@ -1,0 +1,63 @@
+"""The generated program: a forward graph, the segments of a backward, where their arguments come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+__all__ = ["Argument", "Program", "Segment"]
+
+
+class Argument(NamedTuple):
+    """Where an argument of a generated graph comes from.
+
+    ``kind``   "parameter", "buffer", "input", "constant", "tangent" (``key``: its name or index), "size"
+               (an integer that varies; its expression), "saved" (position in the forward's saved set) or
+               "mail" (a value an earlier segment made).
+    """
+
+    kind: str
+    key: str | int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous part of the backward.
+
+    ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position).
+    ``mail``        names of the remaining results, kept for later segments.
+    """
+
+    module: fx.GraphModule
+    arguments: tuple[Argument, ...]
+    gradients: tuple[str | int, ...]
+    mail: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The rewritten step.
+
+    ``forward``    returns the model's output tensors, then the saved set.
+    ``segments``   the backward, in execution order.
+    ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
+    """
+
+    forward: fx.GraphModule
+    arguments: tuple[Argument, ...]
+    outputs: int
+    saved: int
+    segments: tuple[Segment, ...]
+    constants: dict[str, torch.Tensor]
+    replays: bool
+
+    @property
+    def code(self) -> str:
+        """The whole step as Python; a call that runs again is named ``..._recomputed``."""
+        parts = [f"# forward: {self.outputs} outputs, {self.saved} saved tensors", self.forward.code.strip()]
+        for k, segment in enumerate(self.segments):
+            parts += [f"\n# backward, segment {k + 1} of {len(self.segments)}", segment.module.code.strip()]
+        return "\n".join(parts)

@@ -1,0 +1,109 @@
+"""The backward cut into segments, each a graph of its own.
+
+One autograd node for the whole backward would hand out every gradient at its very end: no overlap with
+communication, and under gradient accumulation a second set of gradients.  The *backward* is cut, not the
+forward, so any cut is legal and none changes what is recomputed.  The first cut comes right after the last
+use of the output gradients, which the engine holds for as long as the node that receives them runs.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from planner._compat import BoxedCodeGen
+from planner.capture import meta
+from planner.graph.nodes import layer_of
+from planner.rewrite.bindings import bind
+from planner.rewrite.program import Argument, Segment
+
+__all__ = ["bytes_of", "cuts_of", "in_order", "module_of", "segment_of"]
+
+
+def segment_of(
+    k: int,
+    part: list[fx.Node],
+    home: dict[fx.Node, int],
+    first_use: dict[fx.Node, int],
+    last_use: dict[fx.Node, int],
+    arguments: dict[fx.Node, Argument],
+    gradients: dict[fx.Node, str | int],
+) -> Segment:
+    """Copy ``part`` into a graph of its own."""
+    graph = fx.Graph()
+    inside = set(part)
+    outside = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in inside))
+    new: dict[fx.Node, fx.Node] = {}
+    sources: list[Argument] = []
+    for node in outside:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta
+        argument = arguments.get(node)
+        handed = argument is None or (argument.kind == "saved" and first_use[node] < k)
+        sources.append(Argument("mail", node.name) if handed or argument is None else argument)
+    for node in part:
+        new[node] = graph.node_copy(node, new.__getitem__)
+        new[node].meta = node.meta
+    results = [n for n in part if n in gradients]
+    mail = [n for n in part if last_use.get(n, k) > k]
+    mail += [n for n in outside if (n in home or arguments[n].kind == "saved") and last_use[n] > k]
+    graph.output([new[n] for n in (*results, *mail)])
+    return Segment(
+        module_of(graph, f"Backward{k}"),
+        tuple(sources),
+        tuple(gradients[n] for n in results),
+        tuple(n.name for n in mail),
+    )
+
+
+def cuts_of(
+    calls: list[fx.Node],
+    gradients: dict[fx.Node, str | int],
+    arguments: dict[fx.Node, Argument],
+    segments: int | None,
+) -> list[int]:
+    """Positions at which segments start: after the output gradients' last use, then by gradient bytes."""
+    tangents = {n for n, a in arguments.items() if a.kind == "tangent"}
+    free = 1 + max((i for i, n in enumerate(calls) if tangents & set(n.all_input_nodes)), default=-1)
+    if segments == 1 or not calls:
+        return [0]
+    size = {n: bytes_of(n) for n in gradients}
+    quota = sum(size.values()) / (segments or 8)
+    if segments is None:
+        quota = min(quota, 25e6) if quota > 1e6 else max(quota, 1e6)
+    starts, have = [0], 0.0
+    later_gradients = [0] * (len(calls) + 1)
+    for i in range(len(calls) - 1, -1, -1):
+        later_gradients[i] = later_gradients[i + 1] + (calls[i] in gradients)
+    for i, node in enumerate(calls[:-1], start=1):
+        have += size.get(node, 0)
+        layer_ends = layer_of(meta.module(calls[i]) or "") != layer_of(meta.module(node) or "")
+        due = (i >= free and len(starts) == 1) or (have >= quota and layer_ends and i > free)
+        if due and later_gradients[i] and calls[i].target is not operator.getitem:
+            starts.append(i)
+            have = 0.0
+    return starts
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of the tensor a node makes; 0 for what is none."""
+    value = meta.value(node)
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def in_order(graph: fx.Graph, arguments: dict[fx.Node, Argument]) -> list[tuple[fx.Node, Argument]]:
+    """A graph's placeholders in order, with what each is given."""
+    return [(n, arguments[n]) for n in graph.nodes if n.op == "placeholder"]
+
+
+def module_of(graph: fx.Graph, name: str) -> fx.GraphModule:
+    """The graph as a module: bound to torch's own bindings, its arguments in one list that it clears."""
+    for node in graph.nodes:  # a kernel may lay its result out otherwise than the trace believed
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    bind(graph)
+    graph.set_codegen(BoxedCodeGen())
+    graph.lint()
+    return fx.GraphModule({}, graph, name)
