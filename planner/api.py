@@ -16,7 +16,8 @@ from planner.capture.joint_graph import LossFn
 from planner.capture.sizes import Dynamic
 from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
-from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.progress import Progress

@@ -18,13 +18,8 @@ from planner._compat import FakeTensorMode
 from planner.errors import PlannerError
 from planner.measure.meter import StorageMeter
 from planner.measure.peaks import step_peak
-from planner.memory.resident import (
-    OptimizerBytes,
-    Resident,
-    budget_bytes_of,
-    optimizer_state_bytes,
-    resident_of,
-)
+from planner.memory.optimizer_state import OptimizerBytes, optimizer_state_bytes
+from planner.memory.resident import Resident, budget_bytes_of, resident_of
 from planner.options import Search
 from planner.solving.priced import prepare
 from tests.models import CASES

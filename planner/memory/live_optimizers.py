@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from planner.errors import PlannerError
-from planner.memory.resident import OptimizerBytes, optimizer_state_bytes
+from planner.memory.optimizer_state import OptimizerBytes, optimizer_state_bytes
 
 __all__ = ["found_optimizer_bytes", "optimizers_of"]
 

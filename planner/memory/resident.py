@@ -1,64 +1,42 @@
 """From a budget in GB to what is left for activations: everything a step holds besides them.
 
 Parameters, buffers, inputs and gradients are counted by distinct storage, so tied weights and views
-count once; on CUDA each is rounded up as its allocator does.  Optimizer state is not looked up in a
-table: the optimizer's own step runs on fake tensors (shapes, no memory) under
-:class:`~planner.measure.meter.StorageMeter`, so any optimizer that keeps to tensor code is counted to the
-byte, state made by its constructor and temporaries of its step included.
-
-Nothing of the user's changes: the step runs on a copy that holds fake parameters and empty state.
-
-Known weaknesses: a step that reads a value from a tensor (``.item()``) gets 1, since fake tensors
-have no values; workspace inside fused kernels is not seen; gradients are taken to be dense and of
-their parameter's dtype.
+count once; on CUDA each is rounded up as its allocator does.  Optimizer state: see
+:mod:`planner.memory.optimizer_state`.  Workspace inside fused kernels is not seen.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import math
 import numbers
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from planner._compat import (
-    DataDependentOutputException,
-    FakeTensorMode,
-    TorchDispatchMode,
-    foreach_takes_fakes,
-    reads_a_number,
     storage_key,
 )
 from planner.capture.wrappers import bucket_bytes
 from planner.devices.state import allocation_grain
-from planner.errors import PlannerError
-from planner.measure.meter import StorageMeter
 from planner.measure.step import Inputs, device_of, tensors_in
+from planner.memory.optimizer_state import (
+    OptimizerBytes,
+    OptimizerLike,
+    check_counts,
+    on_device,
+    optimizer_state_bytes,
+)
 from planner.units import rounded_up
 
 __all__ = [
-    "OptimizerBytes",
-    "OptimizerLike",
     "Resident",
     "budget_bytes_of",
-    "optimizer_state_bytes",
     "resident_of",
 ]
 
 GB = 10**9
-
-# An optimizer, its class, a functools.partial of it, or the bytes of its state.
-OptimizerLike: TypeAlias = Optimizer | Callable[..., Optimizer] | int
-
-_STEPS = 2  # the first makes the state, the second is what every later one is like
 
 
 def budget_bytes_of(budget_gb: float) -> int:
@@ -77,26 +55,6 @@ def budget_bytes_of(budget_gb: float) -> int:
     if found == 0:
         raise ValueError(f"budget_gb={budget_gb} is less than a byte: it is in GB of 10**9 bytes")
     return found
-
-
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """What an optimizer takes on one device.
-
-    ``state_bytes``           kept between steps.
-    ``step_transient_bytes``  most it has beyond parameters, gradients and state during its step,
-                              when the activations are gone.
-    """
-
-    state_bytes: int
-    step_transient_bytes: int
-
-    def __post_init__(self) -> None:
-        _check_counts(self)
-
-    def __str__(self) -> str:
-        state_mb, more_mb = self.state_bytes / 1e6, self.step_transient_bytes / 1e6
-        return f"state {state_mb:.1f} MB, in its step {more_mb:.1f} MB more"
 
 
 @dataclass(frozen=True)
@@ -119,7 +77,7 @@ class Resident:
     optimizer_step_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _check_counts(self)
+        check_counts(self)
 
     @property
     def total_bytes(self) -> int:
@@ -138,13 +96,6 @@ class Resident:
             for f in fields(self)
         ]
         return f"resident {self.total_bytes / 1e6:.1f} MB: " + ", ".join(parts)
-
-
-def _check_counts(record: OptimizerBytes | Resident) -> None:
-    for field in fields(record):
-        count = getattr(record, field.name)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{field.name} must be a count of bytes, 0 or more, got {count!r}")
 
 
 def resident_of(
@@ -169,7 +120,7 @@ def resident_of(
     def count(tensors: Iterable[Tensor | None]) -> int:
         total = 0
         for tensor in tensors:
-            if tensor is None or not _on(tensor.device, where) or storage_key(tensor) in seen:
+            if tensor is None or not on_device(tensor.device, where) or storage_key(tensor) in seen:
                 continue
             seen.add(storage_key(tensor))
             total += rounded_up(int(tensor.untyped_storage().nbytes()), grain)
@@ -189,161 +140,4 @@ def resident_of(
     )
 
 
-def _on(device: torch.device, wanted: torch.device) -> bool:
-    return device.type == wanted.type and wanted.index in (None, device.index)
-
-
 # ---------------------------------------------------------------------------------------- optimizers
-
-
-def optimizer_state_bytes(
-    optimizer: OptimizerLike,
-    params: Iterable[Tensor],
-    *,
-    device: torch.device | str | None = None,
-    as_on: torch.device | str | None = None,
-) -> OptimizerBytes:
-    """State and step temporaries of an optimizer, by running its step twice on fake tensors.
-
-    An instance: its own parameter groups and settings, its present state ignored.  A class or a
-    ``functools.partial``: constructed on ``params``, with ``lr=1e-3`` if it insists on one.  An int:
-    the state's bytes, taken as they are.  ``device`` (default: the first parameter's) is the one
-    counted; ``as_on`` as for :func:`resident_of`.  Raises TypeError for anything else, PlannerError for
-    an optimizer that cannot be run so (LBFGS wants a closure, SparseAdam sparse gradients).
-    """
-    if isinstance(optimizer, int) and not isinstance(optimizer, bool):
-        return OptimizerBytes(state_bytes=optimizer, step_transient_bytes=0)
-    if not callable(optimizer) and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "optimizer must be a torch.optim.Optimizer, its class, a functools.partial of it, or the bytes "
-            f"of its state as an int; got {optimizer!r}"
-        )
-    if isinstance(optimizer, Optimizer):
-        optimizer = _unwrapped(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-    params = list(params)
-    if not params:
-        return OptimizerBytes(0, 0)
-    try:
-        here = torch.device(device) if device else params[0].device
-        return _run_on_fakes(optimizer, params, here, torch.device(as_on) if as_on else here)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-        if isinstance(error, PlannerError):
-            raise
-        raise PlannerError(
-            f"the step of {_name_of(optimizer)} does not run on fake tensors "
-            f"({type(error).__name__}: {str(error).strip() or 'no message'}); "
-            "pass the bytes of its state instead, e.g. 2 * sum(p.nbytes for p in model.parameters())"
-        ) from error
-
-
-class _AnyValue(TorchDispatchMode):
-    """Values read from fake tensors are 1 (``False`` for a truth value): bytes do not hang on them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            if not reads_a_number(func):
-                raise
-            dtype = args[0].dtype
-            if dtype == torch.bool:
-                return False
-            return 1.0 if dtype.is_floating_point else 1
-
-
-def _run_on_fakes(
-    optimizer: Optimizer | Callable[..., Optimizer],
-    params: list[Tensor],
-    device: torch.device,
-    as_on: torch.device,
-) -> OptimizerBytes:
-    meter = StorageMeter(as_on, grain=allocation_grain(as_on))
-    # Optimizers may draw random numbers (stochastic rounding); the caller's are not theirs to use.
-    with (
-        torch.random.fork_rng(devices=[]),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        foreach_takes_fakes(),
-        _AnyValue(),
-        meter,
-    ):
-        fakes = {id(p): _fake_of(p, as_on if _on(p.device, device) else p.device) for p in params}
-        gradients = {key: torch.empty_like(f) for key, f in fakes.items() if f.requires_grad}
-        base_bytes = meter.live_bytes
-        if isinstance(optimizer, Optimizer):
-            running = _copy_on(optimizer, fakes)
-        else:
-            running = _construct(optimizer, list(fakes.values()))
-        most_bytes = 0
-        for _ in range(_STEPS):
-            for key, gradient in gradients.items():
-                fakes[key].grad = gradient
-            meter.reset_peak()
-            running.step()
-            most_bytes = max(most_bytes, meter.peak_bytes)
-        state_bytes = meter.live_bytes - base_bytes
-    return OptimizerBytes(state_bytes, most_bytes - base_bytes - state_bytes)
-
-
-def _fake_of(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake.requires_grad_(tensor.requires_grad)
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers such as accelerate's, which are optimizers themselves."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _copy_on(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
-    """The same optimizer on fake parameters, without its state and without the user's hooks.
-
-    It goes through the pickling protocol, which every Optimizer keeps, and not through the
-    constructor, whose arguments need not be the defaults (AdamW's are not).
-    """
-    cls = type(optimizer)
-    kept = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name != "state"
-        and not name.startswith("_optimizer_")  # hooks
-        and not callable(getattr(cls, name, None))  # a scheduler wraps the instance's step
-    }
-    memo: dict[int, Any] = dict(fakes)
-    for tensor in tensors_in(kept):  # buffers of its own, a learning rate; never copied for real
-        memo.setdefault(id(tensor), _fake_of(tensor, tensor.device))
-    copied = {name: copy.deepcopy(value, memo) for name, value in kept.items()}
-    clone: Optimizer = cls.__new__(cls)
-    clone.__setstate__({**copied, "state": defaultdict(dict)})
-    return clone
-
-
-def _construct(factory: Callable[..., Optimizer], fakes: list[Tensor]) -> Optimizer:
-    wanted = [
-        name
-        for name, parameter in inspect.signature(factory).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ][1:]
-    if wanted not in ([], ["lr"]):
-        raise PlannerError(
-            f"{_name_of(factory)} needs {', '.join(wanted)}: pass an instance, "
-            f"or functools.partial({_name_of(factory)}, {', '.join(f'{name}=...' for name in wanted)})"
-        )
-    made = factory(fakes, lr=1e-3) if wanted else factory(fakes)
-    if not isinstance(made, Optimizer):
-        raise PlannerError(
-            f"{_name_of(factory)} made a {type(made).__name__}, not a torch.optim.Optimizer: "
-            "pass an optimizer, its class, or the bytes of its state"
-        )
-    return made
-
-
-def _name_of(optimizer: Optimizer | Callable[..., Any]) -> str:
-    if isinstance(optimizer, functools.partial):
-        return _name_of(optimizer.func)
-    return getattr(optimizer, "__name__", type(optimizer).__name__)

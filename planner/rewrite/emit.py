@@ -4,7 +4,8 @@ The schedule's steps are replayed into fx graphs, each kernel call exactly where
 is scheduled.  The generated Python drops each tensor after its last use, and takes its arguments in
 one list that it clears, so what is freed is what the schedule frees.  Views are re-made where they
 are read.  What crosses from the forward to the backward is the saved set; what crosses from one
-segment of the backward to a later one is handed over by name.  How the backward is cut, and why: :mod:`planner.rewrite.segments`.
+segment of the backward to a later one is handed over by name.  How the backward is cut, and why:
+:mod:`planner.rewrite.segments`.
 """
 
 from __future__ import annotations

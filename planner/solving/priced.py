@@ -28,7 +28,8 @@ from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.memory.execution import Execution, execute
 from planner.memory.lifetimes import bytes_over_time, copies_of
-from planner.memory.resident import OptimizerLike, Resident, resident_of
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
 from planner.options import Search
 from planner.plan import Plan

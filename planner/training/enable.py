@@ -17,7 +17,8 @@ from torch import nn
 
 from planner.capture.joint_graph import LossFn
 from planner.capture.wrappers import unwrapped
-from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.progress import Progress

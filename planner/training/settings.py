@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from planner.capture.joint_graph import LossFn
-from planner.memory.resident import OptimizerLike, budget_bytes_of
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
