@@ -19,19 +19,19 @@ from dataclasses import replace
 from numbers import Real
 
 from solvers.baselines import simple as baselines
-from solvers.bounds import lower_bounds as bounds
 from solvers.bounds import refine
+from solvers.bounds.lower_bounds import PeakFloor
 from solvers.chain import method as chain
 from solvers.core.incumbent import Incumbent, Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
-from solvers.core.solution import InfeasibleError, Solution, solution_of
+from solvers.core.solution import InfeasibleError, Solution, solution_of, with_floor
 from solvers.exact import method as checkmate
 from solvers.portfolio import Methods
 from solvers.retention import method as retention
 from solvers.staged import method as staged
 
-__all__ = ["checked_budget", "checked_time_limit", "minimum_peak", "refuse_below_floor", "solve"]
+__all__ = ["checked_budget", "checked_time_limit", "minimum_peak", "refuse_below", "solve"]
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +59,28 @@ def solve(
     ``budget`` in bytes, ``limit_s`` in seconds.
     """
     started = time.perf_counter()
-    refuse_below_floor(problem, budget)
+    methods = methods or Methods(problem)
+    refuse_below(methods.floor, budget)
     if solver == "auto":
         run = Incumbent(problem, budget, deadline=started + ENDS_AT * limit_s, progress=progress)
         if hint is not None:
             run.offer(hint.steps(problem), "hint")
-        methods = methods or Methods(problem)
         methods.offer_cheapest(run)
         if not run.done:
             search = methods.search
             _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
-        if math.isinf(run.bound_s):
-            floor = bounds.peak_floor(problem)
-            floor_bytes, op_name = run.floor or (floor.bytes, floor.op_name)
-            raise InfeasibleError(budget, max(floor_bytes, budget + 1), op_name)
-        solution = run.solution()
+        solution, interrupted = run.solution(), run.interrupted
     else:
-        solution = _named(problem, budget, solver, limit_s, seed)
-    solution = replace(solution, solve_seconds=time.perf_counter() - started)
+        solution, interrupted = _named(problem, budget, solver, limit_s, seed), False
+        methods.raise_floor(solution.floor_bytes)
+    if math.isinf(solution.bound_seconds):
+        methods.raise_floor(budget + 1)
+    floor = methods.floor
+    if not solution.fits:
+        refuse_below(floor, budget, interrupted=interrupted)
+    solution = replace(
+        with_floor(problem, solution, floor.bytes), solve_seconds=time.perf_counter() - started
+    )
     log.debug("%s: %r", problem.name, solution)
     return solution
 
@@ -85,14 +89,15 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     """The schedule of lowest peak that is found, then made as fast as that peak allows.
 
     ``time_limit_s`` is seconds for both.  The answer's ``budget_bytes`` is its own ``peak_bytes``: the least
-    budget that is known to be feasible.
+    budget that is known to be feasible.  Its ``floor_bytes`` say how low it may be at best.
     """
     limit_s = checked_time_limit(time_limit_s)
     started = time.perf_counter()
     methods = Methods(problem)
     first = Incumbent(problem, 0, deadline=started + LEAST_SHARE * limit_s)
     if not len(problem):
-        return solution_of(problem, Schedule(()), first.peak_bytes, solver="keep_all")
+        top = first.peak_bytes
+        return solution_of(problem, Schedule(()), top, solver="keep_all", floor_bytes=top)
     _interruptible(
         lambda: methods.lower(first, seed), first, started + (LEAST_SHARE + PATIENCE - 1) * limit_s
     )
@@ -101,7 +106,11 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     run.offer(least.steps, least.solver)
     if not first.stopped and not run.done:
         _interruptible(lambda: methods.search(run, seed), run, started + PATIENCE * limit_s)
-    return replace(run.solution(), solve_seconds=time.perf_counter() - started)
+    return replace(
+        with_floor(problem, run.solution(), methods.floor.bytes),
+        interrupted=first.interrupted or run.interrupted,
+        solve_seconds=time.perf_counter() - started,
+    )
 
 
 def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float) -> None:
@@ -118,13 +127,13 @@ def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float
             failure.append(error)
 
     thread = threading.Thread(target=target, name="solvers", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive() and time.perf_counter() < give_up_at:
             thread.join(min(0.2, max(0.001, give_up_at - time.perf_counter())))
     except KeyboardInterrupt:
         log.warning("interrupted: answering with the best schedule so far")
-        run.stop()
+        run.interrupt()
     if thread.is_alive():
         run.stop()
     if failure:
@@ -141,12 +150,10 @@ def _named(problem: Problem, budget: int, solver: str, limit_s: float, seed: int
     return seeded[solver].solve(problem, budget, time_limit_s=limit_s, seed=seed)
 
 
-def refuse_below_floor(problem: Problem, budget_bytes: int) -> None:
-    """``InfeasibleError`` if the proved floor of ``problem`` exceeds ``budget_bytes``."""
-
-    floor = bounds.peak_floor(problem)
+def refuse_below(floor: PeakFloor, budget_bytes: int, *, interrupted: bool = False) -> None:
+    """``InfeasibleError`` if the proved ``floor`` exceeds ``budget_bytes``."""
     if floor.bytes > budget_bytes:
-        raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name)
+        raise InfeasibleError(budget_bytes, floor.bytes, floor.op_name, interrupted)
 
 
 def checked_budget(budget_bytes: float) -> int:

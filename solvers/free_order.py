@@ -76,7 +76,7 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 60.0, se
         return max(0.0, started + time_limit_s - time.perf_counter())
 
     def judged(schedule: Schedule) -> Solution:
-        return solution_of(problem, schedule, budget_bytes, solver="reorder")
+        return solution_of(problem, schedule, budget_bytes, solver="reorder", floor_bytes=floor)
 
     best = judged(Schedule.keep_all(problem))
     if not best.fits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from solvers.bounds.lower_bounds import PeakFloor
 from solvers.core.incumbent import Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
@@ -35,39 +36,62 @@ def frontier(
 
     ``budgets_bytes`` are of the whole memory, ``problem.resident_bytes`` included; ``time_limit_s`` is
     seconds of search per budget; ``hint`` is a schedule to start from, such as that of the least peak.
-    Among the solutions that fit, ``seconds`` never rises with the budget, and no bound does.  Raises as
+    Among the solutions that fit, ``seconds`` never rises with the budget, and no bound does.  All have the
+    ``floor_bytes`` of the search that proved most.  Once ``progress`` returns ``True``, or after Ctrl-C, no
+    search is begun: larger budgets are answered with the best schedule so far or a baseline.  Raises as
     :func:`solvers.solve`.
     """
     methods = Methods(problem)
     answers: dict[int, Solution | InfeasibleError] = {}
     best = hint
+    interrupted = False
     for budget in sorted(set(map(checked_budget, budgets_bytes))):
         try:
             found = solve(
                 problem,
                 budget,
-                solver=solver,
-                time_limit_s=time_limit_s,
+                # Once somebody ended a search, none is begun: what costs nothing has to do.
+                solver="auto" if interrupted else solver,
+                time_limit_s=0.0 if interrupted else time_limit_s,
                 seed=seed,
-                progress=progress,
+                progress=None if interrupted else progress,
                 hint=best,
                 methods=methods,
             )
         except InfeasibleError as error:
+            methods.raise_floor(error.floor_bytes, error.op_name)
             answers[budget] = error
+            interrupted |= error.interrupted
             continue
+        interrupted |= found.interrupted
         if best is not None:
             # The methods asked for by name do not start from the hint.
             before = solution_of(problem, best, budget, solver="hint", bound_seconds=found.bound_seconds)
             found = before if fits_better(before, found) else found
-        answers[budget] = found
+        answers[budget] = replace(found, interrupted=interrupted)
         best = found.schedule
+    return _with_what_all_prove(problem, answers, methods.floor)
+
+
+def _with_what_all_prove(
+    problem: Problem, answers: dict[int, Solution | InfeasibleError], floor: PeakFloor
+) -> dict[int, Solution | InfeasibleError]:
+    """``answers``, by rising budget, with the bounds of all larger ones and the highest ``floor`` of all."""
     bound_s = 0.0
+    proved: dict[int, Solution | InfeasibleError] = {}
     for budget, answer in reversed(answers.items()):
-        if isinstance(answer, Solution):
-            bound_s = max(bound_s, answer.bound_seconds)
-            proved = solution_of(
-                problem, answer.schedule, budget, solver=answer.solver, bound_seconds=bound_s
-            )
-            answers[budget] = replace(proved, solve_seconds=answer.solve_seconds)
-    return answers
+        if isinstance(answer, InfeasibleError) or (floor.bytes > budget and not answer.fits):
+            proved[budget] = InfeasibleError(budget, floor.bytes, floor.op_name, answer.interrupted)
+            continue
+        bound_s = max(bound_s, answer.bound_seconds)
+        proved[budget] = solution_of(
+            problem,
+            answer.schedule,
+            budget,
+            solver=answer.solver,
+            bound_seconds=bound_s,
+            solve_seconds=answer.solve_seconds,
+            floor_bytes=floor.bytes,
+            interrupted=answer.interrupted,
+        )
+    return dict(reversed(proved.items()))

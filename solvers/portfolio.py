@@ -31,6 +31,7 @@ from solvers.chain.method import Chains
 from solvers.core.incumbent import OVER_POWER, Incumbent, Offer
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
+from solvers.core.solution import InfeasibleError
 from solvers.exact import method as checkmate
 from solvers.retention import method as retention
 from solvers.search import local_search
@@ -95,7 +96,9 @@ class Programs:
 
 
 class Methods:
-    """The methods for one problem; what they build is kept for the next budget.
+    """The methods for one problem; what they build and prove of every budget is kept for the next one.
+
+    ``floor``  the highest floor of the peak that any search has proved.
 
     A search takes the programs and gives them back when it ends.  One that is left behind when its time is
     up still works on them, so the next search has programs of its own.
@@ -104,6 +107,7 @@ class Methods:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.layer = ops_per_layer(problem)
+        self.floor = bounds.peak_floor(problem)
         self._lock = threading.Lock()
         self._kept: Programs | None = None
 
@@ -116,6 +120,12 @@ class Methods:
         with self._lock:
             self._kept = taken
 
+    def raise_floor(self, floor_bytes: int, op_name: str | None = None) -> None:
+        """``floor_bytes``: proved of every schedule's peak, because of an op (``None``: as before)."""
+        with self._lock:
+            if floor_bytes > self.floor.bytes:
+                self.floor = bounds.PeakFloor(floor_bytes, op_name or self.floor.op_name)
+
     @property
     def splits(self) -> bool:
         """Whether the problem has a forward of two ops at least and a backward."""
@@ -125,9 +135,15 @@ class Methods:
         """Better ``run`` by every method that suits but the cheapest, until it is done."""
         if len(self.problem) <= EXACT_OPS:
             run.enough_s = 0.0
-            found = checkmate.solve(
-                self.problem, run.budget_bytes, time_limit_s=_limit_s(run, 0.5), seed=seed
-            )
+            try:
+                found = checkmate.solve(
+                    self.problem, run.budget_bytes, time_limit_s=_limit_s(run, 0.5), seed=seed
+                )
+            except InfeasibleError as error:
+                self.raise_floor(error.floor_bytes, error.op_name)
+                run.refuse()
+                return
+            self.raise_floor(found.floor_bytes)
             run.offer(found.schedule.steps(self.problem), "exact")
             run.raise_bound(found.bound_seconds)
             if run.done or len(self.problem) <= ALONE_OPS:
@@ -236,6 +252,8 @@ class Methods:
             return
 
         def tell(found: Refinement) -> bool:
+            if math.isinf(found.bound):
+                self.raise_floor(run.budget_bytes + 1, problem.ops[found.tightest].name)
             run.raise_bound(total_s + found.bound)
             for steps in (found.steps, found.lowest[0]):
                 if steps is not None:
@@ -254,50 +272,50 @@ class Methods:
     def _refuse(self, run: Incumbent) -> None:
         """Prove quickly that nothing fits, where that may be."""
         resident, budget = self.problem.resident_bytes, run.budget_bytes
-        floor = bounds.peak_floor(self.problem).bytes
+        floor = self.floor.bytes
         if run.fits or budget - resident > MAY_REFUSE * (floor - resident):
             return
         now = time.perf_counter()
         deadline = math.inf if run.deadline == math.inf else now + min(REFUSE_S, REFUSE_SHARE * run.left_s)
         for found in raised_floors(self.problem, deadline=deadline):
+            self.raise_floor(found.bytes, self.problem.ops[found.op].name)
             if found.bytes > budget:
-                run.refuse(found.bytes, self.problem.ops[found.op].name)
+                run.refuse()
             if run.done or run.fits:
                 return
 
-    def lower(self, run: Incumbent, seed: int = 0) -> int:
-        """Lower the least peak that ``run`` knows, whatever its budget; returns a proved floor, in bytes.
+    def lower(self, run: Incumbent, seed: int = 0) -> None:
+        """Lower the least peak that ``run`` knows, whatever its budget, and raise ``floor`` towards it.
 
         The floor is proved on one core while the other searches; the schedules that either meets serve both.
         """
         problem = self.problem
-        floor = _Floor(run)
         for name, baseline in BASELINES.items():
             quick = name != "greedy" or len(problem) <= GREEDY_OPS
-            if quick and baseline.suits(problem) and floor.open:
-                run.offer(baseline.run(problem, floor.bytes).steps(problem), name)
-        if len(problem) <= EXACT_OPS and floor.open:
+            if quick and baseline.suits(problem) and self._open(run):
+                run.offer(baseline.run(problem, self.floor.bytes).steps(problem), name)
+        if len(problem) <= EXACT_OPS and self._open(run):
             hint = Schedule.of(problem, run.lowest.steps)
             limit_s = _limit_s(run, 0.5)
             found, proved = checkmate.minimum_peak(problem, time_limit_s=limit_s, seed=seed, hint=hint)
             run.offer(found.steps(problem), "exact")
-            floor.bytes = max(floor.bytes, proved)
+            self.raise_floor(proved)
         with ThreadPoolExecutor(1) as pool:
-            proof = pool.submit(floor.prove)
+            proof = pool.submit(self._prove_floor, run)
             if run.deadline == math.inf:
                 proof.result()
-            near = Incumbent(problem, floor.bytes, deadline=run.deadline)
-            if self.splits and floor.open:
+            near = Incumbent(problem, self.floor.bytes, deadline=run.deadline)
+            if self.splits and self._open(run):
                 with self._programs() as programs:
                     programs.chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
                 self._shave(near)
                 run.offer(near.lowest.steps, near.lowest.solver)
             # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.
             start, share = near.best.offer, FIRST_STEP
-            while share > LAST_STEP and floor.open:
+            while share > LAST_STEP and self._open(run):
                 least = run.lowest.peak_bytes
                 step = max(1, math.floor(share * (least - problem.resident_bytes)))
-                lower = Incumbent(problem, max(floor.bytes, least - step), deadline=run.deadline)
+                lower = Incumbent(problem, max(self.floor.bytes, least - step), deadline=run.deadline)
                 for known in (start, run.lowest):
                     lower.offer(known.steps, known.solver)
                 shave(lower, lower.best.steps, deadline=time.perf_counter() + SHAVE_SHARE * run.left_s)
@@ -308,33 +326,23 @@ class Methods:
                 start = lower.best.offer
                 if not lower.fits:
                     share /= 2
-                log.debug("%s: least peak %d, floor %d", problem.name, run.lowest.peak_bytes, floor.bytes)
+                log.debug("%s: least peak %d, %s", problem.name, run.lowest.peak_bytes, self.floor)
             proof.result()
-        return floor.bytes
 
+    def _open(self, run: Incumbent) -> bool:
+        """Whether the least peak that ``run`` knows may be lowered, and there is time."""
+        return run.left_s > 0 and run.lowest.peak_bytes > self.floor.bytes
 
-class _Floor:
-    """``bytes``: proved to be below no schedule's peak; ``open``: whether it is worth to go on."""
-
-    def __init__(self, run: Incumbent) -> None:
-        self.run = run
-        self.bytes = bounds.peak_floor(run.problem).bytes
-
-    @property
-    def open(self) -> bool:
-        return self.run.left_s > 0 and self.run.lowest.peak_bytes > self.bytes
-
-    def prove(self) -> None:
+    def _prove_floor(self, run: Incumbent) -> None:
         """Raise the floor for a share of the time, and offer the schedules met on the way."""
-        run = self.run
 
         def tell(floor: bounds.PeakFloor, steps: list[int] | None) -> bool:
-            self.bytes = max(self.bytes, floor.bytes)
+            self.raise_floor(floor.bytes, floor.op_name)
             if steps is not None:
                 run.offer(steps, "instants")
-            return not self.open
+            return not self._open(run)
 
-        if self.open:
+        if self._open(run):
             bounds.proved_floor(
                 run.problem,
                 time_limit_s=_limit_s(run, FLOOR_SHARE),

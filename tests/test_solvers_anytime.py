@@ -84,7 +84,7 @@ def test_a_callback_that_returns_true_ends_the_search(resnet: Problem) -> None:
     started = time.perf_counter()
     best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=enough)
     assert time.perf_counter() - started < HANG_S
-    assert best.fits
+    assert best.fits and best.interrupted
     # What was in flight when the search was ended may still have come in, if it was better.
     assert best.seconds <= min(solution.seconds for solution in seen if solution.fits)
 
@@ -144,6 +144,7 @@ print(json.dumps({
     "fits": best.fits,
     "as_simulated": (line.seconds, line.peak_bytes) == (best.seconds, best.peak_bytes),
     "lower": best.peak_bytes < joint_graphs.keep_all_peak(problem),
+    "interrupted": best.interrupted,
 }))
 """
 
@@ -163,7 +164,7 @@ def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
     )
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["answered_after_s"] >= 0
-    assert answer["fits"] and answer["as_simulated"] and answer["lower"]
+    assert answer["fits"] and answer["as_simulated"] and answer["lower"] and answer["interrupted"]
     assert "interrupted: answering with the best schedule so far" in done.stderr
 
 
@@ -193,7 +194,7 @@ def test_a_limit_ends_the_search(resnet: Problem, solver: str) -> None:
     """Only that it comes back: the search itself would take minutes."""
     answer = solve(resnet, half(resnet), solver=solver, time_limit_s=2)
     assert answer.solve_seconds < HANG_S
-    assert answer.fits
+    assert answer.fits and not answer.interrupted
 
 
 def test_without_a_limit_the_search_ends_by_itself() -> None:

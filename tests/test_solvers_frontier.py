@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import math
+import pickle
 import random
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from solvers import InfeasibleError, Op, Problem, Solution, Value, frontier, minimum_peak, simulate, solve
 from solvers.bounds import lower_bounds as bounds
 from solvers.core.incumbent import Incumbent
+from solvers.core.solution import with_floor
 from solvers.portfolio import Methods
 from solvers.staged import method as staged
 from solvers.staged.program import StagedProgram
@@ -270,3 +274,93 @@ def test_programs_are_kept_for_the_next_budget() -> None:
         solve(methods.problem, share * top, time_limit_s=20, methods=methods)
         kept.append(methods._kept)
     assert kept[0] is kept[1] is not None
+
+
+def test_the_floor_of_an_answer_is_the_highest_proved() -> None:
+    """That of the least peak, proved by search, and not the one that takes no search."""
+    problem = random_dag(random.Random(3), 60)
+    cheap = bounds.peak_floor(problem).bytes
+    proved = bounds.proved_floor(problem, time_limit_s=20, least_bytes=cheap + 2).bytes
+    least = minimum_peak(problem, time_limit_s=4)
+    assert cheap < proved <= least.floor_bytes <= least.peak_bytes
+    below = solve(problem, keep_all_peak(problem))
+    assert below.floor_bytes == cheap  # nothing had to be searched for
+
+
+def test_what_one_budget_proves_holds_for_all() -> None:
+    """The search at the lowest budget proves a floor that also refuses the next, and is in every answer."""
+    problem = random_dag(random.Random(3), 60)
+    cheap, top = bounds.peak_floor(problem).bytes, keep_all_peak(problem)
+    answers = frontier(problem, [cheap - 1, cheap, top], time_limit_s=3)
+    first, second, last = answers.values()
+    assert isinstance(first, InfeasibleError) and isinstance(second, InfeasibleError)
+    assert isinstance(last, Solution)
+    assert first.floor_bytes == second.floor_bytes == last.floor_bytes > cheap
+    assert pickle.loads(pickle.dumps(first)).floor_bytes == first.floor_bytes
+
+
+@quick
+@given(from_seeds(tense_problem))
+def test_floors_of_small_graphs_are_below_every_schedule(problem: Problem) -> None:
+    low, top = least_peak(problem)[0], keep_all_peak(problem)
+    least = minimum_peak(problem, time_limit_s=math.inf)
+    assert bounds.peak_floor(problem).bytes <= least.floor_bytes <= low
+    for answer in frontier(problem, [max(1, low - 1), low, top], time_limit_s=math.inf).values():
+        assert 0 < answer.floor_bytes <= low
+
+
+def test_a_wrong_floor_is_an_error() -> None:
+    problem = LARGER["training chain"]
+    answer = solve(problem, keep_all_peak(problem))
+    with pytest.raises(RuntimeError, match="no schedule peaks below"):
+        with_floor(problem, answer, answer.peak_bytes + 1)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_listener_that_ends_a_search_ends_all(ended: bool) -> None:
+    """No further budget is searched, and each has an answer that fits where any baseline or plan does."""
+    problem = random_training_graph(7, layers=8)
+    top = keep_all_peak(problem)
+    budgets = [round(share * top) for share in (0.65, 0.75, 0.85, 1.0)]
+    told: list[int] = []
+
+    def listen(solution: Solution) -> bool:
+        told.append(solution.budget_bytes)
+        return ended and solution.fits
+
+    started = time.perf_counter()
+    answers = frontier(problem, budgets, time_limit_s=600.0 if ended else 0.5, progress=listen)
+    assert time.perf_counter() - started < 120
+    assert list(answers) == budgets and set(told) >= {budgets[0]}
+    assert (set(told) == {budgets[0]}) == ended
+    solved = [answer for answer in answers.values() if isinstance(answer, Solution)]
+    assert len(solved) == 4 and all(answer.fits for answer in solved)
+    assert [answer.interrupted for answer in solved] == [ended] * 4
+    assert solved[-1].status == "optimal"
+    for less, more in pairwise(solved):
+        assert more.seconds <= less.seconds
+
+
+def test_ctrl_c_ends_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heard while the first budget's search runs; the rest is answered without a search."""
+    searched: list[int] = []
+    search = Methods.search
+
+    def interrupted(self: Methods, run: Incumbent, seed: int = 0) -> None:
+        searched.append(run.budget_bytes)
+        _thread.interrupt_main()
+        time.sleep(0.5)  # the main thread is waiting, and hears it
+        search(self, run, seed)
+
+    monkeypatch.setattr(Methods, "search", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        problem = random_training_graph(7, layers=8)
+        top = keep_all_peak(problem)
+        answers = frontier(problem, [0.7 * top, 0.8 * top, top], time_limit_s=600)
+        least = minimum_peak(problem, time_limit_s=0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert searched == [math.floor(0.7 * top)]
+    assert all(isinstance(answer, Solution) and answer.interrupted for answer in answers.values())
+    assert not least.interrupted

@@ -98,7 +98,6 @@ class Incumbent:
     ``enough_s``   a gap that ends the search.
     ``lowest``     the schedule of lowest peak, for an answer where nothing fits.
     ``starts``     per method, the best it found.
-    ``floor``      where it is proved that nothing fits by a floor of the peak: its bytes, and the op.
     ``near``       schedules that are above the budget by no more than ``NEAR`` of it, each faster than those
                    nearer, by peak.
     """
@@ -120,8 +119,7 @@ class Incumbent:
         self.best = self._candidate(list(range(len(problem))), "keep_all")
         self.lowest = self.best.offer
         self.bound_s = self.total_s
-        self.floor: tuple[int, str] | None = None
-        self.stopped = False
+        self.stopped = self.interrupted = False
         self.parent: Incumbent | None = None
         self.starts: Mapping[str, Offer] = {}
         self.near: tuple[Offer, ...] = ()
@@ -245,14 +243,18 @@ class Incumbent:
                 self.bound_s = bound_s
                 self._tell()
 
-    def refuse(self, floor_bytes: int, op_name: str) -> None:
-        """``floor_bytes``, more than the budget: proved that no schedule peaks lower, because of an op."""
-        self.floor = floor_bytes, op_name
+    def refuse(self) -> None:
+        """It is proved that nothing fits."""
         self.raise_bound(math.inf)
 
     def stop(self) -> None:
         """Nothing new is begun from now on."""
         self.stopped = True
+
+    def interrupt(self) -> None:
+        """``stop``, because somebody asked for it and not because time is up."""
+        self.interrupted = True
+        self.stop()
 
     def solution(self) -> Solution:
         """The best so far; the one of lowest peak while none fits."""
@@ -265,9 +267,10 @@ class Incumbent:
                 solver=answer.solver,
                 bound_seconds=self.bound_s,
                 solve_seconds=time.perf_counter() - self.started,
+                interrupted=self.interrupted,
             )
 
     def _tell(self) -> None:
         log.debug("%.2f s: %r", time.perf_counter() - self.started, self)
         if self.progress is not None and not self.stopped and self.progress(self.solution()) is True:
-            self.stop()
+            self.interrupt()

@@ -14,14 +14,23 @@ A budget that no schedule can meet raises :class:`InfeasibleError` instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate
 
-__all__ = ["InfeasibleError", "Rank", "Solution", "Status", "fits_better", "rank", "solution_of"]
+__all__ = [
+    "InfeasibleError",
+    "Rank",
+    "Solution",
+    "Status",
+    "fits_better",
+    "rank",
+    "solution_of",
+    "with_floor",
+]
 
 Status = Literal["optimal", "feasible", "unsettled"]
 
@@ -37,9 +46,10 @@ class InfeasibleError(ValueError):
     ``floor_bytes``   proved: every schedule whose first executions keep the order peaks at least here.
     ``op_name``       the op that needs them; where the floor is proved by search, the op at which the lowest
                       schedule found peaks.
+    ``interrupted``   a listener or Ctrl-C ended the search meanwhile.
     """
 
-    def __init__(self, budget_bytes: int, floor_bytes: int, op_name: str) -> None:
+    def __init__(self, budget_bytes: int, floor_bytes: int, op_name: str, interrupted: bool = False) -> None:
         super().__init__(
             f"no schedule fits {budget_bytes} bytes: whatever is recomputed, at least {floor_bytes} are "
             f"needed ({floor_bytes - budget_bytes} more); the tightest place is op {op_name!r}"
@@ -47,9 +57,10 @@ class InfeasibleError(ValueError):
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
         self.op_name = op_name
+        self.interrupted = interrupted
 
-    def __reduce__(self) -> tuple[type[InfeasibleError], tuple[int, int, str]]:
-        return type(self), (self.budget_bytes, self.floor_bytes, self.op_name)
+    def __reduce__(self) -> tuple[type[InfeasibleError], tuple[int, int, str, bool]]:
+        return type(self), (self.budget_bytes, self.floor_bytes, self.op_name, self.interrupted)
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,8 @@ class Solution:
     ``status``             see the module's docstring.
     ``solver``             name of the method that found the schedule.
     ``solve_seconds``      wall clock spent on finding it.
-    ``floor_bytes``        no schedule's peak is lower: the highest floor that was proved.
-    ``interrupted``        whether a listener or Ctrl-C ended the search.
+    ``floor_bytes``        no schedule's peak is lower: the highest floor proved (0: none).
+    ``interrupted``        a listener's return value or Ctrl-C ended the search, or kept it from being begun.
     """
 
     schedule: Schedule
@@ -119,15 +130,18 @@ def solution_of(
     solver: str,
     bound_seconds: float | None = None,
     solve_seconds: float = 0.0,
+    floor_bytes: int = 0,
+    interrupted: bool = False,
 ) -> Solution:
     """Simulate ``schedule`` and say what it is worth.
 
     ``budget_bytes`` is what the peak, ``problem.resident_bytes`` included, is held against;
     ``bound_seconds`` is a lower bound on total seconds; it is never taken below
-    ``problem.total_seconds``, which always holds (and is what ``None`` means).
+    ``problem.total_seconds``, which always holds (and is what ``None`` means).  ``floor_bytes`` is one on
+    the peak of any schedule.
 
     Raises ``InvalidScheduleError`` if the schedule breaks a rule, and ``RuntimeError`` if a schedule
-    within the budget beats the bound: then the bound is wrong.
+    within the budget beats the bound, or one peaks below the floor: then these are wrong.
     """
     timeline = simulate(problem, schedule)
     fits = timeline.peak_bytes <= budget_bytes
@@ -142,7 +156,7 @@ def solution_of(
     status: Status = "unsettled"
     if fits:
         status = "optimal" if timeline.seconds - bound <= OPTIMAL_RTOL * timeline.seconds else "feasible"
-    return Solution(
+    solution = Solution(
         schedule=schedule,
         seconds=timeline.seconds,
         recompute_seconds=timeline.recompute_seconds,
@@ -152,7 +166,19 @@ def solution_of(
         status=status,
         solver=solver,
         solve_seconds=solve_seconds,
+        interrupted=interrupted,
     )
+    return with_floor(problem, solution, floor_bytes) if floor_bytes else solution
+
+
+def with_floor(problem: Problem, solution: Solution, floor_bytes: int) -> Solution:
+    """``solution`` with a floor on the peak of any schedule; ``RuntimeError`` if its own is lower."""
+    if floor_bytes > solution.peak_bytes:
+        raise RuntimeError(
+            f"{problem.name}: it is claimed that no schedule peaks below {floor_bytes} bytes, "
+            f"but that of {solution.solver} peaks at {solution.peak_bytes}"
+        )
+    return replace(solution, floor_bytes=floor_bytes)
 
 
 class Rank(NamedTuple):

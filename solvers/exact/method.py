@@ -94,7 +94,13 @@ def solve(
     bound = min(bound, best.seconds) if best.fits else bound
     spent_s = time.perf_counter() - started
     return solution_of(
-        problem, best.schedule, budget_bytes, solver="exact", bound_seconds=bound, solve_seconds=spent_s
+        problem,
+        best.schedule,
+        budget_bytes,
+        solver="exact",
+        bound_seconds=bound,
+        solve_seconds=spent_s,
+        floor_bytes=best.floor_bytes,
     )
 
 
@@ -134,7 +140,7 @@ def _refused_or_lowest(
         line = simulate(problem, lowest)
         op = problem.ops[int(line.steps[line.peak_step])]
         raise InfeasibleError(best.budget_bytes, floor, op.name)
-    return _judged(problem, lowest, best.budget_bytes)
+    return solution_of(problem, lowest, best.budget_bytes, solver="exact", floor_bytes=floor)
 
 
 def _best_of_class(
