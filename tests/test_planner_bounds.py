@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from planner.measure import step_peak
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import PricedStep, prepare
+from tests.models import CASES
 
 QUICK = Search(time_limit_s=1.0)
 
@@ -90,3 +92,20 @@ def test_no_plan_beats_a_bound(kinds: list[str], width: int, rows: int, share: f
     step = dataclasses.replace(step, least_limit_s=1.0)
     low, high = step.minimum_peak_bytes, step.baseline_peak_bytes
     hold(step, planned_at(step, {low, round(low + share * (high - low)), high}))
+
+
+def test_the_floor_is_the_strongest_that_was_proved() -> None:
+    """A cheap floor is proved at once; the search for the least peak proves a higher one, which is shown."""
+    case = CASES["resnet"]
+    step = prepare(case.build(), case.make_inputs(0), loss_fn=case.loss_fn, costs="roofline")
+    step = dataclasses.replace(step, least_limit_s=6.0)
+    cheap = step.floor_bytes
+    assert cheap < step.least.floor_bytes == step.floor_bytes <= step.minimum_peak_bytes
+    with pytest.raises(planner.InfeasibleBudgetError) as refused:
+        step.plan_bytes(
+            (cheap + step.floor_bytes) // 2, QUICK
+        )  # between the two: it was just proved impossible
+    assert refused.value.floor_bytes == step.floor_bytes
+    assert "it is proved" in str(refused.value) and "none was found between" not in str(refused.value)
+    plan = step.least_plan()
+    assert plan.floor_bytes == step.floor_bytes <= plan.peak_bytes

@@ -127,7 +127,8 @@ def fitted(
             hint=hint,
         )
     except InfeasibleError as error:
-        return Answer(budget_bytes, None, math.inf, error.floor_bytes)
+        tell.heed(error.interrupted)
+        return Answer(budget_bytes, None, math.inf, error.floor_bytes, interrupted=error.interrupted)
     found = first
     deadline = time.perf_counter() + search.time_limit_s
     target_bytes, slack_bytes = budget_bytes, 0
@@ -176,7 +177,7 @@ def fitted_each(
             progress=tell.searching(problem.total_seconds),
             hint=hint,
         )
-        tell.heed(any(isinstance(s, Solution) and s.interrupted for s in answers.values()))
+        tell.heed(any(answer.interrupted for answer in answers.values()))
         return answers
 
     answers = solved(budgets)
