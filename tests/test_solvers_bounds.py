@@ -14,9 +14,9 @@ import pytest
 from solvers import InfeasibleError, Op, Problem, Schedule, Value, simulate, solve
 from solvers.bounds import lower_bounds as bounds
 from solvers.bounds.instants import InstantProgram
-from solvers.bounds.reduction import Reduction
 from solvers.bounds.refine import Refinement, emitted, pressure_instants, refine
 from solvers.bounds.refine import solve as solve_by_refining
+from solvers.core.facts import Facts
 from solvers.core.simulate import simulate_steps
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
@@ -45,7 +45,7 @@ def optimum(
     """Least extra seconds (least bytes without a ``budget``) of the program, solved to the end."""
     top = keep_all_peak(problem)
     program = InstantProgram(
-        Reduction.of(problem), instants, budget, inside=inside, bursts=set(bursts), most_bytes=top
+        Facts.of(problem), instants, budget, inside=inside, bursts=set(bursts), most_bytes=top
     )
     answer = program.lp.solve(time_limit_s=60, relative_gap=0.0)
     assert answer.optimal or answer.infeasible
@@ -210,7 +210,7 @@ def test_what_is_emitted_is_a_schedule_with_the_programs_cost() -> None:
     problem = random_training_graph(3)
     budget = round(0.6 * keep_all_peak(problem))
     instants = pressure_instants(problem, 3)
-    program = InstantProgram(Reduction.of(problem), instants, budget)
+    program = InstantProgram(Facts.of(problem), instants, budget)
     answer = program.lp.solve(time_limit_s=30, relative_gap=0.0)
     assert answer.x is not None
     line = simulate_steps(problem, emitted(program, answer.x))
@@ -228,7 +228,7 @@ def test_values_that_weigh_little_are_left_out() -> None:
     problem = Problem.build(rows, {"h": 8, "mean": 2, "flag": 0, "y": 8, "z": 1}, final=["z"])
 
     def counted(free_bytes: int) -> str:
-        kept = Reduction.of(problem, free_bytes).counted
+        kept = Facts.of(problem, free_bytes).counted
         return " ".join(v.name for v, counts in zip(problem.values, kept, strict=True) if counts)
 
     assert counted(0) == counted(1) == "h mean y"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from solvers import InfeasibleError, Op, Problem, Value, solve
 from solvers.bounds import lower_bounds as bounds
 from solvers.bounds.pebbling import raised_floors, window_floor
-from solvers.bounds.reduction import Reduction
+from solvers.core.facts import Facts
 from tests.solver_graphs import from_seeds, least_peak, random_problem, tense_problem
 
 quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,7 +25,7 @@ def test_no_window_has_a_floor_above_the_least_peak(problem: Problem, data: st.D
     begin = data.draw(st.integers(0, len(problem) - 1))
     end = data.draw(st.integers(begin + 1, len(problem)))
     most = data.draw(st.integers(0, 8))
-    floor = window_floor(problem, Reduction.of(problem), begin, end, most)
+    floor = window_floor(problem, Facts.of(problem), begin, end, most)
     assert floor.tracked <= most and begin <= floor.op < end
     assert floor.bytes <= least_peak(problem)[0]
 
@@ -47,7 +47,7 @@ def test_a_window_of_the_whole_backward_has_the_true_floor() -> None:
     for seed in range(40):
         rng = random.Random(seed)
         problem = backward_of([rng.randint(1, 9) for _ in range(4)], rng.randint(1, 9))
-        floor = window_floor(problem, Reduction.of(problem), problem.turn or 0, len(problem), 4).bytes
+        floor = window_floor(problem, Facts.of(problem), problem.turn or 0, len(problem), 4).bytes
         truth = least_peak(problem)[0]
         in_forward = bounds.peak_floor(replace(problem, turn=None)).bytes
         assert truth == max(floor, in_forward)

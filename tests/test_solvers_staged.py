@@ -11,6 +11,7 @@ import pytest
 
 from solvers import InfeasibleError, ProblemError, simulate, solve
 from solvers.bounds import lower_bounds as bounds
+from solvers.core.facts import Facts
 from solvers.core.incumbent import Incumbent
 from solvers.core.just_in_time import trim
 from solvers.core.simulate import simulate_steps
@@ -18,7 +19,7 @@ from solvers.exact import method as checkmate
 from solvers.staged import method as staged
 from solvers.staged.orders import in_template_order, just_in_time
 from solvers.staged.program import StagedProgram
-from solvers.staged.stages import Facts, Stages, cut_by_groups, cut_evenly
+from solvers.staged.stages import Stages, cut_by_groups, cut_evenly
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
 from tests.solver_graphs import best_seconds, least_peak, random_problem, training_chain
@@ -101,7 +102,7 @@ def test_real_graphs(name: str, fraction: float, least: float, most: float) -> N
 
 def test_a_looser_budget_never_costs_more() -> None:
     problem = joint_graphs.load("bert-base-b16x256")
-    facts = Facts.of(problem)
+    facts = Facts.of_one_backward(problem)
     top, previous = keep_all_peak(problem), math.inf
     for fraction in (0.3, 0.4, 0.6, 0.8, 0.95):
         program = StagedProgram(Stages(facts, cut_by_groups(facts, 8), 0), round(fraction * top))
@@ -117,7 +118,7 @@ def test_a_looser_budget_never_costs_more() -> None:
 def test_memory_rows_equal_the_simulator(seed: int) -> None:
     """At every slot the program's bytes are those of the schedule emitted in its order."""
     problem = random_training_graph(seed)
-    facts = Facts.of(problem)
+    facts = Facts.of_one_backward(problem)
     budget = round(0.6 * keep_all_peak(problem))
     stages = Stages(facts, cut_evenly(facts, 4), 10)
     program = StagedProgram(stages, budget)
@@ -145,7 +146,7 @@ def test_trim_removes_only_what_nobody_reads() -> None:
     steps = list(range(len(problem)))
     useless = [*steps[: problem.turn], 0, 1, *steps[problem.turn :]]
     assert trim(problem, [*useless, 2]) != [*useless, 2]
-    stages = Stages(Facts.of(problem), (problem.turn,), 0)
+    stages = Stages(Facts.of_one_backward(problem), (problem.turn,), 0)
     nothing_kept = staged.Choice((frozenset(),), (frozenset(),))
     emitted = just_in_time(stages, nothing_kept)
     assert trim(problem, emitted) == emitted

@@ -27,7 +27,8 @@ and 0 otherwise.  Let p(k) be the op that makes k, n the first interval of w, e 
 
 and the schedule takes at least the sum of again_s[i] R[i, n] over all single intervals n beyond one run of
 every op.  So every schedule gives a point, the least of the program is below them all, and so is what a
-solver has proved of it when it is cut.  What a :class:`Reduction` leaves out only lowers the least.
+solver has proved of it when it is cut.  What a
+:class:`~solvers.core.facts.Facts` leaves out only lowers the least.
 
 Windows of several intervals say nothing new of integral points.  Without them, half a rerun in each of many
 intervals makes the linear relaxation weaker with every instant; with all of them a search takes a tenth of
@@ -50,7 +51,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from solvers.bounds.reduction import Reduction
+from solvers.core.facts import Facts
 from solvers.core.linear import LinearProgram
 
 __all__ = ["InstantProgram"]
@@ -65,7 +66,7 @@ _INSIDE_ROWS = 12
 
 
 class InstantProgram:
-    """Columns and rows for ``instants`` (ascending op positions) over a ``reduction``.
+    """Columns and rows for ``instants`` (ascending op positions) over ``facts``.
 
     ``budget_bytes``   B; ``None`` makes it a column, in units of ``most_bytes``, and what is minimised.
     ``inside``         whether there are rows 8.
@@ -76,7 +77,7 @@ class InstantProgram:
 
     def __init__(
         self,
-        reduction: Reduction,
+        facts: Facts,
         instants: Sequence[int],
         budget_bytes: int | None,
         *,
@@ -84,8 +85,8 @@ class InstantProgram:
         bursts: Collection[int] = (),
         most_bytes: int = 1,
     ) -> None:
-        self.reduction = reduction
-        self.problem = reduction.problem
+        self.facts = facts
+        self.problem = facts.problem
         self.instants = list(instants)
         self.ends = [*self.instants[1:], len(self.problem)][: len(self.instants)]
         self.budget_bytes = budget_bytes
@@ -124,10 +125,10 @@ class InstantProgram:
 
     def _add_columns(self, t: int) -> None:
         """P, R and S for the past values and ops that what is still to run may need."""
-        red, values = self.reduction, self.problem.values
+        facts, values = self.facts, self.problem.values
         needed: set[int] = set()
         again: set[int] = set()
-        stack = [v for u in range(t, len(self.problem)) for v in red.reads[u]]
+        stack = [v for u in range(t, len(self.problem)) for v in facts.reads[u]]
         while stack:
             v = stack.pop()
             p = values[v].producer
@@ -135,9 +136,9 @@ class InstantProgram:
                 needed.add(v)
                 if self.problem.ops[p].recomputable and p not in again:
                     again.add(p)
-                    stack.extend(red.reads[p])
+                    stack.extend(facts.reads[p])
         priced = self.budget_bytes is not None
-        stays = {v for v in needed if red.stays(v, t)} | needed.intersection(red.reads[t])
+        stays = {v for v in needed if facts.stays(v, t)} | needed.intersection(facts.reads[t])
         resident = {v: self.lp.column(lower=float(v in stays), integer=True) for v in sorted(needed)}
         self.resident.append(resident)
         self.again.append(
@@ -150,7 +151,7 @@ class InstantProgram:
         end = self.ends[len(self.resident) - 1]
         reads: list[set[int]] = [set()]
         for u in range(end - 1, t - 1, -1):
-            reads.append(reads[-1] | {v for v in red.reads[u] if v in resident})
+            reads.append(reads[-1] | {v for v in facts.reads[u] if v in resident})
         self._reads.append(reads[::-1])
 
     def _covered(self, column: int, by: list[int]) -> None:
@@ -163,7 +164,7 @@ class InstantProgram:
     def _add_closure(self, n: int, runs: dict[int, int], read: Iterable[int]) -> None:
         """Rows 2 and 3 for the columns ``runs`` and the values ``read``."""
         for i, column in runs.items():
-            for v in self.reduction.reads[i]:
+            for v in self.facts.reads[i]:
                 if v in self.resident[n]:
                     self._covered(column, self._sources(n, v, runs))
         for v in sorted(read):
@@ -190,7 +191,7 @@ class InstantProgram:
     def _add_windows(self) -> None:
         """Rows 1 to 3 and 5 of windows of several intervals: those to the end of the run, then short ones."""
         count = len(self.instants)
-        read = [{v for u in range(a, b) for v in self.reduction.reads[u]} for a, b in self._intervals()]
+        read = [{v for u in range(a, b) for v in self.facts.reads[u]} for a, b in self._intervals()]
         columns = {(n, n + 1): runs for n, runs in enumerate(self.again)}
         windows = [(n, count) for n in reversed(range(count - 1))]
         windows += [(n, n + size) for size in range(2, count) for n in range(count - size)]
@@ -224,29 +225,31 @@ class InstantProgram:
             self.lp.row(columns, shares, upper=(self.budget_bytes - fixed_bytes) / unit)
 
     def _add_start(self, n: int) -> None:
-        t, red = self.instants[n], self.reduction
-        touched = set(red.reads[t])
+        t, facts = self.instants[n], self.facts
+        touched = set(facts.reads[t])
         terms = {
-            c: self._bytes(v) for v, c in self.resident[n].items() if v not in touched and not red.stays(v, t)
+            c: self._bytes(v)
+            for v, c in self.resident[n].items()
+            if v not in touched and not facts.stays(v, t)
         }
-        self._fits(terms, int(red.staying[t] + red.around[t]))
+        self._fits(terms, int(facts.staying[t] + facts.around[t]))
 
     def _tightest_inside(self, n: int) -> list[int]:
         """Per stretch of the interval, the op around which most bytes are there whatever is decided."""
-        red = self.reduction
+        facts = self.facts
         edges = np.linspace(self.instants[n] + 1, self.ends[n], _INSIDE_ROWS + 1).astype(int).tolist()
-        need = red.staying + red.around
+        need = facts.pressure
         return [a + int(need[a:b].argmax()) for a, b in pairwise(edges) if a < b]
 
     def _add_inside(self, n: int, t: int) -> None:
-        red, again = self.reduction, self.again[n]
-        fixed = int(red.staying[t] + red.around[t])
-        touched = set(red.reads[t])
+        facts, again = self.facts, self.again[n]
+        fixed = int(facts.staying[t] + facts.around[t])
+        touched = set(facts.reads[t])
         later = self._reads[n][t + 1 - self.instants[n]]
         terms: dict[int, int] = {}
         for v in sorted(later | self.carried[n].keys()):
             p, size = self.problem.values[v].producer or 0, self._bytes(v)
-            if v in touched or red.stays(v, t):
+            if v in touched or facts.stays(v, t):
                 continue
             if v not in later:
                 terms[self.carried[n][v]] = size
@@ -256,16 +259,16 @@ class InstantProgram:
         self._fits(terms, fixed)
 
     def _add_burst(self, n: int, i: int) -> None:
-        red, problem = self.reduction, self.problem
+        facts, problem = self.facts, self.problem
         op = problem.ops[i]
         touched = {*problem.counted_inputs[i], *op.outputs}
         moments = range(self.instants[n] + 1, min(self.ends[n], len(problem) - 1) + 1)
-        fixed = min((int(red.entering[t]) for t in moments), default=problem.resident_bytes)
-        own = op.workspace_bytes + sum(self._bytes(v) for v in touched if red.stays_until[v] < 0)
+        fixed = min((int(facts.entering[t]) for t in moments), default=problem.resident_bytes)
+        own = op.workspace_bytes + sum(self._bytes(v) for v in touched if facts.stays_until[v] < 0)
         terms = {
             c: self._bytes(v)
             for v, c in self.carried[n].items()
-            if v not in touched and red.stays_until[v] < 0
+            if v not in touched and facts.stays_until[v] < 0
         }
         terms[self.again[n][i]] = own
         self._fits(terms, fixed)

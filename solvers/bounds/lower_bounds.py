@@ -25,12 +25,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from solvers.bounds.instants import InstantProgram
 from solvers.bounds.pebbling import raised_floors
-from solvers.bounds.reduction import Reduction
 from solvers.bounds.refine import SAFETY, Refinement, pressure_instants, refine
+from solvers.core.facts import Facts
 from solvers.core.problem import Problem
 from solvers.core.simulate import simulate_steps
 
@@ -66,27 +64,11 @@ class PeakFloor:
 
 def peak_floor(problem: Problem) -> PeakFloor:
     """The largest sum of bytes that must be resident when some op first runs (see the module)."""
-    problem = problem.relaxed
-    n = len(problem)
-    if not n:
+    if not problem.ops:
         return PeakFloor(problem.resident_bytes, "")
-    held = np.zeros(n + 1, dtype=np.int64)
-    extra = np.zeros(n, dtype=np.int64)
-    must_stay = [False] * len(problem.values)
-    for v, value in enumerate(problem.values):
-        p, readers = value.producer, problem.consumers[v]
-        if p is None:
-            continue
-        must_stay[v] = value.final or not problem.ops[p].recomputable
-        if must_stay[v]:
-            held[p] += value.bytes
-            held[(n if value.final else (readers[-1] if readers else p) + 1)] -= value.bytes
-    for i, op in enumerate(problem.ops):
-        around = (*problem.counted_inputs[i], *op.outputs)
-        extra[i] = op.workspace_bytes + sum(problem.values[v].bytes for v in around if not must_stay[v])
-    need = np.cumsum(held)[:n] + extra
+    need = Facts.of(problem).pressure
     worst = int(need.argmax())
-    return PeakFloor(problem.resident_bytes + int(need[worst]), problem.ops[worst].name)
+    return PeakFloor(int(need[worst]), problem.ops[worst].name)
 
 
 def proved_floor(
@@ -170,7 +152,7 @@ def least_recompute(
     problem: Problem, budget_bytes: int, instants: list[int], *, time_limit_s: float
 ) -> float:
     """Optimum, in seconds, of the linear relaxation at ``instants``; 0 if it was not solved to the end."""
-    program = InstantProgram(Reduction.of(problem), instants, budget_bytes)
+    program = InstantProgram(Facts.of(problem), instants, budget_bytes)
     answer = program.lp.solve(time_limit_s=time_limit_s, relax=True)
     if answer.infeasible:
         return math.inf

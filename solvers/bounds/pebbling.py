@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.bounds.reduction import Reduction
+from solvers.core.facts import Facts
 from solvers.core.problem import Problem
 
 __all__ = ["WindowFloor", "raised_floors", "window_floor"]
@@ -63,13 +63,13 @@ class WindowFloor:
     tracked: int
 
 
-def window_floor(problem: Problem, reduction: Reduction, begin: int, end: int, most: int) -> WindowFloor:
+def window_floor(problem: Problem, facts: Facts, begin: int, end: int, most: int) -> WindowFloor:
     """The least peak of first runs ``begin`` up to ``end`` over all paths of sets of ``most`` values."""
-    problem = reduction.problem
-    need = reduction.staying[begin:end] + reduction.around[begin:end]
+    problem = facts.problem
+    need = facts.pressure[begin:end]
     tight = begin + int(need.argmax())
-    tracked = _nearest(problem, reduction, begin, end, tight, most)
-    game = _Game(problem, reduction, tracked)
+    tracked = _nearest(problem, facts, begin, end, tight, most)
+    game = _Game(problem, facts, tracked)
     least = game.start(begin)
     for t in range(begin, end):
         least = game.ran(t, game.rerun(t, least))
@@ -81,15 +81,15 @@ def raised_floors(problem: Problem, *, deadline: float = math.inf) -> Iterator[W
 
     ``deadline``  of ``time.perf_counter()``; it is looked at between windows, which take up to 0.3 s.
     """
-    reduction = Reduction.of(problem)
-    windows = list(_windows(problem, reduction))
+    facts = Facts.of(problem)
+    windows = list(_windows(problem, facts))
     highest = 0
     for most in TRACKED:
         found: list[WindowFloor] = []
         for begin, end in windows:
             if time.perf_counter() > deadline:
                 return
-            floor = window_floor(problem, reduction, begin, end, most)
+            floor = window_floor(problem, facts, begin, end, most)
             found.append(floor)
             if floor.bytes > highest:
                 highest = floor.bytes
@@ -101,9 +101,9 @@ def raised_floors(problem: Problem, *, deadline: float = math.inf) -> Iterator[W
         windows = [(floor.begin, floor.end) for floor in more[:BEST]]
 
 
-def _windows(problem: Problem, reduction: Reduction) -> Iterator[tuple[int, int]]:
+def _windows(problem: Problem, facts: Facts) -> Iterator[tuple[int, int]]:
     n = len(problem)
-    need = reduction.staying + reduction.around
+    need = facts.pressure
     tight = [t for t in np.argsort(-need, kind="stable").tolist() if need[t] >= TIGHT * need.max()]
     del tight[MOST_TIGHT:]
     if problem.turn is not None and problem.turn < n:
@@ -112,13 +112,11 @@ def _windows(problem: Problem, reduction: Reduction) -> Iterator[tuple[int, int]
     return iter(dict.fromkeys(windows))
 
 
-def _nearest(
-    problem: Problem, reduction: Reduction, begin: int, end: int, tight: int, most: int
-) -> list[int]:
+def _nearest(problem: Problem, facts: Facts, begin: int, end: int, tight: int, most: int) -> list[int]:
     """Values made before ``begin`` that the window may need, those read nearest to ``tight`` first, then
     what these are made of."""
     values, reads = problem.values, problem.counted_inputs
-    there = int(reduction.staying[tight] + reduction.around[tight]) - problem.resident_bytes
+    there = int(facts.staying[tight] + facts.around[tight]) - problem.resident_bytes
     readers = sorted(range(begin, end), key=lambda t: abs(t - tight))
     wave = [v for t in readers for v in reads[t] if (values[v].producer or 0) < begin]
     chosen: list[int] = []
@@ -126,7 +124,7 @@ def _nearest(
     while wave and len(chosen) < most:
         following: list[int] = []
         for v in wave:
-            if v in seen or reduction.stays_until[v] >= 0:
+            if v in seen or facts.stays_until[v] >= 0:
                 continue
             seen.add(v)
             if values[v].bytes > SMALL * there:
@@ -139,8 +137,8 @@ def _nearest(
 class _Game:
     """Sets of ``tracked`` values as bits of an index, and for each the least peak on the way to it."""
 
-    def __init__(self, problem: Problem, reduction: Reduction, tracked: list[int]) -> None:
-        self.problem, self.reduction = problem, reduction
+    def __init__(self, problem: Problem, facts: Facts, tracked: list[int]) -> None:
+        self.problem, self.facts = problem, facts
         self.bit = {v: 1 << k for k, v in enumerate(tracked)}
         self.bytes = np.zeros(1, dtype=np.int64)
         for v in tracked:
@@ -155,7 +153,7 @@ class _Game:
             beside = op.workspace_bytes + sum(
                 problem.values[v].bytes
                 for v in (*inputs, *op.outputs)
-                if v not in self.bit and reduction.stays_until[v] < 0
+                if v not in self.bit and facts.stays_until[v] < 0
             )
             self.moves.append((start, start | makes, self.bytes[start | makes] + beside))
 
@@ -164,14 +162,14 @@ class _Game:
 
     def start(self, t: int) -> np.ndarray:
         """Any set may be there before op ``t`` first runs."""
-        return self._let_go(self.reduction.entering[t] + self.bytes)
+        return self._let_go(self.facts.entering[t] + self.bytes)
 
     def rerun(self, t: int, least: np.ndarray) -> np.ndarray:
         """After any reruns before op ``t`` first runs."""
         while True:
             before = least.copy()
             for start, to, there in self.moves:
-                peak = np.maximum(least[start], there + self.reduction.entering[t])
+                peak = np.maximum(least[start], there + self.facts.entering[t])
                 least[to] = np.minimum(least[to], peak)
             least = self._let_go(least)
             if np.array_equal(before, least):
@@ -181,7 +179,7 @@ class _Game:
         """After op ``t`` first ran."""
         reads = self._mask(self.problem.counted_inputs[t])
         read_bytes = int(self.bytes[reads])
-        there = self.reduction.staying[t] + self.reduction.around[t] + self.bytes - read_bytes
+        there = self.facts.staying[t] + self.facts.around[t] + self.bytes - read_bytes
         never = np.iinfo(np.int64).max
         can = (self.sets & reads) == reads
         return self._let_go(np.where(can, np.maximum(least, there), never))

@@ -27,14 +27,13 @@ from itertools import pairwise
 import numpy as np
 
 from solvers.bounds.instants import InstantProgram
-from solvers.bounds.reduction import Reduction
+from solvers.core.facts import Facts
 from solvers.core.just_in_time import first_runs, runs_again, trim
 from solvers.core.linear import LinearAnswer
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
 from solvers.core.solution import InfeasibleError, Solution, solution_of
-from solvers.staged.stages import Facts
 
 __all__ = ["Refinement", "emitted", "pressure_instants", "refine", "solve"]
 
@@ -129,10 +128,7 @@ def pressure_instants(problem: Problem, count: int) -> list[int]:
     if not start:
         need = simulate_steps(problem, list(range(n))).live_bytes
     else:
-        facts = Facts.of(problem)
-        need = facts.fixed_live.copy()
-        for t in facts.backward:
-            need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
+        need = Facts.of_one_backward(problem).pressure
     edges = np.unique(np.linspace(start, n, count + 1).astype(int))
     return [int(a + need[a:b].argmax()) for a, b in pairwise(edges)]
 
@@ -176,29 +172,29 @@ def emitted(program: InstantProgram, x: np.ndarray, *, ascending: bool = False) 
 
     Reruns between two first runs are in the order in which they are asked for, or ``ascending``.
     """
-    red, problem = program.reduction, program.problem
+    facts, problem = program.facts, program.problem
     resident = [program.resident_at(x, n) for n in range(len(program.instants))] + [set()]
     steps = list(range(program.instants[0] if program.instants else len(problem)))
     for n, (start, end) in enumerate(zip(program.instants, program.ends, strict=True)):
         there = set(resident[n])
         for t in range(start, end):
-            burst = _missing(red, start, there, red.reads[t])
+            burst = _missing(facts, start, there, facts.reads[t])
             steps.extend(sorted(burst) if ascending else burst)
             steps.append(t)
-        burst = _missing(red, start, there, sorted(resident[n + 1]))
+        burst = _missing(facts, start, there, sorted(resident[n + 1]))
         steps.extend(sorted(burst) if ascending else burst)
     return trim(problem, steps)
 
 
-def _missing(red: Reduction, start: int, there: set[int], wanted: Sequence[int]) -> list[int]:
+def _missing(facts: Facts, start: int, there: set[int], wanted: Sequence[int]) -> list[int]:
     """Ops that make the ``wanted`` values that are past at ``start`` and not ``there`` (which then are),
     inputs first."""
-    ops = red.problem.ops
+    ops = facts.problem.ops
 
     def may_run(i: int) -> bool:
         return i < start and ops[i].recomputable
 
-    burst = list(runs_again(red.problem, wanted, there.__contains__, may_run, reads=red.reads))
+    burst = list(runs_again(facts.problem, wanted, there.__contains__, may_run, reads=facts.reads))
     there.update(v for i in burst for v in ops[i].outputs)
     return burst
 
@@ -210,7 +206,7 @@ class _Search:
         self.problem, self.budget, self.deadline = problem, budget, deadline
         self.most_bytes = most_bytes
         share_of = most_bytes if budget is None else budget
-        self.reduction = Reduction.of(problem, int(FREE_SHARE * share_of))
+        self.facts = Facts.of(problem, int(FREE_SHARE * share_of))
         self.found = Refinement(instants=sorted(set(instants)))
         self.bursts: set[int] = set()
         self.gap = COARSE_GAP
@@ -222,7 +218,7 @@ class _Search:
         """One program; whether there is anything left to add."""
         found = self.found
         program = InstantProgram(
-            self.reduction,
+            self.facts,
             found.instants,
             self.budget,
             bursts=self.bursts,
@@ -273,7 +269,7 @@ class _Search:
         cost = float(line.peak_bytes) if self.budget is None else line.recompute_seconds
         if cost < found.best and (self.budget is None or line.peak_bytes <= self.budget):
             found.best, found.steps = cost, steps
-        counted = self.reduction.problem
+        counted = self.facts.problem
         return line if counted is self.problem else simulate_steps(counted, steps)
 
     def _add(self, program: InstantProgram, steps: list[int], where: list[int], over: np.ndarray) -> bool:

@@ -30,6 +30,7 @@ from functools import cached_property
 import numpy as np
 
 from solvers.chain.saved_sets import BlockGraph, saved_sets
+from solvers.core.facts import spanned
 from solvers.core.just_in_time import runs_again
 from solvers.core.problem import Problem, ProblemError
 
@@ -139,7 +140,7 @@ class Chain:
     def _fixed_bytes(self) -> None:
         """``fixed_live``, ``fixed_kept``: bytes no decision changes, during and after each op, shape (n,)."""
         problem, n, turn = self.problem, len(self.problem), self.starts[-1]
-        live, kept = np.zeros(n + 1, dtype=np.int64), np.zeros(n + 1, dtype=np.int64)
+        live: list[tuple[int, int, int]] = []
         again_in = self._last_blocks_again()
         for v, value in enumerate(problem.values):
             if value.producer is None:
@@ -156,14 +157,10 @@ class Chain:
                     begin = self.backward_ends[home]
                 else:
                     continue
-            end = n if value.final else last
-            live[begin] += value.bytes
-            live[min(n, end + 1)] -= value.bytes
-            kept[begin] += value.bytes
-            kept[end] -= value.bytes
+            live.append((begin, n if value.final else last, value.bytes))
         scratch = np.array([op.workspace_bytes if t >= turn else 0 for t, op in enumerate(problem.ops)])
-        self.fixed_live = np.cumsum(live)[:n] + scratch
-        self.fixed_kept = np.cumsum(kept)[:n]
+        self.fixed_live = spanned(n, ((a, min(n - 1, b), size) for a, b, size in live)) + scratch
+        self.fixed_kept = spanned(n, ((a, b - 1, size) for a, b, size in live))
 
     def _last_blocks_again(self) -> list[int]:
         """For each op, the last block, so the earliest in the chain, in whose backward it may run again.

@@ -36,6 +36,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from solvers.core.facts import spanned
 from solvers.core.just_in_time import can_be_dropped
 from solvers.core.linear import LinearAnswer, LinearProgram
 from solvers.core.problem import Problem
@@ -160,21 +161,17 @@ class RetentionProgram:
     def _fixed_bytes(self) -> np.ndarray:
         """Per op, what is resident while it first runs whatever is decided; shape (n,)."""
         problem, n = self.problem, len(self.problem)
-        change = np.zeros(n + 1)
+        spans: list[tuple[int, int, int]] = []
         for v, value in enumerate(problem.values):
             if value.producer is None:
                 continue
             end = (value.producer, *problem.consumers[v])[-1]
             if v in self._events:
                 end = self._events[v][0]
-                for b in problem.consumers[v]:
-                    if b > end:
-                        change[b] += value.bytes
-                        change[b + 1] -= value.bytes
-            change[value.producer] += value.bytes
-            change[n if value.final else end + 1] -= value.bytes
+                spans += [(b, b, value.bytes) for b in problem.consumers[v] if b > end]
+            spans.append((value.producer, n - 1 if value.final else end, value.bytes))
         workspace = np.array([op.workspace_bytes for op in problem.ops], dtype=float)
-        return problem.resident_bytes + np.cumsum(change)[:n] + workspace
+        return problem.resident_bytes + spanned(n, spans) + workspace
 
     def _column_spans(self) -> np.ndarray:
         """Rows ``(first op, one past the last, column, bytes)``: where a kept value counts, op by op."""

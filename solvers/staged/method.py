@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from solvers.bounds.lower_bounds import time_bound
+from solvers.core.facts import Facts
 from solvers.core.incumbent import Incumbent
 from solvers.core.just_in_time import trim
 from solvers.core.problem import Problem, ProblemError
@@ -34,7 +35,7 @@ from solvers.core.solution import Solution
 from solvers.search import local_search
 from solvers.staged.orders import in_template_order, just_in_time
 from solvers.staged.program import Choice, StagedProgram
-from solvers.staged.stages import Facts, Stages, cut_after_pressure, cut_by_groups, cut_evenly
+from solvers.staged.stages import Stages, cut_after_pressure, cut_by_groups, cut_evenly
 
 __all__ = ["Relaxations", "ops_per_layer", "solve"]
 
@@ -104,7 +105,7 @@ def ops_per_layer(problem: Problem) -> int | None:
 
 def _cuts(problem: Problem, layer: int) -> Iterator[Stages]:
     """Ways to cut: by layers and evenly, from the narrowest window to the widest."""
-    facts = Facts.of(problem)
+    facts = Facts.of_one_backward(problem)
     if not facts.decided:
         return
     layers = round(len(facts.backward) / layer)

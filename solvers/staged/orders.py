@@ -55,7 +55,7 @@ def _pinned(stages: Stages) -> set[int]:
 
 def _run_needed(stages: Stages, t: int, resident: set[int], steps: list[int]) -> None:
     """Append the recomputations op ``t`` needs; ``resident`` grows by what they make."""
-    problem, decided = stages.facts.problem, stages.facts.is_decided
-    for i in runs_again(problem, problem.counted_inputs[t], lambda v: not decided[v] or v in resident):
+    problem, reads = stages.facts.problem, stages.facts.reads
+    for i in runs_again(problem, reads[t], resident.__contains__, reads=reads):
         steps.append(i)
         resident.update(problem.ops[i].outputs)

@@ -133,7 +133,7 @@ class StagedProgram:
             if len(runs[i]) > 1:
                 lp.row([column, *runs[i]], [1.0] + [-1.0] * len(runs[i]), upper=0.0)
             for v in problem.counted_inputs[i]:
-                if self.facts.is_decided[v]:
+                if self.facts.counted[v]:
                     lp.row([column, *sources(v)], [1.0] + [-1.0] * len(sources(v)), upper=0.0)
         for v in saved:
             if any(c >= turn for c in problem.consumers[v]):
@@ -145,13 +145,16 @@ class StagedProgram:
         sizes = [facts.turn, *map(len, stages.template)]
         self.offset = np.concatenate([[0], np.cumsum(sizes)])
         base = np.zeros(self.offset[-1] + 1)
-        base[: facts.turn] = facts.fixed_live[: facts.turn]
+        scratch = np.array([op.workspace_bytes for op in facts.problem.ops], dtype=np.int64)
+        live = facts.staying + scratch - facts.problem.resident_bytes
+        before = facts.entering - facts.problem.resident_bytes
+        base[: facts.turn] = live[: facts.turn]
         for g, row in enumerate(stages.template):
             at, upcoming = self.offset[g + 1] + len(row), None
             for i in reversed(row):
                 at -= 1
                 upcoming = i if i >= facts.turn else upcoming
-                base[at] = facts.fixed_live[i] if i >= facts.turn else facts.fixed_before[upcoming]
+                base[at] = live[i] if i >= facts.turn else before[upcoming]
         self._constant = np.zeros_like(base)
         self._segment: list[tuple[int, int, float, bool, tuple[int, ...]]] = []
         self._lay_out_values()
@@ -173,7 +176,7 @@ class StagedProgram:
         facts, problem = self.facts, self.facts.problem
         for v in facts.decided:
             size, p = problem.values[v].bytes, problem.values[v].producer
-            after = facts.forward_use[v] + 1
+            after = 1 + max((c for c in problem.consumers[v] if c < facts.turn), default=p or 0)
             self._constant[p] += size
             self._constant[after] -= size
             events = self.resident.get(v, {})
@@ -219,7 +222,7 @@ class StagedProgram:
 
     def _lay_out_transients(self) -> None:
         """Workspace, and outputs that nothing later in the backward may read, while an op runs again."""
-        problem, decided = self.facts.problem, self.facts.is_decided
+        problem, decided = self.facts.problem, self.facts.counted
         for g, row in enumerate(self.again):
             for i, column in row.items():
                 at = self.offset[g + 1] + self.stages.slot[g][i]

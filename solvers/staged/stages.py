@@ -12,80 +12,13 @@ the choice (see ``staged_program``).
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.core.facts import Facts, spanned
 from solvers.core.just_in_time import runs_again
-from solvers.core.problem import Problem
 
-__all__ = ["Facts", "Stages", "cut_after_pressure", "cut_by_groups", "cut_evenly"]
-
-
-@dataclass(frozen=True, eq=False)
-class Facts:
-    """What every staged program over one problem shares.
-
-    ``decided``      value indices whose residency is a choice.
-    ``forward_use``  per value, its last reader in the forward (its producer if none), -1 if undecided.
-    ``fixed_live``   per op, bytes of undecided values, workspace and outputs while it first runs, (n,).
-    ``fixed_before`` per op, bytes of undecided values alive just before it first runs, (n,).
-    ``open_bytes``   per op, the part of ``fixed_before`` that is made by the backward and not final, (n,).
-    """
-
-    problem: Problem
-    turn: int
-    decided: tuple[int, ...]
-    is_decided: np.ndarray
-    forward_use: np.ndarray
-    fixed_live: np.ndarray
-    fixed_before: np.ndarray
-    open_bytes: np.ndarray
-
-    @classmethod
-    def of(cls, problem: Problem) -> Facts:
-        """Read them off the problem; ``ValueError`` if it has no turn."""
-        if problem.turn is None:
-            raise ValueError(f"{problem.name}: a staged program needs a turn from forward to backward")
-        n, turn = len(problem), problem.turn
-        is_decided = np.zeros(len(problem.values), dtype=bool)
-        forward_use = np.full(len(problem.values), -1)
-        alive = np.zeros(n + 1, dtype=np.int64)
-        entering = np.zeros(n + 1, dtype=np.int64)
-        opened = np.zeros(n + 1, dtype=np.int64)
-        for v, value in enumerate(problem.values):
-            p, readers = value.producer, problem.consumers[v]
-            if p is None:
-                continue
-            # A value that no backward op reads can still be an ancestor of a recomputation.
-            is_decided[v] = p < turn and not value.final and bool(readers)
-            last = n - 1 if value.final else (readers[-1] if readers else p)
-            if is_decided[v]:
-                forward_use[v] = max((c for c in readers if c < turn), default=p)
-                continue
-            alive[p] += value.bytes
-            alive[last + 1] -= value.bytes
-            entering[p + 1] += value.bytes
-            entering[last + 1] -= value.bytes
-            if p >= turn and not value.final:
-                opened[p + 1] += value.bytes
-                opened[last + 1] -= value.bytes
-        workspace = np.array([op.workspace_bytes for op in problem.ops], dtype=np.int64)
-        return cls(
-            problem,
-            turn,
-            tuple(np.flatnonzero(is_decided).tolist()),
-            is_decided,
-            forward_use,
-            np.cumsum(alive)[:n] + workspace,
-            np.cumsum(entering)[:n],
-            np.cumsum(opened)[:n],
-        )
-
-    @property
-    def backward(self) -> range:
-        """Positions of the backward ops."""
-        return range(self.turn, len(self.problem))
+__all__ = ["Stages", "cut_after_pressure", "cut_by_groups", "cut_evenly"]
 
 
 def cut_by_groups(facts: Facts, shortest: int = 1) -> tuple[int, ...]:
@@ -108,14 +41,22 @@ def cut_evenly(facts: Facts, count: int) -> tuple[int, ...]:
     n = len(facts.problem) - facts.turn
     length = max(1.0, n / max(1, count))
     cuts = [facts.turn]
+    open_bytes = _open_bytes(facts)
     while len(facts.problem) - cuts[-1] > 1.5 * length:
         first = cuts[-1] + max(1, round(0.6 * length))
         last = min(cuts[-1] + max(1, round(1.4 * length)), len(facts.problem) - 1)
-        window = facts.open_bytes[first : last + 1]
+        window = open_bytes[first : last + 1]
         if not len(window):
             break
         cuts.append(first + int(window.argmin()))
     return tuple(cuts)
+
+
+def _open_bytes(facts: Facts) -> np.ndarray:
+    """Per op, bytes made by the backward before it and read there by it or later, not final; shape (n,)."""
+    ops, values = facts.problem.ops, facts.problem.values
+    made = ((p, v) for p in facts.backward for v in ops[p].outputs if not values[v].final)
+    return spanned(len(ops), ((p + 1, facts.stays_until[v], values[v].bytes) for p, v in made))
 
 
 def cut_after_pressure(facts: Facts, first: tuple[int, ...], length: int) -> tuple[tuple[int, ...], int]:
@@ -125,12 +66,8 @@ def cut_after_pressure(facts: Facts, first: tuple[int, ...], length: int) -> tup
     ``length`` ops after it, the cut is where the former are least.  For a language model that is the
     loss: next to it hardly anything can be saved, and right after it there is room to run it all again.
     """
-    problem = facts.problem
-    need = facts.fixed_live.copy()
-    for t in facts.backward:
-        need[t] += sum(problem.values[v].bytes for v in problem.counted_inputs[t] if facts.is_decided[v])
-    tightest = facts.turn + int(need[facts.turn :].argmax())
-    after = facts.fixed_before[tightest + 1 : tightest + 1 + length]
+    tightest = facts.turn + int(facts.pressure[facts.turn :].argmax())
+    after = facts.entering[tightest + 1 : tightest + 1 + length]
     if not len(after):
         return first, len(first) - 1
     cut = tightest + 1 + int(after.argmin())
@@ -167,9 +104,8 @@ class Stages:
         self.uses: dict[int, dict[int, list[int]]] = {v: {} for v in facts.decided}
         for g, row in enumerate(self.template):
             for i in row:
-                for v in facts.problem.counted_inputs[i]:
-                    if facts.is_decided[v]:
-                        self.uses[v].setdefault(g, []).append(i)
+                for v in facts.reads[i]:
+                    self.uses[v].setdefault(g, []).append(i)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -205,17 +141,17 @@ class Stages:
         return allowed
 
     def _templates(self) -> list[list[int]]:
-        problem, reads = self.facts.problem, self.facts.problem.counted_inputs
-        undecided = np.flatnonzero(~self.facts.is_decided).tolist()
+        problem, reads = self.facts.problem, self.facts.reads
         templates = []
         ends = (*self.first[1:], len(problem))
         for g, (start, end) in enumerate(zip(self.first, ends, strict=True)):
             row: list[int] = []
-            placed = set(undecided)
+            made: set[int] = set()
+            may_run = self.allowed[g].__contains__
             for t in range(start, end):
-                for i in runs_again(problem, reads[t], placed.__contains__, self.allowed[g].__contains__):
+                for i in runs_again(problem, reads[t], made.__contains__, may_run, reads=reads):
                     row.append(i)
-                    placed.update(problem.ops[i].outputs)
+                    made.update(problem.ops[i].outputs)
                 row.append(t)
             templates.append(row)
             self.allowed[g].intersection_update(row)
