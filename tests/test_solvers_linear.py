@@ -64,3 +64,19 @@ def test_a_program_without_columns_is_no_better_than_its_rows() -> None:
     assert lp.solve(time_limit_s=1.0).optimal
     lp.row([], [], upper=-1.0)
     assert lp.solve(time_limit_s=1.0).infeasible
+
+
+def test_a_closure_covers_what_reads_and_is_left_out_where_nothing_can_miss() -> None:
+    """0 is kept or made again, 1 is surely there, 2 must be made: the dearer way is taken only if need be."""
+    lp = LinearProgram()
+    kept, made, again = lp.column(3.0), lp.column(1.0), lp.column(2.0)
+    sources = {0: [kept, made], 1: None, 2: [again]}
+    lp.closure([0, 1, 2], sources.__getitem__)
+    assert lp.rows == 2
+    answer = lp.solve(time_limit_s=1.0)
+    assert answer.x is not None and answer.x.tolist() == [0.0, 1.0, 1.0]
+    reader = lp.column(-10.0)
+    lp.closure([0, 1], {0: [kept], 1: None}.__getitem__, of=reader)
+    assert lp.rows == 3
+    answer = lp.solve(time_limit_s=1.0)
+    assert answer.x is not None and answer.x.tolist() == [1.0, 0.0, 1.0, 1.0]

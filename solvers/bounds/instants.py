@@ -154,25 +154,24 @@ class InstantProgram:
             reads.append(reads[-1] | {v for v in facts.reads[u] if v in resident})
         self._reads.append(reads[::-1])
 
-    def _covered(self, column: int, by: list[int]) -> None:
-        self.lp.row([column, *by], [1.0] + [-1.0] * len(by), upper=0.0)
-
     def _sources(self, n: int, v: int, runs: dict[int, int]) -> list[int]:
         p = self.problem.values[v].producer
         return [self.resident[n][v], *([runs[p]] if p in runs else [])]
 
     def _add_closure(self, n: int, runs: dict[int, int], read: Iterable[int]) -> None:
-        """Rows 2 and 3 for the columns ``runs`` and the values ``read``."""
+        """Rows 1 and 2 for the columns ``runs`` and the values ``read``."""
+
+        def sources(v: int) -> list[int] | None:
+            return self._sources(n, v, runs) if v in self.resident[n] else None
+
         for i, column in runs.items():
-            for v in self.facts.reads[i]:
-                if v in self.resident[n]:
-                    self._covered(column, self._sources(n, v, runs))
+            self.lp.closure(self.facts.reads[i], sources, of=column)
         for v in sorted(read):
-            sources = self._sources(n, v, runs)
-            if len(sources) == 1:
-                self.lp.lower[sources[0]] = 1.0
+            by = self._sources(n, v, runs)
+            if len(by) == 1:
+                self.lp.lower[by[0]] = 1.0
             else:
-                self.lp.row(sources, [1.0] * len(sources), lower=1.0)
+                self.lp.one_of(by)
 
     def _add_flow(self, n: int) -> None:
         """Rows 1 to 4 of a single interval, and the columns of C."""
@@ -182,10 +181,10 @@ class InstantProgram:
         for v, there in self.resident[n + 1].items() if n + 1 < len(self.instants) else ():
             if v in self.resident[n]:
                 sources = self._sources(n, v, again)
-                self._covered(there, sources)
+                self.lp.covered(there, sources)
                 carried[v] = there if len(sources) == 1 else self.lp.column(integer=True)
                 if len(sources) > 1:
-                    self._covered(there, [carried[v], sources[1]])
+                    self.lp.covered(there, [carried[v], sources[1]])
         self.carried.append(carried)
 
     def _add_windows(self) -> None:
@@ -203,11 +202,11 @@ class InstantProgram:
                 if longer in columns:
                     parts = (columns[longer], columns[single])
                     for i, column in window.items():
-                        self._covered(column, [part[i] for part in parts if i in part])
+                        self.lp.covered(column, [part[i] for part in parts if i in part])
             self._add_closure(n, window, set().union(*read[n:e]) & self.resident[n].keys())
             for v, there in self.resident[e].items() if e < count else ():
                 if v in self.resident[n]:
-                    self._covered(there, self._sources(n, v, window))
+                    self.lp.covered(there, self._sources(n, v, window))
 
     def _intervals(self) -> Iterable[tuple[int, int]]:
         return zip(self.instants, self.ends, strict=True)

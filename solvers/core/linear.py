@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -113,6 +113,35 @@ class LinearProgram:
         self.row_lower.append(lower)
         self.row_upper.append(upper)
         return r
+
+    def covered(self, column: int, by: Sequence[int]) -> None:
+        """``column`` is at most the sum of ``by``: what is there was there or was made."""
+        self.row([column, *by], [1.0] + [-1.0] * len(by), upper=0.0)
+
+    def one_of(self, by: Sequence[int]) -> None:
+        """The columns ``by`` sum to at least 1."""
+        self.row(by, [1.0] * len(by), lower=1.0)
+
+    def closure(
+        self, values: Iterable[int], sources: Callable[[int], Sequence[int] | None], *, of: int | None = None
+    ) -> None:
+        """What reads ``values`` finds each of them: a row a value, in order.
+
+        ``sources``  of a value: columns by which it is at hand; ``None`` if it surely is.
+        ``of``       column of what reads them, which each value's sources cover; ``None``: it surely runs.
+
+        With one instant these are the constraints of a closure in the graph (Picard, "Maximal closure of a
+        graph", Management Science 1976); with one at every op, rows (1b) of Jain et al., "Checkmate"
+        (https://arxiv.org/abs/1910.02653).
+        """
+        for v in values:
+            by = sources(v)
+            if by is None:
+                continue
+            if of is None:
+                self.one_of(by)
+            else:
+                self.covered(of, by)
 
     def solve(
         self,

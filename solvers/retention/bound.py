@@ -159,20 +159,20 @@ class _Instant:
         """All rows but the bytes'; ``end`` is the ``later`` instant's op, or one past the last."""
         for i, column in self.ever.items():
             after = [later.ever[i]] if later is not None and i in later.ever else []
-            _covered(linear, column, [self.between[i], *after])
+            linear.covered(column, [self.between[i], *after])
         for runs, stop in ((self.between, end), (self.ever, len(self.problem))):
+
+            def sources(v: int, runs: dict[int, int] = runs) -> list[int] | None:
+                return self._sources(v, runs) if v in self.kept else None
+
             for i, column in runs.items():
-                for v in self.problem.counted_inputs[i]:
-                    if v in self.kept:
-                        _covered(linear, column, self._sources(v, runs))
+                linear.closure(self.problem.counted_inputs[i], sources, of=column)
             read = {v for t in range(self.t, stop) for v in self.problem.counted_inputs[t] if v in self.kept}
-            for v in sorted(read):
-                sources = self._sources(v, runs)
-                linear.row(sources, [1.0] * len(sources), lower=1.0)
+            linear.closure(sorted(read), sources)
         if later is not None:
             for v, column in later.kept.items():
                 if v in self.kept:
-                    _covered(linear, column, self._sources(v, self.between))
+                    linear.covered(column, self._sources(v, self.between))
 
     def _sources(self, v: int, runs: dict[int, int]) -> list[int]:
         return [self.kept[v], runs[self.problem.values[v].producer or 0]]
@@ -192,7 +192,3 @@ class _Instant:
             [problem.values[v].bytes * scale for v in self.kept],
             upper=(budget_bytes - fixed) * scale + _ROW_TOLERANCE,
         )
-
-
-def _covered(linear: LinearProgram, column: int, by: list[int]) -> None:
-    linear.row([column, *by], [1.0] + [-1.0] * len(by), upper=0.0)

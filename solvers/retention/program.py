@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -131,12 +131,17 @@ class RetentionProgram:
         k = bisect_left(events, stage) - 1
         return self._kept[v][k] if k < len(self._kept[v]) else None
 
-    def _sources(self, v: int, stage: int) -> list[int]:
-        """Columns by which ``v`` is at hand in ``stage``; ``[_SURE]`` if it always is."""
-        kept, again = self.kept_into(v, stage), self.rerun.get((self.problem.values[v].producer or 0, stage))
-        if kept == _SURE:
-            return [_SURE]
-        return [column for column in (kept, again) if column is not None]
+    def _sources(self, v: int, stage: int, again: int | None) -> list[int] | None:
+        """Columns by which ``v`` is at hand in ``stage``, ``again`` among them; ``None`` if it surely is."""
+        if not can_be_dropped(self.problem, v):
+            return None
+        kept = self.kept_into(v, stage)
+        return None if kept == _SURE else [column for column in (kept, again) if column is not None]
+
+    def _sources_in(self, stage: int) -> Callable[[int], list[int] | None]:
+        """``_sources`` by what runs again in ``stage`` itself."""
+        values = self.problem.values
+        return lambda v: self._sources(v, stage, self.rerun.get((values[v].producer or 0, stage)))
 
     def _link(self) -> None:
         problem, linear = self.problem, self.linear
@@ -144,19 +149,12 @@ class RetentionProgram:
             producer, events = problem.values[v].producer or 0, self._events[v]
             for k in range(1, len(columns)):
                 again = self.rerun.get((producer, events[k]))
-                self._covered(columns[k], [columns[k - 1], *([] if again is None else [again])])
+                linear.covered(columns[k], [columns[k - 1], *([] if again is None else [again])])
             for b in problem.consumers[v]:
                 if b > events[0]:
-                    sources = self._sources(v, b)
-                    linear.row(sources, [1.0] * len(sources), lower=1.0)
+                    linear.closure([v], self._sources_in(b))
         for (i, t), column in self.rerun.items():
-            for u in problem.counted_inputs[i]:
-                if can_be_dropped(problem, u):
-                    self._covered(column, self._sources(u, t))
-
-    def _covered(self, column: int, by: list[int]) -> None:
-        if by != [_SURE]:
-            self.linear.row([column, *by], [1.0] + [-1.0] * len(by), upper=0.0)
+            linear.closure(problem.counted_inputs[i], self._sources_in(t), of=column)
 
     def _fixed_bytes(self) -> np.ndarray:
         """Per op, what is resident while it first runs whatever is decided; shape (n,)."""
@@ -251,23 +249,15 @@ class RetentionProgram:
                 later[i].append(column)
         ever = {i: self.linear.column() for i in later}
         for i, column in ever.items():
-            self._covered(column, later[i])
+            self.linear.covered(column, later[i])
 
-        def sources(v: int) -> list[int]:
-            kept, again = self.kept_into(v, stage), ever.get(problem.values[v].producer or 0)
-            if kept == _SURE:
-                return [_SURE]
-            return [column for column in (kept, again) if column is not None]
+        def sources(v: int) -> list[int] | None:
+            return self._sources(v, stage, ever.get(problem.values[v].producer or 0))
 
         for i, column in ever.items():
-            for u in problem.counted_inputs[i]:
-                if can_be_dropped(problem, u):
-                    self._covered(column, sources(u))
-            for v in problem.ops[i].outputs:
-                if can_be_dropped(problem, v) and problem.consumers[v] and problem.consumers[v][-1] >= stage:
-                    by = sources(v)
-                    if by != [_SURE]:
-                        self.linear.row(by, [1.0] * len(by), lower=1.0)
+            self.linear.closure(problem.counted_inputs[i], sources, of=column)
+            read = (v for v in problem.ops[i].outputs if (i, *problem.consumers[v])[-1] >= stage)
+            self.linear.closure(read, sources)
 
     def solve(self, *, time_limit_s: float, relax: bool = False, seed: int = 0) -> LinearAnswer:
         """Hand it to HiGHS; objective and bound in units of ``unit_s``."""

@@ -160,15 +160,14 @@ class TemplateProgram:
                     after = lp.column(integer=True)
                     if makes[k] and run is not None:
                         if before != ALWAYS:
-                            lp.row([after, run, *_one(before)], _signs(1.0, before), upper=0.0)  # (3)
+                            lp.covered(after, [run, *_one(before)])  # (3)
                         if alone:
-                            lp.row([run, after], [1.0, -1.0], upper=0.0)
+                            lp.covered(run, [after])
                 elif before >= 0:
                     after = lp.column(integer=True)
-                    lp.row([after, before], [1.0, -1.0], upper=0.0)  # (2)
+                    lp.covered(after, [before])  # (2)
             elif forced[k] and makes[k] and run is not None and before != ALWAYS:
-                sources = [run, *_one(before)]
-                lp.row(sources, [1.0] * len(sources), lower=1.0)  # (3), the gap being needed
+                lp.one_of([run, *_one(before)])  # (3), the gap being needed
             begins.append(s)
             gaps.append(after)
             stop = touches[k + 1] + (not makes[k + 1]) if k + 1 < len(touches) else s + 1
@@ -188,7 +187,7 @@ class TemplateProgram:
         if gap == ABSENT:
             self.lp.upper[run] = 0.0
         elif gap != ALWAYS:
-            self.lp.row([run, gap], [1.0, -1.0], upper=0.0)
+            self.lp.covered(run, [gap])
 
     def _either(self, run: int, after: Gap, alone: bool) -> Gap:
         """Whether what a slot makes is there while it runs: used, or carried past it."""
@@ -197,8 +196,8 @@ class TemplateProgram:
         if after == ALWAYS or alone:
             return after
         column = self.lp.column()
-        self.lp.row([run, column], [1.0, -1.0], upper=0.0)
-        self.lp.row([after, column], [1.0, -1.0], upper=0.0)
+        self.lp.covered(run, [column])
+        self.lp.covered(after, [column])
         return column
 
     def gap_at(self, v: int, slot: int) -> Gap:
@@ -229,17 +228,17 @@ class TemplateProgram:
         }
         for i, column in ever.items():
             if len(runs[i]) > 1:
-                lp.row([column, *runs[i]], [1.0] + [-1.0] * len(runs[i]), upper=0.0)
-        for of, needed in ((None, list(reads)), *((i, list(problem.counted_inputs[i])) for i in ever)):
-            for v in needed:
-                p, gap = problem.values[v].producer, self.gap_at(v, q)
-                if p is None or p in late or problem.values[v].final or gap == ALWAYS:
-                    continue
-                sources = [*_one(gap), *([ever[p]] if p in ever else [])]
-                if of is None:
-                    lp.row(sources, [1.0] * len(sources), lower=1.0)
-                else:
-                    lp.row([ever[of], *sources], [1.0] + [-1.0] * len(sources), upper=0.0)
+                lp.covered(column, runs[i])
+
+        def sources(v: int) -> list[int] | None:
+            p, gap = problem.values[v].producer, self.gap_at(v, q)
+            if p is None or p in late or problem.values[v].final or gap == ALWAYS:
+                return None
+            return [*_one(gap), *([ever[p]] if p in ever else [])]
+
+        lp.closure(reads, sources)
+        for i, column in ever.items():
+            lp.closure(problem.counted_inputs[i], sources, of=column)
 
     def bytes_at(self, x: np.ndarray) -> np.ndarray:
         """Bytes at every slot for the columns' values ``x``, resident bytes left out, shape (slots,)."""
@@ -312,7 +311,3 @@ class TemplateProgram:
 
 def _one(gap: Gap) -> list[int]:
     return [gap] if gap >= 0 else []
-
-
-def _signs(first: float, before: Gap) -> list[float]:
-    return [first, -1.0, *([-1.0] if before >= 0 else [])]

@@ -99,16 +99,16 @@ class StagedProgram:
             for g, column in events.items():
                 available = [column] + ([self.again[g][p]] if p in self.again[g] else [])
                 if previous:
-                    lp.row([column, *previous], [1.0] + [-1.0] * len(previous), upper=0.0)
+                    lp.covered(column, previous)
                 users = self.stages.uses[v].get(g, ())
                 if any(i >= turn for i in users):
                     if len(available) == 1:
                         lp.lower[column] = 1.0
                     else:
-                        lp.row(available, [1.0, 1.0], lower=1.0)
+                        lp.one_of(available)
                 for i in users:
                     if i < turn:
-                        lp.row([self.again[g][i], *available], [1.0] + [-1.0] * len(available), upper=0.0)
+                        lp.covered(self.again[g][i], available)
                 previous = available
 
     def _add_closure(self) -> None:
@@ -131,13 +131,9 @@ class StagedProgram:
 
         for i, column in ever.items():
             if len(runs[i]) > 1:
-                lp.row([column, *runs[i]], [1.0] + [-1.0] * len(runs[i]), upper=0.0)
-            for v in problem.counted_inputs[i]:
-                if self.facts.counted[v]:
-                    lp.row([column, *sources(v)], [1.0] + [-1.0] * len(sources(v)), upper=0.0)
-        for v in saved:
-            if any(c >= turn for c in problem.consumers[v]):
-                lp.row(sources(v), [1.0] * len(sources(v)), lower=1.0)
+                lp.covered(column, runs[i])
+            lp.closure(self.facts.reads[i], sources, of=column)
+        lp.closure((v for v in saved if problem.consumers[v][-1] >= turn), sources)
 
     def _lay_out(self) -> None:
         """Write the bytes at every slot as constants plus segments ``bytes * expression`` on intervals."""
@@ -273,7 +269,7 @@ class StagedProgram:
         if key not in self._largest:
             new = self.lp.column()
             for column in columns:
-                self.lp.row([column, new], [1.0, -1.0], upper=0.0)
+                self.lp.covered(column, [new])
             self._largest[key] = new
         return self._largest[key]
 
