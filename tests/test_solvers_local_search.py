@@ -89,7 +89,7 @@ cases = st.binary(min_size=8, max_size=8).map(lambda seed: random_case(random.Ra
 
 def every_row(program: TemplateProgram) -> TemplateProgram:
     for slot in range(len(program.template)):
-        program.add_memory_row(slot)
+        program.memory.add(slot)
     return program
 
 
@@ -160,7 +160,7 @@ def test_bytes_of_integral_points_are_the_simulators(case: Case, rng: random.Ran
         for runs in program.used(x):
             step += runs
             expected.append(line.live_bytes[step] if runs else line.kept_bytes[step])
-        assert program.bytes_at(np.round(x)).tolist() == [b - problem.resident_bytes for b in expected]
+        assert program.memory.bytes_at(np.round(x)).tolist() == [b - problem.resident_bytes for b in expected]
 
 
 @quick

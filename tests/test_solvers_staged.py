@@ -106,7 +106,7 @@ def test_a_looser_budget_never_costs_more() -> None:
     top, previous = keep_all_peak(problem), math.inf
     for fraction in (0.3, 0.4, 0.6, 0.8, 0.95):
         program = StagedProgram(Stages(facts, cut_by_groups(facts, 8), 0), round(fraction * top))
-        program.add_first_rows()
+        program.memory.add_first()
         answer = program.lp.solve(time_limit_s=10, relax=True)
         bound = bounds.least_recompute(problem, round(fraction * top), [facts.turn + 10], time_limit_s=10)
         assert bound <= answer.objective * program.seconds_scale * (1 + 1e-6) <= previous * (1 + 1e-6)
@@ -123,13 +123,13 @@ def test_memory_rows_equal_the_simulator(seed: int) -> None:
     stages = Stages(facts, cut_evenly(facts, 4), 10)
     program = StagedProgram(stages, budget)
     while True:
-        program.add_first_rows()
+        program.memory.add_first()
         answer = program.lp.solve(time_limit_s=10)
-        if answer.x is None or not program.add_violated(answer.x):
+        if answer.x is None or not program.memory.add_violated(answer.x):
             break
     assert answer.x is not None
     choice = program.choice(answer.x)
-    predicted = program.bytes_at(np.round(answer.x))
+    predicted = program.memory.bytes_at(np.round(answer.x))
     line = simulate_steps(problem, in_template_order(stages, choice))
     slots = list(range(facts.turn))
     for g, row in enumerate(stages.template):

@@ -248,7 +248,7 @@ class _Search:
         run, lp = self.run, program.lp
         end = time.perf_counter() + min(self.window_s, run.left_s)
         gap = LEAST_GAIN * run.total_s / program.seconds_scale if program.over is None else 1e-4
-        program.add_first_rows()
+        program.memory.add_first()
         relax = True
         found: list[tuple[int, ...]] = []
         for _ in range(ROUNDS):
@@ -266,7 +266,7 @@ class _Search:
                 return Outcome(tuple(found), answer.infeasible)
             if not relax:
                 found.append(tuple(trim(self.problem, program.steps(answer.x))))
-            if not program.add_violated(answer.x):
+            if not program.memory.add_violated(answer.x):
                 if not relax:
                     return Outcome(tuple(found), answer.optimal)
                 relax = False

@@ -39,6 +39,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from solvers.core.linear import LinearProgram
+from solvers.core.memory_rows import MemoryRows
 from solvers.search.template import Template
 
 __all__ = ["TemplateProgram"]
@@ -67,44 +68,37 @@ class TemplateProgram:
         over: range | None = None,
     ) -> None:
         self.template, self.problem = template, template.problem
-        self.limit_bytes = np.broadcast_to(np.asarray(limit_bytes, dtype=float), (len(template),))
         self.lp = LinearProgram()
         ops = self.problem.ops
         self.seconds_scale = sum(op.again_s for op in ops) or 1.0
-        self._bytes_unit = max(1.0, float(self.limit_bytes.min()))
-        self.over, self._over_at = None, over or range(0)
-        if over is not None:
-            self.over = self.lp.column(1.0, upper=np.inf)
+        self.over = None if over is None else self.lp.column(1.0, upper=np.inf)
+        self.memory = MemoryRows(
+            self.lp,
+            (*template.starts, len(template)),
+            limit_bytes,
+            unit_bytes=max(1.0, float(np.min(limit_bytes))),
+            excess=None if over is None or self.over is None else (self.over, over),
+        )
         price = (1.0 if over is None else 1e-3) / self.seconds_scale
         self.use: list[int | None] = [
             None if required else self.lp.column(price * ops[i].again_s, integer=True)
             for i, required in zip(template.slots, template.required, strict=True)
         ]
-        self.base = np.zeros(len(template) + 1)
-        self._terms: list[tuple[int, int, float, int]] = []
         # Per value: the slots that begin its gaps, and the gaps.
         self._gaps: dict[int, tuple[list[int], list[Gap]]] = {}
-        self._row_at: dict[int, int] = {}
         self._lay_out()
         for g in closures:
             self._add_closure(template.starts[g])
-        self.base = np.cumsum(self.base)[:-1]
-        table = np.array(self._terms, dtype=float).reshape(-1, 4)
-        self._lo, self._hi = table[:, 0].astype(int), table[:, 1].astype(int)
-        self._size, self._column = table[:, 2], table[:, 3].astype(int)
 
     def __repr__(self) -> str:
-        return f"TemplateProgram({self.template!r}, {self.lp!r}, {len(self._row_at)} rows of bytes)"
+        return f"TemplateProgram({self.template!r}, {self.lp!r}, {self.memory!r})"
 
     def _put(self, lo: int, hi: int, size: float, gap: Gap) -> None:
         """``size`` bytes at slots ``lo`` up to ``hi`` where ``gap`` is there."""
-        if gap == ABSENT or not size or lo >= hi:
-            return
         if gap == ALWAYS:
-            self.base[lo] += size
-            self.base[hi] -= size
-        else:
-            self._terms.append((lo, hi, size, gap))
+            self.memory.always(lo, hi, size)
+        elif gap != ABSENT:
+            self.memory.put(lo, hi, size, (gap,))
 
     def _lay_out(self) -> None:
         problem, slots = self.problem, self.template.slots
@@ -240,50 +234,6 @@ class TemplateProgram:
         for i, column in ever.items():
             lp.closure(problem.counted_inputs[i], sources, of=column)
 
-    def bytes_at(self, x: np.ndarray) -> np.ndarray:
-        """Bytes at every slot for the columns' values ``x``, resident bytes left out, shape (slots,)."""
-        change = np.zeros(len(self.base) + 1)
-        worth = self._size * x[self._column]
-        np.add.at(change, self._lo, worth)
-        np.add.at(change, self._hi, -worth)
-        return self.base + np.cumsum(change)[:-1]
-
-    def add_memory_row(self, slot: int) -> bool:
-        """Row (4) at ``slot``; ``False`` if it is there already."""
-        if slot in self._row_at:
-            return False
-        at = np.flatnonzero((self._lo <= slot) & (slot < self._hi))
-        weight: dict[int, float] = {}
-        for column, size in zip(self._column[at].tolist(), self._size[at].tolist(), strict=True):
-            weight[column] = weight.get(column, 0.0) + size / self._bytes_unit
-        if self.over is not None and slot in self._over_at:
-            weight[self.over] = -1.0
-        room = float(self.limit_bytes[slot] - self.base[slot]) / self._bytes_unit
-        self._row_at[slot] = self.lp.row(list(weight), weight.values(), upper=room)
-        return True
-
-    def add_first_rows(self) -> None:
-        """One row per stage, where the bytes that no choice changes peak."""
-        for a, b in zip(self.template.starts, self.template.ends, strict=True):
-            if b > a:
-                self.add_memory_row(int(a + (self.base - self.limit_bytes)[a:b].argmax()))
-
-    def add_violated(self, x: np.ndarray, *, tolerance: float = 1e-6, per_stage: int = 2) -> int:
-        """Rows where ``x`` is over the budget, the worst ``per_stage`` of each stage; how many were new."""
-        over = self.bytes_at(x) - self.limit_bytes
-        if self.over is not None:
-            over[self._over_at.start : self._over_at.stop] -= x[self.over] * self._bytes_unit
-        added = 0
-        for a, b in zip(self.template.starts, self.template.ends, strict=True):
-            worst = a + np.argsort(-over[a:b], kind="stable")[: 4 * per_stage]
-            taken: list[int] = []
-            for s in worst.tolist():
-                apart = all(abs(s - t) > 3 for t in taken)
-                if over[s] > tolerance * self._bytes_unit and apart and len(taken) < per_stage:
-                    taken.append(s)
-                    added += self.add_memory_row(s)
-        return added
-
     def below(self, recompute_s: float) -> None:
         """Ask for at most ``recompute_s`` of recomputation in all, that of required slots included."""
         ops = self.problem.ops
@@ -298,7 +248,7 @@ class TemplateProgram:
         """Ask for less than ``most_bytes`` above the limit."""
         if self.over is None:
             raise ValueError("no slot of this program may exceed its limit")
-        self.lp.upper[self.over] = most_bytes / self._bytes_unit
+        self.lp.upper[self.over] = most_bytes / self.memory.unit_bytes
 
     def steps(self, x: np.ndarray) -> list[int]:
         """The schedule that an integral point describes."""

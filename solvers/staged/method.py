@@ -138,7 +138,7 @@ def _relax(run: Incumbent, program: StagedProgram, seed: int) -> None:
 
 def _relax_once(run: Incumbent, program: StagedProgram, seed: int) -> int | None:
     """Add rows until the relaxation needs none; the least peak of its roundings, ``None`` without any."""
-    program.add_first_rows()
+    program.memory.add_first()
     x = None
     for _ in range(10):
         if run.left_s <= 0:
@@ -147,7 +147,7 @@ def _relax_once(run: Incumbent, program: StagedProgram, seed: int) -> int | None
         if answer.x is None:
             return None
         x = answer.x
-        if not program.add_violated(x):
+        if not program.memory.add_violated(x):
             break
     if x is None:
         return None

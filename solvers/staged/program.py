@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.core.linear import LinearProgram
+from solvers.core.memory_rows import MemoryRows
 from solvers.staged.stages import Stages
 
 __all__ = ["Choice", "StagedProgram"]
@@ -58,9 +59,11 @@ class StagedProgram:
         self.budget_bytes = budget_bytes
         self.lp = LinearProgram()
         self.seconds_scale = sum(op.again_s for op in self.facts.problem.ops[: self.facts.turn]) or 1.0
-        self._bytes_unit = max(1.0, float(budget_bytes))
-        self._largest: dict[tuple[int, ...], int] = {}
-        self._row_at: dict[int, int] = {}
+        sizes = [self.facts.turn, *map(len, stages.template)]
+        self.offset = np.concatenate([[0], np.cumsum(sizes)])
+        self.memory = MemoryRows(
+            self.lp, self.offset.tolist(), budget_bytes, unit_bytes=max(1.0, float(budget_bytes))
+        )
         self.again: list[dict[int, int]] = [{} for _ in range(len(stages))]
         self.resident: dict[int, dict[int, int]] = {}
         self._add_columns()
@@ -69,7 +72,7 @@ class StagedProgram:
         self._lay_out()
 
     def __repr__(self) -> str:
-        return f"StagedProgram({self.stages!r}, {self.lp!r}, {len(self._row_at)} of {len(self.base)} slots)"
+        return f"StagedProgram({self.stages!r}, {self.lp!r}, {self.memory!r})"
 
     def _add_columns(self) -> None:
         problem, stages, lp = self.facts.problem, self.stages, self.lp
@@ -137,49 +140,32 @@ class StagedProgram:
 
     def _lay_out(self) -> None:
         """Write the bytes at every slot as constants plus segments ``bytes * expression`` on intervals."""
-        facts, stages = self.facts, self.stages
-        sizes = [facts.turn, *map(len, stages.template)]
-        self.offset = np.concatenate([[0], np.cumsum(sizes)])
-        base = np.zeros(self.offset[-1] + 1)
+        facts, resident = self.facts, self.facts.problem.resident_bytes
         scratch = np.array([op.workspace_bytes for op in facts.problem.ops], dtype=np.int64)
-        live = facts.staying + scratch - facts.problem.resident_bytes
-        before = facts.entering - facts.problem.resident_bytes
-        base[: facts.turn] = live[: facts.turn]
-        for g, row in enumerate(stages.template):
-            at, upcoming = self.offset[g + 1] + len(row), None
+        live = (facts.staying + scratch - resident).tolist()
+        before = (facts.entering - resident).tolist()
+        for t in range(facts.turn):
+            self.memory.always(t, t + 1, live[t])
+        for g, row in enumerate(self.stages.template):
+            at, upcoming = int(self.offset[g + 1]) + len(row), row[-1]
             for i in reversed(row):
                 at -= 1
                 upcoming = i if i >= facts.turn else upcoming
-                base[at] = live[i] if i >= facts.turn else before[upcoming]
-        self._constant = np.zeros_like(base)
-        self._segment: list[tuple[int, int, float, bool, tuple[int, ...]]] = []
+                self.memory.always(at, at + 1, live[i] if i >= facts.turn else before[upcoming])
         self._lay_out_values()
         self._lay_out_transients()
-        self.base = (base + np.cumsum(self._constant))[:-1]
-        self.lo = np.array([s[0] for s in self._segment], dtype=np.int64)
-        self.hi = np.array([s[1] for s in self._segment], dtype=np.int64)
-        self.size = np.array([s[2] for s in self._segment], dtype=float)
-        self._adds = np.array([s[3] for s in self._segment], dtype=bool)
-        counts = np.array([len(s[4]) for s in self._segment], dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if len(counts) else counts
-        self._terms = np.array([c for s in self._segment for c in s[4]], dtype=np.int64)
-
-    def _put(self, lo: int, hi: int, size: float, columns: tuple[int, ...], adds: bool = True) -> None:
-        if lo < hi and size and columns:
-            self._segment.append((int(lo), int(hi), float(size), adds or len(columns) == 1, columns))
 
     def _lay_out_values(self) -> None:
         facts, problem = self.facts, self.facts.problem
         for v in facts.decided:
             size, p = problem.values[v].bytes, problem.values[v].producer
             after = 1 + max((c for c in problem.consumers[v] if c < facts.turn), default=p or 0)
-            self._constant[p] += size
-            self._constant[after] -= size
+            self.memory.always(p or 0, after, size)
             events = self.resident.get(v, {})
             stages_of_v = list(events)
             for n, g in enumerate(stages_of_v):
                 begin = self.offset[g + 1]
-                self._put(after, begin, size, (events[g],))
+                self.memory.put(after, begin, size, (events[g],))
                 later = events[stages_of_v[n + 1]] if n + 1 < len(stages_of_v) else None
                 self._lay_out_stage(v, g, events[g], later)
                 after = begin + len(self.stages.template[g])
@@ -195,26 +181,25 @@ class StagedProgram:
         lo = begin
         if p in self.again[g]:
             lo = begin + slot[p]
-            self._put(begin, lo, size, (column,))
+            self.memory.put(begin, lo, size, (column,))
             start = (column, self.again[g][p])
         direct = max((s for s, i in users if i >= turn), default=None)
         if direct is not None:
-            self._constant[lo] += size
+            self.memory.always(lo, begin + direct + 1, size)
             lo = begin + direct + 1
-            self._constant[lo] -= size
             users = [(s, i) for s, i in users if s > direct]
         readers = [self.again[g][i] for _, i in users]
         carried = () if later is None else (later,)
         for n, (s, _) in enumerate(users):
             if n == 0 and direct is None:
-                self._put(lo, begin + s + 1, size, start)
+                self.memory.put(lo, begin + s + 1, size, start)
             else:
-                self._put(lo, begin + s + 1, size, (*readers[n:], *carried), adds=False)
+                self.memory.put(lo, begin + s + 1, size, (*readers[n:], *carried), adds=False)
             lo = begin + s + 1
         if direct is None and not users:
-            self._put(lo, lo + 1, size, start)
+            self.memory.put(lo, lo + 1, size, start)
             lo += 1
-        self._put(lo, end, size, carried)
+        self.memory.put(lo, end, size, carried)
 
     def _lay_out_transients(self) -> None:
         """Workspace, and outputs that nothing later in the backward may read, while an op runs again."""
@@ -227,71 +212,12 @@ class StagedProgram:
                     read_later = decided[v] and g in self.resident.get(v, ())
                     if not read_later:  # a final value's second copy too
                         size += problem.values[v].bytes
-                self._put(at, at + 1, size, (column,))
-
-    def bytes_at(self, x: np.ndarray) -> np.ndarray:
-        """Bytes at every slot for the columns' values ``x``, resident constant left out, (slots,)."""
-        change = np.zeros(len(self.base) + 1)
-        if len(self._terms):
-            terms = x[self._terms]
-            worth = self.size * np.where(
-                self._adds,
-                np.minimum(np.add.reduceat(terms, self._starts), 1.0),
-                np.maximum.reduceat(terms, self._starts),
-            )
-            np.add.at(change, self.lo, worth)
-            np.add.at(change, self.hi, -worth)
-        return self.base + np.cumsum(change)[:-1]
-
-    def add_memory_row(self, slot: int) -> bool:
-        """Bound the bytes at ``slot``; ``False`` if that row is there already."""
-        if slot in self._row_at:
-            return False
-        weight: dict[int, float] = {}
-        for n in np.flatnonzero((self.lo <= slot) & (slot < self.hi)):
-            _, _, size, adds, columns = self._segment[n]
-            for column in columns if adds else (self._larger(columns),):
-                weight[column] = weight.get(column, 0.0) + size / self._bytes_unit
-        self._row_at[slot] = self.lp.row(list(weight), weight.values(), upper=self._room(slot))
-        return True
-
-    def _room(self, slot: int) -> float:
-        return float(self.budget_bytes - self.base[slot]) / self._bytes_unit
+                self.memory.put(at, at + 1, size, (column,))
 
     def retarget(self, budget_bytes: float) -> None:
-        """Change the budget of the rows there are and of those to come."""
+        """Change the budget, in bytes as in ``__init__``, of the rows there are and of those to come."""
         self.budget_bytes = budget_bytes
-        for slot, row in self._row_at.items():
-            self.lp.row_upper[row] = self._room(slot)
-
-    def _larger(self, columns: tuple[int, ...]) -> int:
-        key = tuple(sorted(columns))
-        if key not in self._largest:
-            new = self.lp.column()
-            for column in columns:
-                self.lp.covered(column, [new])
-            self._largest[key] = new
-        return self._largest[key]
-
-    def add_first_rows(self) -> None:
-        """One row per stage, where the bytes that no choice changes peak, and one for the forward."""
-        for a, b in zip(self.offset[:-1], self.offset[1:], strict=True):
-            if b > a:
-                self.add_memory_row(int(a + self.base[a:b].argmax()))
-
-    def add_violated(self, x: np.ndarray, *, tolerance: float = 1e-6, per_stage: int = 2) -> int:
-        """Add rows where ``x`` is over the budget, the worst ``per_stage`` of each; how many were new."""
-        over = self.bytes_at(x) - self.budget_bytes
-        added = 0
-        for a, b in zip(self.offset[:-1], self.offset[1:], strict=True):
-            worst = a + np.argsort(-over[a:b], kind="stable")[: 4 * per_stage]
-            taken: list[int] = []
-            for s in worst:
-                apart = all(abs(int(s) - t) > 3 for t in taken)
-                if over[s] > tolerance * self._bytes_unit and apart and len(taken) < per_stage:
-                    taken.append(int(s))
-                    added += self.add_memory_row(int(s))
-        return added
+        self.memory.retarget(budget_bytes)
 
     def choice(self, x: np.ndarray, threshold: float = 0.5) -> Choice:
         """Round the columns' values to a choice."""
