@@ -7,6 +7,7 @@ and written from the definition of the memory model, not from the simulator.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,8 @@ from itertools import product
 from hypothesis import strategies as st
 
 from solvers import Op, Problem, Schedule, Value, simulate
+from solvers.bounds.instants import InstantProgram
+from solvers.core.facts import Facts
 
 # Passes that stand for "any sequence whose first executions keep the order".
 ANY = None
@@ -205,3 +208,12 @@ def training_chain(layers: int, ops_per_layer: int, seed: int = 0) -> Problem:
     for k, (i, j) in reversed(list(enumerate(forward))):
         add(f"b{i}.{j}", (k - 1, k, len(values) - 1) if k else (k, len(values) - 1), f"layer{i}")
     return Problem(tuple(ops), tuple(values), turn=len(forward) + 1, name=f"{layers}x{ops_per_layer}")
+
+
+def relaxed_recompute(problem: Problem, budget: int, instants: list[int], *, time_limit_s: float) -> float:
+    """Seconds beyond one run of every op: optimum of the relaxed program at ``instants``; 0 if it was cut."""
+    program = InstantProgram(Facts.of(problem), instants, budget)
+    answer = program.lp.solve(time_limit_s=time_limit_s, relax=True)
+    if answer.infeasible:
+        return math.inf
+    return max(0.0, answer.objective) * program.unit_s if answer.optimal else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, pairwise
 from math import comb, inf
@@ -439,7 +439,7 @@ def test_same_call_same_schedule() -> None:
 
 
 def test_a_budget_nothing_meets_is_unsettled_with_the_lowest_plan_found() -> None:
-    problem = layered(4, grouped=False).with_resident_bytes(1000)
+    problem = replace(layered(4, grouped=False), resident_bytes=1000)
     solution = solve(problem, 900)
     assert solution.status == "unsettled"
     keep_all = simulate(problem, Schedule.keep_all(problem)).peak_bytes

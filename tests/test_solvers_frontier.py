@@ -206,7 +206,7 @@ def test_resident_bytes_move_every_budget() -> None:
     problem = SOME_DOZEN[0]
     budget = round(0.75 * keep_all_peak(problem))
     one = solve(problem, budget, time_limit_s=math.inf)
-    two = solve(problem.with_resident_bytes(10**6), budget + 10**6, time_limit_s=math.inf)
+    two = solve(replace(problem, resident_bytes=10**6), budget + 10**6, time_limit_s=math.inf)
     assert one.recompute_seconds > 0
     assert (two.seconds, two.peak_bytes) == (one.seconds, one.peak_bytes + 10**6)
 

@@ -139,8 +139,10 @@ def test_least_excess_is_exact_inside_the_template(case: Case, fraction: float) 
 def tightest(program: TemplateProgram, used: set[int]) -> np.ndarray | None:
     """The point that uses these slots and keeps nothing in vain; ``None`` if the program has none."""
     program.lp.cost = [1.0] * len(program.lp.cost)
-    fixed = {column: float(s in used) for s, column in enumerate(program.use) if column is not None}
-    answer = program.lp.solve(time_limit_s=30, fixed=fixed)
+    for s, column in enumerate(program.use):
+        if column is not None:
+            program.lp.lower[column] = program.lp.upper[column] = float(s in used)
+    answer = program.lp.solve(time_limit_s=30)
     assert answer.infeasible or answer.optimal
     return answer.x
 

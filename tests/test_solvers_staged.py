@@ -22,7 +22,7 @@ from solvers.staged.program import StagedProgram
 from solvers.staged.stages import Stages, cut_by_groups, cut_evenly
 from tests import joint_graphs
 from tests.joint_graphs import keep_all_peak, random_training_graph
-from tests.solver_graphs import best_seconds, least_peak, random_problem, training_chain
+from tests.solver_graphs import best_seconds, least_peak, random_problem, relaxed_recompute, training_chain
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,7 +63,7 @@ def test_bounds_hold_against_brute_force(seed: int) -> None:
         assert truth is not None
         n = len(problem)
         for instants in ([0], [n // 2], list(range(n))):
-            found = bounds.least_recompute(problem, budget, instants, time_limit_s=5)
+            found = relaxed_recompute(problem, budget, instants, time_limit_s=5)
             assert problem.total_seconds + found <= truth[0] * (1 + 1e-7) + 1e-9
 
 
@@ -96,7 +96,7 @@ def test_real_graphs(name: str, fraction: float, least: float, most: float) -> N
     assert run.fits
     assert run.recompute_s / percent <= most
     instants = bounds.pressure_instants(problem, 12)
-    bound = bounds.least_recompute(problem, budget, instants, time_limit_s=30)
+    bound = relaxed_recompute(problem, budget, instants, time_limit_s=30)
     assert least <= bound / percent <= run.recompute_s / percent
 
 
@@ -108,7 +108,7 @@ def test_a_looser_budget_never_costs_more() -> None:
         program = StagedProgram(Stages(facts, cut_by_groups(facts, 8), 0), round(fraction * top))
         program.memory.add_first()
         answer = program.lp.solve(time_limit_s=10, relax=True)
-        bound = bounds.least_recompute(problem, round(fraction * top), [facts.turn + 10], time_limit_s=10)
+        bound = relaxed_recompute(problem, round(fraction * top), [facts.turn + 10], time_limit_s=10)
         assert bound <= answer.objective * program.seconds_scale * (1 + 1e-6) <= previous * (1 + 1e-6)
         previous = answer.objective * program.seconds_scale
     assert simulate(problem, staged.solve(problem, top, time_limit_s=1).schedule).recompute_seconds == 0

@@ -25,16 +25,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from solvers.bounds.instants import InstantProgram
 from solvers.bounds.pebbling import raised_floors
-from solvers.bounds.refine import SAFETY, Refinement, pressure_instants, refine
+from solvers.bounds.refine import Refinement, pressure_instants, refine
 from solvers.core.facts import Facts
 from solvers.core.problem import Problem
 from solvers.core.simulate import simulate_steps
 
 __all__ = [
     "PeakFloor",
-    "least_recompute",
     "peak_floor",
     "pressure_instants",
     "proved_floor",
@@ -146,14 +144,3 @@ def time_bound(
         close=CLOSE * total,
     )
     return total + found.bound
-
-
-def least_recompute(
-    problem: Problem, budget_bytes: int, instants: list[int], *, time_limit_s: float
-) -> float:
-    """Optimum, in seconds, of the linear relaxation at ``instants``; 0 if it was not solved to the end."""
-    program = InstantProgram(Facts.of(problem), instants, budget_bytes)
-    answer = program.lp.solve(time_limit_s=time_limit_s, relax=True)
-    if answer.infeasible:
-        return math.inf
-    return max(0.0, answer.objective * (1 - SAFETY)) * program.unit_s if answer.optimal else 0.0

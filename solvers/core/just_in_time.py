@@ -18,7 +18,6 @@ turn comes, like any other.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from solvers.core.problem import Problem, ProblemError
@@ -28,7 +27,6 @@ __all__ = [
     "Gap",
     "can_be_dropped",
     "first_runs",
-    "gaps_of_values",
     "just_in_time",
     "just_in_time_steps",
     "runs_again",
@@ -139,21 +137,6 @@ def can_be_dropped(problem: Problem, v: int) -> bool:
     """Whether value ``v`` may die and be made again: not a source, not final, not made by a pinned op."""
     value = problem.values[v]
     return value.producer is not None and not value.final and problem.ops[value.producer].recomputable
-
-
-def gaps_of_values(problem: Problem, values: Iterable[int]) -> set[Gap]:
-    """What it means to drop whole ``values`` of a training graph: every gap that ends in the backward.
-
-    That is the gap across the turn, those between their uses in the backward, and the one after
-    the last use, so that recomputations do not find the value either.  With ``stage_of``, uses in
-    one stage share a copy.  Raises ``ProblemError`` if the problem has no turn.
-    """
-    turn = turn_of(problem, "dropping whole values")
-    gaps: set[Gap] = set()
-    for v in values:
-        ends = (*problem.consumers[v], len(problem))
-        gaps.update((v, end) for end in ends[bisect_left(ends, turn) :])
-    return gaps
 
 
 def runs_of_groups(problem: Problem) -> list[int]:

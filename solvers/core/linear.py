@@ -150,21 +150,20 @@ class LinearProgram:
         relax: bool = False,
         absolute_gap: float | None = None,
         relative_gap: float | None = None,
-        fixed: dict[int, float] | None = None,
         node_limit: int | None = None,
         seed: int = 0,
     ) -> LinearAnswer:
         """Hand the program to HiGHS.
 
         ``relax`` drops integrality; ``absolute_gap`` and ``relative_gap`` stop a search that
-        close to its bound (HiGHS stops at 1e-4 relative unless told otherwise);
-        ``fixed`` pins columns to values, for this solve only; ``node_limit`` bounds the search tree.
+        close to its bound (HiGHS stops at 1e-4 relative unless told otherwise); ``node_limit`` bounds the
+        search tree.
         """
         if not self.cost:
             if any(low > 0 for low in self.row_lower) or any(high < 0 for high in self.row_upper):
                 return LinearAnswer(None, math.inf, math.inf, False, True)
             return LinearAnswer(np.zeros(0), 0.0, 0.0, True, False)
-        model = mathopt.Model.from_model_proto(self._proto(relax, fixed or {}))
+        model = mathopt.Model.from_model_proto(self._proto(relax))
         parameters = mathopt.SolveParameters(
             time_limit=timedelta(seconds=min(max(time_limit_s, 0.01), 1e6)),
             random_seed=seed,
@@ -189,12 +188,12 @@ class LinearProgram:
         bound = result.termination.objective_bounds.dual_bound
         return LinearAnswer(x, objective, bound, reason in _PROVED, False, reduced)
 
-    def _proto(self, relax: bool, fixed: dict[int, float]) -> model_pb2.ModelProto:
+    def _proto(self, relax: bool) -> model_pb2.ModelProto:
         proto = model_pb2.ModelProto()
         n, m = len(self.cost), self.rows
         proto.variables.ids.extend(range(n))
-        proto.variables.lower_bounds.extend(fixed.get(c, low) for c, low in enumerate(self.lower))
-        proto.variables.upper_bounds.extend(fixed.get(c, high) for c, high in enumerate(self.upper))
+        proto.variables.lower_bounds.extend(self.lower)
+        proto.variables.upper_bounds.extend(self.upper)
         proto.variables.integers.extend([False] * n if relax else self.integer)
         priced = np.flatnonzero(self.cost)
         proto.objective.linear_coefficients.ids.extend(priced.tolist())

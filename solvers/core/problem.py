@@ -229,10 +229,6 @@ class Problem:
         if total > _MOST_BYTES:
             raise bad(f"its values take {total} bytes in all, more than can be counted (2**62)")
 
-    def with_resident_bytes(self, resident_bytes: int) -> Problem:
-        """The same problem with other bytes that are there throughout; values and ops are shared."""
-        return replace(self, resident_bytes=resident_bytes)
-
     @classmethod
     def build(
         cls,
