@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
+from enum import Enum
 
 import numpy as np
 
@@ -44,9 +45,16 @@ from solvers.search.template import Template
 
 __all__ = ["TemplateProgram"]
 
-# A gap is 0 (never there), 1 (always there) or a column; columns are shifted to keep the three apart.
-Gap = int
-ABSENT, ALWAYS = -2, -1
+
+class Sure(Enum):
+    """Whether a value is there in a gap, where that is no choice."""
+
+    NEVER = 0
+    ALWAYS = 1
+
+
+# Whether a value is there in a gap: a column, or what is sure.
+Gap = int | Sure
 
 
 class TemplateProgram:
@@ -95,9 +103,9 @@ class TemplateProgram:
 
     def _put(self, lo: int, hi: int, size: float, gap: Gap) -> None:
         """``size`` bytes at slots ``lo`` up to ``hi`` where ``gap`` is there."""
-        if gap == ALWAYS:
+        if gap is Sure.ALWAYS:
             self.memory.always(lo, hi, size)
-        elif gap != ABSENT:
+        elif gap is not Sure.NEVER:
             self.memory.put(lo, hi, size, (gap,))
 
     def _lay_out(self) -> None:
@@ -109,85 +117,93 @@ class TemplateProgram:
             for v in problem.ops[i].outputs:
                 touches[v].append(s)
             workspace, column = problem.ops[i].workspace_bytes, self.use[s]
-            self._put(s, s + 1, workspace, ALWAYS if column is None else column)
+            self._put(s, s + 1, workspace, Sure.ALWAYS if column is None else column)
         for v, value in enumerate(problem.values):
             if value.producer is None:
                 continue
             if value.final:
-                self._put(touches[v][0], len(slots), value.bytes, ALWAYS)
+                self._put(touches[v][0], len(slots), value.bytes, Sure.ALWAYS)
                 for s in touches[v][1:]:
                     if slots[s] == value.producer:
                         column = self.use[s]
-                        self._put(s, s + 1, value.bytes, ALWAYS if column is None else column)
+                        self._put(s, s + 1, value.bytes, Sure.ALWAYS if column is None else column)
             else:
                 self._lay_out_value(v, touches[v])
 
     def _lay_out_value(self, v: int, touches: list[int]) -> None:
-        """Gaps of value ``v``, rows (1) to (3), and its bytes."""
-        slots, use, lp = self.template.slots, self.use, self.lp
+        """Gaps of value ``v``, which the slots ``touches`` make or read, rows (1) to (3), and its bytes."""
         size, producer = self.problem.values[v].bytes, self.problem.values[v].producer
-        alone = len(self.problem.ops[producer].outputs) == 1 if producer is not None else False
-        makes = [slots[s] == producer for s in touches]
-        # Backwards: does the gap after this touch have to be there; can anything use it?
-        forced, useful = [False] * len(touches), [False] * len(touches)
-        must = wanted = False
-        for k in range(len(touches) - 1, -1, -1):
-            forced[k], useful[k] = must, wanted
-            if makes[k]:
-                must = False
-                wanted = wanted and use[touches[k]] is not None
-            else:
-                wanted = True
-                must = must or use[touches[k]] is None
-        begins: list[int] = []
+        alone = producer is not None and len(self.problem.ops[producer].outputs) == 1
+        makes = [self.template.slots[s] == producer for s in touches]
+        # Up to where each gap's bytes count: a slot that makes the value anew counts it itself.
+        stops = [t + (not made) for t, made in zip(touches[1:], makes[1:], strict=True)] + [touches[-1] + 1]
         gaps: list[Gap] = []
-        before: Gap = ABSENT
-        for k, s in enumerate(touches):
-            run = use[s]
-            if not makes[k] and run is not None:
-                self._at_most(run, before)  # (1)
-            after: Gap = ALWAYS if forced[k] else ABSENT
-            if not forced[k] and useful[k]:
-                if run is None and makes[k]:
-                    after = lp.column(integer=True)
-                elif makes[k] or before == ALWAYS:
-                    after = lp.column(integer=True)
-                    if makes[k] and run is not None:
-                        if before != ALWAYS:
-                            lp.covered(after, [run, *_one(before)])  # (3)
-                        if alone:
-                            lp.covered(run, [after])
-                elif before >= 0:
-                    after = lp.column(integer=True)
-                    lp.covered(after, [before])  # (2)
-            elif forced[k] and makes[k] and run is not None and before != ALWAYS:
-                lp.one_of([run, *_one(before)])  # (3), the gap being needed
-            begins.append(s)
-            gaps.append(after)
-            stop = touches[k + 1] + (not makes[k + 1]) if k + 1 < len(touches) else s + 1
-            if not makes[k]:
-                self._put(s + 1, stop, size, after)
-            elif run is None:
-                self._put(s, s + 1, size, ALWAYS)
-                self._put(s + 1, stop, size, after)
+        before: Gap = Sure.NEVER
+        for k, (forced, useful) in enumerate(self._asked(touches, makes)):
+            s, run = touches[k], self.use[touches[k]]
+            if makes[k]:
+                after = self._after_making(run, before, forced=forced, useful=useful, alone=alone)
+                self._put(s, s + 1, size, Sure.ALWAYS if run is None else self._either(run, after, alone))
             else:
-                self._put(s, s + 1, size, self._either(run, after, alone))
-                self._put(s + 1, stop, size, after)
+                after = self._after_reading(run, before, forced=forced, useful=useful)
+            self._put(s + 1, stops[k], size, after)
+            gaps.append(after)
             before = after
-        self._gaps[v] = begins, gaps
+        self._gaps[v] = touches, gaps
+
+    def _asked(self, touches: list[int], makes: list[bool]) -> list[tuple[bool, bool]]:
+        """Per touch of a value: whether the gap after it has to be there, and whether anything can use it."""
+        asked: list[tuple[bool, bool]] = []
+        forced = useful = False
+        for s, made in zip(reversed(touches), reversed(makes), strict=True):
+            asked.append((forced, useful))
+            required = self.use[s] is None
+            forced = not made and (forced or required)
+            useful = not made or (useful and not required)
+        return asked[::-1]
+
+    def _after_reading(self, run: int | None, before: Gap, *, forced: bool, useful: bool) -> Gap:
+        """The gap after a slot that reads the value, used if ``run``; ``before`` ends there."""
+        if run is not None:
+            self._at_most(run, before)  # (1)
+        if forced:
+            return Sure.ALWAYS
+        if not useful or before is Sure.NEVER:
+            return Sure.NEVER
+        after = self.lp.column(integer=True)
+        if isinstance(before, int):
+            self.lp.covered(after, [before])  # (2)
+        return after
+
+    def _after_making(self, run: int | None, before: Gap, *, forced: bool, useful: bool, alone: bool) -> Gap:
+        """The gap after a slot that makes the value; ``alone``: and nothing else, so it runs only for it."""
+        missing = run is not None and before is not Sure.ALWAYS
+        sources = [c for c in (run, before) if isinstance(c, int)]
+        if forced:
+            if missing:
+                self.lp.one_of(sources)  # (3), the gap being needed
+            return Sure.ALWAYS
+        if not useful:
+            return Sure.NEVER
+        after = self.lp.column(integer=True)
+        if missing:
+            self.lp.covered(after, sources)  # (3)
+        if run is not None and alone:
+            self.lp.covered(run, [after])
+        return after
 
     def _at_most(self, run: int, gap: Gap) -> None:
         """``run`` <= ``gap``."""
-        if gap == ABSENT:
+        if gap is Sure.NEVER:
             self.lp.upper[run] = 0.0
-        elif gap != ALWAYS:
+        elif gap is not Sure.ALWAYS:
             self.lp.covered(run, [gap])
 
     def _either(self, run: int, after: Gap, alone: bool) -> Gap:
         """Whether what a slot makes is there while it runs: used, or carried past it."""
-        if after == ABSENT:
+        if after is Sure.NEVER:
             return run
-        if after == ALWAYS or alone:
+        if after is Sure.ALWAYS or alone:
             return after
         column = self.lp.column()
         self.lp.covered(run, [column])
@@ -197,10 +213,10 @@ class TemplateProgram:
     def gap_at(self, v: int, slot: int) -> Gap:
         """The gap of value ``v`` that spans the moment before ``slot``."""
         if v not in self._gaps:
-            return ABSENT
+            return Sure.NEVER
         begins, gaps = self._gaps[v]
         k = bisect_right(begins, slot - 1) - 1
-        return gaps[k] if k >= 0 else ABSENT
+        return gaps[k] if k >= 0 else Sure.NEVER
 
     def _add_closure(self, q: int) -> None:
         """Rows (5) for slot ``q``."""
@@ -226,7 +242,7 @@ class TemplateProgram:
 
         def sources(v: int) -> list[int] | None:
             p, gap = problem.values[v].producer, self.gap_at(v, q)
-            if p is None or p in late or problem.values[v].final or gap == ALWAYS:
+            if p is None or p in late or problem.values[v].final or gap is Sure.ALWAYS:
                 return None
             return [*_one(gap), *([ever[p]] if p in ever else [])]
 
@@ -260,4 +276,4 @@ class TemplateProgram:
 
 
 def _one(gap: Gap) -> list[int]:
-    return [gap] if gap >= 0 else []
+    return [gap] if isinstance(gap, int) else []
