@@ -64,26 +64,42 @@ class Option:
 
 
 class Chain:
-    """``problem`` cut at forward positions ``starts`` (0 first, ``turn`` last).
+    """``problem`` cut at forward positions ``starts`` (0 first, ``turn`` last) into L blocks.
 
     ``backward_ends[i]`` is where the backward of block ``i`` ends and that of block ``i - 1``
     begins; entry 0 is the end of the problem and the last entry is the turn.
+
+    ``block_of``    the block of each op, n of them.
+    ``held``        forward values that are never dropped (see the module).
+    ``crossing``    for i of 0 to L, the values that blocks ``i`` and later need of earlier ones.
+    ``late``        per block, its values that the backward of an earlier block reads.
+    ``fixed_live``, ``fixed_kept``  bytes that no decision changes while an op runs and after it, int64, (n,).
     """
 
     def __init__(self, problem: Problem, starts: Sequence[int], backward_ends: Sequence[int]) -> None:
         self.problem = problem
         self.starts = tuple(starts)
         self.backward_ends = tuple(backward_ends)
-        n, blocks = len(problem), len(self.starts) - 1
-        turn = self.starts[-1]
-        block_of = np.empty(n, dtype=np.int64)
-        for i in range(blocks):
+        self.block_of = self._blocks()
+        self.held = _held_values(problem, self.starts[-1])
+        self.crossing: list[set[int]] = [set() for _ in self.starts]
+        self.late: list[set[int]] = [set() for _ in self.starts[1:]]
+        self._sort_values()
+        self._just_late = [self._bytes_just_late(b) for b in range(len(self))]
+        self._fixed_bytes()
+        self._note_ops()
+
+    def _blocks(self) -> list[int]:
+        """The block of each op."""
+        block_of = np.empty(len(self.problem), dtype=np.int64)
+        for i in range(len(self)):
             block_of[self.starts[i] : self.starts[i + 1]] = i
             block_of[self.backward_ends[i + 1] : self.backward_ends[i]] = i
-        self.block_of = block_of.tolist()
-        self.held = _held_values(problem, turn)
-        self.crossing: list[set[int]] = [set() for _ in range(blocks + 1)]
-        self.late: list[set[int]] = [set() for _ in range(blocks)]
+        return block_of.tolist()
+
+    def _sort_values(self) -> None:
+        """Fill ``crossing`` and ``late`` with the forward values that are not held."""
+        problem, turn = self.problem, self.starts[-1]
         for v, readers in enumerate(problem.consumers):
             producer = problem.values[v].producer
             if producer is None or producer >= turn or v in self.held:
@@ -93,29 +109,27 @@ class Chain:
                 self.crossing[i].add(v)
             if any(r >= turn and self.block_of[r] < home for r in readers):
                 self.late[home].add(v)
-        ends = self.backward_ends
-        self._just_late = [
-            sum(
-                problem.values[v].bytes
-                for h in range(b + 1, blocks)
-                if ends[h] == ends[b + 1]
-                for v in self.late[h]
-            )
-            for b in range(blocks)
-        ]
-        self._fixed_bytes()
-        # What the loops below ask of each op: the forward values it reads and makes that are not held,
-        # its scratch, and the held values that it makes anew when it runs again: a second copy of a
-        # final one, and of a tiny one whose readers may all be done.
-        sizes, held = [value.bytes for value in problem.values], self.held
-        self._bytes = sizes
+
+    def _bytes_just_late(self, b: int) -> int:
+        """Bytes of the late values of blocks after ``b`` whose backward ends where that of ``b`` begins."""
+        ends, values = self.backward_ends, self.problem.values
+        ending = (h for h in range(b + 1, len(self)) if ends[h] == ends[b + 1])
+        return sum(values[v].bytes for h in ending for v in self.late[h])
+
+    def _note_ops(self) -> None:
+        """What the loops below ask of each op: the forward values it reads and makes that are not held, its
+        scratch, and the held values that it makes anew when it runs again: a second copy of a final one, and
+        of a tiny one whose readers may all be done."""
+        problem, held, turn = self.problem, self.held, self.starts[-1]
+        behind = len(problem) - turn
+        self._bytes = sizes = [value.bytes for value in problem.values]
         self._reads = [
             tuple(v for v in reads if (problem.values[v].producer or 0) < turn and v not in held)
             for reads in problem.counted_inputs
         ]
         self._makes = [tuple(v for v in op.outputs if v not in held) for op in problem.ops[:turn]]
-        self._makes += [()] * (n - turn)
-        self._scratch = [op.workspace_bytes for op in problem.ops[:turn]] + [0] * (n - turn)
+        self._makes += [()] * behind
+        self._scratch = [op.workspace_bytes for op in problem.ops[:turn]] + [0] * behind
         self._second_copy = [sum(sizes[v] for v in op.outputs if v in held) for op in problem.ops[:turn]]
 
     def __len__(self) -> int:
