@@ -96,7 +96,7 @@ def test_real_graphs(name: str, fraction: float, least: float, most: float) -> N
     assert run.fits
     assert run.recompute_s / percent <= most
     instants = bounds.pressure_instants(problem, 12)
-    bound = relaxed_recompute(problem, budget, instants, time_limit_s=30)
+    bound = relaxed_recompute(problem, budget, instants, time_limit_s=300)
     assert least <= bound / percent <= run.recompute_s / percent
 
 

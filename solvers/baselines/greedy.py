@@ -5,6 +5,8 @@ they would free per second of recomputation added (a value whose ancestors are r
 stage anyway adds only its own op), drops the best of them, and emits and simulates again.  When the
 peak fits, drops are taken back, dearest first, where the peak still fits without them.
 
+Sources: ours; bytes per second of recomputation, neighbours included, is also what Kirisame et al., "Dynamic
+Tensor Rematerialization" (ICLR 2021, https://arxiv.org/abs/2006.09616) evict by, there without the future.
 Optimal: never proved.  Weak where several values must go together before anything is freed, and near
 the floor, where the peaks lie inside the recomputation itself.
 """

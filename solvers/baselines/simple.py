@@ -10,9 +10,9 @@
 ``every_block``    what the gradient-checkpointing flag of a model library does: keep the inputs of each
                    repeated block (``Op.group``), and when the backward reaches a block, run its forward
                    once more.  Needs ``Problem.turn``.
-``sqrt``           Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost" (2016): the
-                   same with about sqrt(n) segments of equal bytes, cut where few bytes are open.  Needs
-                   ``Problem.turn``.
+``sqrt``           Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory Cost" (2016,
+                   https://arxiv.org/abs/1604.06174): the same with about sqrt(n) segments of equal bytes, cut
+                   where few bytes are open.  Needs ``Problem.turn``.
 """
 
 from __future__ import annotations

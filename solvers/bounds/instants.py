@@ -39,9 +39,9 @@ With a column for B in place of a given budget, and no price on reruns, the leas
 Exact where the instants and rows suffice: a point whose schedule fits the budget is an optimal schedule.
 Weakness: it does not see two values that one burst makes and holds at the same time.
 
-Sources: this project's.  With one instant it is the saved-set closure: its row of bytes apart, a minimum
+Sources: ours.  With one instant it is the saved-set closure: its row of bytes apart, a minimum
 cut (Picard, "Maximal closure of a graph", 1976); with one at every op it is of the kind of Jain et al.,
-"Checkmate" (MLSys 2020), for reruns in any order.
+"Checkmate" (MLSys 2020, https://arxiv.org/abs/1910.02653), for reruns in any order.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _INSIDE_ROWS = 12
 class InstantProgram:
     """Columns and rows for ``instants`` (ascending op positions) over ``facts``.
 
-    ``budget_bytes``   B; ``None`` makes it a column, in units of ``most_bytes``, and what is minimised.
+    ``budget_bytes``   B; ``None`` makes it a column, in units of ``most_bytes`` bytes, and what is minimised.
     ``inside``         whether there are rows 8.
     ``bursts``         ops that get rows 9.
     ``unit_s``         seconds that are 1 in the objective.
@@ -124,7 +124,7 @@ class InstantProgram:
         return {v for v, c in self.resident[n].items() if x[c] > 0.5}
 
     def _add_columns(self, t: int) -> None:
-        """P, R and S for the past values and ops that what is still to run may need."""
+        """P and R for the past values and ops that what is still to run may need."""
         facts, values = self.facts, self.problem.values
         needed: set[int] = set()
         again: set[int] = set()
@@ -224,6 +224,7 @@ class InstantProgram:
             self.lp.row(columns, shares, upper=(self.budget_bytes - fixed_bytes) / unit)
 
     def _add_start(self, n: int) -> None:
+        """Row 7 of instant ``n``."""
         t, facts = self.instants[n], self.facts
         touched = set(facts.reads[t])
         terms = {
@@ -241,6 +242,7 @@ class InstantProgram:
         return [a + int(need[a:b].argmax()) for a, b in pairwise(edges) if a < b]
 
     def _add_inside(self, n: int, t: int) -> None:
+        """Row 8 of op ``t`` of interval ``n``."""
         facts, again = self.facts, self.again[n]
         fixed = int(facts.staying[t] + facts.around[t])
         touched = set(facts.reads[t])
@@ -258,6 +260,7 @@ class InstantProgram:
         self._fits(terms, fixed)
 
     def _add_burst(self, n: int, i: int) -> None:
+        """Row 9 of op ``i`` in interval ``n``."""
         facts, problem = self.facts, self.problem
         op = problem.ops[i]
         touched = {*problem.counted_inputs[i], *op.outputs}

@@ -15,7 +15,8 @@ This sees what sums over one first run cannot: that what an op reads must have b
 before, beside gradients that are large already.  It rises with the values that are tracked; those nearest to
 the op around which least is free come first.
 
-Source: the game of Sethi, "Complete register allocation problems" (1975), which pays for pebbles by weight.
+Source: the game of Sethi, "Complete register allocation problems" (SIAM Journal on Computing 1975), with
+pebbles paid for by weight; the window, what stays in it and the sweeps over sets are ours.
 Exact where the window holds the bottleneck and every value that matters is tracked.  On training graphs of
 ResNet-50, T5 and ConvNeXt it is 13, 13 and 7 % above the largest sum of one first run.
 Weakness: 2^K sets; a bottleneck that spans many layers needs more values than can be tracked.
@@ -54,7 +55,12 @@ SMALL = 2e-3
 
 @dataclass(frozen=True)
 class WindowFloor:
-    """No schedule peaks below ``bytes`` in the window, whose tightest op is ``op``; ``tracked`` values."""
+    """No schedule peaks below ``bytes``, because of first runs ``begin`` up to ``end``.
+
+    ``bytes``    ``Problem.resident_bytes`` included.
+    ``op``       the op of the window around whose first run most bytes are there whatever is decided.
+    ``tracked``  number of values that were tracked.
+    """
 
     bytes: int
     op: int

@@ -11,7 +11,7 @@ memory in 1 s and at 40 % in 18 s, ResNet-50 at 50 % in 0.2 s and at 40 % in 4 s
 in 1 s.  Weakness: the program grows with the instants and every round starts cold, so on graphs of many like
 layers near the floor the last point of the gap is not closed in a minute, and no plan may be met by then.
 
-Sources: this project's; adding what an answer violates is the cutting-plane method of Dantzig, Fulkerson
+Sources: ours; adding what an answer violates is the cutting-plane method of Dantzig, Fulkerson
 and Johnson (1954).
 """
 

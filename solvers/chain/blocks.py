@@ -17,8 +17,9 @@ because a block alone must keep what crosses into the next; a run may recompute 
 sets are the breakpoints of the trade between bytes kept and seconds recomputed (see
 ``solvers.chain.saved_sets``).
 
-Papers: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, "Optimal checkpointing for heterogeneous
-chains", TOMS 2024; options per block after Zhao et al., "Rockmate", ICML 2023.
+Sources: the chain is that of Beaumont et al., "Optimal checkpointing for heterogeneous chains"
+(https://arxiv.org/abs/1911.13214); options per block are those of Zhao et al., "Rockmate" (ICML 2023,
+https://arxiv.org/abs/2307.01236); where to cut, and what a chain cannot express, are ours.
 """
 
 from __future__ import annotations

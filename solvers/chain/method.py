@@ -13,8 +13,11 @@ and backward, what crosses into ``a`` at hand and ``m`` bytes to spend, either
 run any number of times, which is what plans near the floor need and what a program that recomputes
 once cannot express.
 
-Papers: Griewank and Walther, "Revolve", TOMS 2000; Beaumont et al., "Optimal checkpointing for
-heterogeneous chains", TOMS 2024; options per block: Zhao et al., "Rockmate", ICML 2023.
+Sources: the recursion over where to restart is that of Griewank and Walther, "Algorithm 799: Revolve"
+(TOMS 2000, https://doi.org/10.1145/347837.347846); the two moves, with bytes and seconds per block, are the
+dynamic program of Beaumont et al., "Optimal checkpointing for heterogeneous chains"
+(https://arxiv.org/abs/1911.13214); options per block are those of Zhao et al., "Rockmate" (ICML 2023,
+https://arxiv.org/abs/2307.01236); runs of blocks, restarts, preludes and the rounding of slots are ours.
 
 Optimal when the graph is a chain of its blocks, among persistent schedules (what is saved stays until
 the backward of its block) made of the given options, and memory divides into slots evenly.
@@ -60,7 +63,14 @@ GOLDEN = 0.6180339887498949
 
 
 class WaysFrom:
-    """The options of all runs of blocks that begin with block ``a``, as columns, by their last block."""
+    """The options of all runs of blocks that begin with block ``a``, as columns, by their last block.
+
+    ``options``   the O options themselves.
+    ``last``      the last block of each one's run, ascending, int64, (O,).
+    ``first_peak``, ``again_peak``, ``backward_peak``  in bytes, int64, (O,); see :class:`Option`.
+    ``again_s``, ``backward_s``  in seconds, (O,).
+    ``restarts``  by last block, the option that runs backward with no forward of its own before.
+    """
 
     def __init__(self, found: dict[int, list[Option]], restarts: dict[int, Option]) -> None:
         self.options = [option for options in found.values() for option in options]
@@ -76,9 +86,11 @@ class WaysFrom:
 class Ways:
     """Every way to run every run of blocks of a chain; what tables of different memory share.
 
-    ``prelude_peak[i]``  what the backward of ``i`` holds before it needs a forward value.
-    ``sweep_first[a, j]``, ``sweep_again[a, j]``  peak of running ``a..j-1`` keeping what crosses into
-    ``j``, in the first pass and in a later one; ``sweep_s[j] - sweep_s[a]`` the seconds of the latter.
+    ``of[a]``            options of the runs that begin with block ``a``.
+    ``prelude_peak[i]``  peak bytes of the backward of ``i`` before it needs a forward value, int64, (L,).
+    ``sweep_first[a, j]``, ``sweep_again[a, j]``  peak bytes of running ``a..j-1`` keeping what crosses into
+    ``j``, in the first pass and in a later one, int64, (L, L); ``sweep_s[j] - sweep_s[a]`` the seconds of
+    the latter, (L + 1,).
     """
 
     def __init__(
@@ -126,10 +138,11 @@ def _run_starts(chain: Chain, length: int) -> list[int]:
 class ChainTable:
     """``Opt(m, a, b)`` of one chain for ``m`` of 0 to ``slots`` slots of ``slot_bytes`` each.
 
-    Building it takes O(blocks^3 slots) vectorised work.  ``seconds[b][a, m]`` is the least
-    recomputation of blocks ``a..b`` (inclusive), infinite where it does not fit; ``choice[b][a, m]``
-    is ``j > 0`` to keep only what crosses into ``j``, ``-1 - k`` for option ``k`` of ``options[a]``,
-    and 0 to restart: run ``a..b`` backward at once, recomputing just in time.
+    Building it takes O(blocks^3 slots) vectorised work.  ``seconds[b][a, m]`` is the least recomputation
+    in seconds of blocks ``a..b`` (inclusive), infinite where it does not fit: per ``b`` an array of shape
+    (b + 2, slots + 1), its last row of zeros for no block left.  ``choice[b][a, m]``, per ``b`` of shape
+    (b + 1, slots + 1), is ``j > 0`` to keep only what crosses into ``j``, ``-1 - k`` for option ``k`` of
+    ``options[a]``, and 0 to restart: run ``a..b`` backward at once, recomputing just in time.
     """
 
     def __init__(self, ways: Ways, slot_bytes: int, slots: int = SLOTS, *, seed: int = 0) -> None:

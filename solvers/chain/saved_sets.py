@@ -6,7 +6,8 @@ choice is a minimum cut; the breakpoints over all prices are the lower convex hu
 seconds recomputed), found by bisection.  Sets between breakpoints are not found, which is the price
 of speed.  Blocks that look alike are solved once.
 
-Paper: the closure is the maximum-weight closure problem of Picard (Management Science 1976).
+Sources: the set for one price is the maximum-weight closure problem of Picard, "Maximal closure of a graph"
+(Management Science 1976); the search over prices is ours.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ there is kept exactly as long as recomputations need it.  Final values are never
 
 Ops that run once are never charged twice: a forward op that only the backward reads runs when its
 turn comes, like any other.
+
+Sources: ours; the walk is a depth-first topological sort of what is missing.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ _HAS_POINT = (mathopt.TerminationReason.OPTIMAL, mathopt.TerminationReason.FEASI
 
 @dataclass(frozen=True, eq=False)
 class LinearAnswer:
-    """``x``: the best point found or ``None``; ``bound``: no point is below it; ``optimal``: proved.
+    """``x``: the best point found, shape (columns,), or ``None``; ``bound``: no objective is below it;
+    ``optimal``: proved.
 
     ``reduced_costs``: per column, what a unit more of it costs; only of a relaxation solved to the end.
     """
@@ -131,8 +132,8 @@ class LinearProgram:
         ``of``       column of what reads them, which each value's sources cover; ``None``: it surely runs.
 
         With one instant these are the constraints of a closure in the graph (Picard, "Maximal closure of a
-        graph", Management Science 1976); with one at every op, rows (1b) of Jain et al., "Checkmate"
-        (https://arxiv.org/abs/1910.02653).
+        graph", Management Science 1976); with one at every op, the dependency rows of Jain et al.,
+        "Checkmate" (https://arxiv.org/abs/1910.02653).
         """
         for v in values:
             by = sources(v)
@@ -153,7 +154,7 @@ class LinearProgram:
         node_limit: int | None = None,
         seed: int = 0,
     ) -> LinearAnswer:
-        """Hand the program to HiGHS.
+        """Hand the program to HiGHS, for at most ``time_limit_s`` seconds of the clock.
 
         ``relax`` drops integrality; ``absolute_gap`` and ``relative_gap`` stop a search that
         close to its bound (HiGHS stops at 1e-4 relative unless told otherwise); ``node_limit`` bounds the

@@ -1,7 +1,8 @@
 """The exact method, for small graphs: an integer program, a plan, and a proof over every schedule.
 
 Idea: Jain et al., "Checkmate: Breaking the Memory Wall with Optimal Tensor Rematerialization" (MLSys
-2020); the programs, and how they differ from theirs, are in :mod:`solvers.exact.program`.
+2020, https://arxiv.org/abs/1910.02653); the programs, and how they differ from theirs, are in
+:mod:`solvers.exact.program`.
 
 The bound comes first, from the program that every schedule satisfies (first executions in the problem's
 order; anything else in any order, any number of times).  Its answer is run in the problem's order and

@@ -7,11 +7,11 @@ input carried in or made in its stage.
 
 :class:`Program` is exact for a class of schedules: within a stage, the recomputations form ``passes``
 runs, each in the problem's order with every op at most once (one pass: the class of Jain et al.,
-"Checkmate", MLSys 2020; with enough passes: every schedule whose first executions keep the order).
-Theirs is for one value per op and needs a product for every free; here ops may have several outputs,
-workspace, pins and a recomputation cost of their own, final values never die, and frees need no
-products: ``W[s, v, j]`` says that in stage s value v is still wanted when its reader j comes up, by j or
-later.  What is alive when op k comes up in stage s is then
+"Checkmate", MLSys 2020, https://arxiv.org/abs/1910.02653; with enough passes: every schedule whose first
+executions keep the order).  Theirs is for one value per op and needs a product for every free; here ops may
+have several outputs, workspace, pins and a recomputation cost of their own, final values never die, and frees
+need no products: ``W[s, v, j]`` says that in stage s value v is still wanted when its reader j comes up, by j
+or later.  What is alive when op k comes up in stage s is then
 
     sum over values made by ops before k of   bytes * W[s, v, first reader of v from k on]
   + sum over values made by k or later ops of bytes * S[s, v]

@@ -26,8 +26,9 @@ Lost: MOCCASIN's solver, CP-SAT, on the same programs with two workers and 60 s 
 proved 2.94 in 3 s, and nothing at all from 500 ops on.  Burst rows on demand, one per candidate, left plans
 5 % over the budget at 500 ops; as one row per stage from the start they cost 0.02 % and settle it.
 
-Sources: Bartan et al., "MOCCASIN: Efficient Tensor Rematerialization for Neural Networks" (ICML 2023); Jain
-et al., "Checkmate" (MLSys 2020); Shaw's large-neighbourhood search (1998).
+Sources: Bartan et al., "MOCCASIN: Efficient Tensor Rematerialization for Neural Networks" (ICML 2023,
+https://arxiv.org/abs/2304.14463); Jain et al., "Checkmate" (MLSys 2020, https://arxiv.org/abs/1910.02653);
+Shaw, "Using constraint programming and local search methods" (1998), for large neighbourhoods.
 
 Optimal: where the bound meets it.  Without a time limit the clock decides nothing, and a seed gives one
 answer.  Weaknesses: an op runs again only right before an op that needs it or something made from it, at

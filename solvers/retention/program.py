@@ -7,24 +7,25 @@ events of a value are the stages that read it or make it again, and ``K[v, k]`` 
 its event k to the next.  A value that no candidate makes again is kept until its last use in the order and
 needs no column there.  Rows:
 
-    K[v, k]  <= K[v, k-1] + R[p(v), t]     t is event k of v: what is kept was kept or made
-    1        <= K[v, k-1] + R[p(v), t]     op t reads v
-    R[i, t]  <= K[u, .] + R[p(u), t]       i reads u
-    sum of bytes kept past op t  <=  budget - what t touches - what stays whatever is decided
+    (1)  K[v, k]  <= K[v, k-1] + R[p(v), t]     t is event k of v: what is kept was kept or made
+    (2)  1        <= K[v, k-1] + R[p(v), t]     op t reads v
+    (3)  R[i, t]  <= K[u, .] + R[p(u), t]       i reads u
+    (4)  sum of bytes kept past op t  <=  budget - what t touches - what stays whatever is decided
 
-and two kinds more.  A *closure* at stage s: ``S[i]``, op i runs again from s on, at most
+and two kinds more.  (5) A *closure* at stage s: ``S[i]``, op i runs again from s on, at most
 the sum of its R there; what is read from s on is kept into s or has S = 1, and so has what such an op reads.
 They follow from the rows above in whole numbers, and raise the relaxation from 4.9 to 6.9 % (of step time,
-at an optimum near 7.5) on a layered DAG of 500 ops.  A *burst* row holds what is kept into stage t and all
-that runs again there within the budget, as if nothing were freed before op t.  That is more than need be;
+at an optimum near 7.5) on a layered DAG of 500 ops.  (6) A *burst* row holds what is kept into stage t and
+all that runs again there within the budget, as if nothing were freed before op t.  That is more than need be;
 exact rows (one per candidate, and columns for what is still wanted) lowered the relaxation by 0.02 % of the
 time on the same graph, and took twice the nonzeros.
 
 One column, the *excess*, lets every memory row exceed the budget by the same bytes at a price that outweighs
 any recomputation; so there always is an answer.
 
-Sources: the intervals are those of Bartan et al., "MOCCASIN" (ICML 2023), without their limit on how
-often an op runs again; rows as in Jain et al., "Checkmate" (MLSys 2020), on the events alone.
+Sources: the intervals are those of Bartan et al., "MOCCASIN" (ICML 2023, https://arxiv.org/abs/2304.14463),
+without their limit on how often an op runs again; rows (1) to (3) as in Jain et al., "Checkmate" (MLSys 2020,
+https://arxiv.org/abs/1910.02653), on the events alone; closures and bursts are ours.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class RetentionProgram:
         return lambda v: self._sources(v, stage, self.rerun.get((values[v].producer or 0, stage)))
 
     def _link(self) -> None:
+        """Rows (1) to (3)."""
         problem, linear = self.problem, self.linear
         for v, columns in self._kept.items():
             producer, events = problem.values[v].producer or 0, self._events[v]
@@ -200,7 +202,7 @@ class RetentionProgram:
             self.limit_burst(t)
 
     def limit_op(self, t: int) -> None:
-        """Add the memory row of op ``t``, once."""
+        """Add row (4) of op ``t``, once."""
         if t in self._limited:
             return
         self._limited.add(t)
@@ -212,7 +214,7 @@ class RetentionProgram:
         return t in self._limited
 
     def limit_burst(self, t: int) -> None:
-        """Add one row for all that runs again in stage ``t``, as if none of it could free anything."""
+        """Add row (6), for all that runs again in stage ``t`` as if none of it could free anything."""
         problem = self.problem
         constant = float(problem.resident_bytes)
         terms: dict[int, int] = defaultdict(int)
@@ -241,7 +243,7 @@ class RetentionProgram:
         )
 
     def _close(self, stage: int) -> None:
-        """The closure at ``stage``."""
+        """Rows (5) of the closure at ``stage``."""
         problem = self.problem
         later: dict[int, list[int]] = defaultdict(list)
         for (i, t), column in self.rerun.items():

@@ -3,7 +3,8 @@
 A template lists slots that are *required*, every op's first run among them, and between them *optional*
 ones: places where an op may run again.  Every sub-sequence that holds the required slots and makes what
 it reads before it reads it is a schedule, and the cheapest one within a budget is a mixed-integer program
-(``template_program``).  So a template is a neighbourhood: all the schedules one is willing to look at.
+(:mod:`solvers.search.template_program`).  So a template is a neighbourhood: all the schedules one is willing
+to look at.
 
 Templates are made around a schedule, which stays a sub-sequence of its own template.  The first runs
 are cut into contiguous *stages*; for each stage a set of ops says what may run again in it, and each of
@@ -11,6 +12,8 @@ those ops gets one slot there, placed as late as a just-in-time executor would: 
 the stage that reads what it makes, inputs first.  What the schedule recomputes in a stage that is not
 opened stays required.  Around the schedule that recomputes nothing this is a template of the whole
 problem; around a good one, with few stages opened, it is a neighbourhood for local search.
+
+Sources: ours.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ slot q where a stage begins, E[i] says that op i, first run before q, runs again
     E[i] <= K[j, q] + E[p(j)]        i reads j, made before q and resident at q or made again
     1    <= K[k, q] + E[p(k)]        a required slot from q on reads k
 
-This is Checkmate's program (Jain et al., MLSys 2020) on a sequence given in advance, with gaps for
-its time steps (as in MOCCASIN, Bartan et al., ICML 2023).  Optimal within the template when solved to
-the end; what the template leaves out is not seen.  Integral X forces integral K; K is declared integer
-all the same, since HiGHS otherwise polishes incumbents with a second solve.
+This is the program of Jain et al., "Checkmate" (MLSys 2020, https://arxiv.org/abs/1910.02653), on a sequence
+given in advance, with gaps for its time steps, as in Bartan et al., "MOCCASIN" (ICML 2023,
+https://arxiv.org/abs/2304.14463); rows (5) are ours.  Optimal within the template when solved to the end;
+what the template leaves out is not seen.  Integral X forces integral K; K is declared integer all the same,
+since HiGHS otherwise polishes incumbents with a second solve.
 """
 
 from __future__ import annotations

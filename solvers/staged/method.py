@@ -1,17 +1,18 @@
 """The staged retention program: whole joint graphs of thousands of ops in seconds.
 
 The backward is cut into stages.  A linear program says which forward values are resident when each
-stage starts and which ops run again inside it (``staged_program``); its rows of bytes are exact for the
-order the stage is emitted in, and are made where a solution is over the budget.  One closure over the
-whole backward is added to the program: without it, chains of half-recomputations make the relaxation
-so weak that roundings are useless; with it, the rounded relaxation is often within 0.1 points of step
-time of the optimum before any branching, and local search takes it from there.
+stage starts and which ops run again inside it (:mod:`solvers.staged.program`); its rows of bytes are exact
+for the order the stage is emitted in, and are made where a solution is over the budget.  One closure over the
+whole backward is added to the program: without it, chains of half-recomputations make the relaxation so weak
+that roundings are useless; with it, the rounded relaxation is often within 0.1 points of step time of the
+optimum before any branching, and local search takes it from there.
 
 No single way of cutting is best, so several cuts and windows are relaxed; every solution is rounded at
 several thresholds, emitted in two orders, stripped of recomputations that nothing needs, and simulated.
 
-Paper: the rows on retention and recomputation are Checkmate's (Jain et al., MLSys 2020), with stages
-in place of single ops; the closure row is this project's.
+Sources: the rows on retention and recomputation are those of Jain et al., "Checkmate" (MLSys 2020,
+https://arxiv.org/abs/1910.02653), with stages in place of single ops, and rounding the relaxation at a
+threshold is their approximation; the closure, the template and its orders are ours.
 
 Optimal when the bound says so: typical for language models, where one instant, the loss, decides.
 Weak close to the floor of convolutional networks with long skips, where a value must be recomputed

@@ -3,6 +3,8 @@
 Two orders are emitted and the simulator picks: just in time, where every recomputation runs right
 before the first step that needs it and what nobody needs never runs; and the template's, which is
 what the program's memory rows describe.
+
+Sources: ours.
 """
 
 from __future__ import annotations

@@ -8,10 +8,15 @@ Columns, for decided value k, forward op i, stage g of a :class:`~solvers.staged
 
 Minimise sum again_s[i] R[i, g] subject to
 
-    P[k, g'] <= P[k, g] + R[p(k), g]       g' the next stage after g that has a column
-    R[i, g]  <= P[j, g] + R[p(j), g]       every decided input j of i
-    1        <= P[k, g] + R[p(k), g]       every k that a backward op of g reads
-    bytes at slot s <= budget              rows made on demand
+    (1)  P[k, g'] <= P[k, g] + R[p(k), g]    g' the next stage after g that has a column
+    (2)  R[i, g]  <= P[j, g] + R[p(j), g]    every decided input j of i
+    (3)  1        <= P[k, g] + R[p(k), g]    every k that a backward op of g reads
+    (4)  the closure over the whole backward, where E[i] says that i runs again in some stage, and S[k], the
+         first column of k, that it was saved from the forward:
+             E[i] <= sum of R[i, g] over g
+             E[i] <= S[j] + E[p(j)]          every decided input j of i
+             1    <= S[k] + E[p(k)]          every k that a backward op reads
+    (5)  bytes at slot s <= budget           rows made on demand
 
 A slot is a forward op or a position of a stage's template.  At slot s a value made again at slot r
 of the stage and last read directly at slot d is resident
@@ -26,7 +31,10 @@ integer all the same, since HiGHS otherwise polishes each incumbent with a secon
 on standard output.
 
 Peaks sit inside bursts of recomputation: of the thousands of slots a few dozen bind, and
-``violated`` finds them for a fractional or integral point in one vectorised pass.
+``MemoryRows.add_violated`` finds them for a fractional or integral point in one vectorised pass.
+
+Sources: rows (1) and (2) are those of Jain et al., "Checkmate" (https://arxiv.org/abs/1910.02653), with
+stages in place of single ops; rows (3) to (5) and the template's slots are ours.
 """
 
 from __future__ import annotations
@@ -51,7 +59,13 @@ class Choice:
 
 
 class StagedProgram:
-    """The program over ``stages``; ``budget_bytes`` leaves out ``Problem.resident_bytes``."""
+    """The program over ``stages``; ``budget_bytes`` leaves out ``Problem.resident_bytes``.
+
+    ``again``     per stage, the column of R by op; the objective is in units of ``seconds_scale`` seconds.
+    ``resident``  per value, the column of P by stage.
+    ``offset``    first slot of the forward, of each stage, and one past the last, shape (stages + 2,).
+    ``memory``    rows (5).
+    """
 
     def __init__(self, stages: Stages, budget_bytes: float) -> None:
         self.stages = stages
@@ -95,6 +109,7 @@ class StagedProgram:
             self.resident[v] = {g: lp.column(integer=True) for g in sorted(events)}
 
     def _add_logic(self) -> None:
+        """Rows (1) to (3); of a sum that must be 1 and has P alone, its lower bound in place of the row."""
         problem, lp, turn = self.facts.problem, self.lp, self.facts.turn
         for v, events in self.resident.items():
             p = problem.values[v].producer
@@ -115,11 +130,7 @@ class StagedProgram:
                 previous = available
 
     def _add_closure(self) -> None:
-        """Rows every integral point satisfies and half-recomputations do not.
-
-        S[i] says that i runs again in some stage.  S[i] <= sum of R[i, g]; what i reads was saved from
-        the forward or runs again too; so it is with what the backward reads.
-        """
+        """Rows (4), which every integral point satisfies and half-recomputations do not."""
         problem, lp, turn = self.facts.problem, self.lp, self.facts.turn
         saved = {v: next(iter(events.values())) for v, events in self.resident.items()}
         runs: dict[int, list[int]] = {}

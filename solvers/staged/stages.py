@@ -6,7 +6,9 @@ order.  The backward ops are cut into contiguous stages.  A stage has a *templat
 each preceded by the forward ops that may have to run again for it, every one at most once, in the
 order in which a just-in-time executor would meet them.  Any choice of recomputations runs as a
 subsequence of the template, so the memory at each of its slots is known in advance as a function of
-the choice (see ``staged_program``).
+the choice (see :mod:`solvers.staged.program`).
+
+Sources: ours.
 """
 
 from __future__ import annotations
