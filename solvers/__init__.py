@@ -7,7 +7,8 @@ from solvers.core.simulate import InvalidScheduleError, Timeline, simulate
 from solvers.core.solution import InfeasibleError, Solution, Status, solution_of
 from solvers.fixed_order import minimum_peak
 from solvers.frontier import frontier
-from solvers.solve import SOLVERS, solve
+from solvers.methods import SOLVERS
+from solvers.solve import solve
 
 __all__ = [
     "SOLVERS",

@@ -18,25 +18,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
 
-from solvers.baselines import simple as baselines
-from solvers.bounds import refine
 from solvers.bounds.lower_bounds import PeakFloor
-from solvers.chain import method as chain
-from solvers.core.incumbent import Incumbent, Progress
+from solvers.core.incumbent import ENDS_AT, Incumbent, Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.solution import InfeasibleError, Solution, solution_of, with_floor
-from solvers.exact import method as checkmate
+from solvers.methods import METHODS
 from solvers.portfolio import Methods
-from solvers.retention import method as retention
-from solvers.staged import method as staged
 
 __all__ = ["checked_budget", "checked_time_limit", "minimum_peak", "refuse_below", "solve"]
 
 log = logging.getLogger(__name__)
 
-# The search is told to end a little early, since a linear program in flight overruns its limit by some.
-ENDS_AT = 0.97
 # A search that is not back this long after its limit is left behind, with the best it had.
 PATIENCE = 1.05
 # Share of the time that looks for the least peak; the rest makes the schedule of that peak faster.
@@ -71,7 +64,7 @@ def solve(
             _interruptible(lambda: search(run, seed), run, started + PATIENCE * limit_s)
         solution, interrupted = run.solution(), run.interrupted
     else:
-        solution, interrupted = _named(problem, budget, solver, limit_s, seed), False
+        solution, interrupted = METHODS[solver].run(problem, budget, limit_s, seed), False
         methods.raise_floor(solution.floor_bytes)
     if math.isinf(solution.bound_seconds):
         methods.raise_floor(budget + 1)
@@ -138,16 +131,6 @@ def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float
         run.stop()
     if failure:
         raise failure[0]
-
-
-def _named(problem: Problem, budget: int, solver: str, limit_s: float, seed: int) -> Solution:
-    """One method by its name."""
-    if solver in baselines.BASELINES:
-        return baselines.solve(problem, budget, solver)
-    if solver == "instants":
-        return refine.solve(problem, budget, time_limit_s=limit_s)
-    seeded = {"exact": checkmate, "staged": staged, "chain": chain, "retention": retention}
-    return seeded[solver].solve(problem, budget, time_limit_s=limit_s, seed=seed)
 
 
 def refuse_below(floor: PeakFloor, budget_bytes: int, *, interrupted: bool = False) -> None:

@@ -23,7 +23,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 
-from solvers.baselines.simple import BASELINES
 from solvers.bounds import lower_bounds as bounds
 from solvers.bounds.pebbling import raised_floors
 from solvers.bounds.refine import Refinement, pressure_instants, refine
@@ -33,6 +32,7 @@ from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
 from solvers.core.solution import InfeasibleError
 from solvers.exact import method as checkmate
+from solvers.methods import METHODS, Method, has_backward
 from solvers.retention import method as retention
 from solvers.search import local_search
 from solvers.search.shave import shave
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 EXACT_OPS = 40
 # Up to this many ops no other is.
 ALONE_OPS = 16
+EXACT_SHARE = 0.5
+# The baselines that take milliseconds on thousands of ops.
+CHEAPEST = ("every_block", "sqrt", "recompute_all")
 # The chain program is asked where the staged program leaves a gap of this share of the step, or no plan.
 CHAIN_GAP = 0.003
 # So many cuts of the staged program come before it.
@@ -129,23 +132,31 @@ class Methods:
     @property
     def splits(self) -> bool:
         """Whether the problem has a forward of two ops at least and a backward."""
-        return self.problem.turn is not None and 2 <= self.problem.turn < len(self.problem)
+        return has_backward(self.problem)
 
     def search(self, run: Incumbent, seed: int = 0) -> None:
         """Better ``run`` by every method that suits but the cheapest, until it is done."""
+        self._search(run, seed)
+        for method in METHODS.values():
+            if method.share and method.suits(self.problem) and not run.done:
+                self._ask(method, run, method.share, seed)
+
+    def _ask(self, method: Method, run: Incumbent, share: float, seed: int) -> None:
+        """Offer ``run`` what a method finds by itself in a share of the time left, and what it proves."""
+        try:
+            found = method.run(self.problem, run.budget_bytes, _limit_s(run, share), seed)
+        except InfeasibleError as error:
+            self.raise_floor(error.floor_bytes, error.op_name)
+            run.refuse()
+            return
+        self.raise_floor(found.floor_bytes)
+        run.offer(found.schedule.steps(self.problem), method.name)
+        run.raise_bound(found.bound_seconds)
+
+    def _search(self, run: Incumbent, seed: int) -> None:
         if len(self.problem) <= EXACT_OPS:
             run.enough_s = 0.0
-            try:
-                found = checkmate.solve(
-                    self.problem, run.budget_bytes, time_limit_s=_limit_s(run, 0.5), seed=seed
-                )
-            except InfeasibleError as error:
-                self.raise_floor(error.floor_bytes, error.op_name)
-                run.refuse()
-                return
-            self.raise_floor(found.floor_bytes)
-            run.offer(found.schedule.steps(self.problem), "exact")
-            run.raise_bound(found.bound_seconds)
+            self._ask(METHODS["exact"], run, EXACT_SHARE, seed)
             if run.done or len(self.problem) <= ALONE_OPS:
                 return
         if self.problem.turn is None:
@@ -183,14 +194,14 @@ class Methods:
 
     def offer_cheapest(self, run: Incumbent) -> None:
         """Offer what takes milliseconds on thousands of ops, whether there is time left or not."""
-        self.offer_baselines(run, "every_block", "sqrt", "recompute_all")
+        self.offer_baselines(run, *CHEAPEST)
 
     def offer_baselines(self, run: Incumbent, *names: str) -> None:
-        """What the baselines called ``names`` answer, where they suit the problem."""
-        for name in names:
-            if not (run.stopped or run.settled) and BASELINES[name].suits(self.problem):
-                schedule = BASELINES[name].run(self.problem, run.budget_bytes)
-                run.offer(schedule.steps(self.problem), name)
+        """What the methods called ``names`` answer at once, where they suit the problem."""
+        for method in map(METHODS.__getitem__, names):
+            if method.plan is not None and not (run.stopped or run.settled) and method.suits(self.problem):
+                schedule = method.plan(self.problem, run.budget_bytes)
+                run.offer(schedule.steps(self.problem), method.name)
 
     def offer_plans(self, run: Incumbent, programs: Programs, seed: int) -> None:
         """Plans to start from, the cheapest to make first."""
@@ -290,13 +301,13 @@ class Methods:
         The floor is proved on one core while the other searches; the schedules that either meets serve both.
         """
         problem = self.problem
-        for name, baseline in BASELINES.items():
-            quick = name != "greedy" or len(problem) <= GREEDY_OPS
-            if quick and baseline.suits(problem) and self._open(run):
-                run.offer(baseline.run(problem, self.floor.bytes).steps(problem), name)
+        for method in METHODS.values():
+            quick = method.name != "greedy" or len(problem) <= GREEDY_OPS
+            if quick and method.plan is not None and method.suits(problem) and self._open(run):
+                run.offer(method.plan(problem, self.floor.bytes).steps(problem), method.name)
         if len(problem) <= EXACT_OPS and self._open(run):
             hint = Schedule.of(problem, run.lowest.steps)
-            limit_s = _limit_s(run, 0.5)
+            limit_s = _limit_s(run, EXACT_SHARE)
             found, proved = checkmate.minimum_peak(problem, time_limit_s=limit_s, seed=seed, hint=hint)
             run.offer(found.steps(problem), "exact")
             self.raise_floor(proved)

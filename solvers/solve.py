@@ -19,23 +19,10 @@ from solvers.core.solution import Solution
 from solvers.fixed_order import checked_budget, checked_time_limit
 from solvers.fixed_order import solve as solve_fixed
 from solvers.free_order import solve as solve_free
+from solvers.methods import METHODS
 from solvers.portfolio import Methods
 
-__all__ = ["SOLVERS", "solve"]
-
-SOLVERS = (
-    "auto",
-    "exact",
-    "instants",
-    "staged",
-    "chain",
-    "retention",
-    "keep_all",
-    "recompute_all",
-    "greedy",
-    "every_block",
-    "sqrt",
-)
+__all__ = ["solve"]
 
 
 def solve(
@@ -53,8 +40,8 @@ def solve(
     """The fastest schedule of ``problem`` found whose peak is within ``budget_bytes``.
 
     ``budget_bytes``  includes ``problem.resident_bytes``; a fraction of a byte is dropped.
-    ``solver``        one of ``SOLVERS``.  The baselines (``keep_all`` to ``sqrt``) answer with their one
-                      schedule whether it fits or not; only ``greedy`` looks at the budget.
+    ``solver``        one of ``solvers.SOLVERS``.  The baselines (``keep_all`` to ``sqrt``) answer with their
+                      one schedule whether it fits or not; only ``greedy`` looks at the budget.
     ``order``         ``fixed``: first executions keep the problem's order.  ``free``: they may be permuted,
                       which lowers both peak and time (see ``free_order``); bounds and floors are then those
                       of any order.
@@ -73,8 +60,8 @@ def solve(
     """
     budget = checked_budget(budget_bytes)
     limit_s = checked_time_limit(time_limit_s)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver is {solver!r}, want one of {', '.join(SOLVERS)}")
+    if solver != "auto" and solver not in METHODS:
+        raise ValueError(f"solver is {solver!r}, want one of auto, {', '.join(METHODS)}")
     if order not in ("fixed", "free"):
         raise ValueError(f"order is {order!r}, want 'fixed' or 'free'")
     if order == "free":

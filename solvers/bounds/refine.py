@@ -154,7 +154,7 @@ def refine(
     ``most_bytes`` is the peak of some schedule, where no budget is given.  ``on_round`` is told after every
     round, and ends the search by returning ``True``.  A bound of ``inf`` says that nothing fits the budget.
     """
-    search = _Search(problem, budget_bytes, instants, time.monotonic() + time_limit_s, most_bytes)
+    search = _Search(problem, budget_bytes, instants, time.perf_counter() + time_limit_s, most_bytes)
     found = search.found
     found.bound = known
     while problem.ops and search.left_s() > 0 and not found.settled and found.bound < enough:
@@ -212,7 +212,7 @@ class _Search:
         self.gap = COARSE_GAP
 
     def left_s(self) -> float:
-        return self.deadline - time.monotonic()
+        return self.deadline - time.perf_counter()
 
     def round(self) -> bool:
         """One program; whether there is anything left to add."""

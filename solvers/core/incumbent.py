@@ -23,12 +23,15 @@ from solvers.core.schedule import Schedule
 from solvers.core.simulate import Timeline, simulate_steps
 from solvers.core.solution import Rank, Solution, solution_of
 
-__all__ = ["ENOUGH", "Candidate", "Incumbent", "Offer", "Progress", "Verdict"]
+__all__ = ["ENDS_AT", "ENOUGH", "Candidate", "Incumbent", "Offer", "Progress", "Verdict"]
 
 log = logging.getLogger(__name__)
 
 # A gap below this share of the time without recomputation is not worth more search.
 ENOUGH = 5e-4
+# A search is told to end a little early, since a linear program in flight overruns its limit by some: at this
+# share of it, a judgement.
+ENDS_AT = 0.97
 # Of the norm over steps that says how far above the budget a schedule is; high: the worst steps count.
 OVER_POWER = 4
 # Above the budget by at most this share of it, and so many of them, are worth to be remembered.

@@ -74,22 +74,22 @@ def instants_bound(
     Stops early once the bound reaches ``good_enough_s()``, the seconds of the best plan known by then.
     """
     problem = problem.relaxed
-    deadline = time.monotonic() + time_limit_s
+    deadline = time.perf_counter() + time_limit_s
     best, chosen = 0.0, 0
-    relaxed_until = time.monotonic() + _RELAXED_SHARE * time_limit_s
+    relaxed_until = time.perf_counter() + _RELAXED_SHARE * time_limit_s
     took_s = 0.0
     counts = [k for k in _COUNTS if k == 1 or k <= len(problem)]
     for count in counts:
-        begun = time.monotonic()
+        begun = time.perf_counter()
         if begun + 4 * took_s >= relaxed_until:
             break
         found = _bound(problem, budget_bytes, count, relaxed_until - begun, seed, relax=True)
-        took_s = time.monotonic() - begun
+        took_s = time.perf_counter() - begun
         if found <= best * (1 + _WORTH_IT) and chosen:
             break
         best, chosen = found, count
     for count in [k for k in counts if k >= chosen]:
-        left_s = deadline - time.monotonic()
+        left_s = deadline - time.perf_counter()
         enough_s = math.inf if good_enough_s is None else good_enough_s()
         if problem.total_seconds + best >= enough_s * (1 - 1e-9) or left_s < took_s:
             break

@@ -29,7 +29,7 @@ from itertools import islice
 
 from solvers.bounds.lower_bounds import time_bound
 from solvers.core.facts import Facts
-from solvers.core.incumbent import Incumbent
+from solvers.core.incumbent import ENDS_AT, Incumbent
 from solvers.core.just_in_time import trim
 from solvers.core.problem import Problem, ProblemError
 from solvers.core.solution import Solution
@@ -52,7 +52,7 @@ def solve(problem: Problem, budget_bytes: int, *, time_limit_s: float = 30.0, se
     ``budget_bytes`` includes ``resident_bytes``.  Raises ``ProblemError`` without a turn.  When nothing
     that fits is found the solution's status is ``unsettled`` and its schedule the lowest peak found.
     """
-    run = Incumbent(problem, budget_bytes, deadline=time.perf_counter() + 0.97 * time_limit_s)
+    run = Incumbent(problem, budget_bytes, deadline=time.perf_counter() + ENDS_AT * time_limit_s)
     relaxations = Relaxations(problem)
     if not run.fits:
         relaxations.offer_plans(run, seed=seed)
