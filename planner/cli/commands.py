@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from planner.cli import user_code as factories
 from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.files import write_whole
 from planner.plan import Plan
 from planner.progress import Bar
 
@@ -74,7 +74,7 @@ def show(arguments: Namespace) -> Outcome:
     made = _loaded(arguments.plan)
     notes = []
     if arguments.html is not None:
-        _write(arguments.html, page(made))
+        write_whole(arguments.html, page(made))
         notes.append(f"written to {arguments.html}")
     if arguments.plot is not None:
         notes += [f"written to {path}" for path in pictures(made, arguments.plot)]
@@ -290,12 +290,6 @@ def _writable(path: Path | None) -> None:
     """``PlannerError`` if nothing can be written at ``path``: said before the minutes of work."""
     if path is not None and not path.absolute().parent.is_dir():
         raise PlannerError(f"there is no folder {path.absolute().parent} to write {path.name} to")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _json(record: Any) -> str:

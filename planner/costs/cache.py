@@ -23,7 +23,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from planner._compat import cuda_driver_version
+from planner.files import write_whole
 
 __all__ = ["VARIABLE", "CostCache", "Measured", "cache_for", "folder"]
 
@@ -142,13 +142,7 @@ class CostCache:
         record = {"format": _FORMAT, "version": _VERSION, "facts": dict(self.facts), "costs": costs}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(record, file)
-                os.replace(partial, self.path)
-            finally:
-                Path(partial).unlink(missing_ok=True)  # there only if something went wrong
+            write_whole(self.path, json.dumps(record))
         except OSError as error:
             log.warning("measured costs are not kept in %s: %s", self.path, error)
 

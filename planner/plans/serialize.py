@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +22,7 @@ from planner._compat import FakeTensorMode
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
 from planner.errors import InvalidPlanFileError, PlannerError
+from planner.files import write_whole
 from planner.plans.outline import Outline
 from planner.plans.plan_data import Calibration, Placement, PlanData, Round
 
@@ -64,10 +64,7 @@ _NUMBERS_AND_TEXT: Mapping[type, tuple[type, ...]] = {int: (int,), float: (int, 
 
 def save(plan: PlanData, path: str | Path) -> None:
     """Write ``plan``; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_text(plan), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, to_text(plan))
 
 
 def to_text(plan: PlanData) -> str:

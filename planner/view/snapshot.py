@@ -17,7 +17,6 @@ predicted seconds from 0.
 
 from __future__ import annotations
 
-import os
 import pickle
 from bisect import bisect_left, insort
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlannerError
+from planner.files import write_whole
 from planner.memory.lifetimes import Copy
 from planner.plans.outline import Outline
 
@@ -48,11 +48,7 @@ def save(plan: PlanData, path: str | Path) -> None:
 
     Raises ``PlannerError`` as :func:`memory_snapshot`, ``OSError`` if the file cannot be written.
     """
-    snapshot = memory_snapshot(plan)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(pickle.dumps(snapshot, protocol=PROTOCOL))
-    os.replace(partial, path)
+    write_whole(path, pickle.dumps(memory_snapshot(plan), protocol=PROTOCOL))
 
 
 def memory_snapshot(plan: PlanData) -> dict[str, Any]:
