@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ByteUnit", "bytes_text", "gb_text", "label", "rounded_up", "seconds_text"]
+__all__ = ["DECISIONS", "ByteUnit", "bytes_text", "gb_text", "label", "rounded_up", "seconds_text"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def label(kind: str) -> str:
     """A kind of memory as a reader would call it."""
     return _LABELS.get(kind, kind.replace("_", " "))
 
+
+# What a plan decides of a value, in a reader's words.
+DECISIONS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 
 _LABELS = {
     "optimizer_state": "optimizer state",

@@ -36,9 +36,9 @@ from typing import Any, Literal
 
 import torch
 
-from planner.checks.demo import MISPREDICTED, Tell, aligned, prefixed
+from planner.checks.demo import MISPREDICTED, Tell, prefixed
 from planner.checks.kernel_check import CASES, compare_kernels, kernel_counts, kernels_differ
-from planner.checks.trials import copies_of, prepare_example, race
+from planner.checks.trials import planned_copies, prepare_example, race
 from planner.checks.zoo import MODELS, Example
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
@@ -46,6 +46,7 @@ from planner.measure.peaks import StepRecord, compare, cuda_step_peak, run_step,
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import CostSource, PricedStep
+from planner.view.text import aligned
 
 __all__ = [
     "Check",
@@ -253,7 +254,7 @@ class Check:
                 f"{first.gpu}, driver {first.driver}, torch {first.torch}, commit {first.commit}, "
                 f"{first.size} sizes",
                 "",
-                *aligned([head, *map(_cells, self.rows)], left=(0, 1, 10, 11)),
+                *aligned([head, *map(_cells, self.rows)], "llrrrrrrrrll", ruled=True),
             ]
         )
 
@@ -348,7 +349,7 @@ def _rows_of(example: Example, settings: Settings, say: Tell) -> list[Row]:
     plans = _plans(prepared, eager[0], settings)
     say("measure")
     reference = _Reference.of(example, settings.device)
-    runners = copies_of(example.model, list(plans.values()))
+    runners = planned_copies(example.model, list(plans.values()))
     ran = race(runners, example.inputs, example.loss_fn, steps=settings.steps)
     del runners
     start = Row(

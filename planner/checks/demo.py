@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from planner.checks.trials import Eager, Race, Trial, copies_of, eager_step, prepare_example, race, trial
+from planner.checks.trials import Eager, Race, Trial, eager_step, planned_copies, prepare_example, race, trial
 from planner.checks.zoo import MODELS, Example
 from planner.errors import InfeasibleBudgetError
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import CostSource, PricedStep
 from planner.units import bytes_text
+from planner.view.text import aligned
 
 __all__ = ["FULL", "QUICK", "Demo", "Row", "Settings", "run", "table"]
 
@@ -188,7 +189,7 @@ def _run_model(example: Example, settings: Settings, say: Tell) -> tuple[list[Ro
         if label in plans:
             trials[label] = trial(plans[label], example, eager)
     say("train")
-    runners = copies_of(example.model, list(plans.values()))
+    runners = planned_copies(example.model, list(plans.values()))
     ran = race(runners, example.inputs, example.loss_fn, steps=settings.steps)
     del runners
     return _rows(example, prepared, eager, budgets, plans, needs, trials, ran), plans[
@@ -249,7 +250,7 @@ _HEAD = (
 def table(demo: Demo) -> str:
     """The rows as aligned text under a caption that says what each figure is."""
     body = [_cells(row, demo.rows[k - 1] if k else None) for k, row in enumerate(demo.rows)]
-    lines = [_caption(demo), "", *aligned([_HEAD, *body], left=(0, 3, 11))]
+    lines = [_caption(demo), "", *aligned([_HEAD, *body], "lrrlrrrrrrrl", ruled=True)]
     return "\n".join(lines)
 
 
@@ -287,19 +288,6 @@ def _cells(row: Row, above: Row | None) -> tuple[str, ...]:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:.2f}"
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Lines of a table with a rule under its head; columns in ``left`` are set to the left."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (
-            c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
 
 
 def draw(plans: Sequence[Plan], out: Path) -> Path | None:

@@ -33,8 +33,8 @@ __all__ = [
     "Eager",
     "Race",
     "Trial",
-    "copies_of",
     "eager_step",
+    "planned_copies",
     "prepare_example",
     "race",
     "seconds_of",
@@ -126,7 +126,7 @@ def _counted_step(example: Example, seed: int) -> tuple[StepRecord, int]:
     return record, step_flops(example.model, example.inputs, loss_fn=example.loss_fn)
 
 
-def copies_of(model: nn.Module, plans: Sequence[Plan]) -> list[nn.Module]:
+def planned_copies(model: nn.Module, plans: Sequence[Plan]) -> list[nn.Module]:
     """A copy of the model as it is, then one for each plan with that plan applied."""
     runners = [copy.deepcopy(model) for _ in range(len(plans) + 1)]
     for plan, runner in zip(plans, runners[1:], strict=True):
@@ -161,7 +161,7 @@ def race(
             for k in _rotated(len(runners), turn):
                 torch.manual_seed(seed + turn)
                 optimizers[k].zero_grad()
-                work = _Step(runners[k], inputs, loss_fn)
+                work = _TimedStep(runners[k], inputs, loss_fn)
                 seconds[k].append(clock(work, device))
                 optimizers[k].step()
                 losses[k].append(float(work.loss))
@@ -176,7 +176,7 @@ def _rotated(count: int, turn: int) -> list[int]:
     return [(turn + k) % count for k in range(count)]
 
 
-class _Step:
+class _TimedStep:
     """Forward and backward, to be called once; then ``loss`` is there."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> None:

@@ -1,5 +1,6 @@
 """What is known of a device.
 
-Rates from data sheets, its memory now, what cuBLAS keeps for itself, how the caching allocator hands memory
-out.  Only ``state`` asks the device.
+In: a ``torch.device``, or a device's name.  Out: its rates from data sheets (``rates``), its memory now
+(``state``), what cuBLAS keeps for itself (``cublas``), what the caching allocator hands out for a step
+(``allocator``).  Only ``state`` asks the device.  Raises ``PlannerError`` for one that torch cannot reach.
 """

@@ -7,13 +7,13 @@ versions differ (another fingerprint, the same values) the difference is shown, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from planner.errors import PlannerError
-from planner.units import bytes_text, seconds_text
+from planner.units import DECISIONS, bytes_text, seconds_text
 from planner.view.layers import ROOT, layers_of, recompute_seconds
+from planner.view.text import aligned
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Change", "LayerChange", "PlanDiff", "diff"]
 
 _ROWS = 40
-_WORDS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,16 @@ class PlanDiff:
 
     def __str__(self) -> str:
         lines = [self.model_name]
-        lines += _table([("", "first", "second", "change"), *self.figures], "lrrr")
+        lines += aligned([("", "first", "second", "change"), *self.figures], "lrrr", indent=2)
         if self.layers:
             shown = sorted(self.layers, key=lambda row: -row.changed)[:_ROWS]
             rows = [row for row in self.layers if row in shown]
             cells = [(r.layer, str(r.changed), _signed(r.kept_bytes), _longer(r.recompute_s)) for r in rows]
-            lines += ["", *_table([("layer", "changed", "kept", "recomputation"), *cells], "lrrr")]
+            lines += ["", *aligned([("layer", "changed", "kept", "recomputation"), *cells], "lrrr", indent=2)]
             if len(rows) < len(self.layers):
                 lines.append(f"  and {len(self.layers) - len(rows)} layers with fewer changes")
         turned = Counter((c.before, c.after) for c in self.changed)
-        said = ", ".join(f"{n} {_WORDS[a]} -> {_WORDS[b]}" for (a, b), n in turned.most_common())
+        said = ", ".join(f"{n} {DECISIONS[a]} -> {DECISIONS[b]}" for (a, b), n in turned.most_common())
         lines += ["", f"{len(self.changed)} values decided otherwise" + (f": {said}" if said else "")]
         return "\n".join([*lines, *self.notes])
 
@@ -211,15 +210,3 @@ def _signed(count: int) -> str:
 
 def _longer(seconds: float) -> str:
     return ("+" if seconds > 0 else "-") + seconds_text(abs(seconds)) if abs(seconds) > 1e-12 else "-"
-
-
-def _table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(alignment))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(row, widths, alignment, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from planner.errors import PlannerError
-from planner.units import ByteUnit, bytes_text, gb_text, label, seconds_text
+from planner.units import DECISIONS, ByteUnit, bytes_text, gb_text, label, seconds_text
 from planner.view.bands import (
     aligned_baseline,
     bands_of,
@@ -27,7 +27,8 @@ from planner.view.bands import (
     turn_of,
 )
 from planner.view.canvas import FREED, KEPT, RECOMPUTED
-from planner.view.layers import ROOT, Row, layers_of, recompute_seconds, rows_of
+from planner.view.layers import ROOT, TEXT_ROWS, Row, layers_of, recompute_seconds, rows_of
+from planner.view.text import aligned
 
 if TYPE_CHECKING:
     import pandas
@@ -37,13 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["dataframe", "frontier_dataframe", "html", "summary"]
 
-_TEXT_ROWS = 16
 _HTML_ROWS = 40
 _HTML_LINES = 24  # within a layer
 _HTML_NAME = 120  # characters of a name
 
-_HEAD = ("kept", "recomputed", "freed", "extra time")
-_DECISIONS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
+_HEAD = (*DECISIONS.values(), "extra time")
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -54,14 +53,14 @@ def summary(plan: PlanData) -> str:
     unit = ByteUnit.of(plan.peak_bytes)
     parts = [
         [f"{plan.model_name} on {_where(plan)}, torch {plan.torch_version}"],
-        _columns([(name, *values) for name, *values in _figures(plan)], "lll", indent=2),
+        aligned([(name, *values) for name, *values in _figures(plan)], "lll", indent=2),
         [f"At the peak, {peak_place(plan)}:"],
-        _columns(
+        aligned(
             [(label(k), unit.text(b), _share(b, plan.peak_bytes)) for k, b in _filled(plan)], "lrr", indent=2
         ),
         ["Where it is decided:"],
-        _columns(
-            [("layer", "kept", "recomputed", "freed", "extra time"), *_row_cells(plan, unit)],
+        aligned(
+            [("layer", *_HEAD), *_row_cells(plan, unit)],
             "lrrrr",
             indent=2,
         ),
@@ -137,7 +136,7 @@ def _filled(plan: PlanData) -> list[tuple[str, int]]:
 
 
 def _row_cells(plan: PlanData, unit: ByteUnit) -> list[tuple[str, ...]]:
-    rows = rows_of(layers_of(plan), _TEXT_ROWS)
+    rows = rows_of(layers_of(plan), TEXT_ROWS)
     cells = [
         (
             row.name,
@@ -153,7 +152,7 @@ def _row_cells(plan: PlanData, unit: ByteUnit) -> list[tuple[str, ...]]:
 
 
 def _counts(plan: PlanData) -> str:
-    count = {d: sum(p.decision == d for p in plan.placements) for d in _DECISIONS}
+    count = {d: sum(p.decision == d for p in plan.placements) for d in DECISIONS}
     return (
         f"{len(plan.placements):,} values: {count['save']:,} kept, {count['recompute']:,} recomputed, "
         f"{count['free']:,} freed; {plan.op_count:,} ops in {len(plan.sequence):,} steps"
@@ -162,18 +161,6 @@ def _counts(plan: PlanData) -> str:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _columns(rows: Sequence[Sequence[str]], alignment: str, *, indent: int) -> list[str]:
-    widths = [max((len(row[k]) for row in rows), default=0) for k in range(len(alignment))]
-    padded = (
-        "  ".join(
-            cell.ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(row, widths, alignment, strict=True)
-        )
-        for row in rows
-    )
-    return [(" " * indent + line).rstrip() for line in padded]
 
 
 # -- table ----------------------------------------------------------------------------------------
@@ -322,7 +309,7 @@ def _lines(row: Row, unit: ByteUnit) -> list[list[str]]:
     largest = sorted(groups.items(), key=lambda item: -item[1][1])
     lines = [
         [
-            _cell(_DECISIONS[decision]),
+            _cell(DECISIONS[decision]),
             _cell(f"{inside}: {op}" if inside else op),
             _cell(f"{count:,.0f} x" if count > 1 else "", "n"),
             _cell(unit.text(size), "n"),

@@ -20,8 +20,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from planner.plans.outline import Outline
-from planner.units import bytes_text, seconds_text
-from planner.view.layers import ROOT, layers_of, recompute_seconds, rows_of
+from planner.units import DECISIONS, bytes_text, seconds_text
+from planner.view.layers import ROOT, TEXT_ROWS, layers_of, recompute_seconds, rows_of
 from solvers import Timeline
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ __all__ = ["Alternative", "Explanation", "explain"]
 
 _FEW = 3  # names in a list before it is cut short
 _MANY = 8  # paths with the end that was asked about
-_WORDS = {"save": "kept", "recompute": "recomputed", "free": "freed"}
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _exactly(plan: PlanData, name: str) -> tuple[Placement, ...]:
     if name and below:
         return below
     layers = layers_of(plan)
-    rows = (*rows_of(layers, 16), *rows_of(layers, len(layers) or 1))
+    rows = (*rows_of(layers, TEXT_ROWS), *rows_of(layers, len(layers) or 1))
     row = next((row for row in rows if row.name == name), None)
     return () if row is None else tuple(p for layer in row.layers for p in layer.placements)
 
@@ -333,13 +332,13 @@ def _value(p: Placement, spent_s: float = 0.0, rest: str = "") -> str:
     times = f" {p.times_recomputed} times" if p.times_recomputed > 1 else ""
     took = f", in {seconds_text(spent_s)}" if spent_s else ""
     what = f"`{p.name}` ({p.op} in {p.module or ROOT}, {bytes_text(p.bytes)})"
-    return f"{what} is {_WORDS[p.decision]}{times}{rest}{took}."
+    return f"{what} is {DECISIONS[p.decision]}{times}{rest}{took}."
 
 
 def _what_is(name: str, placements: Sequence[Placement], spent_s: float) -> str:
     """What a module makes, by decision."""
     parts = []
-    for decision, word in _WORDS.items():
+    for decision, word in DECISIONS.items():
         of = [p for p in placements if p.decision == decision]
         if of:
             parts.append(f"{len(of)} {word} ({bytes_text(sum(p.bytes for p in of))})")

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from planner.plans.plan_data import Placement, PlanData
 
-__all__ = ["ROOT", "Layer", "Row", "depth_rows", "layers_of", "recompute_seconds", "rows_of"]
+__all__ = ["ROOT", "TEXT_ROWS", "Layer", "Row", "depth_rows", "layers_of", "recompute_seconds", "rows_of"]
 
 ROOT = "(model itself)"  # what happens in no submodule
+TEXT_ROWS = 16  # of a summary; names of its rows can be asked about
 
 _FEW = 4  # a model of fewer layers is shown by its modules
 

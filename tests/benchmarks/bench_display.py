@@ -22,10 +22,10 @@ import matplotlib as mpl
 import torch
 
 from planner.checks import zoo
-from planner.checks.demo import aligned
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare
 from planner.view.plots import plot_frontier
+from planner.view.text import aligned
 
 RESULTS = Path(__file__).parent / "results" / "display.json"
 LAYERS = 114
@@ -105,7 +105,7 @@ def table(record: dict[str, Any]) -> list[str]:
         else (r["what"], f"{r['seconds']:.4f} s", f"{r['limit']:.1f} s")
         for r in record["rows"]
     ]
-    return aligned([("", "took", "limit"), *cells], left=(0,))
+    return aligned([("", "took", "limit"), *cells], "lrr", ruled=True)
 
 
 def main() -> int:

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from planner.checks.demo import aligned
-from planner.checks.trials import copies_of, prepare_example, race
+from planner.checks.trials import planned_copies, prepare_example, race
 from planner.checks.zoo import MODELS, Example, ResNet, UNet, gpt2, internvl, internvl_batch, token_batch
 from planner.options import Search
+from planner.view.text import aligned
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 MOST, MOST_OF_HOST = 1.03, 1.1
@@ -81,7 +81,7 @@ def _bench(example: Example, turns: int, most: float) -> dict[str, Any]:
     example.model.train()
     prepared = prepare_example(example, "roofline")
     plan = prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all"))
-    runners = copies_of(example.model, [plan])
+    runners = planned_copies(example.model, [plan])
     ran = race(runners, example.inputs, example.loss_fn, steps=turns, clock=cpu_seconds_of)
     assert ran.losses[0] == ran.losses[1], f"{example.name}: the losses differ from eager's"
     return {
@@ -115,7 +115,13 @@ def main(turns: int) -> int:
         for r in rows
     ]
     print("A plan that recomputes nothing, CPU seconds of forward and backward, medians over turns\n")
-    print("\n".join(aligned([("model", "ops", "eager ms", "planned ms", "ratio", "aim"), *cells], left=(0,))))
+    print(
+        "\n".join(
+            aligned(
+                [("model", "ops", "eager ms", "planned ms", "ratio", "aim"), *cells], "lrrrrr", ruled=True
+            )
+        )
+    )
     above = [row[0] for row, r in zip(cells, rows, strict=True) if r["ratio"] > r["most"]]
     if above:
         print(f"FAILED, above its aim: {', '.join(above)}", file=sys.stderr)

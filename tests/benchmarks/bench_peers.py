@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from planner.checks.demo import aligned
 from planner.checks.trials import race
+from planner.view.text import aligned
 from tests.models import PEERS
 from tests.peer_steps import BLOCKS, Peer, by_hand, measured_plan, peer
 
@@ -121,7 +121,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
                 f">= {1 + r['overhead_bound']:.3f}x" if planned else "",
             )
         )
-    return aligned([head, *cells], left=(0, 1))
+    return aligned([head, *cells], "ll" + "r" * (len(head) - 2), ruled=True)
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.checks.demo import aligned
+from planner.view.text import aligned
 from tests.benchmarks.race_methods import is_compiled
 from tests.benchmarks.race_rows import Row
 
@@ -214,9 +214,9 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
     race, batches = _race_cells(rows), _batch_cells(rows)
     if race:
-        lines += aligned([_HEAD, *race], left=(0, 2, 3))
+        lines += aligned([_HEAD, *race], "lrll" + "r" * 11, ruled=True)
     if batches:
-        lines += ["", *aligned([_BATCH_HEAD, *batches], left=(0, 1, 2))]
+        lines += ["", *aligned([_BATCH_HEAD, *batches], "lllrrrrrr", ruled=True)]
     notes = [f"{_name(row)}: {row.status}: {row.note}" for row in rows if row.status != "ok"]
     return [*lines, *(["", *notes] if notes else [])]
 
