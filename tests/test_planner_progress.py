@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_enable_keeps_nothing_of_a_bar_that_is_closed(monkeypatch: pytest.Monkey
     net(DATA[0]).sum().backward()
     gc.collect()
     assert len(bars) == 1 and bars[0]() is None
+
+
+def test_a_larger_batch_is_planned_for_in_silence() -> None:
+    """It comes in the middle of training, when the call that was listened to is long over."""
+    seen: list[Event] = []
+    net: Any = model()
+    plan = planner.plan(net, BUDGET_GB, DATA, costs="roofline", dynamic=True, progress=seen.append)
+    plan.apply(net)
+    told = len(seen)
+    net(torch.zeros(68, 32)).sum().backward()
+    variants = net.forward.step.variants
+    assert variants is not None and variants.solves == 2
+    assert told and len(seen) == told
 
 
 def test_enable_tells_when_the_first_batch_is_planned() -> None:

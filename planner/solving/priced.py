@@ -76,7 +76,8 @@ def prepare(
             given.check(model)
             dims = varying_dims(given, dynamic)
             joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
-            varying = Varying(Captures(dims, joint), on_larger, search)
+            later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
+            varying = Varying(Captures(dims, joint), on_larger, later)
         else:
             joint = capture(model, inputs, loss_fn)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
