@@ -31,7 +31,7 @@ from planner.runtime.forward import PlannedForward
 from planner.training import huggingface
 from planner.training.calls import Call
 from planner.training.making import PlanMaker
-from planner.training.plan_cache import Kept, PerShape
+from planner.training.plan_cache import KeptPlan, PlanCache
 from planner.training.settings import Settings
 from planner.training.sharing import Room
 from planner.training.step_calls import StepCalls
@@ -60,7 +60,7 @@ class OnDemand:
         self._announced = False
         self._calls = StepCalls(settings.calls_per_step, huggingface.calls_per_step(root))
         self._maker = PlanMaker(root, planned, settings, self._calls, around)
-        self._plans = PerShape(settings.max_plans)
+        self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
 
     def change(self, settings: Settings) -> None:
@@ -69,7 +69,7 @@ class OnDemand:
             return
         self.settings = settings
         self._maker.change(settings)
-        self._plans = PerShape(settings.max_plans)
+        self._plans = PlanCache(settings.max_plans)
         self._calls.tell(settings.calls_per_step)
 
     @property
@@ -88,7 +88,7 @@ class OnDemand:
         device = next(self.planned.parameters()).device
         return Call.of(args, kwargs, device=device, has_gradients=adds, place=place)
 
-    def find(self, call: Call) -> Kept | None:
+    def find(self, call: Call) -> KeptPlan | None:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
         kept = self._plans.find(call)
         if kept is None or self._calls.per_step is None or not self._room(call).suits(kept.plan, kept.room):
@@ -103,7 +103,7 @@ class OnDemand:
         self.last = kept.plan
         return kept
 
-    def make(self, call: Call, original: Callable[..., Any]) -> Kept:
+    def make(self, call: Call, original: Callable[..., Any]) -> KeptPlan:
         """A plan for this call and what runs it.  Errors as :func:`planner.plan`."""
         self._refuse(call)
         began = time.perf_counter()
@@ -115,13 +115,13 @@ class OnDemand:
                 self._edited(edited)
             plan = self._maker.make(call, search, self.last)
             runner = PlannedForward(self.planned, plan.executable(), original=original)
-        kept = Kept(plan, runner, self._room(call), any_size=runner.step.variants is not None)
+        kept = KeptPlan(plan, runner, self._room(call), any_size=runner.step.variants is not None)
         self._plans.keep(call, kept)
         self.last = plan
         self._announce(plan, call, time.perf_counter() - began)
         return kept
 
-    def started(self, kept: Kept) -> None:
+    def started(self, kept: KeptPlan) -> None:
         """The forward of a call has run; from here to its backward it holds memory."""
         variants, held = kept.runner.step.variants, kept.plan.held_bytes
         if variants is not None:
@@ -139,7 +139,7 @@ class OnDemand:
         log.info("%s is planned again: %s", type(self.root).__name__, why)
         self._calls.restart(huggingface.calls_per_step(self.root))
         self._maker.forget()
-        self._plans = PerShape(self.settings.max_plans)
+        self._plans = PlanCache(self.settings.max_plans)
         self._parameters = None
 
     def _refuse(self, call: Call) -> None:

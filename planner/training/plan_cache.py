@@ -1,6 +1,6 @@
 """Which plan serves a call: the one place that knows that batches come in many shapes.
 
-:class:`PerShape` keeps a plan per signature, or one for all calls that differ in sizes only where a plan
+:class:`PlanCache` keeps a plan per signature, or one for all calls that differ in sizes only where a plan
 is for any size (:mod:`planner.runtime.variants`); the least recently used is dropped.  :class:`StepCache`
 does the same for the captured steps that plans are made from, and knows when sizes are to vary.
 """
@@ -19,7 +19,7 @@ from planner.solving.priced import PricedStep
 from planner.training.calls import Call, Signature
 from planner.training.sharing import Room
 
-__all__ = ["Kept", "PerShape", "StepCache"]
+__all__ = ["KeptPlan", "PlanCache", "StepCache"]
 
 # Shapes of a kind captured one by one before sizes become symbols, which takes as long as five of them.
 FIXED = 2
@@ -28,7 +28,7 @@ FIXED = 2
 MOST_KINDS = 64
 
 
-class Kept(NamedTuple):
+class KeptPlan(NamedTuple):
     """A plan, what runs it, and the room it was made for.
 
     ``any_size``  whether it serves calls of other sizes too.
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     any_size: bool = False
 
 
-class PerShape:
+class PlanCache:
     """One plan per signature, ``most`` of them.
 
     ``largest``  the signature with most elements that has been planned.
@@ -49,9 +49,9 @@ class PerShape:
     def __init__(self, most: int) -> None:
         self.most = most
         self.largest: Signature | None = None
-        self._kept: OrderedDict[Signature, Kept] = OrderedDict()
+        self._kept: OrderedDict[Signature, KeptPlan] = OrderedDict()
 
-    def find(self, call: Call) -> Kept | None:
+    def find(self, call: Call) -> KeptPlan | None:
         """The plan for this call and what runs it, if there is one."""
         for signature in (call.signature, call.signature.kind):
             kept = self._kept.get(signature)
@@ -60,7 +60,7 @@ class PerShape:
                 return kept
         return None
 
-    def keep(self, call: Call, kept: Kept) -> None:
+    def keep(self, call: Call, kept: KeptPlan) -> None:
         """From now on this serves calls like ``call``."""
         self._kept[call.signature.kind if kept.any_size else call.signature] = kept
         if len(self._kept) > self.most:
