@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +34,9 @@ from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
-from planner.capture.as_eager.masks import masks_as_eager
-from planner.capture.as_eager.recurrences import gru, lstm_gradients
-
 __all__ = [
     "BoxedCodeGen",
+    "CheckpointCalls",
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
@@ -154,13 +153,18 @@ def _python_forms(on_cpu: bool = True) -> tuple[tuple[Any, Any], ...]:
 
 
 @contextlib.contextmanager
-def kernels_as_eager(on_cpu: bool = True) -> Iterator[None]:
+def kernels_as_eager(
+    gru: Callable[..., Any], lstm_gradients: Callable[..., Any], on_cpu: bool = True
+) -> Iterator[None]:
     """Inside a trace: ops that torch would restate in Python for compilers stay the kernels that eager runs.
 
     Interpolation is the case that matters: its formula has other rounding, twenty times the ops, and
     other memory.  Where a kernel's output is laid out otherwise than its fake form says, the fake form is
     corrected: a ``reshape`` after it is a view or a copy by that layout.  What raises on a singular matrix
-    stays too.  2.0+
+    stays too.  The registries are process-global and put back.  2.0+
+
+    ``gru``             what ``aten::gru.input`` is composed of on the CPU.
+    ``lstm_gradients``  fake form of ``aten::mkldnn_rnn_layer_backward``.
     """
     formulas = importlib.import_module("torch._decomp").decomposition_table
     checks = torch.ops.aten._linalg_check_errors.default
@@ -231,31 +235,36 @@ def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Calla
 def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
+    Called inside :func:`kernels_as_eager`.
+
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
     """
-    tensors = (*args, *module.parameters(), *module.buffers())
-    with (
-        _tracing_flags(),
-        kernels_as_eager(on_cpu=all(t.device.type == "cpu" for t in tensors)),
-        masks_as_eager(module, not_compiling),
-        contextlib.ExitStack() as stack,
-    ):
+    with _tracing_flags(), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, _record_nn_module_stack=True)
         return joint.graph_module
 
 
+@dataclass
+class CheckpointCalls:
+    """How often ``torch.utils.checkpoint`` was entered."""
+
+    count: int = 0
+
+
 @contextlib.contextmanager
-def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
-    """Call ``found`` when anything enters ``torch.utils.checkpoint`` while the context is open.
+def checkpoint_calls() -> Iterator[CheckpointCalls]:
+    """Count what enters ``torch.utils.checkpoint`` while the context is open.
 
     Models hold ``checkpoint`` itself under many names, so its internals are watched instead.
     """
 
+    calls = CheckpointCalls()
+
     def watch(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            found()
+            calls.count += 1
             return original(*args, **kwargs)
 
         return watched
@@ -265,7 +274,7 @@ def checkpoint_calls(found: Callable[[], None]) -> Iterator[None]:
     _checkpoint._checkpoint_without_reentrant_generator = watch(generator)
     _checkpoint.CheckpointFunction.apply = watch(function)  # type: ignore[method-assign]
     try:
-        yield
+        yield calls
     finally:
         _checkpoint._checkpoint_without_reentrant_generator = generator
         del _checkpoint.CheckpointFunction.apply  # the class inherits it

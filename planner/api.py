@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from planner.capture.joint_graph import LossFn
+from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier

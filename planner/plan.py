@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from planner.capture.joint_graph import LossFn
-from planner.capture.wrappers import unwrapped
+from planner.capture.module import unwrapped
+from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
 from planner.options import Search
 from planner.plans import serialize

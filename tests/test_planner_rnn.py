@@ -192,9 +192,9 @@ def test_on_a_gpu_the_tracer_keeps_its_forms() -> None:
     assert ours <= {op for op, _ in _compat._python_forms(on_cpu=True)}
     assert not ours & {op for op, _ in _compat._python_forms(on_cpu=False)}
     before = dict(aten.gru.input.py_kernels)
-    with _compat.kernels_as_eager(on_cpu=False):
+    with _compat.kernels_as_eager(recurrences.gru, recurrences.lstm_gradients, on_cpu=False):
         assert dict(aten.gru.input.py_kernels) == before
-    with _compat.kernels_as_eager(on_cpu=True):
+    with _compat.kernels_as_eager(recurrences.gru, recurrences.lstm_gradients, on_cpu=True):
         now = aten.gru.input.py_kernels
         assert {now[key] for key in _compat._FORM_KEYS} == {recurrences.gru}
     assert dict(aten.gru.input.py_kernels) == before

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat
-from planner.capture.wrappers import bucket_bytes
+from planner.memory.resident import bucket_bytes
 from planner.plan import Plan
 from planner.plans.serialize import FORMAT, from_text, to_text
 from planner.runtime.build import recaptured

@@ -25,9 +25,6 @@ from planner.errors import TraceError
 __all__ = [
     "Effects",
     "attributes_kept",
-    "has_hooks",
-    "hooks_on_submodules",
-    "original_forward",
     "settled",
     "tensors_kept",
 ]
@@ -166,39 +163,3 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return any(map(_holds_tensor, value.values() if isinstance(value, dict) else value))
     return isinstance(value, torch.Tensor)
-
-
-def original_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's own forward, whatever plan or switch stands in for it."""
-    forward: Callable[..., Any] = model.forward
-    while (beneath := getattr(forward, "original", None)) is not None:
-        forward = beneath
-    return forward
-
-
-def hooks_on_submodules(model: nn.Module) -> list[str]:
-    """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
-    return [name for name, module in model.named_modules() if name and has_hooks(module)]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
-
-    Two kinds that transformers sets are no such hooks, since what they do is in the graph: its recorders
-    of hidden states and attentions, and what makes embeddings require grad for checkpointing (it stays
-    when checkpointing is switched off).
-    """
-    forward, before = module._forward_hooks, module._forward_pre_hooks
-    backward, before_backward = module._backward_hooks, module._backward_pre_hooks
-    if not (forward or before or backward or before_backward):  # asked of each module at each step
-        return False
-    kinds = forward, before, backward, before_backward
-    return any(_acts_on_the_side(hook) for kind in kinds for hook in kind.values())
-
-
-def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
-    module, name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
-    return module != "transformers.utils.output_capturing" and (module, name) != (
-        "transformers.modeling_utils",
-        "make_inputs_require_grads",
-    )

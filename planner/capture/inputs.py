@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planner._compat import FakeTensor, FakeTensorMode, pytree
-from planner.capture.effects import original_forward
+from planner.capture.module import original_forward
 
 __all__ = ["Inputs"]
 

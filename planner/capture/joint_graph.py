@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -34,18 +35,21 @@ from torch import fx, nn
 from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
-from planner.capture.effects import Effects, attributes_kept, original_forward, settled, tensors_kept
-from planner.capture.fakes import fake_inputs, fake_of
+from planner.capture.as_eager.masks import masks_as_eager
+from planner.capture.as_eager.recurrences import gru, lstm_gradients
+from planner.capture.effects import Effects, attributes_kept, settled, tensors_kept
 from planner.capture.inputs import Inputs
-from planner.capture.outputs import OutputTemplate, template_of
+from planner.capture.module import original_forward
+from planner.capture.outputs import LossFn, OutputTemplate, template_of
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
-from planner.capture.sizes import Dims, Sizes, evaluate
+from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
 from planner.errors import PlannerError, TraceError
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
-LossFn = Callable[[Any], torch.Tensor]
+# A trace changes what is the whole process's (see capture).
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -181,29 +185,37 @@ def capture(
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.capture.effects`).
+    While it traces it changes settings that are the whole process's (the tracer's registries, an environment
+    variable that libraries read) and puts them back: captures of several threads wait for each other.
+
     Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
-    given = Inputs.of(model, inputs)
+    with _ONE_AT_A_TIME:
+        return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
+
+
+def _captured(
+    model: nn.Module, given: Inputs, loss_fn: LossFn | None, used: frozenset[int] | None, dims: Dims | None
+) -> JointGraph:
     refuse_unplannable(model, given.tensors())
     given.check(model)
     flat, in_spec = given.flatten()
     mode, fake, sizes = fake_inputs(model, flat, dims)
-    found: list[None] = []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         attributes_kept(model) as effects,
-        _compat.checkpoint_calls(lambda: found.append(None)),
-        explained(model, found),
+        _compat.checkpoint_calls() as calls,
+        explained(model, calls),
     ):
         loss = None
         if loss_fn is not None:
             loss, used = _trace_loss(model, given, loss_fn)
-        step = _Step(model, fake, in_spec, used)
+        step = _FlatModel(model, fake, in_spec, used)
         with _module_paths(model):
-            module = _compat.export_joint(step, tuple(x for x in fake if isinstance(x, torch.Tensor)), {})
-    _refuse_side_effects(model, given, bool(found), effects)
+            module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+    _refuse_side_effects(model, given, calls.count > 0, effects)
     template = step.template
     assert template is not None
     traced = _sort_out(module, step.names, tuple(step.rebound))
@@ -223,7 +235,7 @@ def capture(
     joint = JointGraph(traced, loss, template, in_spec, given, sees_loss)
     if sizes is None:
         return joint
-    with explained(model, found):
+    with explained(model, calls):
         sizes = sizes.guarded(mode)
     bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
     loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
@@ -246,7 +258,7 @@ def _refuse_side_effects(model: nn.Module, given: Inputs, checkpointed: bool, ef
         )
 
 
-class _Step(nn.Module):
+class _FlatModel(nn.Module):
     """The model as a function of flat tensors, each parameter once.
 
     Tied parameters would otherwise be two leaves whose gradients somebody has to add again; here
@@ -332,8 +344,24 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
+def _exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphModule:
+    """The joint graph of ``module``, of the kernels that eager would run."""
+    on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
+    with (
+        _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
+        masks_as_eager(module, _compat.not_compiling),
+    ):
+        return _compat.export_joint(module, inputs, {})
+
+
 def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
-    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), explained(model, []):
+    with (
+        _ONE_AT_A_TIME,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        attributes_kept(model),
+        explained(model),
+    ):
         return _trace_loss(model, inputs, loss_fn)[0]
 
 
@@ -352,7 +380,7 @@ def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Trac
     template, tensors = template_of(type(model).__name__, _output_on_fakes(model, inputs), None)
     inner = _Loss(template, loss_fn)
     leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
-    traced = _sort_out(_compat.export_joint(inner, leaves, {}), {})
+    traced = _sort_out(_exported(inner, leaves), {})
     used = frozenset(traced.input_gradients)
     if not used:
         raise PlannerError("loss_fn's result does not depend on any output of the model that requires grad")

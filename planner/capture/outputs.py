@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from planner._compat import pytree
 from planner.errors import TraceError
 
-__all__ = ["Leaf", "OutputTemplate", "loss_index", "loss_within", "register_dataclasses", "template_of"]
+__all__ = [
+    "Leaf",
+    "LossFn",
+    "OutputTemplate",
+    "loss_index",
+    "loss_within",
+    "register_dataclasses",
+    "template_of",
+]
+
+# What a model returned -> the scalar that is differentiated.
+LossFn: TypeAlias = Callable[[Any], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,35 @@
-"""Models whose graph would not be their training step are refused: what stops it, and the way out."""
+"""Models whose graph would not be their training step are refused: what stops it, and the way out.
+
+See :mod:`planner.training.distributed` for what a plan does among several processes, and why.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import linecache
 import logging
+import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from planner import _compat
-from planner.capture.effects import hooks_on_submodules
-from planner.capture.wrappers import refuse_sharded
 from planner.errors import PlannerError, TraceError
 
-__all__ = ["checkpoints_itself", "explained", "refuse_unplannable"]
+__all__ = [
+    "checkpoints_itself",
+    "explained",
+    "has_hooks",
+    "hooks_on_submodules",
+    "is_sharded",
+    "refuse_unplannable",
+    "sharded_message",
+]
 
 log = logging.getLogger(__name__)
 
@@ -32,65 +43,125 @@ def checkpoints_itself(model_name: str, how: str) -> TraceError:
 
 
 def refuse_unplannable(model: nn.Module, inputs: Sequence[torch.Tensor] = ()) -> None:
-    """Raise for models and inputs whose graph would not be a training step."""
+    """Raise for models and inputs whose graph would not be a training step.
+
+    ``TypeError`` for what is no module; else the first of ``_CHECKS`` that has something to say.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise PlannerError(
-            f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
-            f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
-        )
+    for check in _CHECKS:
+        error = check(model, inputs)
+        if error is not None:
+            raise error
+    _warn_of_fused(model)
+
+
+def _nothing_to_train(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    if any(p.requires_grad for p in model.parameters()):
+        return None
+    return PlannerError(
+        f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
+        f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
+    )
+
+
+def _lazy(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     unmade = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
-    if unmade:
-        raise PlannerError(
-            f"{type(model).__name__} has lazy parameters without a size yet ({unmade[0]}): call it once on a "
-            "batch, then plan"
-        )
+    if not unmade:
+        return None
+    return PlannerError(
+        f"{type(model).__name__} has lazy parameters without a size yet ({unmade[0]}): call it once on a "
+        "batch, then plan"
+    )
+
+
+def _sparse_gradients(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     for name, module in model.named_modules():
-        if (
-            isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            and module.sparse
-            and module.weight.requires_grad
-        ):
-            raise PlannerError(
+        bag = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if bag and module.sparse and module.weight.requires_grad:
+            return PlannerError(
                 f"{name or 'the model'} makes sparse gradients (sparse=True), whose size is known only when "
                 "they are made; build it with sparse=False"
             )
+    return None
+
+
+def _checkpoints(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False) is True:
-            raise checkpoints_itself(
-                type(model).__name__, f"{name or 'model'}.gradient_checkpointing is True"
+            how = f"{name or 'model'}.gradient_checkpointing is True"
+            return checkpoints_itself(type(model).__name__, how)
+    return None
+
+
+def _sparse_tensors(model: nn.Module, inputs: Sequence[torch.Tensor]) -> PlannerError | None:
+    given = ((f"input {i}", t) for i, t in enumerate(inputs))
+    for name, t in (*model.named_parameters(), *model.named_buffers(), *given):
+        if t.layout != torch.strided:
+            return PlannerError(
+                f"{name} is {str(t.layout).removeprefix('torch.')}; a plan is for dense tensors. "
+                "Keep it outside what is planned, or make it dense (a sparse adjacency: index_add)"
             )
-    named = [
-        *model.named_parameters(),
-        *model.named_buffers(),
-        *((f"input {i}", t) for i, t in enumerate(inputs)),
-    ]
-    sparse = [(n, t.layout) for n, t in named if t.layout != torch.strided]
-    if sparse:
-        raise PlannerError(
-            f"{sparse[0][0]} is {str(sparse[0][1]).removeprefix('torch.')}; a plan is for dense tensors. "
-            "Keep it outside what is planned, or make it dense (a sparse adjacency: index_add)"
-        )
-    refuse_sharded(model)
+    return None
+
+
+def _talks_to_ranks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            return PlannerError(
+                f"{name or 'the model'} is a SyncBatchNorm, which talks to the other ranks inside the "
+                "forward; a captured step cannot. Use BatchNorm, or plan parts of the model without it"
+            )
+        if name and is_sharded(module):
+            return PlannerError(sharded_message(name))
+    return None
+
+
+def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, _types("torch.distributed.tensor", "DTensor")):
+            return PlannerError(sharded_message(name) if is_sharded(model) else _SPREAD.format(name))
+    return None
+
+
+def _hooks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     hooked = hooks_on_submodules(model)
-    if hooked:
-        raise PlannerError(
-            f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
-            f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
-            "Remove them, or register them on the model itself (torch.nn.utils.spectral_norm and weight_norm "
-            "are hooks too; those in torch.nn.utils.parametrizations are not)"
-        )
+    if not hooked:
+        return None
+    return PlannerError(
+        f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
+        f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
+        "Remove them, or register them on the model itself (torch.nn.utils.spectral_norm and weight_norm "
+        "are hooks too; those in torch.nn.utils.parametrizations are not)"
+    )
+
+
+def _devices(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if any(device.type == "meta" for device in devices):
-        raise TraceError(
+        return TraceError(
             f"{type(model).__name__} lives on the meta device, which drops the backward; build it under "
             "torch's FakeTensorMode or on a real device"
         )
     if len(devices) > 1:
-        raise TraceError(
+        return TraceError(
             f"{type(model).__name__} is spread over {sorted(map(str, devices))}; a plan is for one device"
         )
-    _warn_of_fused(model)
+    return None
+
+
+# What stops a capture, in the order in which it is asked; each check gives the error, or ``None``.
+_CHECKS: tuple[Callable[[nn.Module, Sequence[torch.Tensor]], PlannerError | None], ...] = (
+    _nothing_to_train,
+    _lazy,
+    _sparse_gradients,
+    _checkpoints,
+    _sparse_tensors,
+    _talks_to_ranks,
+    _spread_parameters,
+    _hooks,
+    _devices,
+)
 
 
 def _warn_of_fused(model: nn.Module) -> None:
@@ -113,8 +184,11 @@ def _is_cudnns(module: nn.RNNBase) -> bool:
 
 
 @contextlib.contextmanager
-def explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
-    """Turn whatever the tracer raises into a ``TraceError`` that names the model's own source line."""
+def explained(model: nn.Module, calls: _compat.CheckpointCalls | None = None) -> Iterator[None]:
+    """Turn whatever the tracer raises into a ``TraceError`` that names the model's own source line.
+
+    ``calls``  of ``torch.utils.checkpoint`` so far: where there are any, they are the reason.
+    """
     try:
         yield
     except PlannerError:
@@ -130,7 +204,7 @@ def explained(model: nn.Module, checkpointed: list[None]) -> Iterator[None]:
         IndexError,
     ) as e:
         name = type(model).__name__
-        if checkpointed:
+        if calls is not None and calls.count:
             why = "its forward calls torch.utils.checkpoint"
             raise checkpoints_itself(name, why) from e
         place, function = _place_in_source(e)
@@ -180,3 +254,62 @@ def _line_of(frame: FrameType, line: int) -> str:
     path = frame.f_code.co_filename
     source = linecache.getline(path, line).strip()
     return f"{path}:{line} ({source})" if source else f"{path}:{line}"
+
+
+# -- sharded models -----------------------------------------------------------------------------------
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP gathers the parameters of ``module``."""
+    return isinstance(module, _types("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel"))
+
+
+def sharded_message(name: str) -> str:
+    """What to do about a sharded module inside a plan."""
+    return (
+        f"{name} is sharded (FSDP) and gathers its parameters by hooks, which a captured step would not run. "
+        "Plan each block by itself before it is sharded: plan.apply(block), then fully_shard(block)"
+    )
+
+
+def _types(module: str, *names: str) -> tuple[type, ...]:
+    """Classes of a module that nobody needs to have imported yet."""
+    found = sys.modules.get(module)
+    return tuple(getattr(found, name) for name in names) if found is not None else ()
+
+
+_SPREAD = (
+    "{} is a DTensor, spread over several devices; a plan is for one device. Plan the parts that are not, or "
+    "before the model is spread"
+)
+
+
+# -- hooks --------------------------------------------------------------------------------------------
+
+
+def hooks_on_submodules(model: nn.Module) -> list[str]:
+    """Names of submodules that carry hooks a graph would skip; the model itself may carry any."""
+    return [name for name, module in model.named_modules() if name and has_hooks(module)]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` carries forward or backward hooks that a captured graph would leave out.
+
+    Two kinds that transformers sets are no such hooks, since what they do is in the graph: its recorders
+    of hidden states and attentions, and what makes embeddings require grad for checkpointing (it stays
+    when checkpointing is switched off).
+    """
+    forward, before = module._forward_hooks, module._forward_pre_hooks
+    backward, before_backward = module._backward_hooks, module._backward_pre_hooks
+    if not (forward or before or backward or before_backward):  # asked of each module at each step
+        return False
+    kinds = forward, before, backward, before_backward
+    return any(_acts_on_the_side(hook) for kind in kinds for hook in kind.values())
+
+
+def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
+    module, name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
+    return module != "transformers.utils.output_capturing" and (module, name) != (
+        "transformers.modeling_utils",
+        "make_inputs_require_grads",
+    )

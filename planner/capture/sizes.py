@@ -1,4 +1,4 @@
-"""Sizes that vary from batch to batch, as symbols.
+"""Inputs without memory, and sizes that vary from batch to batch, as symbols.
 
 A capture with symbols holds for every batch that meets its guards.  A plan needs numbers, so the
 captured graph is *evaluated*: every symbolic tensor becomes a fake one at the sizes planned for, on
@@ -19,14 +19,15 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from planner import _compat
 from planner._compat import FakeTensor, FakeTensorMode, pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
+from planner.errors import TraceError
 
-__all__ = ["Dims", "Dynamic", "Sizes", "evaluate", "varying_dims"]
+__all__ = ["Dims", "Dynamic", "Sizes", "evaluate", "fake_inputs", "fake_of", "varying_dims"]
 
 Dynamic: TypeAlias = bool | Mapping[str | int, Sequence[int]]
 
@@ -150,6 +151,51 @@ class Sizes:
     @cached_property
     def _layout(self) -> Any:
         return _compat.compiled([n for layout in self.layouts for n in layout], self.symbols)
+
+
+def _mode_of(model: nn.Module, flat: list[Any]) -> FakeTensorMode:
+    for tensor in (*model.parameters(), *model.buffers(), *flat):
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_inputs(
+    model: nn.Module, flat: list[Any], dims: Dims | None
+) -> tuple[FakeTensorMode, list[Any], Sizes | None]:
+    """The inputs as fake tensors, of symbolic sizes where ``dims`` says so, their mode and the symbols.
+
+    Raises ``TraceError`` where sizes are to vary and the model is made of fake tensors.
+    """
+    if dims is None or not any(dims):
+        mode = _mode_of(model, flat)
+        return mode, [fake_of(mode, x) if isinstance(x, torch.Tensor) else x for x in flat], None
+    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
+        raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
+    mode = _compat.symbolic_mode()
+    named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
+    fake = [
+        _compat.symbolic_fake(mode, _plain(x), *next(named)) if isinstance(x, torch.Tensor) else x
+        for x in flat
+    ]
+    return mode, fake, Sizes.of([x for x in fake if isinstance(x, torch.Tensor)])
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor by itself: no fake, which another mode does not take (inputs are small), and no view, whose
+    base would bring symbols of its own."""
+    if isinstance(tensor, FakeTensor):
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    elif tensor._is_view():
+        made = tensor.data
+    else:
+        return tensor
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def fake_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without memory, at its own sizes; a fake one is left in the mode it is of."""
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 
 def evaluate(

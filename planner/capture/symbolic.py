@@ -7,18 +7,19 @@ import logging
 from torch import nn
 
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import JointGraph, LossFn, capture
+from planner.capture.joint_graph import JointGraph, capture
+from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dims
 from planner.errors import TraceError
 
-__all__ = ["Captures", "capture_varying"]
+__all__ = ["SymbolicCaptures", "capture_varying"]
 
 log = logging.getLogger(__name__)
 
 _MOST = 64  # beyond that the oldest go; only a model that no symbols fit comes so far
 
 
-class Captures:
+class SymbolicCaptures:
     """The captures of one step, shared by all plans for it.
 
     ``dims``    which dimensions of each input tensor are symbols.

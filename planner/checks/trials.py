@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from planner.capture.outputs import LossFn
 from planner.checks.zoo import Example
 from planner.measure.peaks import Comparison, StepRecord, compare, run_step, step_flops, step_peak
-from planner.measure.step import Inputs, LossFn, backward, forward
+from planner.measure.step import Batch, backward, forward
 from planner.plan import Plan
 from planner.solving.priced import CostSource, PricedStep, prepare
 
@@ -136,7 +137,7 @@ def planned_copies(model: nn.Module, plans: Sequence[Plan]) -> list[nn.Module]:
 
 def race(
     runners: Sequence[nn.Module],
-    inputs: Inputs,
+    inputs: Batch,
     loss_fn: LossFn | None = None,
     *,
     steps: int,
@@ -179,7 +180,7 @@ def _rotated(count: int, turn: int) -> list[int]:
 class _TimedStep:
     """Forward and backward, to be called once; then ``loss`` is there."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> None:
+    def __init__(self, model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> None:
         self.model, self.inputs, self.loss_fn = model, inputs, loss_fn
         self.loss = torch.tensor(float("nan"))
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner._compat import clear_cublas_workspaces
+from planner.capture.outputs import LossFn
 from planner.measure.meter import StorageMeter
 from planner.measure.step import (
-    Inputs,
-    LossFn,
+    Batch,
     backward,
     call,
     cuda_devices,
@@ -69,7 +69,7 @@ aten = torch.ops.aten
 
 def step_peak(
     fn_or_module: nn.Module | Callable[..., Any],
-    inputs: Inputs = None,
+    inputs: Batch = None,
     *,
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,
@@ -146,7 +146,7 @@ class CudaPeak:
 
 def cuda_step_peak(
     fn_or_module: nn.Module | Callable[..., Any],
-    inputs: Inputs = None,
+    inputs: Batch = None,
     *,
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,
@@ -276,7 +276,7 @@ class _NoModules:
 
 def step_flops(
     fn_or_module: nn.Module | Callable[..., Any],
-    inputs: Inputs = None,
+    inputs: Batch = None,
     *,
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,
@@ -340,7 +340,7 @@ class StepRecord:
 
 def run_step(
     model: nn.Module,
-    inputs: Inputs = None,
+    inputs: Batch = None,
     *,
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,

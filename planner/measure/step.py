@@ -11,20 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from planner._compat import pytree
-from planner.capture import inputs as inputs_module
-from planner.capture.outputs import loss_within, register_dataclasses
+from planner.capture.inputs import Inputs
+from planner.capture.outputs import LossFn, loss_within, register_dataclasses
 from planner.errors import PlannerError
 
 __all__ = [
+    "Batch",
     "Forward",
-    "Inputs",
-    "LossFn",
     "backward",
     "call",
     "cuda_devices",
@@ -37,13 +36,13 @@ __all__ = [
     "undone",
 ]
 
-Inputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | inputs_module.Inputs | None
-LossFn = Callable[[Any], Tensor]
+# Arguments by position, by keyword, the only one, as a capture has them, or none.
+Batch: TypeAlias = tuple[Any, ...] | Mapping[str, Any] | Tensor | Inputs | None
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors of a nest of containers (tuples, dicts, registered dataclasses), in order."""
-    if isinstance(tree, inputs_module.Inputs):
+    if isinstance(tree, Inputs):
         tree = (tree.args, tree.kwargs)
     if isinstance(tree, Mapping):  # a tokenizer's BatchEncoding is one that pytree does not know
         tree = list(tree.values())
@@ -66,10 +65,10 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
     return loss_within(outputs)
 
 
-def call(target: Callable[..., Any], inputs: Inputs) -> Any:
+def call(target: Callable[..., Any], inputs: Batch) -> Any:
     if inputs is None:
         return target()
-    if isinstance(inputs, inputs_module.Inputs):
+    if isinstance(inputs, Inputs):
         return target(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return target(**inputs)
@@ -90,7 +89,7 @@ class Forward(NamedTuple):
     roots: list[Tensor]
 
 
-def forward(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> Forward:
+def forward(model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> Forward:
     outputs = call(model, inputs)
     loss = loss_of(outputs, loss_fn)
     roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
@@ -133,14 +132,14 @@ def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
     return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 
 
-def held(model: nn.Module | None, inputs: Inputs) -> list[Tensor]:
+def held(model: nn.Module | None, inputs: Batch) -> list[Tensor]:
     """What a step holds from beginning to end: parameters, buffers, inputs."""
     own = [] if model is None else [*model.parameters(), *model.buffers()]
     return [*own, *tensors_in(inputs)]
 
 
 @contextmanager
-def undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
     """Run a step as if it had not been: gradients (required to be None), buffers, random state."""
     leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
     for name, leaf in leaves:
@@ -168,7 +167,7 @@ def undone(model: nn.Module, inputs: Inputs) -> Iterator[None]:
                 leaf.grad = None
 
 
-def device_of(model: nn.Module | None, inputs: Inputs, device: torch.device | str | None) -> torch.device:
+def device_of(model: nn.Module | None, inputs: Batch, device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
     return next((t.device for t in held(model, inputs)), torch.device("cpu"))

@@ -7,20 +7,22 @@ count once; on CUDA each is rounded up as its allocator does.  Optimizer state: 
 
 from __future__ import annotations
 
+import gc
 import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from planner._compat import (
     storage_key,
 )
-from planner.capture.wrappers import bucket_bytes
 from planner.devices.state import allocation_grain
-from planner.measure.step import Inputs, device_of, tensors_in
+from planner.measure.step import Batch, device_of, tensors_in
 from planner.memory.optimizer_state import (
     OptimizerBytes,
     OptimizerLike,
@@ -32,6 +34,7 @@ from planner.units import rounded_up
 
 __all__ = [
     "Resident",
+    "bucket_bytes",
     "budget_bytes_of",
     "resident_of",
 ]
@@ -100,7 +103,7 @@ class Resident:
 
 def resident_of(
     model: nn.Module,
-    inputs: Inputs = None,
+    inputs: Batch = None,
     optimizer: OptimizerLike | None = None,
     *,
     device: torch.device | str | None = None,
@@ -140,4 +143,21 @@ def resident_of(
     )
 
 
-# ---------------------------------------------------------------------------------------- optimizers
+def bucket_bytes(model: nn.Module) -> int:
+    """Bytes of the gradient buckets of every DistributedDataParallel that holds parameters of ``model``."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0
+    mine = {id(p) for p in model.parameters()}
+    found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return sum(_bucket_bytes(ddp) for ddp in found if any(id(p) in mine for p in ddp.parameters()))
+
+
+def _bucket_bytes(ddp: DistributedDataParallel) -> int:
+    total = _gradient_bytes(ddp.module)
+    if ddp.gradient_as_bucket_view:  # gradients that exist lie in the buckets
+        total -= sum(p.grad.nbytes for p in ddp.parameters() if p.grad is not None)
+    return max(0, total)
+
+
+def _gradient_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)

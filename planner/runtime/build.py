@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planner.capture.joint_graph import capture
-from planner.capture.symbolic import Captures
+from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import training_graph
@@ -59,7 +59,9 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
     captured = CapturedStep.of(model, joint, training_graph(joint))
     check_is_of(plan, captured)
-    return captured, None if plan.varying_dims is None else Varying(Captures(plan.varying_dims, joint))
+    return captured, None if plan.varying_dims is None else Varying(
+        SymbolicCaptures(plan.varying_dims, joint)
+    )
 
 
 def check_is_of(plan: PlanData, captured: CapturedStep) -> None:

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.capture.effects import has_hooks
 from planner.capture.expectation import Expectation, TensorSpec, autocast_state
-from planner.capture.wrappers import is_sharded, sharded_message
+from planner.capture.refusals import has_hooks, is_sharded, sharded_message
 from planner.errors import PlannerError, StalePlanError
 
 __all__ = ["Guard"]

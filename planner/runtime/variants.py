@@ -38,8 +38,9 @@ from planner import _compat
 from planner._compat import pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import JointGraph, LossFn
-from planner.capture.symbolic import Captures
+from planner.capture.joint_graph import JointGraph
+from planner.capture.outputs import LossFn
+from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph
@@ -67,7 +68,7 @@ class Varying:
     ``around``     the context in which a batch is captured and planned for in the middle of training.
     """
 
-    captures: Captures
+    captures: SymbolicCaptures
     on_larger: OnLarger = "replan"
     search: Search = field(default_factory=Search)
     around: Callable[[], AbstractContextManager[None]] = nullcontext

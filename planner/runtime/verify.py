@@ -8,7 +8,7 @@ from torch import nn
 
 from planner._compat import FakeTensor
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import LossFn
+from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
 from planner.measure.peaks import Comparison, compare, run_step, step_flops, step_peak
 from planner.plans.plan_data import PlanData

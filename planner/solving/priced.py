@@ -15,10 +15,11 @@ from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import JointGraph, LossFn, capture
+from planner.capture.joint_graph import JointGraph, capture
+from planner.capture.module import unwrapped
+from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic, varying_dims
-from planner.capture.symbolic import Captures, capture_varying
-from planner.capture.wrappers import unwrapped
+from planner.capture.symbolic import SymbolicCaptures, capture_varying
 from planner.costs.op_costs import Costs
 from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
@@ -77,7 +78,7 @@ def prepare(
             dims = varying_dims(given, dynamic)
             joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
             later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
-            varying = Varying(Captures(dims, joint), on_larger, later)
+            varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
             joint = capture(model, inputs, loss_fn)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in

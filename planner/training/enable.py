@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from planner.capture.joint_graph import LossFn
-from planner.capture.wrappers import unwrapped
+from planner.capture.module import unwrapped
+from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import Search

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from planner.capture.joint_graph import LossFn
+from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import Search

@@ -22,8 +22,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner.capture.outputs import LossFn
 from planner.checks import zoo
-from planner.measure.step import LossFn
 
 __all__ = ["MODELS", "Contender", "Size", "build"]
 
