@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from planner.measure.peaks import StorageMeter
+from planner.measure import StorageMeter
 
 __all__ = ["FAST", "QUIET", "Peaks", "files_below", "losses_of", "parameters_of"]
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from planner.checks.zoo import Bottleneck
 from planner.costs.op_costs import graph_costs
 from planner.devices.rates import DEVICES
-from planner.measure.peaks import StepRecord, compare, run_step, step_flops, step_peak
+from planner.measure import StepRecord, compare, run_step, step_flops, step_peak
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import PricedStep, prepare

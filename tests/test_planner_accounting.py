@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import StepLR
 
 from planner._compat import FakeTensorMode
 from planner.errors import PlannerError
+from planner.measure import step_peak
 from planner.measure.meter import StorageMeter
-from planner.measure.peaks import step_peak
 from planner.memory.optimizer_state import OptimizerBytes, optimizer_state_bytes
 from planner.memory.resident import Resident, budget_bytes_of, resident_of
 from planner.options import Search

@@ -18,7 +18,7 @@ from planner import _compat
 from planner.capture.joint_graph import capture
 from planner.checks.kernel_check import op_counts
 from planner.graph.training_graph import TrainingGraph, training_graph
-from planner.measure.peaks import compare, run_step, step_peak
+from planner.measure import compare, run_step, step_peak
 from planner.options import Search
 from planner.solving.priced import prepare
 

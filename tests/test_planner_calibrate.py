@@ -15,8 +15,7 @@ import planner
 from planner import InfeasibleBudgetError, PlannerError
 from planner._compat import FakeTensorMode
 from planner.devices.state import DeviceSegment, segments_of
-from planner.measure import peaks
-from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
+from planner.measure import CudaPeak, cuda_step_peak, peaks, step_peak
 from planner.runtime.forward import planned_forward_of
 from planner.solving import calibrate
 from planner.solving.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes

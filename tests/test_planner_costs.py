@@ -22,7 +22,7 @@ from planner.costs import profiler
 from planner.costs.op_costs import Costs, costs_of
 from planner.costs.roofline import is_view, node_bytes, node_flops, roofline_seconds
 from planner.devices.rates import DEVICES
-from planner.measure.peaks import FLOP_FORMULAS, step_flops
+from planner.measure import FLOP_FORMULAS, step_flops
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

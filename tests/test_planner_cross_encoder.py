@@ -18,7 +18,7 @@ from transformers import BertModel
 
 import planner
 from planner import _compat
-from planner.measure.peaks import step_flops, step_peak
+from planner.measure import step_flops, step_peak
 from planner.solving import fit as search
 from tests import rerankers, tiny
 from tests.hf import FAST, files_below, parameters_of

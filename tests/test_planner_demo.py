@@ -21,7 +21,7 @@ from planner.checks.trials import Trial, race, seconds_of
 from planner.checks.zoo import MODELS
 from planner.cli.commands import CANNOT, FAILED, HELD
 from planner.errors import PlannerError
-from planner.measure.peaks import Agreement, Comparison
+from planner.measure import Agreement, Comparison
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,7 +24,7 @@ from planner.devices.cublas import cublas_workspace_bytes, cublaslt_workspace_by
 from planner.devices.rates import DEVICES, device_named
 from planner.devices.state import DeviceMemory, memory_of, warn_of_little_memory
 from planner.graph.training_graph import TrainingGraph, training_graph
-from planner.measure.peaks import step_peak
+from planner.measure import step_peak
 from planner.plan import Plan
 from planner.solving.calibrate import calibrated
 from planner.solving.priced import PricedStep, prepare

@@ -20,7 +20,7 @@ import planner
 from planner import Plan, PlannerError, StalePlanError, TraceError, _compat
 from planner.checks import zoo
 from planner.graph.training_graph import training_graph
-from planner.measure.peaks import step_peak
+from planner.measure import step_peak
 from planner.options import Search
 from planner.solving import fit as search
 from planner.solving import priced

@@ -20,7 +20,7 @@ from transformers import set_seed
 import planner
 from planner.examples import internvl2
 from planner.examples.internvl2 import IGNORED, IMAGE, SHAPES, Arguments, Shape, Tiles, Training, batch_of
-from planner.measure.peaks import StorageMeter, step_flops, step_peak
+from planner.measure import StorageMeter, step_flops, step_peak
 from tests import tiny
 from tests.benchmarks import bench_internvl2
 from tests.benchmarks.graphs import without_memory

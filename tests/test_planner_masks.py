@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 from planner.capture.as_eager.masks import _CONSECUTIVE, _Consecutive
-from planner.measure.peaks import compare, run_step
+from planner.measure import compare, run_step
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare
 

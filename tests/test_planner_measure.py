@@ -12,8 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from planner._compat import FakeTensorMode
 from planner.errors import PlannerError
-from planner.measure.meter import StorageMeter
-from planner.measure.peaks import (
+from planner.measure import (
     compare,
     cuda_step_peak,
     loss_of,
@@ -22,6 +21,7 @@ from planner.measure.peaks import (
     step_peak,
     tensors_in,
 )
+from planner.measure.meter import StorageMeter
 from tests.models import CASES, PEERS, PEERS_EAGER_MB
 
 KB = 1024

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.measure.peaks import run_step
+from planner.measure import run_step
 from tests.models import PEERS_EAGER_MB
 from tests.peer_steps import Measured, Peer, by_hand, measured_plan, peer
 

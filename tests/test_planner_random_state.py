@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.graph.nodes import is_random
-from planner.measure.peaks import compare, run_step
+from planner.measure import compare, run_step
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import PricedStep, prepare

@@ -12,7 +12,7 @@ from torch import nn
 
 import planner
 from planner.errors import InfeasibleBudgetError
-from planner.measure.peaks import StorageMeter
+from planner.measure import StorageMeter
 from planner.training.sharing import most_held, plan_that_holds
 from planner.training.step_calls import REMEMBERED
 from tests import tiny

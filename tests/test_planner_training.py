@@ -16,7 +16,7 @@ from torch import nn
 
 import planner
 from planner._compat import TorchDispatchMode
-from planner.measure.peaks import (
+from planner.measure import (
     StepRecord,
     StorageMeter,
     compare,

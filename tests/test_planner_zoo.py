@@ -11,7 +11,7 @@ from torch import nn
 from planner._compat import FakeTensorMode
 from planner.checks import zoo
 from planner.errors import PlannerError
-from planner.measure.peaks import run_step, step_peak
+from planner.measure import run_step, step_peak
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

@@ -42,7 +42,8 @@ from planner.checks.trials import planned_copies, prepare_example, race
 from planner.checks.zoo import MODELS, Example
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.measure.peaks import StepRecord, compare, cuda_step_peak, run_step, step_peak
+from planner.measure.bits import StepRecord, compare, run_step
+from planner.measure.peaks import cuda_step_peak, step_peak
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.priced import CostSource, PricedStep

@@ -1,7 +1,7 @@
 """A planned step beside the eager one: memory, bits, FLOPs, seconds, and some steps of real training.
 
 The demo and the CUDA check put every plan through the same trial.  The planned step is judged by
-what :mod:`planner.measure.peaks` sees, never by the plan's own figures; seconds are compared only within
+what :mod:`planner.measure` sees, never by the plan's own figures; seconds are compared only within
 one run, eager and planned steps taking turns, because a machine's speed drifts.
 
 Bytes are those of the whole step.  What is resident (parameters, buffers, inputs) is counted once
@@ -24,7 +24,9 @@ from torch import nn
 
 from planner.capture.outputs import LossFn
 from planner.checks.zoo import Example
-from planner.measure.peaks import Comparison, StepRecord, compare, run_step, step_flops, step_peak
+from planner.measure.bits import Comparison, StepRecord, compare, run_step
+from planner.measure.flops import step_flops
+from planner.measure.peaks import step_peak
 from planner.measure.step import Batch, backward, forward
 from planner.plan import Plan
 from planner.solving.priced import CostSource, PricedStep, prepare

@@ -26,7 +26,7 @@ from planner._compat import pytree, size_hint, storage_key, writes_arguments
 from planner.capture import meta
 from planner.devices.rates import Device
 from planner.graph import kernels
-from planner.measure.peaks import FLOP_FORMULAS
+from planner.measure.flops import FLOP_FORMULAS
 
 __all__ = [
     "is_view",

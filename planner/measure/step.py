@@ -66,6 +66,7 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
 
 
 def call(target: Callable[..., Any], inputs: Batch) -> Any:
+    """``target`` on a batch; ``TypeError`` for what is none."""
     if inputs is None:
         return target()
     if isinstance(inputs, Inputs):
@@ -90,6 +91,7 @@ class Forward(NamedTuple):
 
 
 def forward(model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> Forward:
+    """Run the forward and find what is differentiated; ``PlannerError`` if nothing can be."""
     outputs = call(model, inputs)
     loss = loss_of(outputs, loss_fn)
     roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
@@ -129,6 +131,7 @@ def tangents_for(passed: Forward, tangents: Iterable[Tensor] | None) -> list[Ten
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The CUDA devices that tensors are on, each once, by name."""
     return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 
 
@@ -168,6 +171,7 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
 
 
 def device_of(model: nn.Module | None, inputs: Batch, device: torch.device | str | None) -> torch.device:
+    """``device`` if given, else that of the first parameter, buffer or input; the CPU without any."""
     if device is not None:
         return torch.device(device)
     return next((t.device for t in held(model, inputs)), torch.device("cpu"))

@@ -10,7 +10,9 @@ from planner._compat import FakeTensor
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
-from planner.measure.peaks import Comparison, compare, run_step, step_flops, step_peak
+from planner.measure.bits import Comparison, compare, run_step
+from planner.measure.flops import step_flops
+from planner.measure.peaks import step_peak
 from planner.plans.plan_data import PlanData
 from planner.runtime.apply import applied, restored
 from planner.runtime.step import ExecutableStep

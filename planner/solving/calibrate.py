@@ -28,8 +28,8 @@ from torch import nn
 from planner._compat import FakeTensor, is_out_of_memory
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.measure.peaks import cuda_step_peak, step_peak, tensors_in
-from planner.measure.step import undone
+from planner.measure.peaks import cuda_step_peak, step_peak
+from planner.measure.step import tensors_in, undone
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import Calibration, Round

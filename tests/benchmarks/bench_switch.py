@@ -23,7 +23,7 @@ from torch import nn
 
 import planner
 from planner.checks import zoo
-from planner.measure.peaks import step_flops, step_peak
+from planner.measure import step_flops, step_peak
 
 RESULTS = Path(__file__).parent / "results" / "switch.json"
 SOLVE_S = 20.0

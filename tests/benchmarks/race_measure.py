@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.capture.outputs import LossFn
-from planner.measure.peaks import StorageMeter
+from planner.measure import StorageMeter
 from planner.measure.step import backward, forward, held, undone
 
 __all__ = ["Peak", "Step", "gradient_error", "gradients", "peak_of", "seconds_of_steps", "settle"]
