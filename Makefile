@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+TYPES  := $(VENV)/mypy.log
 
 .PHONY: demo test test-nightly lint notebooks bench bench-cuda bench-solvers pictures check-cuda venv clean
 .DEFAULT_GOAL := test
@@ -9,8 +11,14 @@ RUN    := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m planner demo
 
-test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# mypy runs beside the tests, is heard when they are over, and fails this target as they do.
+test: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy >$(TYPES) 2>&1 & types=$$!; \
+	echo OMP_NUM_THREADS=1 $(PYTEST); OMP_NUM_THREADS=1 $(PYTEST); tests=$$?; \
+	wait $$types; types=$$?; cat $(TYPES); \
+	test $$tests -eq 0 -a $$types -eq 0
 
 # The solvers' tests with five times the examples (some 18,000 graphs against all their schedules), and two
 # reports: how well time limits are kept, for which no other work should run, and how often the optimum is found.
