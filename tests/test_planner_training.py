@@ -43,7 +43,7 @@ class Subject:
         self.model: nn.Module = case.build()
         self.inputs: Any = case.make_inputs(0)
         prepared = prepare(self.model, self.inputs, loss_fn=case.loss_fn, costs="roofline")
-        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=6.0)
+        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=3.0)
         self.eager = self.record()
         self.eager_peak_bytes = self.peak()
         self.eager_flops = self.flops()
@@ -64,7 +64,7 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=4.0))
+        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=2.0))
 
     def check(self, plan: planner.Plan) -> None:
         """Run the planned step and hold it to every promise."""
@@ -140,7 +140,7 @@ def test_less_memory_never_costs_less_time(family: str) -> None:
     budgets = [b for f in FRACTIONS if (b := s.budget_bytes(f)) >= s.prepared.minimum_peak_bytes]
     bounds = [s.plan(b).overhead_bound for b in budgets]
     assert bounds == sorted(bounds)
-    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=4.0))
+    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=2.0))
     overheads = [p.overhead for p in curve.points]
     assert overheads == sorted(overheads, reverse=True)
 
@@ -225,8 +225,8 @@ def test_a_whole_step_with_its_optimizer_is_predicted_to_the_byte(
     case = CASES["bert"]
     model, inputs = case.build(), case.make_inputs(0)
     prepared = prepare(model, inputs, optimizer=optimizer, costs="roofline")
-    prepared = dataclasses.replace(prepared, least_limit_s=3.0)
-    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, search=Search(time_limit_s=2.0))
+    prepared = dataclasses.replace(prepared, least_limit_s=1.0)
+    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, search=Search(time_limit_s=1.0))
     stepper = optimizer(model.parameters(), lr=1e-3)
     plan.apply()
     meter = StorageMeter(torch.device("cpu"))
