@@ -23,6 +23,7 @@ from planner.plans.outline import Outline
 from planner.units import DECISIONS, bytes_text, seconds_text
 from planner.view.layers import ROOT, TEXT_ROWS, layers_of, recompute_seconds, rows_of
 from solvers import Timeline
+from solvers.core.just_in_time import trim
 
 if TYPE_CHECKING:
     from planner.plans.plan_data import Placement, PlanData
@@ -215,14 +216,16 @@ class _WhatIf:
             if i not in own or i not in seen:
                 steps.append(i)
             seen.add(i)
-        return self._alternative("save", self._needed(steps), own)
+        return self._alternative("save", trim(self.outline.problem, steps), own)
 
     def recomputed(self, placements: Sequence[Placement]) -> Alternative | None:
         """The plan with these values made again in the backward; ``None`` if none of them can be."""
         able = [p for p in placements if self.outline.problem.ops[self.outline.position[p.call]].recomputable]
         steps = self._made_again({self.value[p.name] for p in able}) if able else None
         return (
-            None if steps is None else self._alternative("recompute", self._needed(steps), self.ops_of(able))
+            None
+            if steps is None
+            else self._alternative("recompute", trim(self.outline.problem, steps), self.ops_of(able))
         )
 
     def _alternative(
@@ -247,21 +250,6 @@ class _WhatIf:
             line.recompute_seconds - self.line.recompute_seconds,
             along,
         )
-
-    def _needed(self, steps: list[int]) -> list[int]:
-        """``steps`` without recomputations of which nothing is read before it is made again."""
-        ops = self.outline.ops
-        first = {i: t for t, i in reversed(list(enumerate(steps)))}
-        wanted: set[int] = set()
-        out = []
-        for t in range(len(steps) - 1, -1, -1):
-            op = ops[steps[t]]
-            if t != first[steps[t]] and wanted.isdisjoint(op.outputs):
-                continue
-            wanted.difference_update(op.outputs)
-            wanted.update(op.inputs)
-            out.append(steps[t])
-        return out[::-1]
 
     def _made_again(self, gone: set[int]) -> list[int] | None:
         """The schedule in which ``gone`` are dropped as the forward ends, and made when first read.
