@@ -1,10 +1,11 @@
 """A program in the place of ``model.forward``.
 
-In: ``PlanData`` and a ``CapturedStep``.  Out: ``ExecutableStep``, and a stand-in for ``forward`` behind autograd
-nodes and a guard; ``verify`` runs the step with and without it.  Raises ``StalePlanError`` where the call or the
-model is not what was planned, ``PlannerError`` for a second backward and what else no plan can serve.
+In: ``PlanData`` and a ``CapturedStep``.  Out: ``ExecutableStep``, and a stand-in for ``forward`` behind
+autograd nodes and a guard; ``verify`` runs the step with and without it.  Raises ``StalePlanError`` where
+the call or the model is not what was planned, ``PlannerError`` for a second backward and what else no plan
+can serve.
 
 ``build`` makes the step (of a plan from a file by capturing the model again), ``apply`` puts it on a model or
-into a GraphModule, ``forward`` and ``autograd`` run it behind ``guard``, ``variants`` finds or makes the program
-for a batch of other sizes, ``tracing`` knows when a compiler is looking.
+into a GraphModule, ``forward`` and ``autograd`` run it behind ``guard``, ``variants`` finds or makes the
+program for a batch of other sizes, ``tracing`` knows when a compiler is looking.
 """
