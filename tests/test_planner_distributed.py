@@ -146,7 +146,7 @@ def _budgets(rank: int, view: bool) -> list[tuple[int, int, int]]:
         wrapped.zero_grad()
         step = prepare(wrapped, (batch,), costs="roofline", loss_fn=lambda out: out.square().mean() / 3)
         low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=2.0))
+        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=1.0))
         plan.apply()
         peak, _ = _peak(wrapped, functools.partial(_step, wrapped, batch))
         out.append((plan.peak_bytes, peak, plan.budget_bytes))

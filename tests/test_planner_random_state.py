@@ -105,7 +105,7 @@ def step() -> PricedStep:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _Dropping().train()
-    return prepare(model, (X,), costs="roofline")
+    return prepare(model, (X,), costs="roofline", search=Search(time_limit_s=1.0))
 
 
 def _plans(step: PricedStep) -> tuple[Plan, Plan]:
