@@ -33,6 +33,7 @@ from tests.models import CASES, Case
 
 FAMILIES = ("gpt2", "llama", "bert", "vit", "resnet", "unet", "internvl", "transformer")
 FRACTIONS = (0.9, 0.75, 0.5, 0.35)
+COMPARED = ("bert", "resnet")  # their budgets are held against each other: searched for longer
 
 
 class Subject:
@@ -64,7 +65,8 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=2.0))
+        limit_s = 4.0 if any(self.case is CASES[family] for family in COMPARED) else 2.0
+        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=limit_s))
 
     def check(self, plan: planner.Plan) -> None:
         """Run the planned step and hold it to every promise."""
@@ -134,13 +136,13 @@ def test_no_plan_beats_a_bound_that_was_proved_for_as_much_memory_or_more(family
             assert looser.overhead_bound <= tighter.overhead
 
 
-@pytest.mark.parametrize("family", ["bert", "resnet"])
+@pytest.mark.parametrize("family", COMPARED)
 def test_less_memory_never_costs_less_time(family: str) -> None:
     s = subject(family)
     budgets = [b for f in FRACTIONS if (b := s.budget_bytes(f)) >= s.prepared.minimum_peak_bytes]
     bounds = [s.plan(b).overhead_bound for b in budgets]
     assert bounds == sorted(bounds)
-    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=2.0))
+    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=4.0))
     overheads = [p.overhead for p in curve.points]
     assert overheads == sorted(overheads, reverse=True)
 
