@@ -31,6 +31,7 @@ from solvers import (
 from solvers.bounds import lower_bounds
 from solvers.bounds.pebbling import raised_floors
 from solvers.core.simulate import simulate_steps
+from solvers.exact import method as checkmate
 from solvers.free_order import footprint_floor
 from solvers.retention.bound import instants_bound
 from tests.joint_graphs import keep_all_peak
@@ -162,6 +163,19 @@ def is_right(solver: str, problem: Problem, fraction: float) -> None:
     kept = solve(problem, max(1, keep_all_peak(problem)), solver=solver, time_limit_s=math.inf)
     assert solver == "greedy" or kept.status == "optimal"
     assert kept.recompute_seconds == 0
+
+
+@pytest.mark.parametrize("seed", range(60, 70))
+def test_the_bound_of_the_exact_program_counts_no_state(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound as it stands where time is up before a plan is found: from no plan at all."""
+    monkeypatch.setattr(checkmate, "_best_of_class", lambda _problem, best, *_: best)
+    problem = drawn(random.Random(seed))
+    low, top = least_peak(problem)[0], keep_all_peak(problem)
+    for budget in range(max(1, low), top):
+        truth = best_seconds(problem, budget)
+        hint = Schedule.keep_all(problem)
+        found = checkmate.solve(problem, budget, time_limit_s=math.inf, hint=hint)
+        assert truth is not None and found.bound_seconds <= truth[0] * (1 + 1e-7)
 
 
 @quick
