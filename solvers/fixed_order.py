@@ -30,6 +30,8 @@ __all__ = ["checked_budget", "checked_time_limit", "minimum_peak", "refuse_below
 
 log = logging.getLogger(__name__)
 
+# Both by judgement.
+
 # A search that is not back this long after its limit is left behind, with the best it had.
 PATIENCE = 1.05
 # Share of the time that looks for the least peak; the rest makes the schedule of that peak faster.
