@@ -2,8 +2,17 @@
 
 Time is cut into stages; stage t ends with the first execution of op t, and before it any earlier op may
 run again.  ``R[s, i]``: op i runs again in stage s.  ``S[s, v]``: value v is carried into stage s.
-Rows of both programs: what is carried was carried or made in the stage before; what runs finds each
-input carried in or made in its stage.
+Rows of both programs, p(v) being the op that makes v:
+
+    (1)  S[s, v]  <= S[s-1, v] + R[s-1, p(v)]    what is carried was carried or made in the stage before
+    (2)  R[s, k]  <= S[s, u] + R[s, p(u)]        k reads u, and finds it carried in or made in its stage
+    (3)  1        <= S[t, u] + R[t, p(u)]        op t reads u
+    (4)  bytes within the budget, in two ways below
+
+and, where all of a schedule's order is told, S[s, v] + R[s, p(v)] <= 1: what is made again was not carried.
+
+Sources: (1) to (3) are those of Jain et al., see below; (4), stages of several passes and ``AnyOrder`` are
+ours.
 
 :class:`Program` is exact for a class of schedules: within a stage, the recomputations form ``passes``
 runs, each in the problem's order with every op at most once (one pass: the class of Jain et al.,

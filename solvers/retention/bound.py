@@ -5,20 +5,20 @@ run is before t_n.  Of a schedule within the budget whose first executions keep 
 past value v is resident while t_n first runs, R[i, n] that past op i runs again between the first runs of t_n
 and t_(n+1), S[i, n] that it runs again after that of t_n.  Then, p(v) being the op that makes v,
 
-    K[v, n+1] <= K[v, n] + R[p(v), n]      what is there was there or was made
-    R[i, n]   <= K[u, n] + R[p(u), n]      i reads u: so was what it read
-    1         <= K[v, n] + R[p(v), n]      an op from t_n up to t_(n+1) reads v
-    S[i, n]   <= R[i, n] + S[i, n+1]
-    S[i, n]   <= K[u, n] + S[p(u), n]      i reads u
-    1         <= K[v, n] + S[p(v), n]      an op from t_n on reads v
-    K[v, n]    = 1                         t_n reads v
-    bytes of K[., n] <= budget - outputs and workspace of t_n - what stays whatever is decided
+    (1)  S[i, n]   <= R[i, n] + S[i, n+1]
+    (2)  R[i, n]   <= K[u, n] + R[p(u), n]    i reads u: what it read was there or was made
+    (3)  1         <= K[v, n] + R[p(v), n]    an op from t_n up to t_(n+1) reads v
+    (4)  S[i, n]   <= K[u, n] + S[p(u), n]    i reads u
+    (5)  1         <= K[v, n] + S[p(v), n]    an op from t_n on reads v
+    (6)  K[v, n+1] <= K[v, n] + R[p(v), n]    what is there was there or was made
+    (7)  K[v, n]    = 1                       t_n reads v
+    (8)  bytes of K[., n] <= budget - outputs and workspace of t_n - what stays whatever is decided
 
 and the schedule takes at least sum again_s[i] R[i, n] beyond one run of every op.
 
 Every schedule within the budget is a feasible point of the integer program, so its optimum, or any bound that
-branch and bound has on it when time is up, is below every schedule's seconds.  Rows 4 to 6 follow from the
-others in whole numbers, and are what makes the linear relaxation strong.
+branch and bound has on it when time is up, is below every schedule's seconds.  Rows (1), (4) and (5) follow
+from the others in whole numbers, and are what makes the linear relaxation strong.
 
 The relaxation is that of :func:`solvers.bounds.lower_bounds.time_bound`; what is new is where the instants
 are (spread over the ops at which keeping everything exceeds the budget, at the highest of each part) and
@@ -136,7 +136,7 @@ def _bound(
 
 @dataclass(frozen=True)
 class _Instant:
-    """Columns of one instant: K by value, R and S by op."""
+    """Columns of one instant ``t``: K by value (``kept``), R and S by op (``between``, ``ever``)."""
 
     problem: Problem
     t: int
@@ -163,7 +163,7 @@ class _Instant:
         return cls(problem, t, kept, between, {i: linear.column() for i in between})
 
     def link(self, linear: LinearProgram, end: int, later: _Instant | None) -> None:
-        """All rows but the bytes'; ``end`` is the ``later`` instant's op, or one past the last."""
+        """Rows (1) to (6); ``end`` is the ``later`` instant's op, or one past the last."""
         for i, column in self.ever.items():
             after = [later.ever[i]] if later is not None and i in later.ever else []
             linear.covered(column, [self.between[i], *after])
@@ -185,7 +185,7 @@ class _Instant:
         return [self.kept[v], runs[self.problem.values[v].producer or 0]]
 
     def limit(self, linear: LinearProgram, budget_bytes: int) -> None:
-        """What is resident while op ``t`` first runs fits the budget."""
+        """Row (8): what is resident while op ``t`` first runs fits the budget."""
         problem, op = self.problem, self.problem.ops[self.t]
         fixed = problem.resident_bytes + op.workspace_bytes + sum(problem.values[v].bytes for v in op.outputs)
         for v, value in enumerate(problem.values):
