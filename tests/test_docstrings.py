@@ -22,14 +22,18 @@ UNITS = {
 
 
 def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Functions and classes of ``module.__all__``, and the public methods and properties of the classes."""
+    """Functions and classes of ``module.__all__``, and the public methods and properties of the classes,
+    inherited ones of our own included."""
     for name in module.__all__:
         thing = getattr(module, name)
         if inspect.isfunction(thing):
             yield f"{module.__name__}.{name}", thing
         elif inspect.isclass(thing):
             yield f"{module.__name__}.{name}", thing
-            for key, member in vars(thing).items():
+            ours = [
+                c for c in reversed(thing.__mro__) if c.__module__.split(".")[0] in ("planner", "solvers")
+            ]
+            for key, member in {k: m for c in ours for k, m in vars(c).items()}.items():
                 if key.startswith("_"):
                     continue
                 if isinstance(member, (classmethod, staticmethod)):
