@@ -9,7 +9,7 @@ import numpy as np
 
 from planner import Placement, Plan
 from planner.options import Search
-from planner.solving import prepared
+from planner.solving.priced import prepare
 from tests.models import CASES
 
 MB = 10**6
@@ -19,7 +19,7 @@ MB = 10**6
 def planned_gpt2() -> Plan:
     """A real plan at about half of what keeping everything takes."""
     case = CASES["gpt2"]
-    step = prepared.prepare(case.build(), case.make_inputs(0), costs="roofline")
+    step = prepare(case.build(), case.make_inputs(0), costs="roofline")
     return step.plan_bytes(round(0.55 * step.baseline.peak_bytes), search=Search("greedy"))
 
 

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from planner import Frontier, Placement, Plan, PlannerError, units
 from planner.frontier import FrontierPoint
 from planner.options import Search
-from planner.solving import prepared
+from planner.solving.priced import prepare
 from planner.view import bands, block, depth, layers, plots
 from tests import tiny
 from tests.benchmarks import bench_display
@@ -257,7 +257,7 @@ def test_the_frontier() -> None:
 
 def test_the_frontier_of_a_plan_is_solved_from_its_own_trace() -> None:
     model = tiny.seeded(tiny.Mlp)
-    step = prepared.prepare(model, tiny.batch(256), costs="roofline", search=Search(time_limit_s=2.0))
+    step = prepare(model, tiny.batch(256), costs="roofline", search=Search(time_limit_s=2.0))
     plan = step.plan_bytes(step.baseline.peak_bytes, search=Search("greedy"))
     ax = plan.plot_frontier(points=4, time_limit_s=1.0, peers={"flag": (step.baseline.peak_bytes, 0.5)})
     unit = 10**3 if "kB" in ax.get_xlabel() else MB
