@@ -26,6 +26,7 @@ from planner.devices.allocator import (
 )
 from planner.devices.state import DeviceSegment
 from planner.memory.execution import Execution
+from planner.options import Search
 from planner.solving.fit import fitted, fitted_each
 from solvers import Problem, Schedule, simulate
 
@@ -230,29 +231,30 @@ class Loose:
 def test_a_schedule_over_the_budget_by_slack_is_solved_for_again() -> None:
     problem = chain([1000] * 8)
     budget = simulate(problem, Schedule.keep_all(problem)).peak_bytes
-    plain = fitted(problem, budget, Loose(problem, 0), solver="auto", time_limit_s=2)
-    loose = fitted(problem, budget, Loose(problem, 900), solver="auto", time_limit_s=2)
-    assert plain is not None and loose is not None
-    assert (plain.recompute_seconds, plain.status) == (0, "optimal")
-    assert loose.fits and loose.peak_bytes == simulate(problem, loose.schedule).peak_bytes + 900
-    assert loose.recompute_seconds > 0 and loose.status == "feasible"
+    plain = fitted(problem, budget, Loose(problem, 0), Search("auto", 2.0))
+    loose = fitted(problem, budget, Loose(problem, 900), Search("auto", 2.0))
+    assert plain.is_optimal and plain.seconds == pytest.approx(problem.total_seconds, rel=1e-12)
+    assert loose.execution is not None and loose.peak_bytes <= budget
+    assert loose.peak_bytes == loose.execution.timeline.peak_bytes + 900
+    assert loose.execution.timeline.recompute_seconds > 0 and not loose.is_optimal
     assert loose.bound_seconds == plain.bound_seconds  # what holds without slack: the budget's own bound
     hopeless = Loose(problem, 10**6)
-    unsettled = fitted(problem, budget, hopeless, solver="auto", time_limit_s=1)
-    assert unsettled is not None and unsettled.status == "unsettled" and hopeless.asked >= 1
-    assert fitted(problem, 100, hopeless, solver="auto", time_limit_s=1) is None
+    unsettled = fitted(problem, budget, hopeless, Search("auto", 1.0))
+    assert not unsettled.fits and not unsettled.is_infeasible and hopeless.asked >= 1
+    assert fitted(problem, 100, hopeless, Search("auto", 1.0)).is_infeasible
 
 
 def test_every_point_of_a_frontier_fits_with_slack() -> None:
     problem = chain([1000] * 8)
     full = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     budgets = [full - 3000, full - 1000, full, full + 2000]
-    found = fitted_each(problem, budgets, Loose(problem, 900), solver="auto", time_limit_s=2)
-    for budget, solution in found.items():
-        assert solution is not None and solution.fits
-        assert simulate(problem, solution.schedule).peak_bytes + 900 <= budget
-    seconds = [found[b].recompute_seconds for b in budgets]  # type: ignore[union-attr]
-    assert seconds == sorted(seconds, reverse=True) and seconds[-1] == 0
+    found = fitted_each(problem, budgets, Loose(problem, 900), Search("auto", 2.0))
+    for budget, answer in found.items():
+        assert answer.execution is not None
+        assert answer.execution.timeline.peak_bytes + 900 == answer.peak_bytes <= budget
+    seconds = [found[b].seconds for b in budgets]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] == pytest.approx(problem.total_seconds, rel=1e-12)
 
 
 # --- Plans ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -49,6 +49,7 @@ from torch import nn
 from planner import _compat
 from planner.api import plan
 from planner.errors import PlannerError
+from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
@@ -69,8 +70,8 @@ def shared_plan(
     """:func:`planner.plan` made by the first rank of ``group`` and received by the others.
 
     A collective: every rank of ``group`` (default: all) calls it, under the same autocast.  The plan's text
-    goes round (as in its file), then how each rank fared with it.  It is for
-    the first rank's ``inputs``; the others pass inputs of the same sizes, or ``None`` to take its word.
+    goes round (as in its file), then how each rank fared with it.  It is for the first rank's ``inputs``;
+    the others pass inputs of the same sizes, or ``None`` to take its word.
     Wrap the model in DistributedDataParallel before, so that its buckets are counted.
 
     ``budget_gb`` and ``options`` as for :func:`planner.plan`.  Each rank's plan belongs to its own ``model``.
@@ -81,11 +82,19 @@ def shared_plan(
 
     def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
-        step = prepare(model, inputs_of(received, device) if inputs is None else inputs, **options)
+        given = inputs_of(received, device) if inputs is None else inputs
+        step = prepare(model, given, **_of_the_step(options))
         check_is_of(received, step.captured)
         return Plan.of(received, step)
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
+
+
+def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``options`` of :func:`planner.plan`, those that a captured step depends on."""
+    search = {name: options[name] for name in ("solver", "time_limit_s") if name in options}
+    step = {name: v for name, v in options.items() if name not in (*search, "progress", "calibrate")}
+    return {**step, "search": Search(**search)}
 
 
 def made_once(
