@@ -1,4 +1,4 @@
-"""The README: its lines run, its output is what they print, and what it names exists."""
+"""The pages: their lines run, their output is what they print, and what they name exists."""
 
 from __future__ import annotations
 
@@ -11,32 +11,68 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
 import planner
+from planner.checks import demo
 from planner.cli.parser import parser
 from planner.costs.cache import VARIABLE
 from planner.devices.rates import DEVICES
+from planner.examples.internvl2 import Arguments
 from solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FRONT, PLANNER, CHOOSES = "README.md", "planner/README.md", "planner/HOW_IT_CHOOSES.md"
+SOLVING, MEASURED, CONTRIBUTING = "solvers/README.md", "tests/benchmarks/results/README.md", "CONTRIBUTING.md"
+# In the order in which their Python runs: a page goes on with what the ones before it have made.
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (FRONT, PLANNER, CHOOSES, SOLVING, MEASURED, CONTRIBUTING, "findings/README.md")
+}
+README, ALL = PAGES[FRONT], "\n".join(PAGES.values())
+# Written by the benchmarks, with tests of their own.
+GENERATED = {f"tests/benchmarks/results/{name}.md" for name in ("cuda", "families", "solvers")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 BREAK = "==== next block ===="
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+MOST_LINES, LONGEST_PARAGRAPH = 220, 600
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the page it is in, the word after its fence, and what it holds."""
+
+    page: str
+    kind: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page, text in PAGES.items():
+        parts = re.split(r"^```(.*)\n", text, flags=re.MULTILINE)
+        assert len(parts) % 4 == 1, f"{page}: a fence is not closed"
+        found += [Block(page, kind, held) for kind, held in zip(parts[1::4], parts[2::4], strict=True)]
+    return found
 
 
 @dataclass(frozen=True)
 class Example:
     """A block of Python and the output that is quoted under it."""
 
+    page: str
     code: str
     quoted: str
 
 
 def examples() -> list[Example]:
-    found = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
-    return [Example(code, quoted) for code, quoted in found]
+    pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    return [
+        Example(page, code, quoted)
+        for page, text in PAGES.items()
+        for code, quoted in re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +169,9 @@ def test_the_summary_is_that_of_a_run(printed: list[str]) -> None:
 
 
 def test_a_model_of_ones_own(printed: list[str]) -> None:
-    quoted, now = of(printed, "class Tagger")
-    assert masked(now) == masked(quoted)
+    quoted, now = of(printed, "planner.frontier")
     for pattern in (rf"peak ({NUMBER} GB) \(", rf"nothing recomputed: ({NUMBER} GB)"):
         assert the(pattern, now) == the(pattern, quoted)
-    quoted, now = of(printed, "planner.frontier")
     assert [line.split()[0] for line in now.splitlines()] == [line.split()[0] for line in quoted.splitlines()]
     for text in (quoted, now):
         rows = re.findall(rf"^ +({NUMBER}) +({NUMBER}) +({NUMBER})% +({NUMBER})% ", text, re.MULTILINE)
@@ -150,66 +184,208 @@ def test_a_model_of_ones_own(printed: list[str]) -> None:
 
 
 def test_a_gpu_that_is_elsewhere(printed: list[str]) -> None:
-    here = the(rf"nothing recomputed: ({NUMBER}) GB", of(printed, "class Tagger")[1])
+    here = the(rf"nothing recomputed: ({NUMBER}) GB", of(printed, "planner.frontier")[1])
     quoted, now = of(printed, 'costs="H100"')
     assert now == quoted  # nothing in it is timed or searched for
-    assert float(the(rf"peak ({NUMBER}) GB", now)) > float(here) and f"takes {here} GB on the CPU" in README
-    section = README.split("**A GPU that is elsewhere.**")[1].split("```")[0]
-    named = re.findall(r'"([A-Z][A-Z0-9 ]+)"', section)
+    section = chapter(PLANNER, "A GPU that is elsewhere")
+    assert float(the(rf"peak ({NUMBER}) GB", now)) > float(here) and f"takes {here} GB on the CPU" in section
+    named = re.findall(r'"([A-Z][A-Z0-9 ]+)"', section.split("```")[0])
     assert named == [name for name, device in DEVICES.items() if device.capability is not None]
-    assert f"`{VARIABLE}`" in README
+    assert f"`{VARIABLE}`" in section
+
+
+def test_the_step_by_hand(printed: list[str]) -> None:
+    """Its figures are proved optimal, so they are the same wherever it runs."""
+    quoted, now = of(printed, "Problem.build")
+    assert now == quoted
+    for extra, bound in re.findall(r", +(\d+) ms more, proved >= +(\d+)", now):
+        assert extra == bound
+    text = chapter(CHOOSES, "One step by hand")
+    told = [int(budget) for budget in re.findall(r"^\* \*\*(\d+) MB", text, re.MULTILINE)]
+    assert told == [48, 40, 39, 31, 23] and set(told) <= set(map(int, re.findall(r"budget (\d+) MB", now)))
+
+
+@pytest.mark.parametrize("k", range(len(examples())), ids=lambda k: f"{examples()[k].page}-{k}")
+def test_each_block_prints_what_stands_under_it(printed: list[str], k: int) -> None:
+    if "plan.summary()" in examples()[k].code:  # rows depend on the plan: see above
+        assert examples()[k].quoted
+        return
+    now, quoted = masked(printed[k]), masked(examples()[k].quoted)
+    if "planner.frontier" in examples()[k].code:  # as does the last column of its table
+        now, quoted = ([line for line in x if "next MB" in line or "Plan(" in line] for x in (now, quoted))
+    assert now == quoted
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    quoted = {example.quoted for example in examples()}
+    tested = {"python", "sh", "mermaid"}
+    for block in blocks():
+        assert block.kind in tested or (block.kind == "text" and block.text in {*quoted, demo_table()}), (
+            f"{block.page}: no test reads the {block.kind or 'nameless'} block\n{block.text}"
+        )
+    assert sum(block.kind == "python" for block in blocks()) == len(examples())
+    for page, text in PAGES.items():
+        fenced_off = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert not re.search(r"\n\n(?: {4}|\t)", fenced_off), f"{page}: code without a fence"
 
 
 # -- what it names ---------------------------------------------------------------------------------
 
 
+def chapter(page: str, title: str) -> str:
+    """What stands under ``title`` in ``page``."""
+    (found,) = [x for x in PAGES[page].split("\n## ") if x.startswith(f"{title}\n")]
+    return found
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_read() -> None:
+    folders = [ROOT / name for name in ("planner", "solvers", "tests", "notebooks", "findings")]
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    assert {page.relative_to(ROOT).as_posix() for page in pages} == PAGES.keys() | GENERATED
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_LINES
+    outside = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in outside.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= LONGEST_PARAGRAPH
+    for title in ("Guarantees and limits", "With a trainer", "Beside others", "How to read a plan"):
+        assert chapter(FRONT, title)
+    assert the(r'(?m)^readme = "(.*)"$', PROJECT) == FRONT
+
+
+def test_each_guarantee_and_limit_names_its_test() -> None:
+    points = re.findall(r"^\* (.*)$", chapter(FRONT, "Guarantees and limits"), re.MULTILINE)
+    assert len(points) == 15
+    for point in points:
+        named = re.findall(r"`tests/(test_\w+\.py)`", point)
+        assert named and all((ROOT / "tests" / name).exists() for name in named), point
+    for word in ("batch", "`use_cache`", "threads", "CPU", "seed"):  # which eager run a planned one equals
+        assert word in chapter(FRONT, "Guarantees and limits").split("\n* ")[0]
+
+
+def demo_table() -> str:
+    """The table of the demo that is quoted."""
+    (table,) = [block.text for block in blocks() if block.text.startswith("model  ")]
+    return table
+
+
+def test_the_demos_table_is_one_it_prints() -> None:
+    head, rule, *rows = demo_table().splitlines()
+    empty = demo.table(demo.Demo((), "CPU", 3, 1.0, None)).splitlines()
+    assert re.split(r"  +", head) == re.split(r"  +", empty[-2].strip()) and set(rule) == {"-", " "}
+    models = [line.split("  ")[0] for line in rows if not line.startswith(" ")]
+    assert len(rows) == 3 * len(models) == 3 * len(demo.FULL.models)
+    for row in rows:
+        budget, predicted, measured = map(float, re.findall(r"\d+\.\d\d(?![%x\d])", row)[-4:-1])
+        assert predicted == measured <= budget and row.endswith("  equal")
+
+
 def test_make_targets_exist() -> None:
-    named = set(re.findall(r"(?:^ {0,4}|`)make ([a-z-]+)", README + CONTRIBUTING, re.MULTILINE))
-    assert {"demo", "test", "check-cuda"} <= named
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", ALL, re.MULTILINE))
+    assert {"demo", "test", "check-cuda", "notebooks", "bench"} <= named
     assert named <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 
 
-def test_planner_commands_parse() -> None:
-    commands = re.findall(r"`python -m planner ([^`]+)`", README)
-    commands += re.findall(r"^rematplan (.*)$", README, re.MULTILINE)
+def test_commands_are_commands() -> None:
+    """Every line of a shell block: a target, a command that parses, or a script that exists."""
+    lines = [line for block in blocks() if block.kind == "sh" for line in block.text.splitlines() if line]
+    commands = re.findall(r"`(?:python -m planner|rematplan) ([^`]+)`", ALL)
+    for line in lines:
+        if line.startswith("rematplan "):
+            commands.append(line.removeprefix("rematplan "))
+        elif line.startswith("pip install "):
+            assert "-c constraints.txt" in line and (ROOT / "constraints.txt").exists()
+        elif line.startswith("python -m "):
+            assert (ROOT / f"{line.split()[2].replace('.', '/')}.py").exists()
+        elif line.startswith("bash findings/"):
+            assert (ROOT / line.split()[1]).exists()
+        else:
+            assert line.startswith(("make ", "git clone ")), line
     assert len(commands) > 3
     for command in commands:
         parser().parse_args(shlex.split(command))
 
 
-def test_links_and_files_exist() -> None:
-    links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in x]
-    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
-    files = re.findall(r"`((?:planner|solvers|tests|notebooks)/[\w./]*)`", README)
-    assert len(links) > 2 and len(files) > 10
-    made_by_hand = {"tests/benchmarks/results/cuda.jsonl"}  # by whoever has a GPU
-    missing = [x for x in {*links, *files} - made_by_hand if not (ROOT / x).exists()]
-    assert missing == []
+def test_the_internvl2_lines_parse() -> None:
+    lines = re.findall(r"^python -m planner\.examples\.internvl2 (.*)$", ALL, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        taking = HfArgumentParser([Arguments, TrainingArguments])
+        ours, _ = taking.parse_args_into_dataclasses(shlex.split(line))
+        assert ours.grad_checkpoint and ours.budget_gb > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page: str) -> None:
+    text = PAGES[page]
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+    files = re.findall(r"`((?:planner|solvers|tests|notebooks|findings)/[\w./]*)`", text)
+    assert [x for x in files if not (ROOT / x).exists()] == []
+    modules = re.findall(r"`python -m (tests\.[\w.]+)", text)
+    assert [x for x in modules if not (ROOT / f"{x.replace('.', '/')}.py").exists()] == []
+
+
+def test_the_drawing_is_of_what_there_is() -> None:
+    """Its folders exist, its classes are defined, and the table beside it says where."""
+    (drawing,) = [block.text for block in blocks() if block.kind == "mermaid"]
+    folders = set(re.findall(r"\b(?:planner|solvers)(?:/\w+)?\b", drawing))
+    assert len(folders) > 7 and [x for x in folders if not (ROOT / x).is_dir()] == []
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| `([\w/.]+)` \|$", chapter(CHOOSES, "The way of a step"), re.MULTILINE
+    )
+    assert len(rows) == 8
+    for name, place in rows:
+        path = ROOT / place
+        files = [path] if path.is_file() else path.rglob("*.py")
+        assert any(re.search(rf"^class {name}\b", x.read_text("utf-8"), re.MULTILINE) for x in files), name
+        assert name == "Program" or f'"{name}"' in drawing
+    arrows = re.findall(r"(\w+)[\[(\w\" ,\])]* -->", drawing)
+    assert {"joint", "graph", "costs", "resident", "lowering", "problem", "solution", "plan"} <= set(arrows)
+
+
+def test_references_are_stated_where_it_says() -> None:
+    rows = re.findall(
+        r"^\| (\w+).*\| (`solvers/.*`|`planner/.*`) \|$", chapter(SOLVING, "References"), re.MULTILINE
+    )
+    assert len(rows) == 12
+    for author, places in rows:
+        for place in re.findall(r"`([\w/]+)`", places):
+            texts = [path.read_text(encoding="utf-8") for path in (ROOT / place).rglob("*.py")]
+            assert any(author in text for text in texts), f"{author} in {place}"
 
 
 def test_extras_exist() -> None:
     extras = the(r"-e '\.\[([a-z,]+)\]'", README).split(",")
-    for command in re.findall(r"^    (.*)$", CONTRIBUTING, re.MULTILINE):
-        assert command in ("make test", "make notebooks", "make bench") or command.startswith("git clone")
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+    assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras)
 
 
 def test_methods_and_functions_exist() -> None:
-    of_plan = set(re.findall(r"`plan\.(\w+)", README))
+    of_plan = set(re.findall(r"`plan\.(\w+)", ALL))
     assert {"apply", "restore", "verify", "save"} <= of_plan
     assert [name for name in of_plan if not hasattr(planner.Plan, name)] == []
-    for name in re.findall(r"`planner\.([a-z_.]+)\(", README):
+    for name in re.findall(r"`planner\.([a-z_.]+)\(", ALL):
         holder: object = planner
         for part in name.split("."):
             holder = getattr(holder, part)
-    named = set(re.findall(r"`(\w+Error)`", README)) - {"ValueError", "TypeError"}
+    named = set(re.findall(r"`(\w+Error)`", PAGES[PLANNER])) - {"ValueError", "TypeError"}
     assert named == {name for name in planner.__all__ if name.endswith("Error")}
 
 
 def test_every_solver_is_in_the_table() -> None:
-    section = README.split("\n## Solvers\n")[1].split("\n## ")[0]
-    first_cells = re.findall(r"^\| (`[^|]+?) \|", section, re.MULTILINE)
+    table = PAGES[SOLVING].split("\n## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]+?) \|", table, re.MULTILINE)
     assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(SOLVERS)
