@@ -72,6 +72,36 @@ def test_a_least_budget_that_is_known_travels(plan: Plan, tmp_path: Path) -> Non
     assert planner.load(tmp_path / "known.json").minimum_peak_bytes == plan.floor_bytes
 
 
+def test_a_file_written_before_the_folders_were_parted_still_loads(tmp_path: Path) -> None:
+    """Four layers with dropout, everything recomputed, saved at commit 56a9133."""
+    old = ROOT / "tests" / "data" / "plan-of-56a9133.json"
+    plan = planner.load(old)
+    assert plan.model_name == "Noisy" and plan.peak_bytes == 91464 < plan.baseline_peak_bytes
+    assert plan.timeline.max() == plan.peak_bytes == sum(plan.breakdown.values())
+    assert plan.outline is not None  # in which its generator states are known for what they are
+    assert any(v.replay_only for v in plan.outline.problem.values)
+    assert "recomputed" in str(plan.explain("layers.1")) and "Noisy" in plan.summary()
+    plan.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == old.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["reserved_bytes", "minimum_peak_bytes"])
+def test_a_field_that_is_wrong_is_named(name: str, file: Path) -> None:
+    record = json.loads(file.read_text()) | {name: "many"}
+    file.write_text(json.dumps(record))
+    with pytest.raises(planner.InvalidPlanFileError, match=f"'{name}' is 'many'"):
+        planner.load(file)
+
+
+@pytest.mark.parametrize("span", [[0, 10**6], [3, 2], [-1, 2]])
+def test_spans_are_held_against_the_length_of_the_sequence(span: list[int], file: Path) -> None:
+    record = json.loads(file.read_text())
+    record["placements"][0][-1][0] = span
+    file.write_text(json.dumps(record))
+    with pytest.raises(planner.InvalidPlanFileError, match="spans"):
+        planner.load(file)
+
+
 def test_saving_again_writes_the_same_bytes(file: Path, tmp_path: Path) -> None:
     planner.load(file).save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
