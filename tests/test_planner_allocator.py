@@ -22,7 +22,7 @@ from planner.devices.allocator import (
     CachingAllocator,
     HeldBlocks,
     is_default,
-    played,
+    simulate_allocator,
 )
 from planner.devices.state import DeviceSegment
 from planner.memory.execution import Execution
@@ -158,7 +158,7 @@ def test_settings_that_are_not_modelled_are_told() -> None:
     assert not is_default({"PYTORCH_ALLOC_CONF": "backend:native,max_split_size_mb:64"})
 
 
-# --- A schedule played through ----------------------------------------------------------------
+# --- A schedule simulate_allocator through ----------------------------------------------------------------
 
 
 def chain(sizes: list[int], *, seconds: float = 1.0) -> Problem:
@@ -184,7 +184,9 @@ def chain(sizes: list[int], *, seconds: float = 1.0) -> Problem:
 
 def test_a_schedule_takes_what_its_blocks_take() -> None:
     problem = chain([int(11.5 * MIB), 3 * MIB])
-    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), HeldBlocks((), (512, 1000)))
+    peaks = simulate_allocator(
+        problem, simulate(problem, Schedule.keep_all(problem)), HeldBlocks((), (512, 1000))
+    )
     # Resident: 512 + 1024.  v0 has 12 MiB to itself, v1 is cut from 20, gradients lie beside the residents.
     assert peaks.requested_peak_bytes == 1512 + int(14.5 * MIB) + 512
     assert peaks.allocated_peak_bytes == 1536 + 15 * MIB + 512
@@ -203,7 +205,7 @@ def test_a_step_begins_in_the_segments_that_are_there() -> None:
     assert [allocator.allocate(n * MIB).address for n in (3, 5)] == [6 * MIB, 14 * MIB]
     assert figures(allocator) == (20 + 1024 / MIB, 22)  # both were given whole
     problem = chain([int(11.5 * MIB), 3 * MIB])
-    peaks = played(problem, simulate(problem, Schedule.keep_all(problem)), resident)
+    peaks = simulate_allocator(problem, simulate(problem, Schedule.keep_all(problem)), resident)
     assert peaks.allocated_peak_bytes == 10 * MIB + 1024 + 16 * MIB + 512
     assert peaks.reserved_peak_bytes == (20 + 2 + 12) * MIB
 

@@ -47,7 +47,7 @@ def slack(step: PricedStep, more_bytes: int) -> Callable[[Schedule], Execution]:
     """How an allocator would play a schedule that hands out ``more_bytes`` beyond what is asked for."""
 
     def play(schedule: Schedule) -> Execution:
-        ran = step.played(schedule)
+        ran = step.execution_of(schedule)
         return dataclasses.replace(
             ran, slack_bytes=torch.full((len(ran.timeline.steps),), more_bytes).numpy()
         )
@@ -130,7 +130,7 @@ def test_a_stop_ends_a_frontier(step: PricedStep) -> None:
     low, high = step.minimum_peak_bytes, step.baseline_peak_bytes
     budgets = [round(low + (high - low) * k / 8) for k in range(1, 9)]
     tell = Reporter(once)
-    answers = fitted_each(step.problem, budgets, step.played, Search("auto", 20.0, tell))
+    answers = fitted_each(step.problem, budgets, step.execution_of, Search("auto", 20.0, tell))
     assert tell.stopped and set(answers) == set(budgets)
     after = [e for e in heard if e.budget_bytes is not None and e.overhead is not None]
     assert len({e.budget_bytes for e in after}) == 1  # no other budget was searched for

@@ -41,7 +41,7 @@ from planner.devices.state import GRAIN, DeviceSegment
 from planner.units import rounded_up
 from solvers import Problem, Timeline
 
-__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "HeldBlocks", "is_default", "played"]
+__all__ = ["AllocatorPeaks", "Block", "CachingAllocator", "HeldBlocks", "is_default", "simulate_allocator"]
 
 MIB = 2**20
 SMALL = MIB  # the largest block of the small pool, and the largest rest that is not cut off a large one
@@ -237,7 +237,9 @@ class HeldBlocks:
         return self.allocator().allocated_bytes
 
 
-def played(problem: Problem, timeline: Timeline, held: HeldBlocks, *, steps: int = STEPS) -> AllocatorPeaks:
+def simulate_allocator(
+    problem: Problem, timeline: Timeline, held: HeldBlocks, *, steps: int = STEPS
+) -> AllocatorPeaks:
     """The peaks of ``steps`` training steps that run as ``timeline`` of ``problem`` says.
 
     Gradients and outputs (final values) are dropped at the end of each step.

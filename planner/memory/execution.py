@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.devices.allocator import HeldBlocks, is_default, played
+from planner.devices.allocator import HeldBlocks, is_default, simulate_allocator
 from solvers import Problem, Timeline
 from solvers.core.simulate import simulate_steps
 
@@ -67,6 +67,6 @@ def execute(
     timeline = simulate_steps(executed, steps)
     if blocks is None or not is_default():
         return Execution(executed, timeline)
-    peaks = played(executed, timeline, blocks)
+    peaks = simulate_allocator(executed, timeline, blocks)
     slack = peaks.allocated_bytes - (timeline.live_bytes - margin_bytes)
     return Execution(executed, timeline, slack, peaks.reserved_peak_bytes)

@@ -24,7 +24,7 @@ __all__ = ["Answer", "fitted", "fitted_each"]
 ROUNDS = 4
 EQUAL = 1 + 1e-9  # seconds that differ by less are the same sum, added up otherwise
 
-Play = Callable[[Schedule], Execution]
+Execute = Callable[[Schedule], Execution]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def _answer(budget_bytes: int, found: Solution, first: Solution, execution: Exec
 def fitted(
     problem: Problem,
     budget_bytes: int,
-    play: Play,
+    execute: Execute,
     search: Search,
     hint: Schedule | None = None,
 ) -> Answer:
@@ -136,7 +136,7 @@ def fitted(
         tell.heed(found.interrupted)
         if not found.fits:
             break
-        execution = play(found.schedule)
+        execution = execute(found.schedule)
         if execution.peak_bytes <= budget_bytes:
             return _answer(budget_bytes, found, first, execution)
         slack_bytes = max(slack_bytes, execution.peak_bytes - found.peak_bytes)
@@ -161,7 +161,7 @@ def fitted(
 def fitted_each(
     problem: Problem,
     budgets: list[int],
-    play: Play,
+    execute: Execute,
     search: Search,
     hint: Schedule | None = None,
 ) -> Mapping[int, Answer]:
@@ -183,16 +183,16 @@ def fitted_each(
     answers = solved(budgets)
     first = {b: s for b, s in answers.items() if isinstance(s, Solution)}
     candidates = [s for s in first.values() if s.fits]
-    played = {s.schedule: play(s.schedule) for s in candidates}
+    executions = {s.schedule: execute(s.schedule) for s in candidates}
     slack = {
-        b: played[s.schedule].peak_bytes - s.peak_bytes
+        b: executions[s.schedule].peak_bytes - s.peak_bytes
         for b, s in first.items()
-        if s.fits and played[s.schedule].peak_bytes > b
+        if s.fits and executions[s.schedule].peak_bytes > b
     }
     if slack and not tell.stopped:
         lower = solved([b - max(slack.values()) for b in slack if b > max(slack.values())])
         more = [s for s in lower.values() if isinstance(s, Solution) and s.fits]
-        played |= {s.schedule: play(s.schedule) for s in more}
+        executions |= {s.schedule: execute(s.schedule) for s in more}
         candidates += more
     found: dict[int, Answer] = {}
     for b in budgets:
@@ -200,10 +200,10 @@ def fitted_each(
         if isinstance(own, InfeasibleError):
             found[b] = Answer(b, None, math.inf, own.floor_bytes)
             continue
-        if own.fits and played[own.schedule].peak_bytes <= b:
-            found[b] = _answer(b, own, own, played[own.schedule])
+        if own.fits and executions[own.schedule].peak_bytes <= b:
+            found[b] = _answer(b, own, own, executions[own.schedule])
             continue
-        fits = [s for s in candidates if played[s.schedule].peak_bytes <= b] if own.fits else []
+        fits = [s for s in candidates if executions[s.schedule].peak_bytes <= b] if own.fits else []
         best = min(fits, key=lambda s: s.seconds, default=None)
-        found[b] = _answer(b, best or own, own, None if best is None else played[best.schedule])
+        found[b] = _answer(b, best or own, own, None if best is None else executions[best.schedule])
     return found

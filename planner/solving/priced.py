@@ -202,7 +202,7 @@ class PricedStep:
         """What running ``steps`` takes on the device planned for."""
         return execute(self.problem, steps, self.memory.blocks, self.memory.margin_bytes)
 
-    def played(self, schedule: Schedule) -> Execution:
+    def execution_of(self, schedule: Schedule) -> Execution:
         """:meth:`execution` of a solver's schedule."""
         return self.execution(steps_of(self.graph, self.problem, schedule))
 
@@ -227,7 +227,7 @@ class PricedStep:
 
     def _least_within(self, limit_s: float) -> Answer:
         found = minimum_peak(self.problem, time_limit_s=limit_s)
-        execution = self.played(found.schedule)
+        execution = self.execution_of(found.schedule)
         need = max(execution.peak_bytes, self.memory.optimizer_step_bytes)
         # What was proved at the solver's own budget says nothing of a larger one.
         proved_s = found.bound_seconds if need == found.budget_bytes else self.problem.total_seconds
@@ -317,7 +317,7 @@ class PricedStep:
         found = fitted(
             self.problem,
             budget_bytes,
-            self.played,
+            self.execution_of,
             search,
             None if hint is None else self._schedule_of(hint),
         )
@@ -392,7 +392,7 @@ class PricedStep:
         least = self._shown.least
         known = None if least is None or least.execution is None else self._named(least.execution)
         open_to = [b for b in budgets if b >= self.memory.optimizer_step_bytes]
-        answers = fitted_each(self.problem, open_to, self.played, search, known)
+        answers = fitted_each(self.problem, open_to, self.execution_of, search, known)
         found: list[FrontierPoint] = []
         for budget in budgets:
             answer = answers.get(budget)
