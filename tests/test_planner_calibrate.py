@@ -193,7 +193,7 @@ def test_a_step_that_breaks_leaves_the_model_as_it_was(step: PricedStep, error: 
     before = everything(model)
 
     def breaks(module: nn.Module, inputs: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
-        module(**inputs).backward()  # moves buffers and the random state
+        module(*inputs.args, **inputs.kwargs).backward()  # moves buffers and the random state
         raise error
 
     with pytest.raises(RuntimeError) as found:

@@ -144,7 +144,13 @@ def _budgets(rank: int, view: bool) -> list[tuple[int, int, int]]:
         wrapped(batch).square().mean().backward()  # buckets get their lasting order
         wrapped(batch).square().mean().backward()
         wrapped.zero_grad()
-        step = prepare(wrapped, (batch,), costs="roofline", loss_fn=lambda out: out.square().mean() / 3)
+        step = prepare(
+            wrapped,
+            (batch,),
+            costs="roofline",
+            loss_fn=lambda out: out.square().mean() / 3,
+            search=Search(time_limit_s=1.0),
+        )
         low, high = step.floor_bytes, step.baseline.peak_bytes
         plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=1.0))
         plan.apply()
@@ -162,7 +168,7 @@ def test_the_budget_holds_with_the_buckets_in_it(ranks: Ranks, view: bool) -> No
 
 def _emitted_in(segments: int | None) -> contextlib.AbstractContextManager[Any]:
     """Plans applied in here have their backward cut in so many segments; ``None``: as always."""
-    return mock.patch("planner.plan.emit", functools.partial(rewrite.emit, segments=segments))
+    return mock.patch("planner.runtime.build.emit", functools.partial(rewrite.emit, segments=segments))
 
 
 def _accumulates(rank: int) -> dict[str, Any]:

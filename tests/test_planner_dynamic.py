@@ -174,7 +174,7 @@ def test_smaller_batches_need_no_trace_and_no_solve(
     assert seen(plan) == (1, 1)
     variant = plan.variants.all[0]
     values = variant.sizes.read(list(dict(sorted(make(*shapes[-1]).items())).values()))
-    there = training_graph(variant.prepared.joint.at(values))  # what the expressions say, evaluated anew
+    there = training_graph(variant.captured.joint.at(values))  # what the expressions say, evaluated anew
     assert variant.storage_bytes(*values).tolist() == [v.bytes for v in there.values]
 
 
