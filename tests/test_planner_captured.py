@@ -34,7 +34,7 @@ def test_names_of_ops_lead_to_the_ops_and_what_stands_before_the_loss_is_forward
     assert step.steps([*reversed(names), names[0]]) == [*reversed(range(len(names))), 0]
     assert step.steps(["loss/of_another", "ones_like_loss"]) == step.steps(["ones_like_loss"])
     forward = [op.name for op in step.graph.ops if op.phase == "forward"]
-    assert step.forward_steps(names) == len(forward) > 0
-    assert step.forward_steps(forward) == len(forward)
+    assert step.turn(names) == len(forward) > 0
+    assert step.turn(forward) == len(forward)
     with pytest.raises(StalePlanError, match="'conv2d', which the captured step does not have"):
         step.steps([*names, "conv2d"])

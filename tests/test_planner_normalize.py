@@ -197,7 +197,7 @@ def test_a_program_says_which_calls_are_further_executions() -> None:
     plan = planner.plan(model, roomy.minimum_peak_bytes / 1e9, inputs, costs="roofline")
     joint = capture(model, inputs)
     step = CapturedStep.of(model, joint, training_graph(joint))
-    program = emit(step.graph, step.steps(plan.sequence), boundary=step.forward_steps(plan.sequence))
+    program = emit(step.graph, step.steps(plan.sequence), turn=step.turn(plan.sequence))
     graphs = [program.forward.graph, *(segment.module.graph for segment in program.segments)]
     again = [n for graph in graphs for n in graph.nodes if n.op == "call_function" and meta.recomputes(n)]
     assert len(again) == len(plan.sequence) - plan.op_count > 0

@@ -15,7 +15,7 @@ from torch.cuda import _memory_viz as viz
 
 import planner
 from planner import Plan
-from planner.memory.lifetimes import KINDS
+from planner.memory.lifetimes import MEMORY_KINDS
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare
 from planner.view import snapshot
@@ -88,10 +88,10 @@ def test_the_kinds_at_the_peak_are_the_breakdown(plan: Plan, data: Any) -> None:
             del live[event["addr"]]
         if sum(size for _, size in live.values()) == plan.peak_bytes:
             break
-    kinds = dict.fromkeys(KINDS, 0)
+    kinds = dict.fromkeys(MEMORY_KINDS, 0)
     for kind, size in live.values():
         kinds[kind] += size
-    assert kinds == {**dict.fromkeys(KINDS, 0), **plan.breakdown}
+    assert kinds == {**dict.fromkeys(MEMORY_KINDS, 0), **plan.breakdown}
 
 
 def test_torchs_own_reader_takes_it(plan: Plan, data: Any) -> None:

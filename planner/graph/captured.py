@@ -57,7 +57,7 @@ class CapturedStep:
             raise StalePlanError(f"the plan runs {missing[0]!r}, which the captured step does not have")
         return [position[name] for name in sequence if name in position]
 
-    def forward_steps(self, sequence: Sequence[str]) -> int:
+    def turn(self, sequence: Sequence[str]) -> int:
         """How many leading names of ``sequence`` run in the forward, before the loss."""
         phase = {op.name: op.phase for op in self.graph.ops}
         return next((t for t, name in enumerate(sequence) if phase.get(name) != "forward"), len(sequence))

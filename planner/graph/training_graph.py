@@ -3,7 +3,7 @@
 What is counted is storages, not tensors: a view keeps its base alive and costs nothing, so views
 are folded onto their base and re-made for free wherever they are read.
 
-A value's ``kind`` is one of ``KINDS``; an op's ``phase`` is "forward", "loss" or "backward".
+A value's ``kind`` is one of ``VALUE_KINDS``; an op's ``phase`` is "forward", "loss" or "backward".
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
 
-__all__ = ["KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
+__all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
-KINDS = (
+VALUE_KINDS = (
     "parameter",
     "buffer",
     "input",

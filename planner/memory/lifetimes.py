@@ -14,10 +14,10 @@ import numpy as np
 from planner.graph.step_graph import StepGraph, forward_length
 from solvers import Problem, Timeline
 
-__all__ = ["KINDS", "Copy", "bytes_over_time", "copies_of"]
+__all__ = ["MEMORY_KINDS", "Copy", "bytes_over_time", "copies_of"]
 
 # From the bottom of the picture to its top.
-KINDS = (
+MEMORY_KINDS = (
     "parameters",
     "buffers",
     "optimizer_state",
@@ -97,13 +97,14 @@ def bytes_over_time(
     static: Mapping[str, int],
     slack: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """For each of ``KINDS``, bytes alive at each step, shape (T,); they sum to ``timeline.live_bytes``.
+    """For each of ``MEMORY_KINDS``, bytes alive at each step, shape (T,).  Their sum:
+    ``timeline.live_bytes``.
 
     ``static``: bytes by kind that are there throughout.  ``slack``: what an allocator hands out at each
     step beyond ``timeline.live_bytes``; ``None`` where there is none.
     """
     length = len(timeline.steps)
-    delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in KINDS}
+    delta = {kind: np.zeros(length + 1, dtype=np.int64) for kind in MEMORY_KINDS}
     for copy in copies:
         delta[copy.kind][copy.born] += copy.bytes
         delta[copy.kind][copy.died + 1] -= copy.bytes

@@ -87,7 +87,7 @@ class StaticMemory:
 
     @cached_property
     def by_kind(self) -> Mapping[str, int]:
-        """Bytes there throughout, by kind (:data:`planner.memory.lifetimes.KINDS`)."""
+        """Bytes there throughout, by kind (:data:`planner.memory.lifetimes.MEMORY_KINDS`)."""
         r = self.resident
         slack = {} if self.blocks is None else {"allocator_slack": self.slack_bytes}
         return {

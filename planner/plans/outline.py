@@ -35,7 +35,7 @@ class OutlineOp:
 
 @dataclass(frozen=True)
 class OutlineValue:
-    """A storage; ``kind`` is one of ``training_graph.KINDS``, ``final`` if the caller holds it to the end."""
+    """A storage; ``kind`` is one of ``training_graph.VALUE_KINDS``, ``final`` if held to the end."""
 
     name: str
     kind: str

@@ -18,7 +18,7 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.step_graph import replayed_states
+from planner.graph.step_graph import forward_length, replayed_states
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.program import Argument, Program, Segment
 from planner.rewrite.segments import cuts_of, in_order, module_of, segment_of
@@ -27,22 +27,22 @@ __all__ = ["emit"]
 
 
 def emit(
-    graph: TrainingGraph, steps: list[int], *, boundary: int | None = None, segments: int | None = None
+    graph: TrainingGraph, steps: list[int], *, turn: int | None = None, segments: int | None = None
 ) -> Program:
     """Generate the program of ``steps`` (op positions, as ``simulate`` judged them).
 
-    ``boundary``: how many steps belong to the forward; ``None``: those before the first of another
+    ``turn``: how many steps belong to the forward; ``None``: those before the first of another
     phase, which is right where ``graph`` has the loss.  ``segments``: into how many parts to cut the
     backward at most; ``None`` chooses by gradient bytes.
     """
     writer = _Writer(graph, replayed_states(graph, steps))
-    if boundary is None:
-        boundary = next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
-    for t in range(boundary):
+    if turn is None:
+        turn = forward_length(graph, steps)
+    for t in range(turn):
         writer.run(steps[t], steps[t - 1] if t else None)
     outputs = [writer.operand(n) for n in graph.outputs]
     writer.turn()
-    for t in range(boundary, len(steps)):
+    for t in range(turn, len(steps)):
         if graph.ops[steps[t]].phase != "loss" and graph.ops[steps[t]].node is not None:
             writer.run(steps[t], steps[t - 1])
     return writer.finish(outputs, segments)

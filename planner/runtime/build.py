@@ -42,9 +42,7 @@ def executable(
     if varying is not None:
         variants = Variants(plan, captured, replanner, varying)
         return replace(variants.all[0].step, variants=variants)
-    program = emit(
-        captured.graph, captured.steps(plan.sequence), boundary=captured.forward_steps(plan.sequence)
-    )
+    program = emit(captured.graph, captured.steps(plan.sequence), turn=captured.turn(plan.sequence))
     return ExecutableStep(
         program, captured.joint.template, captured.expected, captured.graph.device, plan.budget_bytes
     )

@@ -127,7 +127,7 @@ class Variant:
         self.steps = captured.steps(sequence)
         joint, graph = captured.joint, captured.graph
         self.tensors = joint.inputs.tensors()
-        program = emit(graph, self.steps, boundary=captured.forward_steps(sequence))
+        program = emit(graph, self.steps, turn=captured.turn(sequence))
         self.step = ExecutableStep(
             program, joint.template, captured.expected, graph.device, plan.budget_bytes
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.memory.lifetimes import KINDS
+from planner.memory.lifetimes import MEMORY_KINDS
 from planner.units import bytes_text, label
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Band:
 
 def bands_of(plan: PlanData) -> tuple[Band, ...]:
     """From the bottom up; kinds that are nowhere 1 % of the peak are together in "other", on top."""
-    order = [k for k in KINDS if k in plan.timeline_by_kind]
-    order += [k for k in plan.timeline_by_kind if k not in KINDS]
+    order = [k for k in MEMORY_KINDS if k in plan.timeline_by_kind]
+    order += [k for k in plan.timeline_by_kind if k not in MEMORY_KINDS]
     bands = []
     other = np.zeros(len(plan.timeline), dtype=np.int64)
     for kind in order:

@@ -55,8 +55,8 @@ def memory_snapshot(plan: PlanData) -> dict[str, Any]:
     """The snapshot as dicts and lists: ``segments``, and ``device_traces`` with a list per device.
 
     Each event has ``action``, ``addr``, ``size`` (bytes), ``stream``, ``time_us``, ``frames`` and, if it
-    allocates, ``category``: the kind of memory, one of ``lifetimes.KINDS``.  Frames name the kernel and its
-    value, then the module and those around it; what runs again is called "recomputed".
+    allocates, ``category``: the kind of memory, one of ``lifetimes.MEMORY_KINDS``.  Frames name the kernel
+    and its value, then the module and those around it; what runs again is called "recomputed".
 
     Raises ``PlannerError`` for a plan from a file that was written without its step.
     """
