@@ -44,7 +44,7 @@ class Subject:
         self.model: nn.Module = case.build()
         self.inputs: Any = case.make_inputs(0)
         prepared = prepare(self.model, self.inputs, loss_fn=case.loss_fn, costs="roofline")
-        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=3.0)
+        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=2.0)
         self.eager = self.record()
         self.eager_peak_bytes = self.peak()
         self.eager_flops = self.flops()
