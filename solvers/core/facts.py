@@ -62,11 +62,15 @@ class Facts:
         The values taken to be free weigh at most ``free_bytes`` together.
         """
         problem = problem.relaxed
+        made = problem.worked_out.get((cls, free_bytes))  # asked for by each floor and bound of one search
+        if isinstance(made, Facts):
+            return made
         stays_until = tuple(
             -1 if value.producer is None or can_be_dropped(problem, v) else _last_need(problem, v)
             for v, value in enumerate(problem.values)
         )
-        return cls._made(problem, _all_but_free(problem, free_bytes), stays_until)
+        made = cls._made(problem, _all_but_free(problem, free_bytes), stays_until)
+        return problem.worked_out.setdefault((cls, free_bytes), made)
 
     @classmethod
     def of_one_backward(cls, problem: Problem) -> Facts:

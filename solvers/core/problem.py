@@ -163,6 +163,11 @@ class Problem:
         return self.relaxed if len(idle) == len(self._replay_only) else self._without(idle)
 
     @cached_property
+    def worked_out(self) -> dict[Any, Any]:
+        """What methods have worked out of this problem and ask for again, each under a key of its own."""
+        return {}
+
+    @cached_property
     def relaxed(self) -> Problem:
         """The problem with every ``replay_only`` value at 0 bytes; itself if it has none.
 
