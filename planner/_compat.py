@@ -124,7 +124,7 @@ def not_compiling() -> Iterator[None]:
 
 # Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
 # norms), reads values (one_hot, istft, tensor_split) or wants sizes as numbers (matmul), or the planner
-# restates them itself (dropout).
+# restates them itself (dropout, which :func:`_dropout` corrects).
 _PYTHON_FORMS = frozenset({
     "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "istft", "matmul", "miopen_batch_norm",
     "native_batch_norm", "one_hot", "pad_sequence", "stft", "tensor_split", "unsafe_chunk",
@@ -174,6 +174,8 @@ def kernels_as_eager(
     effect, kept = effects.effect, checks in fx.node._side_effectful_functions
     fakes = importlib.import_module("torch._subclasses.fake_impls").op_implementations_dict
     forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms(on_cpu) if key in op.py_kernels]
+    dropout: Any = torch.ops.aten.dropout.default
+    forms += [(dropout, key, dropout.py_kernels[key]) for key in _FORM_KEYS]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
     try:
@@ -183,6 +185,8 @@ def kernels_as_eager(
         formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
         if on_cpu:
             torch.ops.aten.gru.input.py_kernels.update(dict.fromkeys(_FORM_KEYS, gru))
+        dropout.py_kernels.update(dict.fromkeys(_FORM_KEYS, _dropout))
+        dropout._dispatch_cache.clear()
         fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default] = lstm_gradients
         FakeTensorMode.cache_clear()  # it remembers layouts
         effects.register(None)  # else the check would come with tokens, in and out of the graph
@@ -198,6 +202,16 @@ def kernels_as_eager(
         for op, key, formula in forms:
             op.py_kernels[key] = formula
             op._dispatch_cache.clear()
+
+
+def _dropout(x: torch.Tensor, p: float, train: bool | None) -> torch.Tensor:
+    """Dropout as a trace has it, and as eager where nothing or all is dropped, which draws no numbers."""
+    if not train or p == 0 or x.numel() == 0:
+        return x  # torch's form for traces makes a copy
+    if p == 1:
+        return x.mul(torch.zeros((), dtype=x.dtype, device=x.device))
+    kept: torch.Tensor = torch.ops.aten.native_dropout.default(x, p, train)[0]
+    return kept
 
 
 def _dense(tensor: Any) -> Any:
