@@ -23,6 +23,7 @@ from tests import tiny
 
 PASSES = [
     "load",
+    "write_parts",
     "cast_weights_once",
     "copy_gradients",
     "split_dropout",

@@ -287,6 +287,9 @@ def _moves(problem: Problem, timeline: Timeline) -> list[_Move]:
             value = problem.values[v]
             if not value.bytes:
                 continue
+            if op.reuses in timeline.frees[t] and op.reuses in current:
+                current[v] = current.pop(op.reuses)
+                continue
             keys += 1
             made.append((keys, value.bytes))
             if value.final and v in current:  # a second copy, made for the sake of another output
@@ -294,5 +297,5 @@ def _moves(problem: Problem, timeline: Timeline) -> list[_Move]:
             else:
                 current[v] = keys
         dropped += [current.pop(v) for v in timeline.frees[t] if v in current]
-        moves.append((made, op.workspace_bytes, dropped))
+        moves.append((made, op.workspace_bytes + problem.reused_bytes(i), dropped))
     return moves

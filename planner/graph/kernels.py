@@ -6,12 +6,14 @@ its docstring says, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 __all__ = [
+    "aten_op",
     "cudnn_batch_norm_functional",
     "dropout_apply",
     "dropout_mask",
@@ -23,6 +25,8 @@ __all__ = [
     "replay",
     "rng_state",
     "rng_state_bytes",
+    "write_over",
+    "written",
 ]
 
 
@@ -98,6 +102,38 @@ def lstm_layer(*args: Any) -> tuple[torch.Tensor, ...]:
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     """A copy of a gradient in its leaf's layout and dtype, as autograd would make on accumulation."""
     return torch.empty_like(leaf, requires_grad=False).copy_(gradient)
+
+
+def written(
+    base: torch.Tensor, call: str, args: tuple[Any, ...], view: tuple[tuple[Any, ...], ...]
+) -> torch.Tensor:
+    """:func:`write_over` on a copy of the storage under ``base``, as aten's ``slice_scatter`` makes one."""
+    storage = base.untyped_storage()
+    whole = base.as_strided((storage.nbytes() // base.element_size(),), (1,), 0).clone()
+    copy = whole.as_strided(base.size(), base.stride(), base.storage_offset())
+    return write_over(copy, call, args, view)
+
+
+def write_over(
+    base: torch.Tensor, call: str, args: tuple[Any, ...], view: tuple[tuple[Any, ...], ...]
+) -> torch.Tensor:
+    """``base`` after ``part.call(*args)``, where ``part`` is what the ops of ``view`` make of it in turn.
+
+    ``call``  an in-place op of aten, as ``"copy_.default"``.
+    ``view``  each ``(op, *arguments)``, as ``("slice.Tensor", 1, 0, 8)``.
+    """
+    part = base
+    for name, *where in view:
+        part = aten_op(name)(part, *where)
+    aten_op(call)(part, *args)
+    return base
+
+
+@functools.cache
+def aten_op(name: str) -> Any:
+    """``torch.ops.aten.NAME`` of ``"add_.Tensor"``."""
+    packet, overload = name.split(".")
+    return getattr(getattr(torch.ops.aten, packet), overload)
 
 
 def rng_state(device: str) -> torch.Tensor:

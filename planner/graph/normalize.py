@@ -4,6 +4,7 @@ In order, each a function in :mod:`planner.graph.passes` that says what it did:
 
 * ``load``: aliases and views that change nothing are removed, a size that varies becomes an argument, and
   whatever computed it goes;
+* ``write_parts``: a write into a part of a storage is one call again, with a form that is in place;
 * ``cast_weights_once``: a weight that autocast casts several times is cast once, as its cache does in eager;
 * ``copy_gradients``: a gradient that autograd would have to copy is copied in the graph, so that the engine
   always takes it as it is and memory is known to the byte;
@@ -45,12 +46,14 @@ from planner.graph.passes.dropout import split_dropout
 from planner.graph.passes.gradients import copy_gradients
 from planner.graph.passes.inplace import write_in_place
 from planner.graph.passes.random_state import note_random_state
+from planner.graph.passes.slices import write_parts
 
 __all__ = ["Normalized", "Ordered", "Pass", "normalize"]
 
 log = logging.getLogger(__name__)
 
 _PASSES: tuple[tuple[str, Callable[[Draft], Did]], ...] = (
+    ("write_parts", write_parts),
     ("cast_weights_once", cast_weights_once),
     ("copy_gradients", copy_gradients),
     ("split_dropout", split_dropout),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["RNG_STATE", "StepGraph", "forward_length", "replayed_states"]
+__all__ = ["RNG_STATE", "StepGraph", "forward_length", "replayed_states", "written_over"]
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"
@@ -42,6 +42,19 @@ class StepGraph(Protocol):
 def forward_length(graph: StepGraph, steps: Sequence[int]) -> int:
     """How many leading positions of a schedule run in the forward, before the loss."""
     return next((t for t, i in enumerate(steps) if graph.ops[i].phase != "forward"), len(steps))
+
+
+def written_over(ops: Sequence[Any], steps: Sequence[int]) -> set[int]:
+    """The positions of ``steps`` at which an op writes over what it ``reuses``: that is not read again."""
+    wanted: set[int] = set()  # values of which a later step reads the copy there is
+    found = set()
+    for t in range(len(steps) - 1, -1, -1):
+        op = ops[steps[t]]
+        if op.reuses is not None and op.reuses not in wanted:
+            found.add(t)
+        wanted.difference_update(op.outputs)
+        wanted.update(op.inputs)
+    return found
 
 
 def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:

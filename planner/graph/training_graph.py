@@ -23,6 +23,7 @@ from planner.capture.joint_graph import JointGraph
 from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
+from planner.graph.passes.slices import over_form
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -73,6 +74,7 @@ class GraphOp:
     outputs: tuple[int, ...]
     recomputable: bool = True
     workspace: int | None = None  # value index whose bytes the call needs as scratch
+    reuses: int | None = None  # value index whose storage it may write its result over, where that dies
     fused_with_previous: bool = False  # its first execution costs nothing beyond the previous op's
 
     @property
@@ -326,12 +328,24 @@ class _Table:
                 and node not in pinned
                 and not is_check(node)
                 and (not mutates or meta.again(node) is not None),
+                reuses=self._reused(node, outputs),
                 fused_with_previous=draw is not None,
             )
         )
         if draw is not None:
             (drawn,) = (i for i, op in enumerate(self.ops) if op.node is draw)
             self.ops[drawn] = replace(self.ops[drawn], workspace=outputs[0])
+
+    def _reused(self, node: fx.Node, outputs: list[int]) -> int | None:
+        """The value that ``node`` may write over: its first operand's, made here, that no other lies on."""
+        if over_form(node) is None or len(outputs) != 1:
+            return None
+        first, *others = node.all_input_nodes
+        value = self.value_of.get(first)
+        if value is None or any(value in self._values_of(n) for n in others):
+            return None
+        made = self.values[value].producer is not None and self.values[value].bytes
+        return value if made == self.values[outputs[0]].bytes else None
 
     def _state(self, node: fx.Node) -> tuple[int, ...]:
         state = meta.rng_state(node)
@@ -354,8 +368,13 @@ class _Table:
         return out
 
     def finished_ops(self) -> list[GraphOp]:
-        """An op whose output the caller holds is pinned: a second copy would not replace the first."""
-        return [
-            replace(op, recomputable=False) if any(v in self._held for v in op.outputs) else op
-            for op in self.ops
-        ]
+        """An op whose output the caller holds is pinned: a second copy would not replace the first.
+
+        What the caller holds is never written over.
+        """
+        out = []
+        for op in self.ops:
+            if any(v in self._held for v in op.outputs):
+                op = replace(op, recomputable=False)
+            out.append(replace(op, reuses=None) if op.reuses in self._held else op)
+        return out

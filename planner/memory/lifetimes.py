@@ -68,8 +68,8 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
             if i in ran:
                 again.add((v, t))
         ran.add(i)
-        for v in timeline.frees[t]:
-            died[v, born[v]] = t
+        for v in timeline.frees[t]:  # a storage that is written over is the result's from then on
+            died[v, born[v]] = t - (v == problem.ops[i].reuses)
     end = len(steps) - 1
     out = []
     for v, t in order:
@@ -109,7 +109,8 @@ def bytes_over_time(
         delta[copy.kind][copy.born] += copy.bytes
         delta[copy.kind][copy.died + 1] -= copy.bytes
     out = {kind: np.cumsum(d)[:length] for kind, d in delta.items()}
-    out["workspace"] = np.array([problem.ops[i].workspace_bytes for i in timeline.steps], dtype=np.int64)
+    scratch = [problem.ops[i].workspace_bytes + problem.reused_bytes(i) for i in timeline.steps.tolist()]
+    out["workspace"] = np.array(scratch, dtype=np.int64)
     for kind, size in static.items():
         out[kind] = out[kind] + size
     if slack is None:

@@ -119,6 +119,8 @@ class Outline:
             "workspace_bytes": [op.workspace_bytes for op in p.ops],
             "pinned": [i for i, op in enumerate(p.ops) if not op.recomputable],
         }
+        if any(op.reuses is not None for op in p.ops):
+            ops["reuses"] = [op.reuses for op in p.ops]
         values = {
             "name": [v.name for v in self.values],
             "kind": [number(v.kind) for v in self.values],
@@ -152,11 +154,12 @@ class Outline:
             for k, (name, kind) in enumerate(zip(v["name"], words_at(words, v["kind"]), strict=True))
         )
         states = {k for op in ops if op.target == RNG_STATE for k in op.outputs}
-        priced = zip(ops, o["seconds"], o["again_s"], o["workspace_bytes"], strict=True)
+        reuses = o.get("reuses") or [None] * len(ops)
+        priced = zip(ops, o["seconds"], o["again_s"], o["workspace_bytes"], reuses, strict=True)
         problem = Problem(
             tuple(
-                Op(op.name, op.inputs, op.outputs, seconds, scratch, again, i not in pinned)
-                for i, (op, seconds, again, scratch) in enumerate(priced)
+                Op(op.name, op.inputs, op.outputs, seconds, scratch, again, i not in pinned, reuses=over)
+                for i, (op, seconds, again, scratch, over) in enumerate(priced)
             ),
             tuple(
                 Value(f"{k}:{value.name}", size, producer.get(k), value.final, k in states)

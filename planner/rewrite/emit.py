@@ -18,7 +18,8 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.step_graph import forward_length, replayed_states
+from planner.graph.passes.slices import over_form
+from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.program import Argument, Program, Segment
 from planner.rewrite.segments import cuts_of, in_order, module_of, segment_of
@@ -36,15 +37,16 @@ def emit(
     backward at most; ``None`` chooses by gradient bytes.
     """
     writer = _Writer(graph, replayed_states(graph, steps))
+    over = written_over(graph.ops, steps)
     if turn is None:
         turn = forward_length(graph, steps)
     for t in range(turn):
-        writer.run(steps[t], steps[t - 1] if t else None)
+        writer.run(steps[t], steps[t - 1] if t else None, over=t in over)
     outputs = [writer.operand(n) for n in graph.outputs]
     writer.turn()
     for t in range(turn, len(steps)):
         if graph.ops[steps[t]].phase != "loss" and graph.ops[steps[t]].node is not None:
-            writer.run(steps[t], steps[t - 1])
+            writer.run(steps[t], steps[t - 1], over=t in over)
     return writer.finish(outputs, segments)
 
 
@@ -128,8 +130,8 @@ class _Writer:
 
     # -- calls -----------------------------------------------------------------------------------
 
-    def run(self, index: int, previous: int | None) -> None:
-        """Write one step of the schedule."""
+    def run(self, index: int, previous: int | None, *, over: bool = False) -> None:
+        """Write one step of the schedule; ``over``: on the storage that the op reuses."""
         op = self.source.ops[index]
         node = op.node
         assert node is not None
@@ -154,7 +156,7 @@ class _Writer:
             call = self._call(target, fx.map_arg(args, self.operand), {}, node, again)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
-            call = self._call(node.target, args, kwargs, node, again)
+            call = self._call(over_form(node) if over else node.target, args, kwargs, node, again)
         meta.note_recompute(call, again, node)
         self.current[node] = call
         for user in node.users:

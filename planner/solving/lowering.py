@@ -44,7 +44,7 @@ def lower(
         workspace = 0 if o.node is None else costs.workspace_bytes.get(o.name, 0)
         if o.workspace is not None:
             workspace += size[o.workspace]
-        workspace = rounded_up(workspace, grain)
+        workspace = rounded_up(workspace, grain) - (0 if o.reuses is None else size[o.reuses])
         return Op(
             o.name,
             o.inputs,
@@ -54,6 +54,7 @@ def lower(
             seconds if o.fused_with_previous else None,
             o.recomputable and o.phase == "forward",
             layer_of(o.module),
+            o.reuses,
         )
 
     return Problem(tuple(map(op, graph.ops)), values, graph.turn, resident_bytes, name)

@@ -129,9 +129,10 @@ def _play(plan: PlanData, outline: Outline, trace: _Trace) -> None:
             where[copy.value, t] = at
             if value.final and copy.died == last:
                 held.append((at, copy.kind))
-        if scratch_of[i].workspace_bytes:
+        scratch_bytes = scratch_of[i].workspace_bytes + outline.problem.reused_bytes(i)
+        if scratch_bytes:
             frames = [f"{op.target}: scratch of {op.name}", *_modules(op.module, phase)]
-            trace.free(trace.alloc(scratch_of[i].workspace_bytes, "workspace", frames))
+            trace.free(trace.alloc(scratch_bytes, "workspace", frames))
         again = scratch_of[i].again_s if i in ran else scratch_of[i].seconds
         trace.time_us += again * 1e6
         for copy in dying.get(t, ()):

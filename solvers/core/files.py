@@ -31,6 +31,7 @@ _OP_DEFAULTS: Mapping[str, Any] = {
     "recompute_seconds": None,
     "recomputable": True,
     "group": None,
+    "reuses": None,
 }
 _OP_FIELDS = ("name", "inputs", "outputs", "seconds", *_OP_DEFAULTS)
 _VALUE_DEFAULTS: Mapping[str, Any] = {"final": False, "replay_only": False}

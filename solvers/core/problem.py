@@ -61,7 +61,9 @@ class Op:
     ``inputs``, ``outputs``   indices into ``Problem.values``, without repetition.
     ``seconds``               cost of its first execution.
     ``recompute_seconds``     cost of each further execution; ``None`` means ``seconds``.
-    ``workspace_bytes``       scratch that lives only while the op runs.
+    ``workspace_bytes``       scratch that lives only while the op runs, less the bytes of ``reuses``.
+    ``reuses``                an input whose storage the op writes its result over where that input's copy
+                              dies with it, so that the two are never there together; else it has its bytes.
     ``recomputable``          ``False`` pins it: it runs exactly once (mutation, collectives).
     ``group``                 label of the layer it belongs to, for solvers that cut by layers.
     """
@@ -74,6 +76,7 @@ class Op:
     recompute_seconds: float | None = None
     recomputable: bool = True
     group: str | None = None
+    reuses: int | None = None
 
     @property
     def again_s(self) -> float:
@@ -140,6 +143,21 @@ class Problem:
         """For each op, its inputs that some op produces (sources left out)."""
         values = self.values
         return tuple(tuple(v for v in op.inputs if values[v].producer is not None) for op in self.ops)
+
+    def reused_bytes(self, i: int) -> int:
+        """Bytes of the input that op ``i`` may write its result over; 0 if it has none.
+
+        Raises ``ProblemError`` where that is no input of its own that can die.
+        """
+        op = self.ops[i]
+        if op.reuses is None:
+            return 0
+        if op.reuses not in op.inputs or not 0 <= op.reuses < len(self.values):
+            raise ProblemError(f"{self.name}: op {op.name!r} reuses a value that it does not read")
+        value = self.values[op.reuses]
+        if value.final or value.producer is None:
+            raise ProblemError(f"{self.name}: op {op.name!r} reuses {value.name!r}, which never dies")
+        return value.bytes
 
     @cached_property
     def _replay_only(self) -> tuple[int, ...]:
@@ -212,7 +230,8 @@ class Problem:
             for label, seconds in (("seconds", op.seconds), ("recompute_seconds", op.again_s)):
                 if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0):
                     raise bad(f"op {op.name!r} has {label}={seconds!r}, want a finite number >= 0")
-            if not _is_bytes(op.workspace_bytes):
+            scratch = op.workspace_bytes if op.reuses is None else op.workspace_bytes + self.reused_bytes(i)
+            if not _is_bytes(scratch):
                 raise bad(f"op {op.name!r} has workspace_bytes={op.workspace_bytes!r}, want an int >= 0")
             for label, indices in (("inputs", op.inputs), ("outputs", op.outputs)):
                 if len(set(indices)) != len(indices):

@@ -1,7 +1,8 @@
 """The one judge: run a schedule on paper and report memory at every step, or say why it is invalid.
 
 Memory while an op runs is: ``resident_bytes`` + every value alive before the step + the op's
-outputs + its workspace.  When an op runs again, the copy it replaces has died after its own last
+outputs + its workspace; an op that ``reuses`` an input counts it once where it dies with the op and
+twice where it does not.  When an op runs again, the copy it replaces has died after its own last
 use, so two copies of one value are never alive together.  A final value is the exception: it stays
 once computed, so an op that runs again for the sake of another output makes a second copy of it,
 which is resident for that step only.  A ``replay_only`` value has its bytes only in schedules that run a
@@ -121,6 +122,8 @@ def simulate_steps(problem: Problem, steps: list[int]) -> Timeline:
             else:
                 now += size[v]
         live[t] = now + second_copies + op.workspace_bytes
+        if op.reuses is not None and op.reuses not in frees[t]:  # it is read later: the result lies apart
+            live[t] += size[op.reuses]
         for v in frees[t]:
             now -= size[v]
         kept[t] = now
