@@ -18,7 +18,7 @@ from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import Search
+from planner.options import OutputsMode, Search, checked_outputs
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -43,6 +43,7 @@ def plan(
     dynamic: Dynamic = False,
     on_larger: OnLarger = "replan",
     calibrate: bool = False,
+    outputs: OutputsMode = "auto",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -71,6 +72,11 @@ def plan(
     ``calibrate``     True: run the planned step, and plan again until what it was measured to take
                       (on CUDA: what the allocator reserved) is within the budget.  Needs a model and
                       inputs that are real; their state is afterwards what it was.
+    ``outputs``       until when the loop holds what the model returns.  "held": to the end of the step.
+                      "released": the backward begins without them, as in ``model(**batch).loss.backward()``
+                      or after ``del outputs``; they then count as other values do, and the first steps check
+                      that they are gone.  "auto": held, or, where no such plan fits, released; an applied
+                      plan looks at the first steps and plans again for what each output does.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -84,6 +90,7 @@ def plan(
     """
     budget_bytes = budget_bytes_of(budget_gb)
     search = Search(solver, time_limit_s, progress)
+    checked_outputs(outputs)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -91,7 +98,7 @@ def plan(
     with search.reporting() as search:
         step = prepare(
             model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
-            on_larger=on_larger, search=search,
+            on_larger=on_larger, search=search, outputs=outputs,
         )  # fmt: skip
         make = calibrated if calibrate else PricedStep.plan_bytes
         made = make(step, budget_bytes, search)
@@ -111,16 +118,21 @@ def frontier(
     costs: CostSource = "auto",
     solver: str = "auto",
     time_limit_s: float = 10.0,
+    outputs: OutputsMode = "auto",
     progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
 
-    Arguments as for :func:`plan`; ``time_limit_s`` is seconds per budget.  Raises as :func:`plan`, and
-    ``ValueError`` for ``points`` that are no count.
+    Arguments as for :func:`plan`; ``time_limit_s`` is seconds per budget, and ``outputs="auto"`` counts them
+    as held at every budget.  Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
     """
+    checked_outputs(outputs)
+    mode: OutputsMode = "held" if outputs == "auto" else outputs
     budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
     with Search(solver, time_limit_s, progress).reporting() as search:
-        step = prepare(model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search)
+        step = prepare(
+            model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search, outputs=mode
+        )
         return step.frontier(budgets, search, points=points)

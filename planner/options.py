@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from planner.progress import Progress, Reporter, reporting
 from solvers import SOLVERS
 from solvers.fixed_order import checked_time_limit
 
-__all__ = ["Search"]
+__all__ = ["OutputsMode", "Search", "checked_outputs"]
+
+# Until when the caller holds what the model returns: to the step's end, to the start of the backward, or
+# as the first steps show.
+OutputsMode: TypeAlias = Literal["held", "released", "auto"]
+
+
+def checked_outputs(outputs: OutputsMode) -> OutputsMode:
+    """``outputs`` if it is one of the three; ``ValueError`` if not."""
+    if outputs not in ("held", "released", "auto"):
+        raise ValueError(f"outputs must be 'held', 'released' or 'auto', not {outputs!r}")
+    return outputs
 
 
 @dataclass(frozen=True)

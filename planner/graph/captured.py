@@ -17,6 +17,7 @@ from torch import nn
 from planner.capture.expectation import Expectation, expectation_of
 from planner.capture.joint_graph import JointGraph
 from planner.errors import StalePlanError
+from planner.graph.step_graph import RELEASE
 from planner.graph.training_graph import TrainingGraph
 
 __all__ = ["CapturedStep", "fingerprint_of"]
@@ -52,7 +53,7 @@ class CapturedStep:
         Raises ``StalePlanError`` for a name that the step does not have.
         """
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
-        missing = [n for n in sequence if n not in position and not n.startswith("loss/")]
+        missing = [n for n in sequence if n not in position and not n.startswith("loss/") and n != RELEASE]
         if missing and missing != ["ones_like_loss"]:
             raise StalePlanError(f"the plan runs {missing[0]!r}, which the captured step does not have")
         return [position[name] for name in sequence if name in position]

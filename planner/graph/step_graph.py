@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-__all__ = ["RNG_STATE", "StepGraph", "forward_length", "replayed_states", "written_over"]
+__all__ = [
+    "RELEASE",
+    "RNG_STATE",
+    "StepGraph",
+    "forward_length",
+    "release_of",
+    "replayed_states",
+    "written_over",
+]
+
+# The op at which the caller lets go of outputs: it costs nothing, and what it reads is there until it ran.
+RELEASE = "outputs_released"
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"
@@ -55,6 +66,11 @@ def written_over(ops: Sequence[Any], steps: Sequence[int]) -> set[int]:
         wanted.difference_update(op.outputs)
         wanted.update(op.inputs)
     return found
+
+
+def release_of(graph: StepGraph, steps: Sequence[int]) -> int | None:
+    """The position of a schedule at which the caller lets go of outputs; ``None`` if it holds them all."""
+    return next((t for t, i in enumerate(steps) if graph.ops[i].target == RELEASE), None)
 
 
 def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:

@@ -12,6 +12,7 @@ import itertools
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
+from planner.graph.step_graph import RELEASE
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -64,7 +66,10 @@ class GraphValue:
 
 @dataclass(frozen=True)
 class GraphOp:
-    """One kernel call; ``node`` is its call, ``None`` for the gradient of the loss with respect to itself."""
+    """One kernel call.
+
+    ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, and for ``RELEASE``.
+    """
 
     name: str
     node: fx.Node | None
@@ -81,7 +86,7 @@ class GraphOp:
     def target(self) -> str:
         """The op's name, e.g. ``aten.mm``."""
         if self.node is None:
-            return "aten.ones_like"
+            return RELEASE if self.name == RELEASE else "aten.ones_like"
         packet = getattr(self.node.target, "overloadpacket", None)
         return (
             str(packet)
@@ -103,6 +108,8 @@ class TrainingGraph:
     ``tangents``      index of an output -> placeholder of its gradient.
     ``constants``     tensors the trace baked in, by placeholder name.
     ``loss_tensors``  tensors that ``loss_fn`` holds itself: targets in a closure, weights of a module.
+    ``released``      indices of the outputs that the caller lets go of at the turn (:meth:`releasing`).
+    ``pinned``        ops that run once only because the caller holds what they make.
     """
 
     ops: tuple[GraphOp, ...]
@@ -117,6 +124,40 @@ class TrainingGraph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loss_tensors: tuple[torch.Tensor, ...] = ()
+    released: frozenset[int] = frozenset()
+    pinned: frozenset[int] = frozenset()
+    holding: TrainingGraph | None = field(default=None, repr=False)  # the same with all outputs held
+
+    @cached_property
+    def releasable(self) -> frozenset[int]:
+        """Indices of the outputs whose storages are the step's own, and die if the caller lets go of them.
+
+        A loss that the backward starts from is held until it is over.
+        """
+        apart = {self.value_of[node] for node in self.gradients.values()}
+        for i, tangent in self.tangents.items():
+            output, seed = self.value_of[self.outputs[i]], self.value_of.get(tangent)
+            producer = None if seed is None else self.values[seed].producer
+            starts = producer is not None and self.ops[producer].node is None
+            if seed is not None and starts and self.values[seed].bytes == self.values[output].bytes:
+                apart.add(output)
+        values = [self.value_of[node] for node in self.outputs]
+        return frozenset(
+            i for i, v in enumerate(values) if self.values[v].kind == "output" and v not in apart
+        )
+
+    def releasing(self, outputs: Collection[int]) -> TrainingGraph:
+        """The same step where the caller lets go of these outputs (indices) when it has them all.
+
+        That is at the end of the forward or, where the graph has the loss, when the loss has read them.  Such
+        an output is then an ordinary value, saved or recomputed, but that what the loss saves of it the loss
+        keeps.  Outputs that share a storage are let go of together or not at all.
+        """
+        held = self.holding or self
+        value = [held.value_of[node] for node in held.outputs]
+        kept = {v for i, v in enumerate(value) if i not in outputs}
+        released = frozenset(i for i in held.releasable if i in outputs and value[i] not in kept)
+        return held if not released else _released(held, released, {value[i] for i in released})
 
     def __repr__(self) -> str:
         forward = sum(op.phase == "forward" for op in self.ops)
@@ -142,7 +183,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
     loss_tensors: tuple[torch.Tensor, ...] = ()
     if normalized.loss is not None:
         loss_tensors = _splice_loss(step, table, normalized.loss)
-        turn = next(i for i, op in enumerate(table.ops) if op.node is None)
+        turn = next(i for i, op in enumerate(table.ops) if op.phase == "backward")
     else:
         turn = len(table.ops)
         if joint.sees_loss:
@@ -155,8 +196,9 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         table.hold(node, "output")
     for node in step.gradients.values():
         table.hold(node, "gradient")
+    ops, pinned = table.finished_ops()
     return TrainingGraph(
-        tuple(table.finished_ops()),
+        tuple(ops),
         tuple(table.finished_values()),
         turn,
         step.graph,
@@ -168,6 +210,37 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         step.constants,
         table.device,
         loss_tensors,
+        pinned=frozenset(pinned),
+    )
+
+
+def _released(held: TrainingGraph, released: frozenset[int], values: set[int]) -> TrainingGraph:
+    """``held`` with ``RELEASE`` before its turn; ``values``: storages of the outputs let go of there."""
+    at = held.turn
+    ops = list(held.ops)
+    for i in held.pinned:
+        free = all(v in values or not held.values[v].final for v in ops[i].outputs)
+        ops[i] = replace(ops[i], recomputable=free)
+    ops.insert(at, GraphOp(RELEASE, None, "loss", "", tuple(sorted(values)), (), recomputable=False))
+    theirs = [i for i, op in enumerate(ops) if op.phase == "loss"]
+    for v in values:  # nothing of ours runs within the loss, so what it reads later is not made again there
+        last = max((i for i in theirs if v in ops[i].inputs), default=at)
+        for i in range(theirs[0], last + 1):
+            if v not in ops[i].inputs:
+                ops[i] = replace(ops[i], inputs=(*ops[i].inputs, v))
+
+    def moved(v: int, value: GraphValue) -> GraphValue:
+        late = value.producer is not None and value.producer >= at
+        producer = value.producer + 1 if late and value.producer is not None else value.producer
+        return replace(value, producer=producer, final=value.final and v not in values)
+
+    return replace(
+        held,
+        ops=tuple(ops),
+        values=tuple(moved(v, value) for v, value in enumerate(held.values)),
+        turn=at + 1,
+        released=released,
+        holding=held,
     )
 
 
@@ -367,14 +440,16 @@ class _Table:
             out.append(replace(v, kind=self._held[i], final=True) if held else v)
         return out
 
-    def finished_ops(self) -> list[GraphOp]:
+    def finished_ops(self) -> tuple[list[GraphOp], list[int]]:
         """An op whose output the caller holds is pinned: a second copy would not replace the first.
 
-        What the caller holds is never written over.
+        What the caller holds is never written over.  Beside the ops, the indices of those that are pinned for
+        that alone.
         """
-        out = []
-        for op in self.ops:
-            if any(v in self._held for v in op.outputs):
+        ops, pinned = [], []
+        for i, op in enumerate(self.ops):
+            if any(v in self._held for v in op.outputs) and op.recomputable:
                 op = replace(op, recomputable=False)
-            out.append(replace(op, reuses=None) if op.reuses in self._held else op)
-        return out
+                pinned.append(i)
+            ops.append(replace(op, reuses=None) if op.reuses in self._held else op)
+        return ops, pinned

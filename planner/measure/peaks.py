@@ -8,7 +8,7 @@ another is given.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from planner._compat import clear_cublas_workspaces
 from planner.capture.outputs import LossFn
 from planner.measure.meter import StorageMeter
-from planner.measure.step import Batch, backward, call, device_of, forward, held, tangents_for, undone
+from planner.measure.step import Batch, backward, call, device_of, forward, held, let_go, tangents_for, undone
 
 __all__ = ["CudaPeak", "cuda_step_peak", "step_peak"]
 
@@ -32,7 +32,7 @@ def step_peak(
     tangents: Iterable[Tensor] | None = None,
     device: torch.device | str | None = None,
     include_resident: bool = True,
-    hold_outputs: bool = True,
+    hold_outputs: bool | Collection[int] = True,
 ) -> int:
     """Peak bytes of one training step, forward and backward, on one device.
 
@@ -47,6 +47,7 @@ def step_peak(
     ``include_resident``  ``False``: bytes above what was resident.
     ``hold_outputs``      ``False``: the outputs are dropped before the backward, as in
                           ``model(**batch).loss.backward()``; by default they are held to its end.
+                          Numbers: only these of the output's tensors are held.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
     where = device_of(module, inputs, device)
@@ -65,9 +66,8 @@ def step_peak(
     with undone(module, inputs):
         with meter:
             passed = forward(module, inputs, loss_fn)
-        if not hold_outputs:
-            passed = passed._replace(outputs=None)
         given = tangents_for(passed, tangents)
+        passed = let_go(passed, hold_outputs)
         before_bytes = meter.live_bytes
         meter.register(*given or ())
         resident_bytes += meter.live_bytes - before_bytes
@@ -108,7 +108,7 @@ def cuda_step_peak(
     loss_fn: LossFn | None = None,
     tangents: Iterable[Tensor] | None = None,
     device: torch.device | str | None = None,
-    hold_outputs: bool = True,
+    hold_outputs: bool | Collection[int] = True,
 ) -> CudaPeak:
     """Allocated and reserved peak bytes of one step on a CUDA device, by the caching allocator.
 
@@ -136,8 +136,7 @@ def cuda_step_peak(
         backward(forward(module, inputs, loss_fn), given)
     with undone(module, inputs), _cuda_window(where, resident) as peak:
         passed = forward(module, inputs, loss_fn)
-        if not hold_outputs:
-            passed = passed._replace(outputs=None)
+        passed = let_go(passed, hold_outputs)
         backward(passed, given)
         return peak()
 

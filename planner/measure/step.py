@@ -9,12 +9,13 @@ Known limit: the random states of Python and numpy are not put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from planner._compat import pytree
 from planner.capture.inputs import Inputs
@@ -30,6 +31,7 @@ __all__ = [
     "device_of",
     "forward",
     "held",
+    "let_go",
     "loss_of",
     "tangents_for",
     "tensors_in",
@@ -83,11 +85,14 @@ def call(target: Callable[..., Any], inputs: Batch) -> Any:
 
 
 class Forward(NamedTuple):
-    """A finished forward pass: what it returned, and the tensors the backward starts from."""
+    """A finished forward pass: what it returned, and the tensors the backward starts from.
+
+    Of a root that was let go of (:func:`let_go`) there is the edge of the autograd graph instead.
+    """
 
     outputs: Any
     loss: Tensor | None
-    roots: list[Tensor]
+    roots: list[Any]
 
 
 def forward(model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> Forward:
@@ -103,12 +108,28 @@ def forward(model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> Forward:
     return Forward(outputs, loss, roots)
 
 
+def let_go(passed: Forward, hold: bool | Collection[int] = False) -> Forward:
+    """``passed`` as a loop has it that holds only some of the output's tensors: all, none, or by number.
+
+    The loss is held in any case.
+    """
+    tensors = tensors_in(passed.outputs)
+    kept = [t for i, t in enumerate(tensors) if (hold if isinstance(hold, bool) else i in hold)]
+    if len(kept) == len(tensors):
+        return passed
+    if passed.loss is not None:
+        return passed._replace(outputs=kept)
+    mine = {id(t) for t in kept}
+    roots = [r if id(r) in mine or not isinstance(r, Tensor) else get_gradient_edge(r) for r in passed.roots]
+    return Forward(kept, None, roots)
+
+
 def backward(passed: Forward, given: list[Tensor] | None = None) -> None:
     """Run the backward as a training loop does: behind the autocast context the forward ran in, if any.
 
     Leaving that context also drops its cache of cast weights.
     """
-    device = passed.roots[0].device.type
+    device = (given or passed.roots)[0].device.type
     if not torch.is_autocast_enabled(device):
         torch.autograd.backward(passed.roots, given)
         return

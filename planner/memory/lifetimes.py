@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.graph.step_graph import StepGraph, forward_length
+from planner.graph.step_graph import StepGraph, forward_length, release_of
 from solvers import Problem, Timeline
 
 __all__ = ["MEMORY_KINDS", "Copy", "bytes_over_time", "copies_of"]
@@ -52,10 +52,11 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
 
     ``saved`` is what the forward leaves for the backward; ``recomputed`` what a further execution
     made; ``temporaries`` what the forward drops again; ``gradients_in_flight`` what the backward
-    makes for itself; ``gradients`` and ``outputs`` are held to the end.
+    makes for itself; ``gradients`` and ``outputs`` are held to the end, or, of outputs, until the caller
+    lets go of them: one that the backward reads after that is ``saved``.
     """
     steps = timeline.steps.tolist()
-    turn = forward_length(graph, steps)
+    turn, released = forward_length(graph, steps), release_of(graph, steps)
     died: dict[tuple[int, int], int] = {}
     born: dict[int, int] = {}
     ran: set[int] = set()
@@ -74,7 +75,10 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
     out = []
     for v, t in order:
         death = died.get((v, t), end)
-        kind = _kind(graph, v, t, death, turn, (v, t) in again)
+        if death == released and graph.values[v].kind == "output":
+            kind = "outputs"
+        else:
+            kind = _kind(graph, v, t, death, turn, (v, t) in again)
         out.append(Copy(v, t, death, problem.values[v].bytes, kind))
     return out
 

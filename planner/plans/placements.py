@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.graph.step_graph import RNG_STATE, forward_length
+from planner.graph.step_graph import RNG_STATE, forward_length, release_of
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.lifetimes import Copy
 from planner.plans.plan_data import Decision, Placement
@@ -16,14 +16,14 @@ def placements_of(
     graph: TrainingGraph, seconds: Mapping[str, float], steps: list[int], copies: list[Copy]
 ) -> tuple[Placement, ...]:
     """A placement for each value of the forward, in order; ``seconds`` by op, ``copies`` of ``steps``."""
-    turn = forward_length(graph, steps)
+    turn, released = forward_length(graph, steps), release_of(graph, steps)
     runs = [0] * len(graph.ops)
     for i in steps:
         runs[i] += 1
     spans: dict[int, list[tuple[int, int]]] = {}
     for c in copies:
         spans.setdefault(c.value, []).append((c.born, c.died))
-    crosses = {c.value for c in copies if c.born < turn <= c.died}
+    crosses = {c.value for c in copies if c.born < turn <= c.died and c.died != released}
     reborn = {c.value for c in copies if c.kind == "recomputed" and c.died > c.born}
     out = []
     for v, value in enumerate(graph.values):

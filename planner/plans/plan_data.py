@@ -18,12 +18,15 @@ from planner.capture.sizes import Dims
 from planner.plans.outline import Outline
 from planner.units import bytes_text
 
-__all__ = ["Calibration", "Decision", "InputRecord", "Placement", "PlanData", "Round"]
+__all__ = ["Calibration", "Decision", "InputRecord", "OutputState", "Placement", "PlanData", "Round"]
 
 # Inputs by structure and sizes, as JSON holds them: what a plan from a file knows of its batch.
 InputRecord: TypeAlias = Mapping[str, Any]
 
 Decision = Literal["save", "recompute", "free"]
+
+# Until when the caller holds an output: to the end of the step, or until the backward begins.
+OutputState = Literal["held", "released"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,9 @@ class PlanData:
                              seconds are then of that device, and the plan is not to be applied.
     ``reserved_bytes``       predicted: what CUDA's caching allocator takes from the driver for the step, of
                              which ``peak_bytes`` are allocated; ``None`` where there is no such allocator.
+    ``outputs``              whether the caller holds each of the model's outputs (by place, as
+                             ``output.logits``) to the end of the step, or has let go of it when the backward
+                             begins; one that is not named is held.
     ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
 
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
@@ -172,6 +178,7 @@ class PlanData:
     calibration: Calibration | None = None
     planned_for: str = ""
     reserved_bytes: int | None = None
+    outputs: Mapping[str, OutputState] = dataclasses.field(default_factory=dict)
     outline: Outline | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +188,9 @@ class PlanData:
             )
         if self.status not in ("optimal", "feasible"):
             raise ValueError(f"'status' is {self.status!r}")
+        for name, state in self.outputs.items():
+            if state not in ("held", "released"):
+                raise ValueError(f"'outputs' says {state!r} of {name!r}")
         for p in self.placements:
             if any(not 0 <= first <= last < len(self.sequence) for first, last in p.spans):
                 raise ValueError(
@@ -199,6 +209,11 @@ class PlanData:
         kinds = self.timeline_by_kind
         turn = int(kinds["saved"].argmax())  # saved values pile up in the forward and go in the backward
         return int(kinds["saved"][turn] + kinds["outputs"].max() + kinds["inputs"].max())
+
+    @property
+    def released(self) -> tuple[str, ...]:
+        """The outputs that the caller has let go of when the backward begins, if it does as planned for."""
+        return tuple(name for name, state in self.outputs.items() if state == "released")
 
     @property
     def recompute_s(self) -> float:

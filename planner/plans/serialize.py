@@ -41,6 +41,7 @@ _SKIPPED = (
     "calibration",
     "planned_for",
     "reserved_bytes",
+    "outputs",
     "outline",
     *_ARRAYS,
 )
@@ -82,6 +83,8 @@ def to_text(plan: PlanData) -> str:
         record["planned_for"] = plan.planned_for
     if plan.reserved_bytes is not None:
         record["reserved_bytes"] = plan.reserved_bytes
+    if plan.outputs:
+        record["outputs"] = dict(plan.outputs)
     if plan.calibration is not None:
         record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
     outline = plan.outline
@@ -160,6 +163,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         calibration=_calibration(record.get("calibration")),
         planned_for=str(record.get("planned_for", "")),
         reserved_bytes=_optional_int("reserved_bytes", record.get("reserved_bytes")),
+        outputs={str(k): v for k, v in record.get("outputs", {}).items()},  # earlier files: all held
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 

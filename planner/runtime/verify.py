@@ -27,6 +27,8 @@ class Report:
     ``comparison``                  outputs, gradients, buffers and random state, bit for bit.
     ``eager_peak_bytes``            of the step without the plan; ``peak_bytes`` with it.
     ``predicted_peak_bytes``        what the plan said of forward and backward.
+    ``held_outputs``                names of the outputs that were held to the end of both measured steps, as
+                                    they were planned for; the others had gone when the backward began.
     ``optimizer_state_bytes``       what the plan reserves for an optimizer and the measured step, which
                                     has none, does not hold; left out of both peaks.
     ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
@@ -40,6 +42,7 @@ class Report:
     recompute_flops: int
     predicted_recompute_flops: int
     optimizer_state_bytes: int = 0
+    held_outputs: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -60,11 +63,13 @@ class Report:
         mb = 1e6
         held = self.optimizer_state_bytes
         state = f" + {held / mb:.3f} of optimizer state" if held else ""
+        outputs = ", ".join(self.held_outputs) or "none"
         return (
             f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
             f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
             f"{state}; budget {self.budget_bytes / mb:.3f}; "
             f"{self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"outputs held to the end: {outputs}\n"
             f"extra FLOPs {self.recompute_flops:.4g} counted, "
             f"{self.predicted_recompute_flops:.4g} predicted"
         )
@@ -83,6 +88,8 @@ def verify(
 
     Raises ``PlannerError`` if the plan knows no inputs and none are given, or if gradients are not None.
     """
+    leaves = [leaf.name for leaf in step.template.leaves]
+    kept = [i for i, name in enumerate(leaves) if name not in plan.released]
     if inputs is not None:
         given = Inputs.of(model, inputs)
     elif isinstance(plan.inputs, Inputs) and not any(
@@ -99,11 +106,11 @@ def verify(
         del vars(model)["forward"]
     try:
         eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        eager_peak = step_peak(model, given, loss_fn=loss_fn)
+        eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept)
         eager_flops = step_flops(model, given, loss_fn=loss_fn)
         applied(model, step)
         ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        peak = step_peak(model, given, loss_fn=loss_fn)
+        peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept)
         flops = step_flops(model, given, loss_fn=loss_fn)
     finally:
         restored(model)
@@ -119,4 +126,5 @@ def verify(
         flops - eager_flops,
         plan.recompute_flops,
         state,
+        tuple(leaves[i] for i in kept),
     )

@@ -18,8 +18,9 @@ optimizer's own step is predicted, not measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,15 +53,23 @@ class StepBytes(NamedTuple):
 Meter = Callable[[nn.Module, Any, Any, int], StepBytes]
 
 
-def measured_bytes(module: nn.Module, batch: Any, loss_fn: Any, resident_bytes: int) -> StepBytes:
+def measured_bytes(
+    module: nn.Module,
+    batch: Any,
+    loss_fn: Any,
+    resident_bytes: int,
+    *,
+    hold_outputs: bool | Collection[int] = True,
+) -> StepBytes:
     """One step by the device's own meter: CUDA's caching allocator, or the count of live storages.
 
+    ``hold_outputs`` as for :func:`planner.measure.step_peak`.
     What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out.
     """
     device = next(p.device for p in module.parameters())
     if device.type != "cuda":
-        return StepBytes(step_peak(module, batch, loss_fn=loss_fn), None)
-    peak = cuda_step_peak(module, batch, loss_fn=loss_fn)
+        return StepBytes(step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs), None)
+    peak = cuda_step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs)
     others = max(0, peak.resident_bytes - resident_bytes)
     return StepBytes(peak.allocated_bytes - others, peak.reserved_bytes - others)
 
@@ -70,14 +79,16 @@ def calibrated(
     budget_bytes: int,
     search: Search | None = None,
     *,
-    meter: Meter = measured_bytes,
+    meter: Meter | None = None,
     rounds: int = ROUNDS,
 ) -> Plan:
     """The plan for ``budget_bytes`` whose step was run and measured to fit it; ``Plan.calibration`` tells.
 
     The model's state, gradients, buffers and random state are afterwards what they were, and no plan is
-    applied.  Raises as :meth:`PricedStep.plan_bytes`; ``InfeasibleBudgetError`` also where the margin leaves
-    too little; ``PlannerError`` where the step cannot be run, does not fit after ``rounds`` rounds, or does
+    applied.  ``meter``: by default :func:`measured_bytes`, with outputs held as they are planned for.
+
+    Raises as :meth:`PricedStep.plan_bytes`; ``InfeasibleBudgetError`` also where the margin leaves too
+    little; ``PlannerError`` where the step cannot be run, does not fit after ``rounds`` rounds, or does
     not fit when the search was stopped.
     """
     search = search or Search()
@@ -90,7 +101,9 @@ def calibrated(
         except InfeasibleBudgetError as error:
             raise _with_rounds(error, found) from None
         tell.phase("calibrate", f"round {len(found) + 1}")
-        found.append(_round(step, plan, meter))
+        states = enumerate(plan.outputs.values())
+        held = frozenset(i for i, state in states if state == "held")
+        found.append(_round(step, plan, meter or partial(measured_bytes, hold_outputs=held)))
         last = found[-1]
         if last.taken_bytes <= budget_bytes:
             return dataclasses.replace(plan, calibration=Calibration(tuple(found)))

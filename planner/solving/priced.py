@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,11 +32,11 @@ from planner.memory.lifetimes import bytes_over_time, copies_of
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
-from planner.options import Search
+from planner.options import OutputsMode, Search
 from planner.plan import Plan
 from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
-from planner.plans.plan_data import PlanData
+from planner.plans.plan_data import OutputState, PlanData
 from planner.runtime.variants import OnLarger, Varying
 from planner.solving.fit import Answer, fitted, fitted_each
 from planner.solving.lowering import lower, steps_of
@@ -59,6 +59,7 @@ def prepare(
     dynamic: Dynamic = False,
     on_larger: OnLarger = "replan",
     search: Search | None = None,
+    outputs: OutputsMode = "held",
 ) -> PricedStep:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
@@ -89,7 +90,7 @@ def prepare(
         resident = resident_of(model, arguments, optimizer, device=graph.device, as_on=target.device)
         captured = CapturedStep.of(model, joint, graph)
     memory = _static(captured, resident, target)
-    return PricedStep(
+    step = PricedStep(
         captured,
         priced,
         memory,
@@ -98,7 +99,9 @@ def prepare(
         loss_fn,
         varying,
         least_limit_s=search.time_limit_s,
+        outputs=outputs,
     )
+    return step.all_released if outputs == "released" else step
 
 
 def _static(
@@ -130,6 +133,8 @@ class PricedStep:
     ``resident_at``    says what is resident where the step is captured again or evaluated at other sizes;
                        ``None``: what is now, but for the inputs.
     ``least_limit_s``  seconds of search for the least feasible budget.
+    ``outputs``        until when the caller holds them, as asked for; ``graph.released`` is what is planned
+                       for.  "auto": that, and for all of them released where it does not fit.
     """
 
     captured: CapturedStep
@@ -141,6 +146,7 @@ class PricedStep:
     varying: Varying | None = None
     resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
     least_limit_s: float = 30.0
+    outputs: OutputsMode = "held"
     _shown: _Shown = field(default_factory=_Shown, init=False, repr=False)
 
     @property
@@ -173,6 +179,34 @@ class PricedStep:
     def with_margin(self, margin_bytes: int) -> PricedStep:
         """The same step with so many bytes set aside (:mod:`planner.solving.calibrate`)."""
         return dataclasses.replace(self, memory=dataclasses.replace(self.memory, margin_bytes=margin_bytes))
+
+    # -- the outputs -------------------------------------------------------------------------------
+
+    def releasing(self, outputs: Collection[int]) -> PricedStep:
+        """The same step where the caller lets go of these outputs (indices) before the backward."""
+        graph = self.graph.releasing(outputs)
+        if graph.released == self.graph.released:
+            return self
+        captured = dataclasses.replace(self.captured, graph=graph)
+        memory = dataclasses.replace(self.memory, captured=captured)
+        return dataclasses.replace(self, captured=captured, memory=memory)
+
+    @cached_property
+    def all_released(self) -> PricedStep:
+        """The same step where the caller lets go of all outputs but a loss that the backward starts from."""
+        return self.releasing(self.graph.releasable)
+
+    @property
+    def lightest(self) -> PricedStep:
+        """The step whose least peak is the least that may be planned for."""
+        return self.all_released if self.outputs == "auto" else self
+
+    @property
+    def output_states(self) -> dict[str, OutputState]:
+        """What is planned for, by the name of each output."""
+        released = self.graph.released
+        leaves = enumerate(self.joint.template.leaves)
+        return {leaf.name: "released" if i in released else "held" for i, leaf in leaves}
 
     # -- the problem -------------------------------------------------------------------------------
 
@@ -245,18 +279,20 @@ class PricedStep:
     @property
     def minimum_peak_bytes(self) -> int:
         """The least peak for which a plan was found, the optimizer's step included."""
-        return self.least.budget_bytes
+        return self.lightest.least.budget_bytes
 
     @property
     def known_minimum_bytes(self) -> int | None:
         """The same if it was looked for before, else ``None``."""
-        return None if self._shown.least is None else self._shown.least.budget_bytes
+        least = self.lightest._shown.least
+        return None if least is None else least.budget_bytes
 
     # -- other sizes -------------------------------------------------------------------------------
 
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
         graph, costs, translation = self.target.price(training_graph(joint))
+        graph = graph.releasing(self.graph.released)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
         return dataclasses.replace(
@@ -322,7 +358,10 @@ class PricedStep:
             None if hint is None else self._schedule_of(hint),
         )
         if not found.fits:
-            if tell.stopped and self.known_minimum_bytes is None:
+            lightest = self.lightest
+            if lightest is not self and not tell.stopped:
+                return lightest.plan_bytes(budget_bytes, search)
+            if tell.stopped and self._shown.least is None:
                 raise self._stopped(found)
             tell.phase("least", LEAST)
         answer = self.or_least(found)
@@ -334,7 +373,7 @@ class PricedStep:
     def or_least(self, found: Answer) -> Answer:
         """What was found, or the least plan where nothing was and that one fits."""
         self._shown.raise_floor(max(self.floor_bytes, found.floor_bytes))
-        if found.fits or found.is_infeasible or found.budget_bytes < self.minimum_peak_bytes:
+        if found.fits or found.is_infeasible or found.budget_bytes < self.least.budget_bytes:
             return found
         return dataclasses.replace(
             found,
@@ -367,7 +406,18 @@ class PricedStep:
 
     def infeasible(self, budget_bytes: int) -> InfeasibleBudgetError:
         """The error for a budget that no plan fits, with the least that one does and what fills it."""
-        return _infeasible_error(self.least_plan(), budget_bytes, self.floor_bytes)
+        error = _infeasible_error(self.least_plan(), budget_bytes, self.floor_bytes)
+        held_bytes, apart = error.breakdown.get("outputs", 0), self.all_released
+        if self.outputs != "held" or apart is self or held_bytes * 1000 < error.minimum_bytes:
+            return error
+        need_bytes = apart.least.budget_bytes
+        if need_bytes >= error.minimum_bytes:
+            return error
+        return error.saying(
+            f"{error}. The model's outputs, {bytes_text(held_bytes)}, are counted as held to the end of the "
+            f"step; a loop that lets go of them before the backward, as model(**batch).loss.backward() does, "
+            f"needs {_gb_enough(need_bytes)} GB: pass outputs='released'"
+        )
 
     def frontier(
         self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
@@ -382,7 +432,7 @@ class PricedStep:
         tell = search.tell
         if budgets_bytes is None:
             tell.phase("least", LEAST)
-            low, high = self.minimum_peak_bytes, self.baseline_peak_bytes
+            low, high = self.least.budget_bytes, self.baseline_peak_bytes
             tell.heed(self.least.interrupted)
             shares = [0.0] if tell.stopped else [(k / max(1, points - 1)) ** 1.5 for k in range(points)]
             budgets = [round(low + (high - low) * share) for share in shares]
@@ -397,7 +447,7 @@ class PricedStep:
         for budget in budgets:
             answer = answers.get(budget)
             undecided = answer is not None and not (answer.fits or answer.is_infeasible)
-            if undecided and tell.stopped and self.known_minimum_bytes is None:
+            if undecided and tell.stopped and self._shown.least is None:
                 continue
             answer = None if answer is None else self.or_least(answer)
             if answer is None or not answer.fits:
@@ -450,6 +500,7 @@ class PricedStep:
             solver=answer.solver,
             solve_s=answer.solve_seconds,
             reserved_bytes=ran.reserved_bytes,
+            outputs=self.output_states,
             peak_op=peak_op,
             peak_module=peak_module,
             outline=self.outline,
@@ -482,6 +533,11 @@ class PricedStep:
         }
 
 
+def _gb_enough(need_bytes: int) -> str:
+    """GB, rounded up: the number works as a budget."""
+    return f"{math.ceil(need_bytes / 1e3) / 1e6:.6f}"
+
+
 def _infeasible_error(least: PlanData, budget_bytes: int, floor_bytes: int) -> InfeasibleBudgetError:
     """For a budget that no plan fits: what ``least``, the plan of the lowest peak, needs, what fills it."""
     need_bytes = least.peak_bytes
@@ -492,11 +548,11 @@ def _infeasible_error(least: PlanData, budget_bytes: int, floor_bytes: int) -> I
         if budget_bytes < floor_bytes
         else f"none was found between the proved floor of {floor_bytes / 1e9:.4g} GB and there"
     )
-    enough_gb = math.ceil(need_bytes / 1e3) / 1e6  # rounded up: the number in the message works as a budget
+    released = ", with the outputs let go of before the backward" if least.released else ""
     return InfeasibleBudgetError(
         f"no plan for {least.model_name} fits {budget_bytes / 1e9:.4g} GB. The least budget "
-        f"with a plan is {enough_gb:.6f} GB, and {decided}. At that plan's peak: {parts}. Raise the "
-        "budget, or make the batch smaller",
+        f"with a plan is {_gb_enough(need_bytes)} GB{released}, and {decided}. At that plan's peak: {parts}. "
+        "Raise the budget, or make the batch smaller",
         budget_bytes=budget_bytes,
         minimum_bytes=need_bytes,
         floor_bytes=floor_bytes,

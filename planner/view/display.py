@@ -107,6 +107,7 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
             f"{plan.recompute_flops:.4g} on {plan.step_flops:.4g}",
         ),
         *_measured(plan),
+        *_let_go(plan),
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
@@ -128,6 +129,13 @@ def _measured(plan: PlanData) -> list[tuple[str, str, str]]:
     reserved = "" if last.reserved_bytes is None else f", reserved {gb_text(last.reserved_bytes)}"
     rounds = f"measured in {count} round{'s' * (count > 1)}"
     return [("measured peak", gb_text(last.allocated_bytes), rounds + reserved)]
+
+
+def _let_go(plan: PlanData) -> list[tuple[str, str, str]]:
+    """Which outputs the plan counts as gone when the backward begins, if any."""
+    if not plan.released:
+        return []
+    return [("outputs let go of", ", ".join(plan.released), "before the backward, or the peak is higher")]
 
 
 def _filled(plan: PlanData) -> list[tuple[str, int]]:

@@ -1,0 +1,181 @@
+"""Outputs that the caller holds to the end of the step, and those it lets go of before the backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import planner
+from planner.measure import step_peak
+from planner.options import OutputsMode, Search
+from planner.plan import Plan
+from planner.plans.serialize import from_text, to_text
+from planner.solving.priced import PricedStep, prepare
+from tests.tiny import assert_same_bits, batch, run, seeded
+
+SOON = Search(time_limit_s=2.0)
+
+
+class Returned(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+    hidden: Tensor
+
+
+class Head(nn.Module):
+    """A trunk of two layers, a wide head, its own loss: loss, logits (32, 64) and hidden (32, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> Returned:
+        hidden = F.gelu(self.first(x))
+        logits = self.head(torch.tanh(self.second(hidden)).square())
+        return Returned(logits.float().log_softmax(-1)[:, 0].mean().neg(), logits, hidden)
+
+
+class Trunk(nn.Module):
+    """The same without a loss: the logits, and a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Head()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(x).logits
+        return {"logits": logits, "first": logits[:1]}
+
+
+LOGITS_BYTES = 32 * 64 * 4
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, PricedStep]:
+    """The step of ``Head`` with its outputs held, and with them released."""
+    model, inputs = seeded(Head), batch()
+    modes: tuple[OutputsMode, ...] = ("held", "released", "auto")
+    return {m: prepare(model, inputs, costs="roofline", search=SOON, outputs=m) for m in modes}
+
+
+def _at_least(step: PricedStep) -> Plan:
+    return step.plan_bytes(step.least.budget_bytes, SOON)
+
+
+def test_what_the_caller_lets_go_of_is_not_counted_in_the_backward(steps: dict[str, PricedStep]) -> None:
+    held, released = _at_least(steps["held"]), _at_least(steps["released"])
+    assert held.peak_bytes - released.peak_bytes >= LOGITS_BYTES
+    assert released.outputs["output.loss"] == "held"
+    assert released.released == ("output.logits", "output.hidden")
+    assert set(held.outputs.values()) == {"held"} and held.released == ()
+    assert released.floor_bytes < held.floor_bytes
+    assert "output.logits, output.hidden" in released.summary()
+    assert "outputs let go of" not in held.summary()
+
+
+@pytest.mark.parametrize("mode", ["held", "released"])
+def test_predicted_is_measured_to_the_byte(steps: dict[str, PricedStep], mode: str) -> None:
+    step = steps[mode]
+    for budget in (step.baseline_peak_bytes, step.least.budget_bytes):
+        plan = step.plan_bytes(budget, SOON)
+        report = plan.verify()
+        assert report.ok and report.peak_bytes == report.predicted_peak_bytes == plan.peak_bytes
+        assert report.recompute_flops == plan.recompute_flops
+        assert report.held_outputs == tuple(n for n, s in plan.outputs.items() if s == "held")
+    assert f"outputs held to the end: {', '.join(report.held_outputs)}\n" in str(report)
+
+
+def test_each_output_by_itself(steps: dict[str, PricedStep]) -> None:
+    some = steps["held"].releasing({1})
+    plan = _at_least(some)
+    assert plan.released == ("output.logits",)
+    report = plan.verify()
+    assert report.peak_bytes == plan.peak_bytes and report.held_outputs == ("output.loss", "output.hidden")
+    assert some.releasing({0, 2}).graph.released == {2}  # a loss that the backward starts from is held
+    assert some.releasing(()).graph is steps["held"].graph
+
+
+def test_an_output_that_is_let_go_of_may_be_made_again(steps: dict[str, PricedStep]) -> None:
+    """``hidden`` is read by the backward: it runs again, where a caller that holds it would pin it."""
+    ran = {mode: _at_least(steps[mode]) for mode in ("held", "released")}
+    (hidden,) = (op.name for op in steps["held"].graph.ops if op.target == "aten.gelu")
+    assert ran["held"].sequence.count(hidden) == 1
+    assert ran["released"].sequence.count(hidden) > 1
+    model = seeded(Head)
+    ran["released"].apply(model)
+    assert_same_bits(run(model, batch()), run(seeded(Head), batch()))
+
+
+def test_outputs_on_one_storage_go_together() -> None:
+    held = prepare(seeded(Trunk), batch(), costs="roofline", search=SOON)
+    assert held.graph.releasable == {0, 1}
+    assert held.releasing({0}) is held and held.releasing({1}) is held
+    plan = _at_least(held.all_released)
+    assert plan.verify().peak_bytes == plan.peak_bytes < _at_least(held).peak_bytes
+
+
+def test_what_the_loss_saves_of_an_output_stays() -> None:
+    """The square's backward reads the logits: let go of or not, they are there until it ran."""
+
+    def loss_fn(outputs: dict[str, Tensor]) -> Tensor:
+        return outputs["logits"].square().mean()
+
+    for mode in ("held", "released"):
+        step = prepare(seeded(Trunk), batch(), loss_fn=loss_fn, costs="roofline", search=SOON, outputs=mode)
+        plan = _at_least(step)
+        report = plan.verify()
+        assert report.ok and report.peak_bytes == plan.peak_bytes
+        assert report.recompute_flops == plan.recompute_flops
+
+
+def test_auto_is_released_only_where_held_does_not_fit(
+    steps: dict[str, PricedStep],
+) -> None:
+    held, auto = steps["held"], steps["auto"]
+    fits = auto.plan_bytes(held.least.budget_bytes, SOON)
+    assert fits.released == ()
+    below = auto.plan_bytes(held.least.budget_bytes - 1, SOON)
+    assert below.released == ("output.logits", "output.hidden")
+    assert auto.minimum_peak_bytes == fits.minimum_peak_bytes == steps["released"].minimum_peak_bytes
+
+
+def test_the_refusal_of_a_budget_says_what_letting_go_would_do(steps: dict[str, PricedStep]) -> None:
+    held, released = steps["held"], steps["released"]
+    with pytest.raises(planner.InfeasibleBudgetError, match="pass outputs='released'") as refused:
+        held.plan_bytes(held.least.budget_bytes - 1, SOON)
+    named = float(str(refused.value).rpartition(" GB: pass")[0].rpartition(" ")[2])
+    assert released.plan_bytes(round(named * 1e9), SOON).released
+    with pytest.raises(planner.InfeasibleBudgetError, match="with the outputs let go of") as refused:
+        steps["auto"].plan_bytes(released.least.budget_bytes - 1, SOON)
+    assert "outputs='released'" not in str(refused.value)  # it would not help
+    assert refused.value.minimum_bytes == released.minimum_peak_bytes
+
+
+def test_files(steps: dict[str, PricedStep]) -> None:
+    plan = _at_least(steps["released"])
+    back = Plan.of(from_text(to_text(plan)))
+    assert back.outputs == plan.outputs
+    assert back.verify(seeded(Head), batch()).peak_bytes == plan.peak_bytes
+    earlier = from_text(to_text(dataclasses.replace(plan, outputs={})))
+    assert earlier.released == ()
+    with pytest.raises(planner.InvalidPlanFileError, match="'kept'"):
+        from_text(to_text(plan).replace('"output.loss": "held"', '"output.loss": "kept"'))
+
+
+def test_step_peak_holds_what_it_is_told() -> None:
+    model, x = seeded(Head), batch()
+    peak: dict[Any, int] = {hold: step_peak(model, x, hold_outputs=hold) for hold in (True, False)}
+    peak[(1,)] = step_peak(model, x, hold_outputs=(1,))
+    assert peak[True] - peak[False] == peak[(1,)] - peak[False] == LOGITS_BYTES
+    assert step_peak(seeded(Trunk), x) > step_peak(seeded(Trunk), x, hold_outputs=False)  # without a loss
+
+
+def test_arguments() -> None:
+    for call in (planner.plan, planner.frontier):
+        with pytest.raises(ValueError, match="outputs must be 'held', 'released' or 'auto', not 'gone'"):
+            call(seeded(Head), 1.0, batch(), outputs="gone")  # type: ignore[operator]
