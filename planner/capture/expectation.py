@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.capture.module import home_of
+
 __all__ = ["Expectation", "TensorSpec", "autocast_state", "expectation_of"]
 
 
@@ -60,14 +62,13 @@ class Expectation:
 
 def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Expectation:
     """What a capture of ``model`` at these inputs (flattened, with their structure) depends on, as of now."""
-    device = next(model.parameters()).device
     return Expectation(
         in_spec,
         tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves),
         {n: TensorSpec.of(t) for n, t in (*model.named_parameters(), *model.named_buffers())},
         _tied(model),
         tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
-        autocast_state(device),
+        autocast_state(home_of(model, leaves)),
         tuple(_settings(m) for m in model.modules()),
     )
 

@@ -44,17 +44,25 @@ class Inputs:
                     "inputs={'name': x, ...}, one batch of the size to plan for"
                 )
         if isinstance(inputs, Inputs):
-            return inputs
+            return inputs.apart()
         if isinstance(inputs, torch.Tensor):
-            return cls((inputs,), {})
+            return cls((inputs,), {}).apart()
         if isinstance(inputs, Mapping):
-            return cls((), {str(k): v for k, v in inputs.items()})
+            return cls((), {str(k): v for k, v in inputs.items()}).apart()
         if isinstance(inputs, (tuple, list)):
-            return cls(tuple(inputs), {})
+            return cls(tuple(inputs), {}).apart()
         raise TypeError(
             f"inputs is a {type(inputs).__name__}; pass a tuple of positional arguments or a dict of "
             "keyword arguments for model.forward"
         )
+
+    def apart(self) -> Inputs:
+        """The same, where another network made a tensor apart from what made it: its graph is not held, and
+        the step can be run twice."""
+        if not any(t.requires_grad and not t.is_leaf for t in self.tensors()):
+            return self
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _leaf, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
 
     def check(self, model: nn.Module) -> None:
         """``TypeError`` unless ``model.forward`` takes these arguments."""
@@ -86,3 +94,7 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""
         return [leaf for leaf in self.flatten()[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)

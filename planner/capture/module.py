@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import PlannerError
 
-__all__ = ["original_forward", "unwrapped"]
+__all__ = ["home_of", "original_forward", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -31,3 +33,10 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
     while (beneath := getattr(forward, "original", None)) is not None:
         forward = beneath
     return forward
+
+
+def home_of(model: nn.Module, leaves: Iterable[Any]) -> torch.device:
+    """Where a step of ``model`` runs: with its parameters; one that has none, with the tensors it is given."""
+    given = (x for x in leaves if isinstance(x, torch.Tensor))
+    first = next(chain(model.parameters(), model.buffers(), given), None)
+    return torch.device("cpu") if first is None else first.device

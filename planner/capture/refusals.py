@@ -56,12 +56,12 @@ def refuse_unplannable(model: nn.Module, inputs: Sequence[torch.Tensor] = ()) ->
     _warn_of_fused(model)
 
 
-def _nothing_to_train(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
-    if any(p.requires_grad for p in model.parameters()):
+def _nothing_to_train(model: nn.Module, inputs: Sequence[torch.Tensor]) -> PlannerError | None:
+    if any(t.requires_grad for t in (*model.parameters(), *inputs)):
         return None
     return PlannerError(
         f"{type(model).__name__} has no trainable parameter (requires_grad is False for all "
-        f"{sum(1 for _ in model.parameters())}); there is no backward to plan"
+        f"{sum(1 for _ in model.parameters())}) and no input that requires grad; there is no backward to plan"
     )
 
 

@@ -21,6 +21,7 @@ from planner.measure.step import (
     cuda_devices,
     forward,
     held,
+    own,
     tangents_for,
     tensors_in,
     undone,
@@ -79,6 +80,7 @@ def run_step(
     Afterwards gradients are None and buffers and random state are what they were, so that two calls
     start equal.  Raises PlannerError if a gradient is not None at the start.
     """
+    inputs = own(inputs)
     with undone(model, inputs):
         torch.manual_seed(seed)
         passed = forward(model, inputs, loss_fn)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from planner.capture.outputs import LossFn
-from planner.measure.step import Batch, backward, call, forward, tangents_for, undone
+from planner.measure.step import Batch, backward, call, forward, own, tangents_for, undone
 
 __all__ = ["FLOP_FORMULAS", "step_flops"]
 
@@ -91,6 +91,7 @@ def step_flops(
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:
         if isinstance(fn_or_module, nn.Module):
+            inputs = own(inputs)
             with undone(fn_or_module, inputs):
                 passed = forward(fn_or_module, inputs, loss_fn)
                 backward(passed, tangents_for(passed, tangents))

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from planner._compat import clear_cublas_workspaces
 from planner.capture.outputs import LossFn
 from planner.measure.meter import StorageMeter
-from planner.measure.step import Batch, backward, call, device_of, forward, held, let_go, tangents_for, undone
+from planner.measure.step import (
+    Batch,
+    backward,
+    call,
+    device_of,
+    forward,
+    held,
+    let_go,
+    own,
+    tangents_for,
+    undone,
+)
 
 __all__ = ["CudaPeak", "cuda_step_peak", "step_peak"]
 
@@ -56,6 +67,7 @@ def step_peak(
             fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where, hold_outputs=hold_outputs
         )
         return peak.allocated_bytes - (0 if include_resident else peak.resident_bytes)
+    inputs = inputs if module is None else own(inputs)
     meter = StorageMeter(where)
     meter.register(*held(module, inputs))
     resident_bytes = meter.live_bytes
@@ -126,6 +138,7 @@ def cuda_step_peak(
         with _cuda_window(where, resident) as peak:
             call(fn_or_module, inputs)
         return peak()
+    inputs = own(inputs)
     with undone(module, inputs):
         passed = forward(module, inputs, loss_fn)
         given = tangents_for(passed, tangents)

@@ -33,6 +33,7 @@ __all__ = [
     "held",
     "let_go",
     "loss_of",
+    "own",
     "tangents_for",
     "tensors_in",
     "undone",
@@ -65,6 +66,13 @@ def loss_of(outputs: Any, loss_fn: LossFn | None = None) -> Tensor | None:
             raise TypeError(f"loss_fn must return a scalar tensor, got {shape}: reduce it, e.g. with .mean()")
         return loss
     return loss_within(outputs)
+
+
+def own(inputs: Batch) -> Batch:
+    """The batch, cut off from a graph that made a tensor of it: a step ends at its inputs."""
+    if inputs is None or all(t.is_leaf for t in tensors_in(inputs)):
+        return inputs
+    return Inputs.of(nn.Module(), inputs)
 
 
 def call(target: Callable[..., Any], inputs: Batch) -> Any:

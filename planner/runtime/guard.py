@@ -15,6 +15,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.capture.expectation import Expectation, TensorSpec, autocast_state
+from planner.capture.module import home_of
 from planner.capture.refusals import has_hooks, is_sharded, sharded_message
 from planner.errors import PlannerError, StalePlanError
 
@@ -149,7 +150,7 @@ class Guard:
                 raise StalePlanError(
                     f"input {self._label(i)} is {got}; the plan was made for {want!r}. Plan once for each"
                 )
-        state = autocast_state(next(self.model.parameters()).device)
+        state = autocast_state(home_of(self.model, leaves))
         if state != expected.autocast:
             raise StalePlanError(
                 f"autocast is {state[1] or 'off'}, it was {expected.autocast[1] or 'off'} when the plan was "

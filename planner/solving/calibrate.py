@@ -30,7 +30,7 @@ from planner._compat import FakeTensor, is_out_of_memory
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure.peaks import cuda_step_peak, step_peak
-from planner.measure.step import tensors_in, undone
+from planner.measure.step import device_of, tensors_in, undone
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import Calibration, Round
@@ -66,7 +66,7 @@ def measured_bytes(
     ``hold_outputs`` as for :func:`planner.measure.step_peak`.
     What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out.
     """
-    device = next(p.device for p in module.parameters())
+    device = device_of(module, batch, None)
     if device.type != "cuda":
         return StepBytes(step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs), None)
     peak = cuda_step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs)

@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from planner._compat import FakeTensor, pytree
 from planner.capture.expectation import TensorSpec, autocast_state
 from planner.capture.inputs import Inputs
+from planner.capture.module import home_of
 
 __all__ = ["Call", "Signature"]
 
@@ -24,6 +26,7 @@ class Signature:
     ``autocast``       whether autocast is on, and to which dtype.
     ``has_gradients``  gradients of earlier batches are held: the step adds to them.
     ``place``          which call of its step it is, where there are several.
+    ``trains``         whether the model is in training mode, then ``requires_grad`` of each parameter.
     """
 
     in_spec: Any
@@ -31,6 +34,7 @@ class Signature:
     autocast: tuple[bool, str]
     has_gradients: bool
     place: int = 1
+    trains: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         shapes = [str(leaf) for leaf in self.leaves if isinstance(leaf, TensorSpec)]
@@ -68,15 +72,18 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        device: torch.device,
+        module: nn.Module,
         has_gradients: bool = False,
         place: int = 1,
+        trains: tuple[bool, ...] = (),
     ) -> Call:
-        """Of ``module(*args, **kwargs)`` for a module on ``device``."""
+        """Of ``module(*args, **kwargs)``."""
         inputs = Inputs(args, kwargs)
         leaves, in_spec = inputs.flatten()
         specs = tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else _constant(x) for x in leaves)
-        signature = Signature(in_spec, specs, autocast_state(device), has_gradients, place)
+        signature = Signature(
+            in_spec, specs, autocast_state(home_of(module, leaves)), has_gradients, place, trains
+        )
         return cls(inputs, leaves, in_spec, signature)
 
     def __str__(self) -> str:

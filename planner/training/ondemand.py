@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from planner._compat import modes_set_aside
+from planner.capture.module import home_of
 from planner.errors import PlannerError, StalePlanError
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
@@ -85,8 +86,10 @@ class OnDemand:
         if self._parameters is None:
             self._parameters = list(self.root.parameters())
         adds = self._calls.per_step != 1 or any(p.grad is not None for p in self._parameters)
-        device = next(self.planned.parameters()).device
-        return Call.of(args, kwargs, device=device, has_gradients=adds, place=place)
+        trains = (self.planned.training, *[p.requires_grad for p in self._parameters])
+        return Call.of(
+            args, kwargs, module=self.planned, has_gradients=adds, place=place, trains=trains
+        )  # fmt: skip
 
     def find(self, call: Call) -> KeptPlan | None:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
@@ -143,7 +146,7 @@ class OnDemand:
         self._parameters = None
 
     def _refuse(self, call: Call) -> None:
-        where = next(self.planned.parameters()).device
+        where = home_of(self.planned, call.leaves)
         strange = [x for x in call.leaves if isinstance(x, torch.Tensor) and x.dim() and x.device != where]
         if strange:
             raise PlannerError(

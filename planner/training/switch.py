@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.capture.inputs import Inputs
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
 from planner.training import huggingface
@@ -107,7 +108,7 @@ class Switch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.planned:  # bound once more, by a library that unwraps forwards
             args = args[1:]
-        if not self._trains():
+        if not self._trains(args, kwargs):
             return self.original(*args, **kwargs)
         kwargs = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
         call = self._plans.arrived(args, kwargs)
@@ -118,13 +119,16 @@ class Switch:
         self._plans.started(kept)
         return outputs
 
-    def _trains(self) -> bool:
+    def _trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return (
             self.on
             and not self._planning
             and self.planned.training
             and torch.is_grad_enabled()
-            and any(p.requires_grad for p in self.planned.parameters())
+            and (
+                any(p.requires_grad for p in self.planned.parameters())
+                or any(t.requires_grad for t in Inputs(args, kwargs).tensors())
+            )
             and not is_traced(type(self.root).__name__)
         )
 
