@@ -36,7 +36,7 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 def home_of(model: nn.Module, leaves: Iterable[Any]) -> torch.device:
-    """Where a step of ``model`` runs: with its parameters; one that has none, with the tensors it is given."""
+    """Where a step of ``model`` runs: with its parameters; one that has none, with what it is given."""
     given = (x for x in leaves if isinstance(x, torch.Tensor))
     first = next(chain(model.parameters(), model.buffers(), given), None)
     return torch.device("cpu") if first is None else first.device

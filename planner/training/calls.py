@@ -98,6 +98,10 @@ class Call:
         parts += ["gradients accumulated"] * signature.has_gradients
         return ", ".join(parts)
 
+    def with_gradients(self, held: bool) -> Call:
+        """The same where gradients of earlier batches are held, or none are."""
+        return replace(self, signature=replace(self.signature, has_gradients=held))
+
     @property
     def fake(self) -> bool:
         """Whether somebody is tracing or counting, so that nothing is to be planned."""

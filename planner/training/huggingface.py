@@ -30,12 +30,12 @@ from torch import nn
 __all__ = [
     "NAMES",
     "arguments_of",
-    "calls_per_step",
     "flags_raised",
     "outside_bytes",
     "planned_module",
     "set_flags",
     "training_arguments",
+    "usual_calls",
 ]
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ def _is_sentence_model(root: nn.Module) -> bool:
     return isinstance(root, BaseModel)
 
 
-def calls_per_step(root: nn.Module) -> int | None:
-    """How often a step calls the planned module, ``None`` if its first step has to tell.
+def usual_calls(root: nn.Module) -> int | None:
+    """How often a step usually calls the planned module, ``None`` if nobody knows.
 
     The losses of sentence-transformers call their model once per column of texts, or per negative.
     """

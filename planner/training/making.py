@@ -40,6 +40,9 @@ from planner.training.step_calls import StepCalls
 
 __all__ = ["PlanMaker"]
 
+# Of search for the least peak of a first step, which is run once: that it is near is enough.
+FIRST_STEP_S = 5.0
+
 
 class PlanMaker:
     """Makes plans for calls of ``planned``, a part of ``root`` or all of it, each from a step it keeps.
@@ -85,7 +88,10 @@ class PlanMaker:
         step = self._captured(call, search)
         resident_at = partial(self._resident, call.signature.has_gradients)
         resident = resident_at(step.graph, step.joint.inputs)
-        step = replace(step.with_resident(resident, resident_at), least_limit_s=search.time_limit_s)
+        limit_s = search.time_limit_s
+        if self.calls.per_step is None:
+            limit_s = min(limit_s, FIRST_STEP_S)
+        step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
         try:
             return self._made_once(call, step, search, hint)
         except InfeasibleBudgetError as error:
@@ -178,12 +184,16 @@ class PlanMaker:
         return made_once(key, lambda: self._solved(call, step, search, hint), adopt, wait_s=wait_s)
 
     def _solved(self, call: Call, step: PricedStep, search: Search, hint: Plan | None) -> Plan:
-        self._learn_need(call, step)
         room = self._room(call)
         if self.calls.per_step is None:
+            if 2 * step.baseline_peak_bytes - step.problem.resident_bytes <= room.left_bytes:
+                return step.plan_bytes(room.left_bytes, search, hint=hint)
+            self._learn_need(call, step)
             if step.minimum_peak_bytes > room.left_bytes:
                 raise step.infeasible(room.left_bytes)
             return step.least_plan()
+        self._learn_need(call, step)
+        room = self._room(call)
         if room.most_bytes is None:
             return step.plan_bytes(room.left_bytes, search, hint=hint)
         probe = replace(search, time_limit_s=search.time_limit_s / PROBES)
@@ -208,9 +218,14 @@ class PlanMaker:
         if calls == 1:
             return error
         known = f"of {calls}" if calls else "in the first step, which tells how many there are,"
+        way_out = (
+            f". Those before it were planned before it was known of: say so, planner.enable(..., "
+            f"calls_per_step={max(place, calls or 0)}) or however many there are, and each leaves room for the "
+            "others"
+        )
         return error.saying(
             f"call {place} {known} of {type(self.planned).__name__} before the backward, {held / 1e9:.4g} GB "
-            f"held by those before it: {error}"
+            f"held by those before it: {error}{'' if self.calls.told or place == 1 else way_out}"
         )
 
 

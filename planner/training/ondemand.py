@@ -9,8 +9,9 @@ be made.  What it asks lies beside it:
 * :mod:`planner.training.making` makes one.
 
 The budget is for the whole step of the whole model, and calls that wait for their backward share it
-(:mod:`planner.training.sharing`).  How many there are is told by the first step, which is then run at the
-lowest peak that is found.
+(:mod:`planner.training.sharing`).  How many there are is told by the first step.  Where its first call, planned
+as the only one, would leave no room for another, it is run at the lowest peak that is found; that plan is for
+the steps after it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.capture.module import home_of
-from planner.errors import PlannerError, StalePlanError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.options import Search
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
 from planner.training import huggingface
@@ -59,7 +62,7 @@ class OnDemand:
         self.root, self.planned, self.settings, self.around = root, planned, settings, around
         self.last: Plan | None = None
         self._announced = False
-        self._calls = StepCalls(settings.calls_per_step, huggingface.calls_per_step(root))
+        self._calls = StepCalls(settings.calls_per_step, huggingface.usual_calls(root))
         self._maker = PlanMaker(root, planned, settings, self._calls, around)
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
@@ -75,8 +78,8 @@ class OnDemand:
 
     @property
     def calls(self) -> int | None:
-        """How many calls a step is taken to have; ``None`` until its first one has told."""
-        return self._calls.per_step
+        """How many calls a step is taken to have; ``None`` where nobody knows until its first one has told."""
+        return self._calls.seen
 
     # -- each call ---------------------------------------------------------------------------------
 
@@ -85,11 +88,16 @@ class OnDemand:
         place = self._calls.arrive()
         if self._parameters is None:
             self._parameters = list(self.root.parameters())
-        adds = self._calls.per_step != 1 or any(p.grad is not None for p in self._parameters)
         trains = (self.planned.training, *[p.requires_grad for p in self._parameters])
         return Call.of(
-            args, kwargs, module=self.planned, has_gradients=adds, place=place, trains=trains
+            args, kwargs, module=self.planned, has_gradients=self._adds, place=place, trains=trains
         )  # fmt: skip
+
+    @property
+    def _adds(self) -> bool:
+        """Whether the backward may find gradients to add to."""
+        held = self._parameters or ()
+        return self._calls.per_step != 1 or any(p.grad is not None for p in held)
 
     def find(self, call: Call) -> KeptPlan | None:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
@@ -116,13 +124,42 @@ class OnDemand:
                 self._maker.check(call)
             except StalePlanError as edited:
                 self._edited(edited)
-            plan = self._maker.make(call, search, self.last)
-            runner = PlannedForward(self.planned, plan.executable(), original=original)
-        kept = KeptPlan(plan, runner, self._room(call), any_size=runner.step.variants is not None)
-        self._plans.keep(call, kept)
-        self.last = plan
-        self._announce(plan, call, time.perf_counter() - began)
+            if self._calls.per_step is None and self._calls.usual and call.signature.place == 1:
+                with self._calls.supposed(self._calls.usual):
+                    alone = call.with_gradients(self._adds)
+                    kept = self._keep(alone, self._made(alone, search, original))
+                    self._announce(kept.plan, alone, time.perf_counter() - began)
+                return kept if self._leaves_room(kept) else self._in_first_step(call, search, original, kept)
+            kept = self._keep(call, self._made(call, search, original))
+        self._announce(kept.plan, call, time.perf_counter() - began)
         return kept
+
+    def _made(self, call: Call, search: Search, original: Callable[..., Any]) -> KeptPlan:
+        plan = self._maker.make(call, search, self.last)
+        runner = PlannedForward(self.planned, plan.executable(), original=original)
+        room = self._room(call)
+        if self._calls.per_step is None:  # as little as can be, and no measure for the steps to come
+            room = replace(room, left_bytes=min(room.left_bytes, plan.peak_bytes))
+        return KeptPlan(plan, runner, room, any_size=runner.step.variants is not None)
+
+    def _keep(self, call: Call, kept: KeptPlan) -> KeptPlan:
+        self._plans.keep(call, kept)
+        self.last = kept.plan
+        return kept
+
+    def _leaves_room(self, kept: KeptPlan) -> bool:
+        """Whether another call like this one fits beside it."""
+        return kept.plan.held_bytes + kept.plan.peak_bytes <= kept.room.left_bytes
+
+    def _in_first_step(
+        self, call: Call, search: Search, original: Callable[..., Any], alone: KeptPlan
+    ) -> KeptPlan:
+        """For a step that may have more calls: the least peak.  Where that is too much, it has to be the only
+        one, for which there is a plan."""
+        try:
+            return self._made(call, search, original)
+        except InfeasibleBudgetError:
+            return alone
 
     def started(self, kept: KeptPlan) -> None:
         """The forward of a call has run; from here to its backward it holds memory."""
@@ -140,7 +177,7 @@ class OnDemand:
     def _edited(self, why: StalePlanError) -> None:
         """Every plan and every captured step is of the model as it was; calls that wait still do."""
         log.info("%s is planned again: %s", type(self.root).__name__, why)
-        self._calls.restart(huggingface.calls_per_step(self.root))
+        self._calls.restart()
         self._maker.forget()
         self._plans = PlanCache(self.settings.max_plans)
         self._parameters = None

@@ -1,13 +1,16 @@
 """The calls of one step: how many there are, which of them wait for their backward, what room is left.
 
 A loss may call its model more than once before the backward; the calls share the budget
-(:mod:`planner.training.sharing`).  How many there are is told by the options or by the first step.
+(:mod:`planner.training.sharing`).  How many there are is told by the options or by the first step, which is
+therefore run so that others find room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from planner.training.sharing import Room, most_held
@@ -22,21 +25,34 @@ class StepCalls:
     """Counts the calls of each step as they come.
 
     ``told``      how many the options say there are, ``None`` if they do not.
+    ``usual``     how many there usually are where nothing is told, ``None`` if nobody knows.
     ``per_step``  how many a step is taken to have; ``None`` until its first one has told.
     """
 
-    def __init__(self, told: int | None, guess: int | None) -> None:
-        """``guess`` is where to begin if nothing is ``told``; ``None``: the first step has to tell."""
-        self.told = told
+    def __init__(self, told: int | None, usual: int | None) -> None:
+        self.told, self.usual, self.per_step = told, usual, told
         self._waiting: list[tuple[weakref.ref[Any], int]] = []  # those without their backward, bytes held
-        self.restart(guess)
+        self.restart()
 
-    def restart(self, guess: int | None) -> None:
-        """Count anew, as for a model that was edited; the calls that wait for their backward still do."""
-        self.per_step = self.told or guess
+    def restart(self) -> None:
+        """For a model that was edited, whose calls need other memory; those that wait still do."""
         self._seen = 0  # calls of this step so far
         self._recent: deque[int] = deque(maxlen=REMEMBERED)  # calls of each of the last steps
         self._need_bytes = self._need_size = 0  # the least peak of the largest call, and its elements
+
+    @property
+    def seen(self) -> int | None:
+        """How many a step has, as far as is known: of a first step, how many have come."""
+        return self.per_step or (self._seen if self.usual else None)
+
+    @contextlib.contextmanager
+    def supposed(self, calls: int) -> Iterator[None]:
+        """Plan as if a step had so many."""
+        known, self.per_step = self.per_step, calls
+        try:
+            yield
+        finally:
+            self.per_step = known
 
     def tell(self, told: int | None) -> None:
         """The options say something else from here on."""
