@@ -55,6 +55,7 @@ __all__ = [
     "expression_of",
     "fake_mode_of",
     "foreach_takes_fakes",
+    "generator_key",
     "guards_of",
     "is_data_dependent",
     "is_out_of_memory",
@@ -347,6 +348,11 @@ def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata
+
+
+def generator_key(generator: torch.Generator) -> int:
+    """Identity of a generator, whichever object of Python's stands for it; 1.7+."""
+    return int(generator._cdata)  # type: ignore[attr-defined]
 
 
 def is_data_dependent(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from torch import fx, nn
 from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
+from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.effects import Effects, attributes_kept, settled, tensors_kept
@@ -207,14 +208,17 @@ def _captured(
         torch.enable_grad(),
         attributes_kept(model) as effects,
         _compat.checkpoint_calls() as calls,
+        Generators() as generators,
         explained(model, calls),
     ):
         loss = None
         if loss_fn is not None:
             loss, used = _trace_loss(model, given, loss_fn)
         step = _FlatModel(model, fake, in_spec, used)
-        with _module_paths(model):
+        with _module_paths(model), generators.watched():
             module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+        if not calls.count:  # checkpointing handles random states, and is refused for itself
+            generators.refuse(type(model).__name__, module, lambda: _step_on_fakes(model, given))
     _refuse_side_effects(model, given, calls.count > 0, effects)
     template = step.template
     assert template is not None
@@ -373,6 +377,14 @@ def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = pytree.tree_unflatten(fake, spec)
     with mode, _compat.values_unchecked():
         return _call(model, state, args, kwargs)
+
+
+def _step_on_fakes(model: nn.Module, inputs: Inputs) -> None:
+    """Forward and backward of the model, without memory."""
+    outputs = pytree.tree_leaves(_output_on_fakes(model, inputs))
+    roots = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    with _compat.fake_mode_of(roots[0]):
+        torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
 
 
 def _trace_loss(model: nn.Module, inputs: Inputs, loss_fn: LossFn) -> tuple[Traced, frozenset[int]]:

@@ -6,12 +6,10 @@ See :mod:`planner.training.distributed` for what a plan does among several proce
 from __future__ import annotations
 
 import contextlib
-import linecache
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from planner import _compat
+from planner.capture.as_eager.places import line_of
 from planner.errors import PlannerError, TraceError
 
 __all__ = [
@@ -244,16 +243,10 @@ def _place_in_source(error: BaseException) -> tuple[str, str]:
     for frame, line in traceback.walk_tb(error.__traceback__):
         name = frame.f_globals.get("__name__", "")
         if name.split(".")[0] not in ("torch", ours, "contextlib"):
-            inner, within, function = _line_of(frame, line), "", ""
+            inner, within, function = line_of(frame, line), "", ""
         elif name.startswith(_TOLD) and not name.endswith((".module", ".container")):
-            within, function = _line_of(frame, line), frame.f_code.co_name
+            within, function = line_of(frame, line), frame.f_code.co_name
     return (f"{inner}, in torch's own {within}," if within else inner), function
-
-
-def _line_of(frame: FrameType, line: int) -> str:
-    path = frame.f_code.co_filename
-    source = linecache.getline(path, line).strip()
-    return f"{path}:{line} ({source})" if source else f"{path}:{line}"
 
 
 # -- sharded models -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from math import inf, isnan
 import torch
 from torch import Tensor, nn
 
+from planner.capture.as_eager.generators import global_states, seed_all
 from planner.capture.outputs import LossFn
 from planner.measure.step import (
     Batch,
@@ -37,7 +38,7 @@ class StepRecord:
     ``outputs``    tensors of the model's output in order, named by position.
     ``gradients``  by parameter name (tied parameters once) and ``input <position>``.
     ``buffers``    by name, after the step.
-    ``rng``        generator states after the step, by device.
+    ``rng``        states of the global generators after the step: torch's by device, Python's and numpy's.
     ``loss``       what was differentiated; ``None`` if it was the outputs.
     ``output_type``  the class of the model's output.
     """
@@ -82,14 +83,14 @@ def run_step(
     """
     inputs = own(inputs)
     with undone(model, inputs):
-        torch.manual_seed(seed)
+        seed_all(seed)
         passed = forward(model, inputs, loss_fn)
         backward(passed, tangents_for(passed, tangents))
         sources = [
             *model.named_parameters(),
             *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)) if t.is_leaf),
         ]
-        rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": torch.get_rng_state(), **global_states()}
         rng |= {str(d): torch.cuda.get_rng_state(d) for d in cuda_devices(held(model, inputs))}
         return StepRecord(
             outputs={str(i): t.detach().clone() for i, t in enumerate(tensors_in(passed.outputs))},

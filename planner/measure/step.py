@@ -4,7 +4,7 @@ The backward starts from ``loss_fn(outputs)``, or from the model's own loss (:fu
 capture follows), or, without one, from every differentiable output, given a gradient of ones.
 :func:`undone` runs a step as if it had not been.
 
-Known limit: the random states of Python and numpy are not put back.
+Known limit: of Python's and numpy's generators the global ones are put back, others are not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from planner._compat import pytree
+from planner.capture.as_eager.generators import global_states_kept
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn, loss_within, register_dataclasses
 from planner.errors import PlannerError
@@ -172,7 +173,7 @@ def held(model: nn.Module | None, inputs: Batch) -> list[Tensor]:
 
 @contextmanager
 def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
-    """Run a step as if it had not been: gradients (required to be None), buffers, random state."""
+    """Run a step as if it had not been: gradients (required to be None), buffers, random states."""
     leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
     for name, leaf in leaves:
         if leaf.is_leaf and leaf.grad is not None:
@@ -186,7 +187,7 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
-        with torch.random.fork_rng(devices=cuda_devices(held(model, inputs))):
+        with torch.random.fork_rng(devices=cuda_devices(held(model, inputs))), global_states_kept():
             yield
     finally:
         with torch.no_grad():

@@ -1,0 +1,56 @@
+"""Lines of the user's code, as messages name them.
+
+What is torch's, ours (but for the models of our checks and examples) or one of the helpers of Python that
+stand between a caller and a call is none of it.
+"""
+
+from __future__ import annotations
+
+import linecache
+import threading
+from types import FrameType
+
+__all__ = ["is_users", "line_of", "users_frame", "users_place"]
+
+_OURS = __name__.split(".", maxsplit=1)[0]
+_OUR_MODELS = (f"{_OURS}.checks", f"{_OURS}.examples")
+_BETWEEN = frozenset({"contextlib", "functools", "random", "numpy", "secrets", "torch", "uuid"})
+
+
+def line_of(frame: FrameType, line: int) -> str:
+    """``file:line (code)``."""
+    path = frame.f_code.co_filename
+    source = linecache.getline(path, line).strip()
+    return f"{path}:{line} ({source})" if source else f"{path}:{line}"
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".", maxsplit=1)[0] == _OURS and not module.startswith(_OUR_MODELS)
+
+
+def is_users(frame: FrameType) -> bool:
+    """Whether the frame runs a line that its user can change, or ask its author to."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.split(".", maxsplit=1)[0] not in _BETWEEN and not _is_ours(module)
+
+
+def users_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost of the user's frames from ``frame`` outwards; ``None`` where we come before it.
+
+    What the tracer does for itself has our frames between it and the user's.
+    """
+    while frame is not None:
+        if _is_ours(str(frame.f_globals.get("__name__", ""))):
+            return None
+        if is_users(frame):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def users_place(frame: FrameType | None, thread: int | None = None) -> str | None:
+    """The line of :func:`users_frame`; ``None`` in another thread than ``thread``, if that is given."""
+    if thread is not None and threading.get_ident() != thread:
+        return None
+    found = users_frame(frame)
+    return None if found is None else line_of(found, found.f_lineno)
