@@ -58,10 +58,10 @@ bench-cuda:
 
 venv: $(VENV)/.ready
 
+# Half of the seconds went to compiling every module of every package; the few in use are compiled when imported.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[notebooks,hf,dev]'
+	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e '.[notebooks,hf,dev]'
 	touch $@
 
 clean:
