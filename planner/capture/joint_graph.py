@@ -65,6 +65,7 @@ class Traced:
     ``gradients``                 name of a parameter -> node of its gradient.
     ``input_gradients``           position of an input -> node of its gradient.
     ``storage_bytes``             storage -> expression of its bytes, where they vary.
+    ``rebound``                   those of ``mutations`` that the forward binds to a new tensor.
     """
 
     module: fx.GraphModule
@@ -77,6 +78,7 @@ class Traced:
     gradients: dict[str, fx.Node]
     input_gradients: dict[int, fx.Node]
     storage_bytes: dict[int, Any] = field(default_factory=dict)
+    rebound: dict[str, fx.Node] = field(default_factory=dict)
 
     def at(self, values: Mapping[Any, int], *, fixed: bool = False) -> Traced:
         """A copy of a symbolic graph at the sizes of ``values``; ``fixed``: for these only."""
@@ -450,7 +452,7 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
             if desc.idx < own:
                 out.outputs[desc.idx] = node.args[0]
             else:
-                out.mutations[rebound[desc.idx - own]] = node.args[0]
+                out.rebound[rebound[desc.idx - own]] = node.args[0]
         elif isinstance(desc, d.InputMutationAOTOutput) and isinstance(desc.mutated_input, d.BufferAOTInput):
             out.mutations[names[desc.mutated_input.target]] = node
         elif isinstance(desc, d.GradAOTOutput) and isinstance(desc.grad_of, d.ParamAOTInput):
@@ -465,6 +467,7 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
                 f"the forward writes into {what} in place; a plan can only update buffers. Work on a copy, "
                 "or do it outside forward (a teacher that follows its student: after the optimizer's step)"
             )
+    out.mutations.update(out.rebound)
     return out
 
 

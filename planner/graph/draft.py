@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner import _compat
 from planner.capture import meta
 from planner.capture.joint_graph import Traced
-from planner.graph.nodes import changes_nothing, is_check, is_random
+from planner.graph.nodes import changes_nothing, is_check, is_mutation, is_random, tensors_of
 
 __all__ = ["Did", "Draft", "loaded"]
 
@@ -33,6 +34,7 @@ class Draft:
     ``tangents``       index of an output -> placeholder of its gradient.
     ``gradients``      parameter name, or input position -> node.
     ``buffers``        placeholder by name; ``mutations``: node of the new value by name.
+    ``rebound``        names of buffers that get a new tensor: the old one stays as it was for who read it.
     ``sizes``          placeholder by expression of a size that varies.
     ``storage_bytes``  storage -> expression of its bytes, where they vary.
     ``pinned``         calls that no plan may run twice.
@@ -48,6 +50,7 @@ class Draft:
     gradients: dict[str | int, fx.Node] = field(default_factory=dict)
     buffers: dict[str, fx.Node] = field(default_factory=dict)
     mutations: dict[str, fx.Node] = field(default_factory=dict)
+    rebound: frozenset[str] = frozenset()
     sizes: dict[str, fx.Node] = field(default_factory=dict)
     storage_bytes: dict[int, Any] = field(default_factory=dict)
     pinned: set[fx.Node] = field(default_factory=set)
@@ -70,6 +73,22 @@ class Draft:
                 self.graph.erase_node(node)
         return before - len(self.graph.nodes)
 
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """``new`` for all who read ``node``; views of it lie on the storage of ``new``."""
+        node.replace_all_uses_with(new)
+        before, stack = _compat.storage_key(meta.tensor(node)), [new]
+        with _compat.fake_mode_of(meta.tensor(new)):
+            while stack:
+                for user in stack.pop().users:
+                    on_it = any(_compat.storage_key(t) == before for t in tensors_of(user))
+                    if on_it and not is_mutation(user):
+                        args, kwargs = fx.map_arg((user.args, user.kwargs), meta.value)
+                        meta.set_value(user, user.target(*args, **kwargs))  # type: ignore[operator]
+                        stack.append(user)
+        self.outputs = [new if n is node else n for n in self.outputs]
+        self.gradients.update({k: new for k, n in self.gradients.items() if n is node})
+        self.mutations.update({k: new for k, n in self.mutations.items() if n is node})
+
     def reaches(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Everything the targets are computed from, themselves included."""
         seen: set[fx.Node] = set()
@@ -84,7 +103,7 @@ class Draft:
 
 def loaded(traced: Traced) -> tuple[Draft, Did]:
     """A copy of the graph without its no-ops; constants become placeholders."""
-    draft = Draft(storage_bytes=traced.storage_bytes)
+    draft = Draft(storage_bytes=traced.storage_bytes, rebound=frozenset(traced.rebound))
     new: dict[fx.Node, Any] = {}  # a node, or a number
     kinds: dict[fx.Node, tuple[str, str | int]] = {}
     kinds.update({n: ("parameter", k) for k, n in traced.parameters.items()})

@@ -18,6 +18,7 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.nodes import ignores_running_stats, is_mutation
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
@@ -210,6 +211,18 @@ class _Writer:
             tuple(self._cut(segments)),
             self.source.constants,
             bool(self.replayed),
+            self._watched(),
+        )
+
+    def _watched(self) -> frozenset[str]:
+        """Buffers that the step writes to and its backward reads; not the statistics of a batch norm."""
+        calls = [op.node for op in self.source.ops if op.node is not None and is_mutation(op.node)]
+        roots = [self.source.values[self.source.value_of[n.all_input_nodes[0]]].root for n in calls]
+        written = {self.source.sources[root] for root in roots if root in self.source.sources}
+        return frozenset(
+            str(argument.key)
+            for node, argument in self.arguments[self.backward].items()
+            if (argument.kind, argument.key) in written and not all(map(ignores_running_stats, node.users))
         )
 
     def _cut(self, segments: int | None) -> list[Segment]:

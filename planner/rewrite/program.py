@@ -43,6 +43,7 @@ class Program:
 
     ``forward``    returns the model's output tensors, then the saved set.
     ``segments``   the backward, in execution order.
+    ``watched``    buffers that it writes to and the backward reads, which must be as the forward left them.
     ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
     """
 
@@ -53,6 +54,7 @@ class Program:
     segments: tuple[Segment, ...]
     constants: dict[str, torch.Tensor]
     replays: bool
+    watched: frozenset[str] = frozenset()
 
     @property
     def code(self) -> str:

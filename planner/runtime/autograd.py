@@ -48,6 +48,7 @@ class PendingCall:
         self.mail: dict[str, Any] = {}
         self.spent = [False] * len(program.segments)
         self.direct: dict[Argument, Any] = {}
+        self.versions: dict[Argument, int] = {}  # of buffers that the backward reads
         self.keep: list[list[torch.Tensor]] = []
         for segment in program.segments:
             kept = []
@@ -58,6 +59,8 @@ class PendingCall:
                     kept.append(given[argument])
                 elif argument.kind in ("buffer", "constant", "size"):
                     self.direct[argument] = given[argument]
+                    if argument.key in program.watched and argument.kind == "buffer":
+                        self.versions[argument] = _version_of(given[argument])
             self.keep.append(kept)
 
     @property
@@ -77,6 +80,7 @@ class PendingCall:
             elif argument.kind == "tangent":
                 boxed.append(self._tangent(int(argument.key), tangents))
             elif argument.kind in ("buffer", "constant", "size"):
+                self._refuse_written(argument)
                 boxed.append(self.direct[argument])
             else:
                 boxed.append(next(held))
@@ -90,6 +94,15 @@ class PendingCall:
             tangent = torch.zeros(shape, dtype=dtype, device=self.step.device)
         return tangent
 
+    def _refuse_written(self, argument: Argument) -> None:
+        """Autograd sees in-place changes of what it saved; a buffer is not saved."""
+        if self.versions.get(argument, -1) not in (-1, _version_of(self.direct[argument])):
+            raise PlannerError(
+                f"the buffer {argument.key} was written to between a planned forward and its backward, which "
+                "reads it: by another forward, or by hand. Run the backward first, or restore the model's "
+                "own forward (plan.restore(model)), where autograd refuses what it cannot do"
+            )
+
     def refuse(self, tangents: tuple[Any, ...]) -> None:
         """A gradient arrived for an output the plan does not differentiate."""
         for position, index in enumerate(self.tracked):
@@ -100,6 +113,11 @@ class PendingCall:
                     f"a gradient arrived for {leaf.name}, but the plan differentiates {chosen} only; "
                     "plan with loss_fn=... computing the loss you train with"
                 )
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class SegmentNode(torch.autograd.Function):

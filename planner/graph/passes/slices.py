@@ -22,7 +22,6 @@ from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.draft import Did, Draft
-from planner.graph.nodes import is_mutation, tensors_of
 
 __all__ = ["in_place_form", "over_form", "write_parts"]
 
@@ -65,6 +64,7 @@ _POINTWISE: dict[Any, Any] = {
     aten.addcmul.default: aten.addcmul_.default,
     aten.addcdiv.default: aten.addcdiv_.default,
     aten.clamp.default: aten.clamp_.default,
+    aten.remainder.Scalar: aten.remainder_.Scalar,
     aten.relu.default: aten.relu_.default,
     aten.exp.default: aten.exp_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
@@ -176,27 +176,11 @@ def _replaced(draft: Draft, node: fx.Node, base: Any, call: str, args: Any, step
     symbolic = draft.storage_bytes.get(_compat.storage_key(before))
     if symbolic is not None:
         draft.storage_bytes[_compat.storage_key(whole)] = symbolic
-    _take_over(draft, node, new)
+    draft.replace(node, new)
     draft.graph.erase_node(node)
     if taken is not None:
         _read_from(draft, taken, new, steps)
     return True
-
-
-def _take_over(draft: Draft, node: fx.Node, new: fx.Node) -> None:
-    """``new`` for all who read ``node``; views of it lie on the storage of ``new``."""
-    node.replace_all_uses_with(new)
-    before, stack = _compat.storage_key(meta.tensor(node)), [new]
-    with _compat.fake_mode_of(meta.tensor(new)):
-        while stack:
-            for user in stack.pop().users:
-                if any(_compat.storage_key(t) == before for t in tensors_of(user)) and not is_mutation(user):
-                    args, kwargs = fx.map_arg((user.args, user.kwargs), meta.value)
-                    meta.set_value(user, user.target(*args, **kwargs))  # type: ignore[operator]
-                    stack.append(user)
-    draft.outputs = [new if n is node else n for n in draft.outputs]
-    draft.gradients.update({k: new for k, n in draft.gradients.items() if n is node})
-    draft.mutations.update({k: new for k, n in draft.mutations.items() if n is node})
 
 
 def _read_from(draft: Draft, taken: fx.Node, new: fx.Node, steps: tuple[Any, ...]) -> None:
@@ -214,7 +198,7 @@ def _read_from(draft: Draft, taken: fx.Node, new: fx.Node, steps: tuple[Any, ...
             values = fx.map_arg(tuple(where), meta.value)
             meta.describe(view, kernels.aten_op(name)(meta.tensor(part), *values), taken)
         part = view
-    _take_over(draft, taken, part)
+    draft.replace(taken, part)
     draft.graph.erase_node(taken)
 
 
