@@ -56,6 +56,7 @@ __all__ = [
     "fake_mode_of",
     "foreach_takes_fakes",
     "generator_key",
+    "graph_is_kept",
     "guards_of",
     "is_data_dependent",
     "is_out_of_memory",
@@ -487,6 +488,12 @@ def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -
 def reads_a_number(func: object) -> bool:
     """Whether the op ``func`` is the one below ``Tensor.item()``."""
     return func is torch.ops.aten._local_scalar_dense.default
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that is running was asked to ``retain_graph``; 2.6+, before ``False``."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is not None and bool(asked())
 
 
 def is_transformed() -> bool:

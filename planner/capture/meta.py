@@ -14,12 +14,16 @@ key            holds                                    written by              
 ``custom``     ``{"module": path}`` of the module at    capture/joint_graph         graph/nodes
                work, by ``torch.fx.traceback``
 ``seq_nr``     number of the autograd formula           torch                       graph/training_graph
+``is_gradient  whether the engine adds up gradients     torch                       rewrite/prune
+_acc``         here
 ``again``      (target, args) of any further execution  passes: buffers,            training_graph, rewrite
                                                         batch_norm
 ``draw``       the node that draws a dropout's mask     passes/dropout              training_graph, rewrite
 ``rng_state``  the node that notes the generator's      passes/random_state         training_graph, rewrite
                state
 ``over``       the operand on whose storage it lies     passes/inplace              training_graph
+``instead_of`` the call that makes the same apart from  rewrite/emit                rewrite/prune, segments
+               its first operand, which it writes over
 ``recompute``  whether it is a further execution        rewrite/emit                whoever reads the program
 =============  =======================================  ==========================  =========================
 
@@ -40,9 +44,11 @@ __all__ = [
     "draw",
     "forget_symbolic",
     "formula",
+    "instead_of",
     "module",
     "note_again",
     "note_draw",
+    "note_instead_of",
     "note_over",
     "note_recompute",
     "note_rng_state",
@@ -53,6 +59,7 @@ __all__ = [
     "rng_state",
     "set_value",
     "size",
+    "sums_gradients",
     "symbolic",
     "tensor",
     "value",
@@ -129,6 +136,11 @@ def formula(node: fx.Node) -> int | None:
     return number
 
 
+def sums_gradients(node: fx.Node) -> bool:
+    """Whether the call is the engine's own, which adds up the gradients of a tensor that is read twice."""
+    return bool(node.meta.get("is_gradient_acc", False))
+
+
 def again(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     """Target and arguments of a further execution, where they are not those of the first."""
     found: tuple[Any, tuple[Any, ...]] | None = node.meta.get("again")
@@ -171,6 +183,16 @@ def over(node: fx.Node) -> fx.Node | None:
 def note_over(node: fx.Node, operand: fx.Node) -> None:
     """``node`` writes its result over ``operand``; entries shared with other nodes stay as they are."""
     node.meta = {**node.meta, "over": operand}
+
+
+def instead_of(node: fx.Node) -> Any:
+    """The call that makes the same apart from its first operand, over which this one writes it."""
+    return node.meta.get("instead_of")
+
+
+def note_instead_of(node: fx.Node, target: Any) -> None:
+    """``node`` writes over its first operand what ``target`` would make apart from it."""
+    node.meta = {**node.meta, "instead_of": target}
 
 
 def recomputes(node: fx.Node) -> bool:

@@ -24,10 +24,11 @@ class SymbolicCaptures:
 
     ``dims``    which dimensions of each input tensor are symbols.
     ``traces``  how often the step was captured.
+    ``used``    outputs that are differentiated, whatever loss there is; ``None``: those of the loss.
     """
 
-    def __init__(self, dims: Dims, joint: JointGraph) -> None:
-        self.dims, self.traces = dims, 1
+    def __init__(self, dims: Dims, joint: JointGraph, used: frozenset[int] | None = None) -> None:
+        self.dims, self.traces, self.used = dims, 1, used
         self._all = [joint]
 
     def of(self, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> JointGraph:
@@ -36,7 +37,10 @@ class SymbolicCaptures:
         for joint in self._all:
             if joint.sizes is not None and joint.sizes.admit(tensors):
                 return joint
-        joint, _ = capture_varying(model, inputs.without_data(), loss_fn, self.dims, narrow=True)
+        loss_fn = loss_fn if self.used is None else None
+        joint, _ = capture_varying(
+            model, inputs.without_data(), loss_fn, self.dims, narrow=True, used=self.used
+        )
         self.traces += 1
         self._all.append(joint)
         if len(self._all) > _MOST:
@@ -45,7 +49,13 @@ class SymbolicCaptures:
 
 
 def capture_varying(
-    model: nn.Module, inputs: Inputs, loss_fn: LossFn | None, dims: Dims, *, narrow: bool
+    model: nn.Module,
+    inputs: Inputs,
+    loss_fn: LossFn | None,
+    dims: Dims,
+    *,
+    narrow: bool,
+    used: frozenset[int] | None = None,
 ) -> tuple[JointGraph, Dims]:
     """Capture with ``dims`` symbolic, and which of them are in the end.
 
@@ -57,11 +67,11 @@ def capture_varying(
     tries = list(dict.fromkeys([dims, first, fixed])) if narrow else [dims]
     for these in tries[:-1]:
         try:
-            return capture(model, inputs, loss_fn, dims=these), these
+            return capture(model, inputs, loss_fn, used=used, dims=these), these
         except TraceError as e:
             log.debug("%s cannot be captured with sizes %s varying: %s", type(model).__name__, these, e)
             error = e
-    joint = capture(model, inputs, loss_fn, dims=tries[-1])  # raises where the reason was another
+    joint = capture(model, inputs, loss_fn, used=used, dims=tries[-1])  # raises where the reason was another
     if len(tries) > 1:
         log.warning(
             "%s cannot be captured for varying sizes, so each shape is planned by itself: %s",

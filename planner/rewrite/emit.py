@@ -18,11 +18,11 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.nodes import ignores_running_stats, is_mutation
+from planner.graph.nodes import ignores_running_stats, is_mutation, is_random
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
-from planner.rewrite.program import Argument, Program, Segment
+from planner.rewrite.program import Argument, Backward, Program, Segment
 from planner.rewrite.segments import cuts_of, in_order, module_of, segment_of
 
 __all__ = ["emit"]
@@ -159,6 +159,8 @@ class _Writer:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.operand)
             call = self._call(over_form(node) if over else node.target, args, kwargs, node, again)
         meta.note_recompute(call, again, node)
+        if over:
+            meta.note_instead_of(call, node.target)
         self.current[node] = call
         for user in node.users:
             if user.target is operator.getitem:
@@ -203,14 +205,22 @@ class _Writer:
         _drop_dead_getitems(self.forward)
         arguments = self.arguments[self.forward]
         used = {n for n in self.forward.nodes if n.op == "placeholder"}
+        parts = self._parts(segments)
+        updates = _updates(self.forward, arguments, [*distinct, *saved])
         return Program(
             module_of(self.forward, "Forward"),
             tuple(a for n, a in in_order(self.forward, arguments) if n in used),
             len(outputs),
             len(saved),
-            tuple(self._cut(segments)),
+            tuple(self._cut(parts)),
             self.source.constants,
             bool(self.replayed),
+            self._whole(parts),
+            any(
+                op.phase == "forward" and op.node is not None and is_random(op.node) for op in self.source.ops
+            ),
+            updates,
+            _feeds(self.source),
             self._watched(),
         )
 
@@ -225,11 +235,18 @@ class _Writer:
             if (argument.kind, argument.key) in written and not all(map(ignores_running_stats, node.users))
         )
 
-    def _cut(self, segments: int | None) -> list[Segment]:
+    def _whole(self, parts: list[list[fx.Node]]) -> Backward:
+        sized = any(value.symbolic is not None for value in self.source.values)
+        arguments, cut = self.arguments[self.backward], tuple(map(tuple, parts))
+        return Backward(self.backward, arguments, self.gradient_results, cut, sized)
+
+    def _parts(self, segments: int | None) -> list[list[fx.Node]]:
         _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
         calls = [n for n in self.backward.nodes if n.op == "call_function"]
         starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments)
-        parts = [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
+        return [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
+
+    def _cut(self, parts: list[list[fx.Node]]) -> list[Segment]:
         home = {n: k for k, part in enumerate(parts) for n in part}
         first_use: dict[fx.Node, int] = {}
         last_use: dict[fx.Node, int] = {}
@@ -258,6 +275,40 @@ def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> No
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users and node not in (keep or ()):
             graph.erase_node(node)
+
+
+def _updates(forward: fx.Graph, arguments: dict[fx.Node, Argument], made: list[fx.Node]) -> dict[str, bool]:
+    """The buffers that the forward writes to, and whether what it made depends on what they were."""
+    buffers = {n: str(a.key) for n, a in arguments.items() if a.kind == "buffer"}
+    calls = [n for n in forward.nodes if n.op == "call_function"]
+    written = {n for call in calls if is_mutation(call) for n in call.all_input_nodes if n in buffers}
+    read: set[fx.Node] = set()
+    stack = list(made)
+    while stack:
+        node = stack.pop()
+        if node not in read:
+            read.add(node)
+            moves = node.op == "call_function" and ignores_running_stats(node)
+            stack.extend(n for n in node.all_input_nodes if not (moves and n in written))
+    return {buffers[n]: n in read for n in written}
+
+
+def _feeds(graph: TrainingGraph) -> dict[int, frozenset[int]]:
+    """Which outputs are computed from which, by the graph: a gradient may or may not flow there."""
+    at: dict[fx.Node, set[int]] = {}
+    for i, node in enumerate(graph.outputs):
+        at.setdefault(node, set()).add(i)
+    found: dict[int, set[int]] = {}
+    for j, node in enumerate(graph.outputs):
+        seen, stack = {node}, list(node.all_input_nodes)
+        while stack:
+            above = stack.pop()
+            if above not in seen:
+                seen.add(above)
+                for i in at.get(above, ()):
+                    found.setdefault(i, set()).add(j)
+                stack.extend(above.all_input_nodes)
+    return {i: frozenset(js) for i, js in found.items()}
 
 
 def _last(graph: fx.Graph) -> fx.Node:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-__all__ = ["Argument", "Program", "Segment"]
+__all__ = ["Argument", "Backward", "Program", "Segment"]
 
 
 class Argument(NamedTuple):
@@ -29,22 +29,44 @@ class Segment:
 
     ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position).
     ``mail``        names of the remaining results, kept for later segments.
+    ``overwrites``  arguments that it writes over.
     """
 
     module: fx.GraphModule
     arguments: tuple[Argument, ...]
     gradients: tuple[str | int, ...]
     mail: tuple[str, ...]
+    overwrites: frozenset[Argument] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """The whole backward before it was cut, in aten's own calls: what its prunings are made from.
+
+    ``arguments``  where each placeholder comes from.
+    ``gradients``  node -> whose gradient it is.
+    ``parts``      the calls of each segment.
+    ``sized``      whether sizes vary, so that those of the fake tensors are those planned for only.
+    """
+
+    graph: fx.Graph
+    arguments: dict[fx.Node, Argument]
+    gradients: dict[fx.Node, str | int]
+    parts: tuple[tuple[fx.Node, ...], ...]
+    sized: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """The rewritten step.
 
     ``forward``    returns the model's output tensors, then the saved set.
-    ``segments``   the backward, in execution order.
-    ``watched``    buffers that it writes to and the backward reads, which must be as the forward left them.
+    ``segments``   the backward, in execution order; ``backward``: the same before it was cut.
     ``replays``    whether it draws some random numbers again, from the generator's state of the first time.
+    ``draws``      whether its forward draws random numbers at all.
+    ``updates``    buffers that the forward writes to, and whether what it makes depends on what they were.
+    ``feeds``      output -> the outputs that are computed from it.
+    ``watched``    buffers that it writes to and the backward reads, which must be as the forward left them.
     """
 
     forward: fx.GraphModule
@@ -54,6 +76,10 @@ class Program:
     segments: tuple[Segment, ...]
     constants: dict[str, torch.Tensor]
     replays: bool
+    backward: Backward
+    draws: bool = False
+    updates: dict[str, bool] = field(default_factory=dict)
+    feeds: dict[int, frozenset[int]] = field(default_factory=dict)
     watched: frozenset[str] = frozenset()
 
     @property

@@ -9,17 +9,22 @@ use of the output gradients, which the engine holds for as long as the node that
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
 
-from planner._compat import BoxedCodeGen
+from planner._compat import BoxedCodeGen, storage_key
 from planner.capture import meta
 from planner.graph.nodes import layer_of
+from planner.graph.passes.inplace import destination
 from planner.rewrite.bindings import bind
 from planner.rewrite.program import Argument, Segment
 
-__all__ = ["bytes_of", "cuts_of", "in_order", "module_of", "segment_of"]
+__all__ = ["ONCE", "bytes_of", "cuts_of", "in_order", "module_of", "segment_of"]
+
+# Kinds of arguments that the first segment to read them is given; it hands them to later ones.
+ONCE = ("saved", "tangent")
 
 
 def segment_of(
@@ -30,32 +35,49 @@ def segment_of(
     last_use: dict[fx.Node, int],
     arguments: dict[fx.Node, Argument],
     gradients: dict[fx.Node, str | int],
+    passing: Sequence[fx.Node] = (),
 ) -> Segment:
-    """Copy ``part`` into a graph of its own."""
+    """Copy ``part`` into a graph of its own; ``passing``: what it is given only for later segments."""
     graph = fx.Graph()
     inside = set(part)
-    outside = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in inside))
+    read = (n for node in part for n in node.all_input_nodes if n not in inside)
+    outside = list(dict.fromkeys((*read, *passing)))
     new: dict[fx.Node, fx.Node] = {}
     sources: list[Argument] = []
     for node in outside:
         new[node] = graph.placeholder(node.name)
         new[node].meta = node.meta
         argument = arguments.get(node)
-        handed = argument is None or (argument.kind == "saved" and first_use[node] < k)
+        handed = argument is None or (argument.kind in ONCE and first_use[node] < k)
         sources.append(Argument("mail", node.name) if handed or argument is None else argument)
     for node in part:
         new[node] = graph.node_copy(node, new.__getitem__)
         new[node].meta = node.meta
     results = [n for n in part if n in gradients]
     mail = [n for n in part if last_use.get(n, k) > k]
-    mail += [n for n in outside if (n in home or arguments[n].kind == "saved") and last_use[n] > k]
+    mail += [n for n in outside if (n in home or arguments[n].kind in ONCE) and last_use[n] > k]
     graph.output([new[n] for n in (*results, *mail)])
     return Segment(
         module_of(graph, f"Backward{k}"),
         tuple(sources),
         tuple(gradients[n] for n in results),
         tuple(n.name for n in mail),
+        frozenset(_overwritten(part, dict(zip(outside, sources, strict=True)))),
     )
+
+
+def _overwritten(part: list[fx.Node], given: dict[fx.Node, Argument]) -> Iterator[Argument]:
+    """What is given to a part of the backward, and lies on a storage that a call of it writes over."""
+    for node in part:
+        base = destination(node)
+        if base is not None:
+            key = storage_key(meta.tensor(base))
+            yield from (given[n] for n in given if _lies_on(n, key))
+
+
+def _lies_on(node: fx.Node, key: int) -> bool:
+    value = meta.value(node)
+    return isinstance(value, torch.Tensor) and storage_key(value) == key
 
 
 def cuts_of(

@@ -13,14 +13,21 @@ the caller has them.
 Nothing here waits for a device, so the host runs ahead as it does in eager.  While a CUDA graph is being
 captured, a step that replays random state is refused (:func:`refuse_capture`).
 
-A second backward, a gradient of a gradient, or a gradient for an output that was not planned for is an error
-that says so.
+Which outputs get a gradient is known when the first node runs; it chooses the backward for them, or refuses,
+before any gradient is handed out (:meth:`PendingCall.begin`).  What gets none is ``None``, as in eager.  What
+only other outputs need is let go then, unless a second backward of the same call was seen to come for them;
+with ``retain_graph=True`` everything is held.
+
+A second backward where autograd has freed what it needs, and a gradient of a gradient, are an error that says
+so.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,71 +35,199 @@ import torch
 from planner import _compat
 from planner.errors import PlannerError
 from planner.graph import kernels
-from planner.rewrite.program import Argument
+from planner.rewrite.program import Argument, Segment
+from planner.runtime.hooks import left_alone
+from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["PendingCall", "SegmentNode", "memory_explained", "refuse_capture", "without_autocast"]
 
 
+_KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
+
+
+@dataclass
+class _Pass:
+    """One backward through a call.
+
+    ``segments``  what the nodes run; ``mail``: what one of them made for a later one.
+    ``made``      instead of running anything: gradients that were made at once, by what they are of.
+    ``present``   the outputs whose gradients came.
+    ``keep``      whether another backward may follow that needs all of it again.
+    """
+
+    segments: tuple[Segment, ...]
+    present: frozenset[int]
+    keep: bool
+    made: dict[str | int, torch.Tensor] | None = None
+    mail: dict[str, Any] = field(default_factory=dict)
+
+
 class PendingCall:
     """One forward of a planned step, and what its backward still needs."""
 
-    def __init__(self, step: ExecutableStep, given: dict[Argument, Any], results: list[torch.Tensor]) -> None:
-        self.step = step
+    def __init__(
+        self,
+        step: ExecutableStep,
+        given: dict[Argument, Any],
+        results: list[torch.Tensor],
+        sets: OutputSets,
+        start: Start | None,
+    ) -> None:
+        self.step, self.sets, self.start = step, sets, start
         program = step.program
         outputs, saved = results[: program.outputs], results[program.outputs :]
-        tracked = [leaf.requires_grad for leaf in step.template.leaves]
-        self.tracked = [i for i, t in enumerate(tracked) if t]
+        self.tracked = [i for i, leaf in enumerate(step.template.leaves) if leaf.requires_grad]
         self.outputs = [outputs[i] for i in self.tracked]
-        self.like = [(t.shape, t.dtype) for t in self.outputs]
-        self.mail: dict[str, Any] = {}
+        self.watched: dict[int, weakref.ref[torch.Tensor]] = {}
         self.spent = [False] * len(program.segments)
+        self.passes: list[frozenset[int]] = []  # whose backwards have run and kept nothing
+        self.now: _Pass | None = None
+        self.nodes: list[Any] = [None] * len(program.segments)  # weak: they hold this call
         self.direct: dict[Argument, Any] = {}
         self.versions: dict[Argument, int] = {}  # of buffers that the backward reads
         self.keep: list[list[torch.Tensor]] = []
+        self.places: list[list[Argument]] = []  # of what autograd holds for each segment
+        self.held: list[dict[Argument, tuple[torch.Tensor, int]] | None] = [None] * len(program.segments)
         for segment in program.segments:
-            kept = []
+            places = [a for a in segment.arguments if a.kind in _KEPT]
+            self.places.append(places)
+            self.keep.append([saved[int(a.key)] if a.kind == "saved" else given[a] for a in places])
             for argument in segment.arguments:
-                if argument.kind == "saved":
-                    kept.append(saved[int(argument.key)])
-                elif argument.kind in ("parameter", "input"):
-                    kept.append(given[argument])
-                elif argument.kind in ("buffer", "constant", "size"):
+                if argument.kind in ("buffer", "constant", "size"):
                     self.direct[argument] = given[argument]
                     if argument.key in program.watched and argument.kind == "buffer":
                         self.versions[argument] = _version_of(given[argument])
-            self.keep.append(kept)
+
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Outputs from which others are computed: who asks for their gradients asks for more than comes."""
+        feeds = self.step.program.feeds
+        self.watched = {i: weakref.ref(t) for i, t in zip(self.tracked, outputs, strict=True) if i in feeds}
 
     @property
     def waits(self) -> bool:
         """Whether some of its backward is still to come."""
         return not all(self.spent)
 
-    def arguments(
-        self, index: int, saved: tuple[torch.Tensor, ...], tangents: tuple[Any, ...]
-    ) -> list[torch.Tensor]:
-        """The boxed arguments of a segment; mail is taken out of the box it lay in."""
-        held = iter(saved)
+    # -- choosing ----------------------------------------------------------------------------------
+
+    def begin(self, tangents: tuple[Any, ...]) -> None:
+        """Choose what runs for the gradients that came; ``PlannerError`` where nothing can."""
+        refuse_capture(self.step)
+        present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
+        self._refuse_within(present)
+        keep = _compat.graph_is_kept()
+        if self.passes:
+            self._refuse_freed(present)
+            self.sets.followed(self.passes[-1])
+        self.now = self._chosen(present, tangents, keep)
+        if keep:
+            self.sets.tell_kept(self.step)
+        else:
+            self.passes.append(present)
+        self.sets.came(present)
+
+    def _chosen(self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool) -> _Pass:
+        step = self.step
+        whole = present == step.differentiated
+        if whole and all(held is None for held in self.held):
+            return _Pass(step.program.segments, present, keep)
+        part = step.prunings.of(present) if present <= step.differentiated else None
+        if part is None:
+            return self._again(present, tangents, keep)
+        for k, segment in enumerate(part.segments):
+            held = self.held[k]
+            if held is not None and any(a.kind in _KEPT and a not in held for a in segment.arguments):
+                return self._again(present, tangents, keep)
+        return _Pass(part.segments, present, keep)
+
+    def _refuse_within(self, present: frozenset[int]) -> None:
+        """An output's own gradient is that of what the model computes from it too, which is not made here."""
+        for i, ref in self.watched.items():
+            tensor, after = ref(), present & self.step.program.feeds[i]
+            if tensor is None or not after - {i} or not (tensor.retains_grad or tensor._backward_hooks):
+                continue
+            raise PlannerError(
+                f"the gradient of {self.step.names({i})} is asked for (retain_grad or a hook), and "
+                f"{self.step.names(after)}, computed from it, is differentiated: a planned step makes no "
+                "gradients of what lies within. Call plan.restore(model), or planner.disable(model), before "
+                "this step"
+            )
+
+    def _refuse_freed(self, present: frozenset[int]) -> None:
+        """As autograd does where an earlier backward went through the same formulas."""
+        step = self.step
+        for earlier in self.passes:
+            if not earlier | present <= step.differentiated and self.start is not None:
+                step, _ = self.sets.step_for(self.start.leaves(), self.start.in_spec, earlier | present)
+            first, second = step.prunings.of(earlier), step.prunings.of(present)
+            if first is None or second is None or first.frees(second):
+                raise PlannerError(
+                    f"a second backward through one planned step, for {step.names(present)}: what it needs "
+                    f"was released by the first, for {step.names(earlier)}. Run the forward again, or pass "
+                    "retain_graph=True to the first"
+                )
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(
+        self, index: int, held: Callable[[], tuple[torch.Tensor, ...]], tangents: tuple[Any, ...]
+    ) -> list[Any]:
+        """Run one segment; its gradients, ``None`` for those that nothing was made for."""
+        now = self.now
+        assert now is not None
+        self.spent[index] = not now.keep
+        whole = self.step.program.segments[index]
+        if now.made is not None:
+            return [now.made.pop(name, None) for name in whole.gradients]
+        segment = now.segments[index]
+        boxed = self._boxed(index, segment, held, tangents)
+        results = _ran(self.step, segment, boxed)
+        made = len(segment.gradients)
+        now.mail.update(zip(segment.mail, results[made:], strict=True))
+        if segment is whole:
+            return results[:made]
+        by_name = dict(zip(segment.gradients, results[:made], strict=True))
+        return [by_name.get(name) for name in whole.gradients]
+
+    def _boxed(
+        self,
+        index: int,
+        segment: Segment,
+        held: Callable[[], tuple[torch.Tensor, ...]],
+        tangents: tuple[Any, ...],
+    ) -> list[Any]:
+        """The arguments of a segment, each taken out of where it lay; the rest stays only if it is wanted."""
+        assert self.now is not None
+        kept = self.held[index]
+        if kept is None:
+            here = dict(zip(self.places[index], held(), strict=True))
+        else:
+            here = {a: _unchanged(a, *kept[a]) for a in self.places[index] if a in kept}
         boxed = []
-        for argument in self.step.program.segments[index].arguments:
+        rest = here if not self.now.keep else dict(here)
+        for argument in segment.arguments:
             if argument.kind == "mail":
-                boxed.append(self.mail.pop(str(argument.key)))
+                boxed.append(self._own(argument, segment, self.now.mail.pop(str(argument.key))))
             elif argument.kind == "tangent":
-                boxed.append(self._tangent(int(argument.key), tangents))
-            elif argument.kind in ("buffer", "constant", "size"):
+                boxed.append(tangents[self.tracked.index(int(argument.key))])
+            elif argument.kind in _KEPT:
+                boxed.append(self._own(argument, segment, rest.pop(argument)))
+            else:
                 self._refuse_written(argument)
                 boxed.append(self.direct[argument])
-            else:
-                boxed.append(next(held))
+        self.held[index] = {}
+        if self.now.keep or self.now.present in self.sets.followed_by_another:
+            wanted = here if self.now.keep else rest
+            self.held[index] = {a: (t, t._version) for a, t in wanted.items()}
         return boxed
 
-    def _tangent(self, output: int, tangents: tuple[Any, ...]) -> torch.Tensor:
-        position = self.tracked.index(output)
-        tangent = tangents[position]
-        if tangent is None:  # an output that the loss turned out not to use
-            shape, dtype = self.like[position]
-            tangent = torch.zeros(shape, dtype=dtype, device=self.step.device)
-        return tangent
+    def _own(self, argument: Argument, segment: Segment, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, or a copy where the segment writes over what another backward may read again."""
+        assert self.now is not None
+        return tensor.clone() if self.now.keep and argument in segment.overwrites else tensor
+
+    # -- running again -----------------------------------------------------------------------------
 
     def _refuse_written(self, argument: Argument) -> None:
         """Autograd sees in-place changes of what it saved; a buffer is not saved."""
@@ -103,16 +238,77 @@ class PendingCall:
                 "own forward (plan.restore(model)), where autograd refuses what it cannot do"
             )
 
-    def refuse(self, tangents: tuple[Any, ...]) -> None:
-        """A gradient arrived for an output the plan does not differentiate."""
-        for position, index in enumerate(self.tracked):
-            leaf = self.step.template.leaves[index]
-            if tangents[position] is not None and not leaf.differentiated:
-                chosen = ", ".join(x.name for x in self.step.template.leaves if x.differentiated)
-                raise PlannerError(
-                    f"a gradient arrived for {leaf.name}, but the plan differentiates {chosen} only; "
-                    "plan with loss_fn=... computing the loss you train with"
-                )
+    def _again(self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool) -> _Pass:
+        """Run the forward again, by a program that serves these outputs, and their whole backward at once."""
+        step, start = self.step, self.start
+        sizes: dict[Argument, Any] = {}
+        if start is None:
+            raise PlannerError(
+                f"a gradient arrived for {step.names(present)}, but the plan differentiates "
+                f"{step.names(step.differentiated)}; plan with loss_fn=... computing the loss you train with"
+            )
+        if not (present <= step.differentiated and step.prunings.of(present) is not None):
+            step, sizes = self.sets.step_for(start.leaves(), start.in_spec, present)
+        part = step.prunings.of(present)
+        segments = step.program.segments if part is None else part.segments
+        given = start.again(step.program, segments, sizes)
+        if not keep:
+            self._release()
+        saved = self._saved_again(step, given)
+        made: dict[str | int, torch.Tensor] = {}
+        mail: dict[str, Any] = {}
+        for segment in segments:
+            boxed = []
+            for a in segment.arguments:
+                if a.kind == "mail":
+                    boxed.append(mail.pop(str(a.key)))
+                elif a.kind == "tangent":
+                    boxed.append(tangents[self.tracked.index(int(a.key))])
+                elif a.kind == "saved":
+                    boxed.append(saved.pop(int(a.key)))
+                else:
+                    boxed.append(given[a])
+            results = _ran(step, segment, boxed)
+            count = len(segment.gradients)
+            made.update(zip(segment.gradients, results[:count], strict=True))
+            mail.update(zip(segment.mail, results[count:], strict=True))
+        return _Pass((), present, keep, made)
+
+    def _saved_again(self, step: ExecutableStep, given: dict[Argument, Any]) -> dict[int, torch.Tensor]:
+        assert self.start is not None
+        program = step.program
+        boxed = [given[a] for a in program.arguments]
+        with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
+            if self.start.state is None:
+                results = program.forward.forward(boxed)
+            else:
+                device = str(step.device)
+                results = kernels.replay(self.start.state, device, program.forward.forward, boxed)
+        return dict(enumerate(results[program.outputs :]))
+
+    def _release(self) -> None:
+        """Let go of what this call's own backward would have needed."""
+        for k, ref in enumerate(self.nodes):
+            node = ref()
+            if node is not None and self.held[k] is None:
+                node.maybe_clear_saved_tensors()
+            self.held[k] = {}
+
+
+def _ran(step: ExecutableStep, segment: Segment, boxed: list[Any]) -> list[Any]:
+    with torch.no_grad(), without_autocast(step.device), memory_explained(step, "backward"):
+        results: list[Any] = segment.module.forward(boxed)
+    return results
+
+
+def _unchanged(argument: Argument, tensor: torch.Tensor, version: int) -> torch.Tensor:
+    if tensor._version != version:
+        what = "a saved tensor" if argument.kind == "saved" else f"{argument.kind} {argument.key}"
+        raise PlannerError(
+            f"{what}, which this backward needs, has been modified by an inplace operation since the last "
+            "one; run the forward again"
+        )
+    return tensor
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -129,10 +325,12 @@ class SegmentNode(torch.autograd.Function):
     def forward(
         ctx: Any, call: PendingCall, index: int, token: torch.Tensor | None, *leaves: torch.Tensor
     ) -> Any:
-        ctx.call, ctx.index, ctx.leaves = call, index, len(leaves)
+        ctx.call, ctx.index = call, index
+        ctx.leaves = [leaf if leaf.is_leaf else None for leaf in leaves]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.keep[index])
         call.keep[index] = []
+        call.nodes[index] = weakref.ref(ctx)
         if index == 0:
             outputs, call.outputs = call.outputs, []
             return tuple(outputs)
@@ -145,23 +343,14 @@ class SegmentNode(torch.autograd.Function):
             raise PlannerError(
                 "a planned step has no second derivative (create_graph=True); call plan.restore(model) first"
             )
-        if call.spent[index]:
-            raise PlannerError(
-                "a second backward through one planned step: what it saved was released by the first. "
-                "Run the forward again, or call plan.restore(model) for retain_graph=True"
-            )
-        refuse_capture(call.step)
-        call.spent[index] = True
         if index == 0:
-            call.refuse(tangents)
-        segment = call.step.program.segments[index]
-        boxed = call.arguments(index, ctx.saved_tensors, tangents)
-        with torch.no_grad(), without_autocast(call.step.device), memory_explained(call.step, "backward"):
-            results = segment.module.forward(boxed)
-        made = len(segment.gradients)
-        call.mail.update(zip(segment.mail, results[made:], strict=True))
+            call.begin(tangents)
+        gradients = call.run(index, lambda: ctx.saved_tensors, tangents)
+        for leaf, gradient in zip(ctx.leaves, gradients, strict=True):
+            if gradient is None and leaf is not None:
+                left_alone(leaf)
         token = None if index == len(call.spent) - 1 else torch.empty(0, device=call.step.device)
-        return None, None, token, *results[:made]
+        return None, None, token, *gradients
 
 
 def refuse_capture(step: ExecutableStep) -> None:

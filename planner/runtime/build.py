@@ -6,17 +6,21 @@ again, and what comes out must be the step the plan was made for.
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import capture
 from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import training_graph
 from planner.measure.step import device_of
+from planner.options import Search
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import inputs_of
 from planner.rewrite.emit import emit
@@ -39,13 +43,43 @@ def executable(
 
     Raises ``StalePlanError`` for a plan that runs an op which the step does not have.
     """
+    replan = None if replanner is None else functools.partial(_replanned, plan, varying, replanner)
     if varying is not None:
         variants = Variants(plan, captured, replanner, varying)
-        return replace(variants.all[0].step, variants=variants)
+        return replace(variants.all[0].step, variants=variants, replan=replan)
     program = emit(captured.graph, captured.steps(plan.sequence), turn=captured.turn(plan.sequence))
     return ExecutableStep(
-        program, captured.joint.template, captured.expected, captured.graph.device, plan.budget_bytes
+        program,
+        captured.joint.template,
+        captured.expected,
+        captured.graph.device,
+        plan.budget_bytes,
+        replan=replan,
+        plan=plan,
     )
+
+
+def _replanned(
+    plan: PlanData,
+    varying: Varying | None,
+    replanner: Replanner,
+    model: nn.Module,
+    inputs: Inputs,
+    used: frozenset[int],
+) -> ExecutableStep:
+    """The step in the budget of ``plan`` with the outputs ``used`` differentiated, whatever loss it had.
+
+    Raises ``InfeasibleBudgetError`` where none fits.
+    """
+    with nullcontext() if varying is None else varying.around():
+        dims = None if varying is None else varying.captures.dims
+        joint = capture(model, inputs, used=used, dims=dims)
+        step = replanner.recaptured(model, joint)
+        search = Search(time_limit_s=replanner.least_limit_s) if varying is None else varying.search
+        made = step.plan_bytes(plan.budget_bytes, search)
+    if varying is not None:
+        varying = replace(varying, captures=SymbolicCaptures(varying.captures.dims, joint, used))
+    return executable(made, step.captured, varying, step)
 
 
 def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying | None]:

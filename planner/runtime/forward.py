@@ -26,6 +26,7 @@ from planner.runtime.autograd import (
     without_autocast,
 )
 from planner.runtime.guard import Guard
+from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 from planner.runtime.tracing import is_traced
 
@@ -40,6 +41,7 @@ class PlannedForward:
     ) -> None:
         self.model, self.step = model, step
         self.original = original if original is not None else model.forward
+        self.sets = OutputSets(model, step)
         self.last_call: weakref.ref[PendingCall] | None = None
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         _ = self.guard  # raises here where the model is not the plan's
@@ -71,7 +73,9 @@ class PlannedForward:
 
     def run(self, leaves: list[Any], in_spec: Any, tensors: dict[str, torch.Tensor] | None = None) -> Any:
         """The planned step at arguments that :meth:`check` has let pass; ``tensors``: what it returned."""
-        step, variants = self.step, self.step.variants
+        self.sets.began()
+        step = self.sets.now
+        variants = step.variants
         given = self._given(leaves, self.guard.tensors() if tensors is None else tensors)
         if variants is not None:
             step, sizes = variants.step_for(self.model, leaves, in_spec)
@@ -80,10 +84,13 @@ class PlannedForward:
         refuse_capture(step)
         given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
         boxed = [given[a] for a in program.arguments]
+        start = self._start(step, given, leaves, in_spec)
         with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
             results = program.forward.forward(boxed)
+        if start is not None:
+            start.ran()
         flat = list(results[: program.outputs])
-        call = PendingCall(step, given, results)
+        call = PendingCall(step, given, results, self.sets, start)
         self.last_call = weakref.ref(call)
         del results
         token = None
@@ -91,6 +98,7 @@ class PlannedForward:
             leaves_here = [given[self._leaf(g)] for g in program.segments[index].gradients]
             token = SegmentNode.apply(call, index, token, *leaves_here)
         assert token is not None
+        call.watch(token)
         for position, tensor in zip(call.tracked, token, strict=True):
             flat[position] = tensor
         return step.template.rebuild(flat)
@@ -100,6 +108,14 @@ class PlannedForward:
         self.guard.check_inputs(leaves, in_spec, sized=self.step.variants is None)
         self.guard.check_modules()
         return self.guard.tensors()
+
+    def _start(
+        self, step: ExecutableStep, given: dict[Argument, Any], leaves: list[Any], in_spec: Any
+    ) -> Start | None:
+        """What the forward could be run again from; ``None`` where there is but one set of outputs."""
+        if sum(leaf.requires_grad for leaf in step.template.leaves) < 2:
+            return None
+        return Start(step, given, leaves, in_spec, hold=not self.sets.arrived)
 
     @staticmethod
     def _leaf(gradient: str | int) -> Argument:
@@ -130,6 +146,7 @@ class PlannedForward:
         twin.original = (
             original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
         )
+        twin.sets = OutputSets(model, self.step)
         twin.before = twin.last_call = None
         return twin
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from planner.capture.expectation import Expectation
+from planner.capture.inputs import Inputs
 from planner.capture.outputs import OutputTemplate
 from planner.plans.plan_data import PlanData
 from planner.rewrite.program import Argument, Program
+from planner.rewrite.prune import Prunings
 
 __all__ = ["ExecutableStep", "StepsBySize"]
 
@@ -36,6 +39,8 @@ class ExecutableStep:
 
     ``budget_bytes``  that it was planned to.
     ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
+    ``replan``    makes the step with other outputs differentiated; ``None``: nobody can.
+    ``plan``      that it runs.
     """
 
     program: Program
@@ -44,3 +49,19 @@ class ExecutableStep:
     device: torch.device
     budget_bytes: int
     variants: StepsBySize | None = None
+    replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None
+    plan: PlanData | None = None
+
+    @cached_property
+    def differentiated(self) -> frozenset[int]:
+        """The outputs that it can give gradients of."""
+        return frozenset(i for i, leaf in enumerate(self.template.leaves) if leaf.differentiated)
+
+    @cached_property
+    def prunings(self) -> Prunings:
+        """Its backward for some of them."""
+        return Prunings(self.program.backward)
+
+    def names(self, outputs: Collection[int]) -> str:
+        """Outputs as one would write them."""
+        return ", ".join(self.template.leaves[i].name for i in sorted(outputs)) or "none of its outputs"

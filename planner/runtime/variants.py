@@ -84,6 +84,8 @@ class Replanner(Protocol):
     def captured(self) -> CapturedStep: ...
     @property
     def loss_fn(self) -> LossFn | None: ...
+    @property
+    def least_limit_s(self) -> float: ...
 
     def peak_of(self, steps: list[int]) -> int:
         """Peak in bytes of a schedule, the optimizer's step included."""
@@ -129,7 +131,7 @@ class Variant:
         self.tensors = joint.inputs.tensors()
         program = emit(graph, self.steps, turn=captured.turn(sequence))
         self.step = ExecutableStep(
-            program, joint.template, captured.expected, graph.device, plan.budget_bytes
+            program, joint.template, captured.expected, graph.device, plan.budget_bytes, plan=plan
         )
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols

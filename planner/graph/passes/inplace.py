@@ -26,7 +26,7 @@ from planner.capture import meta
 from planner.graph.draft import Did
 from planner.graph.nodes import is_mutation, tensors_of
 
-__all__ = ["IN_PLACE", "write_in_place"]
+__all__ = ["IN_PLACE", "destination", "write_apart", "write_in_place"]
 
 aten = torch.ops.aten
 
@@ -128,3 +128,37 @@ def _replace(node: fx.Node, operand: fx.Node) -> None:
         form, name = {**OUT, **OUT_ON_CPU}[node.target]
         node.target, node.kwargs = form, {**node.kwargs, name: operand}
     meta.note_over(node, operand)
+
+
+def destination(node: fx.Node) -> fx.Node | None:
+    """The operand over which a replaced call writes its result; ``None`` for any other call."""
+    apart = meta.instead_of(node)
+    if apart is not None and node.target is not apart:
+        operand = node.args[0]
+    elif meta.over(node) is None:
+        return None
+    elif node.target in _APART:
+        operand = node.args[0]
+    elif node.target in _APART_OF_OUT:
+        operand = node.kwargs[_APART_OF_OUT[node.target][1]]
+    else:
+        return None
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def write_apart(node: fx.Node) -> None:
+    """Let a call that has a :func:`destination` make its result apart from it."""
+    apart = meta.instead_of(node)
+    if apart is not None:
+        node.target = apart
+    elif node.target in _APART:
+        node.target = _APART[node.target]
+    else:
+        node.target, name = _APART_OF_OUT[node.target]
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != name}
+
+
+# In-place form -> the call itself.
+_APART = {form: call for call, (form, _) in IN_PLACE.items()}
+_APART_OF_OUT = {form: (call, name) for call, (form, name) in {**OUT, **OUT_ON_CPU}.items()}
