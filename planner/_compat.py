@@ -42,12 +42,14 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
+    "at_end_of_backward",
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
     "clear_cublas_workspaces",
     "compiled",
     "cuda_driver_version",
+    "current_backward",
     "descriptors",
     "dp_knapsack",
     "evaluated",
@@ -488,6 +490,16 @@ def dp_knapsack(memory: list[float], runtimes: list[float], max_memory: float) -
 def reads_a_number(func: object) -> bool:
     """Whether the op ``func`` is the one below ``Tensor.item()``."""
     return func is torch.ops.aten._local_scalar_dense.default
+
+
+def current_backward() -> int:
+    """Number of the backward that is running; -1 where none is; 1.13+."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(check: Callable[[], None]) -> None:
+    """Call ``check`` when the backward that is running is through; what it raises, that raises; 1.5+."""
+    torch.autograd.Variable._execution_engine.queue_callback(check)  # type: ignore[no-untyped-call]
 
 
 def graph_is_kept() -> bool:

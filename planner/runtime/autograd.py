@@ -25,6 +25,7 @@ so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,10 @@ class PendingCall:
         self.tracked = [i for i, leaf in enumerate(step.template.leaves) if leaf.requires_grad]
         self.outputs = [outputs[i] for i in self.tracked]
         self.watched: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._gated: dict[int, torch.Tensor] = {}
+        self.task = -1  # the backward that the first node ran in last
+        self.names = [segment.gradients for segment in program.segments]  # of each node's gradients
+        self.names[-1] += tuple(a.key for a in step.others if given[a].requires_grad)
         self.spent = [False] * len(program.segments)
         self.passes: list[frozenset[int]] = []  # whose backwards have run and kept nothing
         self.now: _Pass | None = None
@@ -99,10 +104,42 @@ class PendingCall:
                     if argument.key in program.watched and argument.kind == "buffer":
                         self.versions[argument] = _version_of(given[argument])
 
-    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Outputs from which others are computed: who asks for their gradients asks for more than comes."""
+    def handed_out(self) -> tuple[torch.Tensor, ...]:
+        """What the first node hands out, by :attr:`tracked`; where a gate follows, that has the output."""
+        outputs, self.outputs = self.outputs, []
+        for position, i in enumerate(self.tracked):
+            if i in self.step.fed:
+                self._gated[i] = outputs[position]
+                outputs[position] = outputs[position].detach()
+        return tuple(outputs)
+
+    def through_gates(self, handed: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The model's outputs by their index, given what the first node handed out.
+
+        Outputs from which others are computed are watched: who asks for their gradients asks for more than
+        comes.
+        """
+        out = dict(zip(self.tracked, handed, strict=True))
+        for i, above in self.step.fed.items():
+            if i in self._gated:
+                out[i] = Gate.apply(self, i, out[i], *(out[k] for k in above if k in out))
         feeds = self.step.program.feeds
-        self.watched = {i: weakref.ref(t) for i, t in zip(self.tracked, outputs, strict=True) if i in feeds}
+        self.watched = {i: weakref.ref(out[i]) for i in self.tracked if i in feeds}
+        return out
+
+    def passed(self, output: int) -> torch.Tensor:
+        """The output that goes through a gate; let go of here."""
+        return self._gated.pop(output)
+
+    def must_begin(self, output: int, task: int) -> None:
+        """At the end of a backward that came for ``output``: error if it went no further than that."""
+        if self.task != task:
+            within = self.step.names(self.step.fed[output])
+            raise PlannerError(
+                f"the gradient of {self.step.names({output})} by another output of the model ({within}) was "
+                "asked for: a planned step makes no gradients of what lies within. Call plan.restore(model), "
+                "or planner.disable(model), before this step"
+            )
 
     @property
     def waits(self) -> bool:
@@ -114,6 +151,7 @@ class PendingCall:
     def begin(self, tangents: tuple[Any, ...]) -> None:
         """Choose what runs for the gradients that came; ``PlannerError`` where nothing can."""
         refuse_capture(self.step)
+        self.task = _compat.current_backward()
         present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
         self._refuse_within(present)
         keep = _compat.graph_is_kept()
@@ -177,18 +215,16 @@ class PendingCall:
         now = self.now
         assert now is not None
         self.spent[index] = not now.keep
-        whole = self.step.program.segments[index]
         if now.made is not None:
-            return [now.made.pop(name, None) for name in whole.gradients]
+            return [now.made.pop(name, None) for name in self.names[index]]
         segment = now.segments[index]
         boxed = self._boxed(index, segment, held, tangents)
         results = _ran(self.step, segment, boxed)
         made = len(segment.gradients)
         now.mail.update(zip(segment.mail, results[made:], strict=True))
-        if segment is whole:
-            return results[:made]
         by_name = dict(zip(segment.gradients, results[:made], strict=True))
-        return [by_name.get(name) for name in whole.gradients]
+        del results
+        return [by_name.pop(name, None) for name in self.names[index]]
 
     def _boxed(
         self,
@@ -252,6 +288,7 @@ class PendingCall:
         part = step.prunings.of(present)
         segments = step.program.segments if part is None else part.segments
         given = start.again(step.program, segments, sizes)
+        self.sets.runs_again()
         if not keep:
             self._release()
         saved = self._saved_again(step, given)
@@ -332,8 +369,7 @@ class SegmentNode(torch.autograd.Function):
         call.keep[index] = []
         call.nodes[index] = weakref.ref(ctx)
         if index == 0:
-            outputs, call.outputs = call.outputs, []
-            return tuple(outputs)
+            return call.handed_out()
         return torch.empty(0, device=call.step.device)
 
     @staticmethod
@@ -351,6 +387,28 @@ class SegmentNode(torch.autograd.Function):
                 left_alone(leaf)
         token = None if index == len(call.spent) - 1 else torch.empty(0, device=call.step.device)
         return None, None, token, *gradients
+
+
+class Gate(torch.autograd.Function):
+    """Autograd's view of an output that is computed from others.
+
+    Those are its inputs too, so that a backward which is asked for their gradients comes by here; it is
+    refused at its end if it went no further.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: PendingCall, output: int, *_: torch.Tensor) -> torch.Tensor:
+        ctx.call, ctx.output, ctx.above = call, output, len(_) - 1
+        ctx.set_materialize_grads(False)
+        return call.passed(output)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        (tangent,) = tangents
+        if tangent is not None:
+            check = functools.partial(ctx.call.must_begin, ctx.output, _compat.current_backward())
+            _compat.at_end_of_backward(check)
+        return None, None, tangent, *[None] * ctx.above
 
 
 def refuse_capture(step: ExecutableStep) -> None:

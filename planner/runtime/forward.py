@@ -95,11 +95,10 @@ class PlannedForward:
         del results
         token = None
         for index in reversed(range(len(program.segments))):
-            leaves_here = [given[self._leaf(g)] for g in program.segments[index].gradients]
+            leaves_here = [given[self._leaf(g)] for g in call.names[index]]
             token = SegmentNode.apply(call, index, token, *leaves_here)
         assert token is not None
-        call.watch(token)
-        for position, tensor in zip(call.tracked, token, strict=True):
+        for position, tensor in call.through_gates(token).items():
             flat[position] = tensor
         return step.template.rebuild(flat)
 

@@ -32,6 +32,7 @@ __all__ = ["OutputSets", "Start"]
 log = logging.getLogger(__name__)
 
 _MOST_STEPS = 8  # plans for other sets
+_OFTEN = 6  # forwards that ran again before that is said
 
 
 class Start:
@@ -152,6 +153,7 @@ class OutputSets:
         self.arrived: set[frozenset[int]] = set()
         self.followed_by_another: set[frozenset[int]] = set()
         self._awaited: frozenset[int] | None = None  # after which another is to come
+        self._again = 0
         self._told: set[str] = set()  # what was said once in the log
         self._steps: dict[frozenset[int], ExecutableStep] = {step.differentiated: step}
 
@@ -247,6 +249,18 @@ class OutputSets:
                 "%s has another backward after that of %s: what it needs is held from now on, as in eager",
                 self.name,
                 self.now.names(earlier),
+            )
+
+    def runs_again(self) -> None:
+        """A forward runs twice, since its program did not keep what its backward came for."""
+        self._again += 1
+        if self._again == _OFTEN:
+            log.warning(
+                "%s ran its forward again in %d backwards: outputs that get gradients change from step to step "
+                "in a way that no one plan serves. Plan with loss_fn=... that reads all of them, or read the "
+                "same ones in every step",
+                self.name,
+                self._again,
             )
 
     def tell_kept(self, step: ExecutableStep) -> None:

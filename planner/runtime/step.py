@@ -58,6 +58,27 @@ class ExecutableStep:
         return frozenset(i for i, leaf in enumerate(self.template.leaves) if leaf.differentiated)
 
     @cached_property
+    def others(self) -> tuple[Argument, ...]:
+        """What may get a gradient if an output does that is not differentiated."""
+        own = {name for segment in self.program.segments for name in segment.gradients}
+        leaves = self.template.leaves
+        if all(leaf.differentiated for leaf in leaves if leaf.requires_grad):
+            return ()
+        return tuple(
+            a for a in self.program.arguments if a.kind in ("parameter", "input") and a.key not in own
+        )
+
+    @cached_property
+    def fed(self) -> dict[int, tuple[int, ...]]:
+        """Outputs that are computed from others, and from which; after those."""
+        above: dict[int, list[int]] = {}
+        for i, below in self.program.feeds.items():
+            for j in below:
+                if self.template.leaves[i].requires_grad and self.template.leaves[j].requires_grad:
+                    above.setdefault(j, []).append(i)
+        return {j: tuple(above[j]) for j in sorted(above, key=lambda j: len(above[j]))}
+
+    @cached_property
     def prunings(self) -> Prunings:
         """Its backward for some of them."""
         return Prunings(self.program.backward)

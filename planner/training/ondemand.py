@@ -163,7 +163,10 @@ class OnDemand:
 
     def started(self, kept: KeptPlan) -> None:
         """The forward of a call has run; from here to its backward it holds memory."""
-        variants, held = kept.runner.step.variants, kept.plan.held_bytes
+        step, held = kept.runner.sets.now, kept.plan.held_bytes
+        variants = step.variants
+        if step is not kept.runner.step and isinstance(step.plan, Plan):
+            self.last, held = step.plan, step.plan.held_bytes  # made for other outputs than were foreseen
         if variants is not None:
             last, held = variants.last, variants.held_bytes
             self.last = last if isinstance(last, Plan) else Plan.of(last)
