@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
 )
 from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
+from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
 __all__ = [
@@ -71,9 +72,11 @@ __all__ = [
     "reads_a_number",
     "size_hint",
     "storage_key",
+    "storage_uses",
     "symbolic_fake",
     "symbolic_mode",
     "values_unchecked",
+    "weak_storage",
     "writes_arguments",
 ]
 
@@ -358,6 +361,17 @@ def generator_key(generator: torch.Generator) -> int:
     return int(generator._cdata)  # type: ignore[attr-defined]
 
 
+def weak_storage(tensor: torch.Tensor) -> tuple[Any, int]:
+    """A reference to a tensor's storage that does not hold it, and its bytes."""
+    storage = tensor.untyped_storage()
+    return StorageWeakRef(storage), storage.nbytes()
+
+
+def storage_uses(ref: Any) -> int:
+    """How many tensors (and Python objects) hold the storage of :func:`weak_storage`; 0: it is gone."""
+    return int(torch._C._storage_Use_Count(ref.cdata))  # as the CUDA graph trees of inductor; 2.1+
+
+
 def is_data_dependent(error: BaseException) -> bool:
     """Whether the tracer stopped because the program asked for a tensor's value."""
     from torch._subclasses.fake_tensor import DynamicOutputShapeException  # 2.0+
@@ -499,7 +513,7 @@ def current_backward() -> int:
 
 def at_end_of_backward(check: Callable[[], None]) -> None:
     """Call ``check`` when the backward that is running is through; what it raises, that raises; 1.5+."""
-    torch.autograd.Variable._execution_engine.queue_callback(check)  # type: ignore[no-untyped-call]
+    torch.autograd.Variable._execution_engine.queue_callback(check)
 
 
 def graph_is_kept() -> bool:

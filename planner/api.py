@@ -104,6 +104,14 @@ def plan(
         made = make(step, budget_bytes, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
+    if outputs == "auto" and made.released:
+        log.warning(
+            "%s fits %.4g GB only where %s is let go of before the backward, so that is what is planned for: "
+            "read model(**batch).loss, or del outputs",
+            made.model_name,
+            budget_bytes / 1e9,
+            ", ".join(made.released),
+        )
     return made
 
 

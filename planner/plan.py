@@ -9,7 +9,7 @@ at once; read from a file it captures the model again and checks that it is the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,12 +19,13 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
-from planner.options import Search
+from planner.options import OutputsMode, Search
 from planner.plans import serialize
 from planner.plans.frontier_data import FrontierData, Peers
 from planner.plans.plan_data import Decision, Placement, PlanData
 from planner.runtime.apply import CheckpointedModule, applied, restored
 from planner.runtime.build import executable, recaptured
+from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep
 from planner.runtime.variants import Replanner, Variants, Varying
 from planner.runtime.verify import Report, verify
@@ -51,11 +52,17 @@ class Origin(Replanner, Protocol):
     def minimum_peak_bytes(self) -> int: ...
     @property
     def known_minimum_bytes(self) -> int | None: ...
+    @property
+    def outputs(self) -> OutputsMode: ...
 
     def frontier(
         self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
     ) -> FrontierData:
         """Overhead against budget."""
+        ...
+
+    def plan_releasing(self, outputs: Collection[int], instead_of: PlanData) -> Plan:
+        """A plan for the same budget whose caller lets go of these outputs and holds the others."""
         ...
 
 
@@ -203,16 +210,20 @@ class Plan(PlanData):
         """
         self._refuse_elsewhere()
         model = self._model(model)
-        return CheckpointedModule(model, self.executable(model))
+        watch = HeldOutputs("released") if self.released else None
+        return CheckpointedModule(model, self.executable(model), watch)
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
         """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model.
 
-        Raises as :meth:`rewrite`.
+        A plan made with ``outputs="auto"`` looks at what the first steps hold, and is then planned again
+        where that makes a difference.  Raises as :meth:`rewrite`.
         """
         self._refuse_elsewhere()
-        model = self._model(model)
-        return applied(model, self.executable(model))
+        model, origin = self._model(model), self._origin
+        learns = origin is not None and origin.outputs == "auto"
+        watch = HeldOutputs("auto" if learns else "released") if learns or self.released else None
+        return applied(model, self.executable(model), watch, self._again if learns else None)
 
     def restore(self, model: nn.Module | None = None) -> nn.Module:
         """Undo ``apply``, whichever plan was applied; a no-op if none was.  Returns the model."""
@@ -251,6 +262,11 @@ class Plan(PlanData):
                 f"seconds are those of the {self.planned_for}, so there is nothing here to run or to compare "
                 f"with. It is for looking; where the {self.planned_for} is, plan the model again"
             )
+
+    def _again(self, released: frozenset[int]) -> ExecutableStep:
+        """The step planned for a caller that lets go of these outputs and holds the others."""
+        assert self._origin is not None
+        return self._origin.plan_releasing(released, self).executable()
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:

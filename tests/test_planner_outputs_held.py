@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -179,3 +180,118 @@ def test_arguments() -> None:
     for call in (planner.plan, planner.frontier):
         with pytest.raises(ValueError, match="outputs must be 'held', 'released' or 'auto', not 'gone'"):
             call(seeded(Head), 1.0, batch(), outputs="gone")  # type: ignore[operator]
+
+
+# -- what the loop was seen to do -----------------------------------------------------------------
+
+
+def _gone(model: nn.Module) -> None:
+    model(**batch()).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _held(model: nn.Module) -> None:
+    outputs = model(**batch())
+    outputs.loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _peeked(model: nn.Module) -> None:
+    outputs = model(**batch())
+    loss, rows = outputs.loss, outputs.logits.detach()[:3]
+    del outputs
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    assert rows.shape == (3, 64)
+
+
+def _numbers(model: nn.Module) -> set[int]:
+    """The outputs that the program on ``model`` counts as gone."""
+    return set(vars(model)["forward"].step.released)
+
+
+def test_an_applied_plan_learns_what_the_loop_lets_go_of(
+    steps: dict[str, PricedStep], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = steps["auto"].plan_bytes(steps["held"].least.budget_bytes, SOON)
+    model = plan.apply(seeded(Head))
+    counted = []
+    for step in (_held, _held, _gone, _gone, _peeked, _peeked, _gone, _held, _gone, _gone, _held, _gone):
+        step(model)
+        counted.append(_numbers(model))
+    # Held until one step lets go; the logits held after that stay held, the hidden states then too.
+    assert counted == [set()] * 3 + [{1, 2}] * 2 + [{2}] * 3 + [set()] * 4
+    warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == 2 and "output.logits (8.192 kB)" in warned[0] and "output.hidden" in warned[1]
+    assert "del outputs" in warned[0] and "planned as held" in warned[0]
+    assert plan.apply(model) is model and _numbers(model) == set()  # applied still: nothing starts over
+
+
+def test_what_is_learned_trains_bit_for_bit_within_the_budget(steps: dict[str, PricedStep]) -> None:
+    budget = steps["held"].least.budget_bytes
+    plan = steps["auto"].plan_bytes(budget, SOON)
+    model = plan.apply(seeded(Head))
+    for _ in range(2):
+        _gone(model)
+    forward = vars(model)["forward"]
+    assert forward.step.released == {1, 2} and not forward.step.recomputes and plan.recompute_flops
+    assert step_peak(model, batch(), hold_outputs=False) <= budget
+    want = run(seeded(Head), batch(), steps=3)
+    assert_same_bits(run(model, batch(), steps=3), want)
+
+
+def test_a_plan_that_recomputes_nothing_is_not_made_again() -> None:
+    model = planner.plan(seeded(Head), 1.0, batch(), costs="roofline").apply()
+    standing = vars(model)["forward"].step
+    for _ in range(3):
+        _gone(model)
+    assert vars(model)["forward"].step is standing
+
+
+@pytest.mark.parametrize("loop", [_held, _peeked])
+def test_released_outputs_that_are_held_are_named_once(
+    steps: dict[str, PricedStep], loop: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = _at_least(steps["released"])
+    for model in (plan.apply(seeded(Head)), plan.rewrite(seeded(Head))):
+        caplog.clear()
+        _gone(model)
+        assert not caplog.records
+        for _ in range(3):
+            loop(model)
+        (warned,) = caplog.messages
+        assert "output.logits (8.192 kB)" in warned and "outputs='held'" in warned
+        assert ("output.hidden" in warned) == (loop is _held)
+
+
+def test_where_only_released_fits_a_loop_that_holds_is_told(
+    steps: dict[str, PricedStep], caplog: pytest.LogCaptureFixture
+) -> None:
+    budget_gb = (steps["held"].least.budget_bytes - 1) / 1e9
+    plan = planner.plan(seeded(Head), budget_gb, batch(), costs="roofline", time_limit_s=2)
+    assert "only where output.logits, output.hidden is let go of" in caplog.messages[-1]
+    model = plan.apply()
+    caplog.clear()
+    for _ in range(3):
+        _held(model)
+    assert [m.partition(" ")[0] for m in caplog.messages] == ["the", "no"] and _numbers(model) == {1, 2}
+    assert "over the budget by what is held" in caplog.messages[1]
+
+
+def test_the_switch_learns_too(steps: dict[str, PricedStep], caplog: pytest.LogCaptureFixture) -> None:
+    budget_gb = steps["held"].least.budget_bytes / 1e9
+    for outputs, plans in {"auto": [0, 0, 2, 2, 0, 0], "held": [0] * 6, "released": [2] * 6}.items():
+        model = seeded(Head)
+        planner.enable(model, budget_gb, costs="roofline", time_limit_s=2, optimizer=None)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"outputs": outputs})  # type: ignore[operator]
+        caplog.clear()
+        released = []
+        for loop in (_held, _gone, _gone, _held, _held, _gone):
+            loop(model)
+            made = planner.plan_of(model)
+            assert made is not None and made.budget_bytes >= made.peak_bytes
+            released.append(len(made.released))
+        assert len(caplog.messages) == (0 if outputs == "held" else 1)
+        assert released == plans
+    with pytest.raises(ValueError, match="outputs must be"):
+        planner.enable(seeded(Head), 1.0, outputs="none")  # type: ignore[arg-type]

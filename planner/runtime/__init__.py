@@ -7,5 +7,6 @@ can serve.
 
 ``build`` makes the step (of a plan from a file by capturing the model again), ``apply`` puts it on a model or
 into a GraphModule, ``forward`` and ``autograd`` run it behind ``guard``, ``variants`` finds or makes the
-program for a batch of other sizes, ``tracing`` knows when a compiler is looking.
+program for a batch of other sizes, ``held_outputs`` sees what the caller lets go of, ``tracing`` knows when a
+compiler is looking.
 """

@@ -8,25 +8,33 @@ from typing import Any
 from torch import fx, nn
 
 from planner.rewrite.program import Program
-from planner.runtime.forward import PlannedForward, planned_forward_of
+from planner.runtime.forward import PlanAgain, PlannedForward, planned_forward_of
+from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["CheckpointedModule", "applied", "restored"]
 
 
-def applied(model: nn.Module, step: ExecutableStep) -> nn.Module:
+def applied(
+    model: nn.Module,
+    step: ExecutableStep,
+    outputs: HeldOutputs | None = None,
+    again: PlanAgain | None = None,
+) -> nn.Module:
     """Make ``model`` itself run ``step``, in place; twice is a no-op.  Returns the model.
+
+    ``outputs`` watches what the caller holds; ``again`` plans anew for what it saw.
 
     Raises ``StalePlanError``, with nothing changed, for a model that is not the one captured.
     """
     standing = planned_forward_of(model)
     if standing is not None:
-        if standing.step is step:
+        if standing.given is step:
             return model
         restored(model)
     before = model.__dict__.get("forward")
     stand_in = PlannedForward(model, step)  # raises before anything is changed
-    stand_in.before = before
+    stand_in.before, stand_in.outputs, stand_in.again = before, outputs, again
     model.__dict__["forward"] = stand_in
     return model
 
@@ -50,7 +58,7 @@ class CheckpointedModule(fx.GraphModule):
 
     original: nn.Module
 
-    def __init__(self, original: nn.Module, step: ExecutableStep) -> None:
+    def __init__(self, original: nn.Module, step: ExecutableStep, outputs: HeldOutputs | None = None) -> None:
         super().__init__({}, step.program.forward.graph, type(original).__name__ + "Checkpointed")
         for name, child in original.named_children():
             self.add_module(name, child)
@@ -59,7 +67,9 @@ class CheckpointedModule(fx.GraphModule):
         for name, buffer in original._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         self.__dict__["original"] = original
-        self.__dict__["forward"] = PlannedForward(original, step, original=_unplanned(original))
+        forward = PlannedForward(original, step, original=_unplanned(original))
+        forward.outputs = outputs
+        self.__dict__["forward"] = forward
         self.training = original.training
 
     @property
@@ -81,7 +91,8 @@ class CheckpointedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
         original = copy.deepcopy(self.original, memo)
-        return CheckpointedModule(original, self.__dict__["forward"].step)
+        forward: PlannedForward = self.__dict__["forward"]
+        return CheckpointedModule(original, forward.step, forward.outputs)
 
     def __reduce__(self) -> Any:
         return self.__dict__["forward"].__reduce__()

@@ -23,9 +23,8 @@ from planner.measure.step import device_of
 from planner.options import Search
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import inputs_of
-from planner.rewrite.emit import emit
 from planner.runtime.step import ExecutableStep
-from planner.runtime.variants import Replanner, Variants, Varying
+from planner.runtime.variants import Replanner, Variants, Varying, step_of
 
 __all__ = ["check_is_of", "executable", "recaptured"]
 
@@ -47,16 +46,8 @@ def executable(
     if varying is not None:
         variants = Variants(plan, captured, replanner, varying)
         return replace(variants.all[0].step, variants=variants, replan=replan)
-    program = emit(captured.graph, captured.steps(plan.sequence), turn=captured.turn(plan.sequence))
-    return ExecutableStep(
-        program,
-        captured.joint.template,
-        captured.expected,
-        captured.graph.device,
-        plan.budget_bytes,
-        replan=replan,
-        plan=plan,
-    )
+    step = step_of(plan, captured, captured.steps(plan.sequence), captured.turn(plan.sequence))
+    return replace(step, replan=replan)
 
 
 def _replanned(
@@ -79,6 +70,7 @@ def _replanned(
         made = step.plan_bytes(plan.budget_bytes, search)
     if varying is not None:
         varying = replace(varying, captures=SymbolicCaptures(varying.captures.dims, joint, used))
+    step = step.as_planned(made)
     return executable(made, step.captured, varying, step)
 
 

@@ -10,13 +10,14 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from planner._compat import modes_set_aside
 from planner.capture.inputs import Inputs
-from planner.errors import PlannerError
+from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
@@ -26,11 +27,15 @@ from planner.runtime.autograd import (
     without_autocast,
 )
 from planner.runtime.guard import Guard
+from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 from planner.runtime.tracing import is_traced
 
-__all__ = ["PlannedForward", "planned_forward_of"]
+__all__ = ["PlanAgain", "PlannedForward", "planned_forward_of"]
+
+# Outputs that are gone when the backward begins (numbers) -> the step planned for that.
+PlanAgain: TypeAlias = Callable[[frozenset[int]], ExecutableStep]
 
 
 class PlannedForward:
@@ -39,10 +44,12 @@ class PlannedForward:
     def __init__(
         self, model: nn.Module, step: ExecutableStep, original: Callable[..., Any] | None = None
     ) -> None:
-        self.model, self.step = model, step
+        self.model, self.step, self.given = model, step, step
         self.original = original if original is not None else model.forward
         self.sets = OutputSets(model, step)
         self.last_call: weakref.ref[PendingCall] | None = None
+        self.outputs: HeldOutputs | None = None  # watches them
+        self.again: PlanAgain | None = None  # plans for what was seen of them; None: nobody does here
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         _ = self.guard  # raises here where the model is not the plan's
 
@@ -68,6 +75,10 @@ class PlannedForward:
             or is_traced(type(self.model).__name__)
         ):
             return self.original(*args, **kwargs)
+        if self.again is not None and self.outputs is not None:
+            released = self.unforeseen
+            if released is not None:
+                self._plan_again(self.outputs, self.again, released)
         leaves, in_spec = Inputs(args, kwargs).flatten()
         return self.run(leaves, in_spec, self.check(leaves, in_spec))
 
@@ -100,7 +111,29 @@ class PlannedForward:
         assert token is not None
         for position, tensor in call.through_gates(token).items():
             flat[position] = tensor
+        if self.outputs is not None:
+            del token, tensor
+            self.outputs.handed_out(step, type(self.model).__name__, flat)
         return step.template.rebuild(flat)
+
+    @property
+    def unforeseen(self) -> frozenset[int] | None:
+        """The outputs that its loop lets go of, where a plan for that is wanted; ``None``: none is.
+
+        A step whose backwards came for other outputs than were planned for goes on as planned for those.
+        """
+        if self.outputs is None or self.sets.now is not self.step:
+            return None
+        return self.outputs.wanted(self.step)
+
+    def _plan_again(self, outputs: HeldOutputs, again: PlanAgain, released: frozenset[int]) -> None:
+        """From this call on by a plan for the outputs that the loop was seen to let go of."""
+        try:
+            with modes_set_aside():  # a meter that watches training is not to count this
+                self.step = again(released)
+            self.sets = OutputSets(self.model, self.step)
+        except InfeasibleBudgetError as error:
+            outputs.settle(self.step, type(self.model).__name__, error)
 
     def check(self, leaves: list[Any], in_spec: Any) -> dict[str, torch.Tensor]:
         """The model's tensors by name; ``StalePlanError`` if it or the arguments are not as planned."""
@@ -146,6 +179,7 @@ class PlannedForward:
             original.__get__(model) if original is not None else copy.deepcopy(self.original, memo)
         )
         twin.sets = OutputSets(model, self.step)
+        twin.given, twin.outputs, twin.again = self.given, self.outputs, self.again
         twin.before = twin.last_call = None
         return twin
 

@@ -41,6 +41,9 @@ class ExecutableStep:
     ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
     ``replan``    makes the step with other outputs differentiated; ``None``: nobody can.
     ``plan``      that it runs.
+    ``released``  outputs (numbers) that it counts as gone when the backward begins.
+    ``watched``   those, and others whose bytes matter, by storage.
+    ``recomputes``  whether some op runs more than once.
     """
 
     program: Program
@@ -49,6 +52,9 @@ class ExecutableStep:
     device: torch.device
     budget_bytes: int
     variants: StepsBySize | None = None
+    released: frozenset[int] = frozenset()
+    watched: tuple[tuple[int, ...], ...] = ()
+    recomputes: bool = True
     replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None
     plan: PlanData | None = None
 
@@ -86,3 +92,8 @@ class ExecutableStep:
     def names(self, outputs: Collection[int]) -> str:
         """Outputs as one would write them."""
         return ", ".join(self.template.leaves[i].name for i in sorted(outputs)) or "none of its outputs"
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """The place of each output, as one would write it."""
+        return tuple(leaf.name for leaf in self.template.leaves)

@@ -50,13 +50,14 @@ from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["OnLarger", "Replanner", "Variant", "Variants", "Varying"]
+__all__ = ["OnLarger", "Replanner", "Variant", "Variants", "Varying", "step_of"]
 
 log = logging.getLogger(__name__)
 
 OnLarger: TypeAlias = Literal["replan", "raise"]
 
 _MOST_VARIANTS = 64  # beyond that the oldest go; only a model that no symbols fit comes so far
+_MATTERS = 1000  # of the peak, the share in whose bytes outputs are not worth a plan of their own
 _MOST_SHAPES = 4096  # remembered; beyond that all are forgotten, and cost a millisecond again
 
 
@@ -99,11 +100,41 @@ class Replanner(Protocol):
         """The same model and settings, from another capture or at other sizes."""
         ...
 
+    def as_planned(self, plan: PlanData) -> Replanner:
+        """The same where the caller lets go of the outputs that ``plan`` counts as gone."""
+        ...
+
     def plan_bytes(
         self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
     ) -> PlanData:
         """The plan for a budget in bytes."""
         ...
+
+
+def step_of(plan: PlanData, captured: CapturedStep, steps: list[int], turn: int) -> ExecutableStep:
+    """The program of a schedule of ``captured``, with what ``plan`` says of the caller."""
+    graph, template = captured.graph, captured.joint.template
+    released = frozenset(i for i, leaf in enumerate(template.leaves) if leaf.name in plan.released)
+    storages: dict[int, list[int]] = {}
+    for i in sorted(graph.releasable):
+        storages.setdefault(graph.value_of[graph.outputs[i]], []).append(i)
+    watched = tuple(
+        tuple(on)
+        for v, on in storages.items()
+        if graph.values[v].bytes * _MATTERS >= plan.peak_bytes or released.intersection(on)
+    )
+    program = emit(graph, steps, turn=turn)
+    return ExecutableStep(
+        program,
+        template,
+        captured.expected,
+        graph.device,
+        plan.budget_bytes,
+        plan=plan,
+        released=released,
+        watched=watched,
+        recomputes=len(set(steps)) < len(steps),
+    )
 
 
 class Variant:
@@ -129,10 +160,7 @@ class Variant:
         self.steps = captured.steps(sequence)
         joint, graph = captured.joint, captured.graph
         self.tensors = joint.inputs.tensors()
-        program = emit(graph, self.steps, turn=captured.turn(sequence))
-        self.step = ExecutableStep(
-            program, joint.template, captured.expected, graph.device, plan.budget_bytes, plan=plan
-        )
+        self.step = step_of(plan, captured, self.steps, captured.turn(sequence))
         self.sizes = joint.sizes
         symbols = () if self.sizes is None else self.sizes.symbols
         expressions = {key: meta.size(node) for node, (kind, key) in graph.sources.items() if kind == "size"}
@@ -335,7 +363,8 @@ class Variants:
             return Variant(captured, step, plan)
         made = step.plan_bytes(plan.budget_bytes, self.varying.search, hint=plan)
         self.solves += 1
-        return Variant(captured, step, made)
+        step = step.as_planned(made)
+        return Variant(step.captured, step, made)
 
     def _keep(self, variant: Variant) -> None:
         self.all.append(variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ from solvers import Problem, Schedule, minimum_peak
 from solvers.bounds.lower_bounds import peak_floor
 
 __all__ = ["CostSource", "PricedStep", "prepare"]
+
+log = logging.getLogger(__name__)
 
 LEAST = "the least budget that has a plan"
 
@@ -190,6 +193,11 @@ class PricedStep:
         captured = dataclasses.replace(self.captured, graph=graph)
         memory = dataclasses.replace(self.memory, captured=captured)
         return dataclasses.replace(self, captured=captured, memory=memory)
+
+    def as_planned(self, plan: PlanData) -> PricedStep:
+        """The same step where the caller lets go of the outputs that ``plan`` counts as gone."""
+        leaves = enumerate(self.joint.template.leaves)
+        return self.releasing({i for i, leaf in leaves if leaf.name in plan.released})
 
     @cached_property
     def all_released(self) -> PricedStep:
@@ -369,6 +377,14 @@ class PricedStep:
             raise self.infeasible(budget_bytes)
         tell.found(answer, self.problem.total_seconds)
         return self.plan_of(answer)
+
+    def plan_releasing(self, outputs: Collection[int], instead_of: PlanData) -> Plan:
+        """A plan for the same budget whose caller lets go of these outputs and holds the others."""
+        step = dataclasses.replace(self.releasing(outputs), outputs="held")
+        search = Search(time_limit_s=self.least_limit_s)
+        made = step.plan_bytes(instead_of.budget_bytes, search, hint=instead_of)
+        log.info("planned again for the outputs that the loop lets go of, %s: %r", made.released, made)
+        return made
 
     def or_least(self, found: Answer) -> Answer:
         """What was found, or the least plan where nothing was and that one fits."""

@@ -85,7 +85,7 @@ def shared_plan(
         given = inputs_of(received, device) if inputs is None else inputs
         step = prepare(model, given, **_of_the_step(options))
         check_is_of(received, step.captured)
-        return Plan.of(received, step)
+        return Plan.of(received, step.as_planned(received))
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
 

@@ -19,7 +19,7 @@ from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import Search
+from planner.options import OutputsMode, Search
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -45,6 +45,7 @@ def enable(
     on_larger: OnLarger = "replan",
     max_plans: int = 64,
     calls_per_step: int | None = None,
+    outputs: OutputsMode = "auto",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -69,6 +70,8 @@ def enable(
                    vary in one plan (:mod:`planner.runtime.variants`).
     ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
                    By default 1, and for sentence-transformers models what the first step shows.
+    ``outputs``    until when the loop holds what the model returns, as for :func:`planner.plan`; "auto": as
+                   the first steps show.  Where several calls share the budget, that means held.
 
     ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 
@@ -82,7 +85,7 @@ def enable(
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
     search = Search(solver, time_limit_s, progress)
     settings = Settings(
-        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search
+        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search, outputs
     )  # fmt: skip
     root = unwrapped(model)
     switch = vars(root).get(_KEY)

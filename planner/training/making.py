@@ -28,6 +28,7 @@ from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.runtime.guard import Guard
+from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.variants import Varying
 from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
@@ -49,6 +50,7 @@ class PlanMaker:
 
     ``calls``   those of the step, which share the budget.
     ``around``  the context in which steps are captured in the middle of training.
+    ``outputs`` what was seen of the outputs of its calls.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class PlanMaker:
         settings: Settings,
         calls: StepCalls,
         around: Callable[[], AbstractContextManager[None]],
+        outputs: HeldOutputs,
     ) -> None:
-        self.root, self.planned, self.settings = root, planned, settings
+        self.root, self.planned, self.settings, self.outputs = root, planned, settings, outputs
         self.calls, self.around = calls, around
         self._steps = StepCache(settings.max_plans)
 
@@ -92,6 +95,7 @@ class PlanMaker:
         if self.calls.per_step is None:
             limit_s = min(limit_s, FIRST_STEP_S)
         step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
+        step = self._letting_go(step)
         try:
             return self._made_once(call, step, search, hint)
         except InfeasibleBudgetError as error:
@@ -161,6 +165,16 @@ class PlanMaker:
             buffers_bytes=found.buffers_bytes + behind,
         )
 
+    def _letting_go(self, step: PricedStep) -> PricedStep:
+        """The step whose outputs live as they were told to, or seen to, or, until then, as will fit."""
+        mode = self.settings.outputs
+        if mode == "released":
+            return step.all_released
+        if mode == "held" or self.calls.per_step != 1:
+            return step
+        seen = self.outputs.learned([leaf.name for leaf in step.joint.template.leaves])
+        return replace(step, outputs="auto") if seen is None else step.releasing(seen)
+
     # -- the plan ----------------------------------------------------------------------------------
 
     def _made_once(self, call: Call, step: PricedStep, search: Search, hint: Plan | None) -> Plan:
@@ -173,12 +187,12 @@ class PlanMaker:
         varies = step.varying is not None
         key = (
             f"{step.captured.fingerprint} {sizes} {varies} {needs} {search.solver} {search.time_limit_s} "
-            f"{self.settings.costs}"
+            f"{self.settings.costs} {step.outputs} {sorted(step.graph.released)}"
         )
 
         def adopt(received: PlanData) -> Plan:
             self._learn_need(call, step, received.known_minimum_bytes)
-            return Plan.of(received, step)
+            return Plan.of(received, step.as_planned(received))
 
         wait_s = 60.0 + 4 * PROBES * search.time_limit_s
         return made_once(key, lambda: self._solved(call, step, search, hint), adopt, wait_s=wait_s)

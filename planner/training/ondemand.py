@@ -32,6 +32,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.options import Search
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
+from planner.runtime.held_outputs import HeldOutputs
 from planner.training import huggingface
 from planner.training.calls import Call
 from planner.training.making import PlanMaker
@@ -63,7 +64,8 @@ class OnDemand:
         self.last: Plan | None = None
         self._announced = False
         self._calls = StepCalls(settings.calls_per_step, huggingface.usual_calls(root))
-        self._maker = PlanMaker(root, planned, settings, self._calls, around)
+        self._outputs = HeldOutputs(settings.outputs)
+        self._maker = PlanMaker(root, planned, settings, self._calls, around, self._outputs)
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
 
@@ -71,6 +73,8 @@ class OnDemand:
         """From the next training call on; steps captured already are not captured again."""
         if settings == self.settings:
             return
+        if settings.outputs != self.settings.outputs:
+            self._outputs = self._maker.outputs = HeldOutputs(settings.outputs)
         self.settings = settings
         self._maker.change(settings)
         self._plans = PlanCache(settings.max_plans)
@@ -111,6 +115,8 @@ class OnDemand:
         except StalePlanError as edited:
             self._edited(edited)
             return None
+        if self._calls.per_step == 1 and kept.runner.unforeseen is not None:
+            return None
         self.last = kept.plan
         return kept
 
@@ -135,8 +141,16 @@ class OnDemand:
         return kept
 
     def _made(self, call: Call, search: Search, original: Callable[..., Any]) -> KeptPlan:
-        plan = self._maker.make(call, search, self.last)
+        standing = self._plans.find(call)
+        try:
+            plan = self._maker.make(call, search, self.last)
+        except InfeasibleBudgetError as error:
+            if standing is None or standing.runner.unforeseen is None:
+                raise
+            self._outputs.settle(standing.runner.step, type(self.root).__name__, error)
+            return standing
         runner = PlannedForward(self.planned, plan.executable(), original=original)
+        runner.outputs = self._outputs if self.settings.outputs != "held" else None
         room = self._room(call)
         if self._calls.per_step is None:  # as little as can be, and no measure for the steps to come
             room = replace(room, left_bytes=min(room.left_bytes, plan.peak_bytes))
@@ -211,8 +225,9 @@ class OnDemand:
 def _announcement(plan: Plan, call: Call, calls: int, seconds: float) -> str:
     gb = 1e9
     shared = f", call {call.signature.place} of {calls}" if calls > 1 else ""
+    released = f", {', '.join(plan.released)} let go of before the backward" if plan.released else ""
     return (
-        f"{plan.model_name} planned to {plan.budget_bytes / gb:.4g} GB for {call}{shared}: peak "
+        f"{plan.model_name} planned to {plan.budget_bytes / gb:.4g} GB for {call}{shared}{released}: peak "
         f"{plan.peak_bytes / gb:.4g} GB (nothing recomputed: {plan.baseline_peak_bytes / gb:.4g} GB), "
         f"overhead {plan.overhead:.2%} (proved >= {plan.overhead_bound:.2%}), {seconds:.1f} s to plan"
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import Search
+from planner.options import OutputsMode, Search, checked_outputs
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
 
@@ -30,8 +30,10 @@ class Settings:
     max_plans: int = 64
     calls_per_step: int | None = None
     search: Search = field(default_factory=Search)
+    outputs: OutputsMode = "auto"
 
     def __post_init__(self) -> None:
+        checked_outputs(self.outputs)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}
