@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import planner
+from planner.__main__ import main
 from planner.measure import step_peak
 from planner.options import OutputsMode, Search
 from planner.plan import Plan
@@ -180,6 +183,44 @@ def test_arguments() -> None:
     for call in (planner.plan, planner.frontier):
         with pytest.raises(ValueError, match="outputs must be 'held', 'released' or 'auto', not 'gone'"):
             call(seeded(Head), 1.0, batch(), outputs="gone")  # type: ignore[operator]
+
+
+def test_looking(steps: dict[str, PricedStep]) -> None:
+    held, released = (steps[m].plan_bytes(10**6, SOON) for m in ("held", "released"))
+    said = str(held.diff(released))
+    assert "the first counts none as gone when the backward begins, the second output.logits" in said
+    assert "the first counts" not in str(held.diff(held))
+    logits, hidden = (steps["held"].graph.outputs[i].name for i in (1, 2))
+    assert "freed when the caller lets go of it" in str(released.explain(logits))
+    assert "the caller holds it to the end of the step" in str(held.explain(hidden))
+    assert "outputs_released" not in str(released.explain(hidden))  # the backward reads it, and it is kept
+    kinds, at = released.timeline_by_kind["outputs"], released.sequence.index("outputs_released")
+    assert kinds[at] == LOGITS_BYTES + 4 and set(kinds[at + 1 :]) == {4}
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "build.py"
+    file.write_text(
+        "from tests.test_planner_outputs_held import Head\nfrom tests.tiny import batch\n"
+        "def build():\n    return Head(), batch()\n"
+    )
+    said = {}
+    for outputs in ("held", "released"):
+        line = f"plan {file}:build --budget-gb 0.001 --costs roofline --outputs {outputs} --json -q"
+        out = tmp_path / f"{outputs}.json"
+        assert main([*line.split(), "--out", str(out)]) == 0
+        said[outputs] = json.loads(capsys.readouterr().out)
+        assert main(["verify", f"{file}:build", "--plan", str(out), "--json"]) == 0
+        seen = json.loads(capsys.readouterr().out)
+        assert seen["held_outputs"] == [n for n, s in said[outputs]["outputs"].items() if s == "held"]
+        assert seen["peak_bytes"] == said[outputs]["peak_bytes"]
+    assert said["released"]["baseline_peak_bytes"] < said["held"]["baseline_peak_bytes"]
+    line = f"frontier {file}:build --points 1 --time-limit 1 --costs roofline --json -q --outputs"
+    least = {}
+    for outputs in ("auto", "held", "released"):
+        assert main([*line.split(), outputs]) == 0
+        least[outputs] = json.loads(capsys.readouterr().out)["points"][0]["peak_bytes"]
+    assert least["released"] < least["held"] == least["auto"]
 
 
 # -- what the loop was seen to do -----------------------------------------------------------------

@@ -55,6 +55,7 @@ def plan(arguments: Namespace) -> Outcome:
             optimizer=factories.optimizer(arguments.optimizer, arguments.model),
             costs=arguments.costs,
             solver=arguments.solver,
+            outputs=arguments.outputs,
             time_limit_s=arguments.time_limit,
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
@@ -115,7 +116,8 @@ def verify(arguments: Namespace) -> Outcome:
     report = made.verify(built.model, built.inputs, loss_fn=_loss(arguments))
     code = HELD if report.ok else FAILED
     if arguments.json:
-        record = {k: v for k, v in dataclasses.asdict(report).items() if isinstance(v, (int, float, str))}
+        kinds = (int, float, str, tuple)
+        record = {k: v for k, v in dataclasses.asdict(report).items() if isinstance(v, kinds)}
         record |= {"ok": report.ok, "equal": report.equal, "within_budget": report.within_budget}
         return Outcome(_json(record), code)
     return Outcome(str(report), code)
@@ -138,6 +140,7 @@ def frontier(arguments: Namespace) -> Outcome:
         optimizer=factories.optimizer(arguments.optimizer, arguments.model),
         costs=arguments.costs,
         solver=arguments.solver,
+        outputs=arguments.outputs,
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )
@@ -212,6 +215,7 @@ def figures(made: Plan) -> dict[str, Any]:
     return {
         **{name: getattr(made, name) for name in names},
         "minimum_peak_bytes": made.minimum_if_known,
+        "outputs": dict(made.outputs),
         "breakdown": dict(made.breakdown),
         "decisions": {d: {"values": count[d], "bytes": size[d]} for d in ("save", "recompute", "free")},
     }

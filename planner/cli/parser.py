@@ -256,6 +256,11 @@ def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
     )
     parser.add_argument("--solver", default="auto", metavar="NAME", help="a method (default: %(default)s)")
     parser.add_argument(
+        "--outputs", choices=("auto", "held", "released"), default="auto",
+        help="what the model returns is held to the end of the step, or released before the backward, as by "
+        "model(**batch).loss; auto: held, where that fits (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--time-limit", type=float, default=time_limit_s, metavar="S",
         help="seconds of search for a budget (default: %(default)g)",
     )  # fmt: skip

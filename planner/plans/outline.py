@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from planner.graph.step_graph import RNG_STATE
+from planner.graph.step_graph import RELEASE, RNG_STATE
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.lifetimes import Copy, copies_of
 from solvers import Op, Problem, Timeline, Value
@@ -95,7 +95,7 @@ class Outline:
     def readers(self, value: int, *, forward: bool) -> list[OutlineOp]:
         """The ops of the forward, or those behind it, that read ``value``."""
         found = (self.ops[i] for i in self.problem.consumers[value])
-        return [op for op in found if (op.phase == "forward") == forward]
+        return [op for op in found if (op.phase == "forward") == forward and op.target != RELEASE]
 
     # -- files -------------------------------------------------------------------------------------
 

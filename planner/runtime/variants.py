@@ -50,14 +50,16 @@ from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["OnLarger", "Replanner", "Variant", "Variants", "Varying", "step_of"]
+__all__ = ["MATTERS", "OnLarger", "Replanner", "Variant", "Variants", "Varying", "step_of"]
 
 log = logging.getLogger(__name__)
 
 OnLarger: TypeAlias = Literal["replan", "raise"]
 
+# Outputs of fewer bytes than this part of what a step holds are not worth a plan of their own.
+MATTERS = 1000
+
 _MOST_VARIANTS = 64  # beyond that the oldest go; only a model that no symbols fit comes so far
-_MATTERS = 1000  # of the peak, the share in whose bytes outputs are not worth a plan of their own
 _MOST_SHAPES = 4096  # remembered; beyond that all are forgotten, and cost a millisecond again
 
 
@@ -121,7 +123,7 @@ def step_of(plan: PlanData, captured: CapturedStep, steps: list[int], turn: int)
     watched = tuple(
         tuple(on)
         for v, on in storages.items()
-        if graph.values[v].bytes * _MATTERS >= plan.peak_bytes or released.intersection(on)
+        if graph.values[v].bytes * MATTERS >= plan.peak_bytes or released.intersection(on)
     )
     program = emit(graph, steps, turn=turn)
     return ExecutableStep(

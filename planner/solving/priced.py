@@ -38,7 +38,7 @@ from planner.plan import Plan
 from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
-from planner.runtime.variants import OnLarger, Varying
+from planner.runtime.variants import MATTERS, OnLarger, Varying
 from planner.solving.fit import Answer, fitted, fitted_each
 from planner.solving.lowering import lower, steps_of
 from planner.units import bytes_text
@@ -201,8 +201,14 @@ class PricedStep:
 
     @cached_property
     def all_released(self) -> PricedStep:
-        """The same step where the caller lets go of all outputs but a loss that the backward starts from."""
-        return self.releasing(self.graph.releasable)
+        """The same step where the caller lets go of all outputs but a loss that the backward starts from.
+
+        Those too small to matter stay counted as held: nobody is to be told of 48 bytes.
+        """
+        graph = self.graph
+        made_bytes = self.memory.total_bytes + sum(v.bytes for v in graph.values if v.producer is not None)
+        size = {i: graph.values[graph.value_of[graph.outputs[i]]].bytes for i in graph.releasable}
+        return self.releasing({i for i, count in size.items() if count * MATTERS >= made_bytes})
 
     @property
     def lightest(self) -> PricedStep:

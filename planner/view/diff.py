@@ -118,7 +118,7 @@ def diff(first: PlanData, second: PlanData) -> PlanDiff:
         dict(zip((p.name for p in plan.placements), recompute_seconds(plan), strict=True))
         for plan in (first, second)
     ]
-    notes = _same_model(first, second)
+    notes = (*_same_model(first, second), *_unlike_outputs(first, second))
     layer = {
         p.name: of.path or ROOT for plan in (first, second) for of in layers_of(plan) for p in of.placements
     }
@@ -169,6 +169,17 @@ def _same_model(first: PlanData, second: PlanData) -> tuple[str, ...]:
         "note: the plans are of different steps of this model (other sizes, flags or library versions, "
         f"fingerprints {first.fingerprint[:12]} and {second.fingerprint[:12]}); bytes and seconds are each "
         "plan's own",
+    )
+
+
+def _unlike_outputs(first: PlanData, second: PlanData) -> tuple[str, ...]:
+    """A note if the plans count on another loop."""
+    gone = [", ".join(plan.released) or "none" for plan in (first, second)]
+    if gone[0] == gone[1]:
+        return ()
+    return (
+        f"note: of the outputs the first counts {gone[0]} as gone when the backward begins, the second "
+        f"{gone[1]}",
     )
 
 

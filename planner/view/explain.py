@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from planner.graph.step_graph import RELEASE
 from planner.plans.outline import Outline
 from planner.units import DECISIONS, bytes_text, seconds_text
 from planner.view.layers import ROOT, TEXT_ROWS, layers_of, recompute_seconds, rows_of
@@ -293,6 +294,8 @@ class _WhatIf:
         if p.decision == "free":
             last = self.outline.readers(v, forward=True)
             after = f"after `{last[-1].name}`" if last else "at once"
+            if any(ops[i].target == RELEASE for i in self.outline.problem.consumers[v]):
+                after = "when the caller lets go of it"
             return _value(p, rest=f" {after}: the backward never reads it")
         if p.decision == "save":
             behind = [op.name for op in self.outline.readers(v, forward=False)]
