@@ -10,8 +10,10 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,12 +32,14 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor  # what a trace hands to the model; 2.2+
 from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
 __all__ = [
+    "STAND_INS",
     "BoxedCodeGen",
     "CheckpointCalls",
     "DataDependentOutputException",
@@ -49,6 +53,7 @@ __all__ = [
     "checkpoint_calls",
     "clear_cublas_workspaces",
     "compiled",
+    "compiler_flags",
     "cuda_driver_version",
     "current_backward",
     "descriptors",
@@ -67,10 +72,10 @@ __all__ = [
     "is_transformed",
     "job_store",
     "modes_set_aside",
-    "not_compiling",
     "pytree",
     "reads_a_number",
     "size_hint",
+    "stand_ins_derive_from",
     "storage_key",
     "storage_uses",
     "symbolic_fake",
@@ -103,30 +108,52 @@ def values_unchecked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tracing_flags() -> Iterator[None]:
-    """Tell libraries that a compiler is looking, and trace the backward as it runs: outside autocast.
+    """Leave out what checks values, and trace the backward as it runs: outside autocast.
 
     The settings are process-global and put back.
     """
-    from torch._export.utils import _compiling_state_context  # 2.7+
-
-    with (
-        values_unchecked(),
-        _compiling_state_context(),
-        _functorch_config.patch(backward_pass_autocast="off"),  # 2.10+
-    ):
+    with values_unchecked(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
         yield
 
 
 @contextlib.contextmanager
-def not_compiling() -> Iterator[None]:
-    """Inside a trace: libraries that ask whether a compiler is looking are told that none is; 2.7+."""
-    compiler = torch.compiler
-    before = compiler._is_compiling_flag, compiler._is_exporting_flag
-    compiler._is_compiling_flag = compiler._is_exporting_flag = False
+def compiler_flags(answer: Callable[[FrameType | None], bool]) -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are ``answer(frame that asks)``.
+
+    The flags behind them (2.7+), which those see who hold the functions themselves, are False; all of it is
+    process-global and put back.
+    """
+
+    def asked() -> bool:
+        return answer(sys._getframe(1))
+
+    compiler: Any = torch.compiler
+    names = "_is_compiling_flag", "_is_exporting_flag", "is_compiling", "is_exporting"
+    before = [getattr(compiler, name) for name in names]
+    for name, value in zip(names, (False, False, asked, asked), strict=True):
+        setattr(compiler, name, value)
     try:
         yield
     finally:
-        compiler._is_compiling_flag, compiler._is_exporting_flag = before
+        for name, value in zip(names, before, strict=True):
+            setattr(compiler, name, value)
+
+
+# What stands in for tensors while a step is traced; 2.2+
+STAND_INS = FunctionalTensor, FakeTensor
+
+
+@contextlib.contextmanager
+def stand_ins_derive_from(base: type[torch.Tensor]) -> Iterator[None]:
+    """What ``base``, a subclass of ``torch.Tensor``, defines is what stand-ins have; put back."""
+    before = [(cls, cls.__bases__) for cls in STAND_INS]
+    try:
+        for cls, bases in before:
+            cls.__bases__ = tuple(base if b is torch.Tensor else b for b in bases)
+        yield
+    finally:
+        for cls, bases in before:
+            cls.__bases__ = bases
 
 
 # Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch

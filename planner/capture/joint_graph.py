@@ -37,6 +37,7 @@ from planner._compat import descriptors, pytree
 from planner.capture import meta
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
+from planner.capture.as_eager.questions import Questions, stand_in, standing_in
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.effects import Effects, attributes_kept, settled, tensors_kept
 from planner.capture.inputs import Inputs
@@ -212,13 +213,15 @@ def _captured(
         _compat.checkpoint_calls() as calls,
         Generators() as generators,
         explained(model, calls),
+        _as_eager_asks(model) as questions,
     ):
         loss = None
         if loss_fn is not None:
             loss, used = _trace_loss(model, given, loss_fn)
-        step = _FlatModel(model, fake, in_spec, used)
+        step = _FlatModel(model, flat, fake, in_spec, used)
         with _module_paths(model), generators.watched():
             module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+        questions.refuse(type(model).__name__)
         if not calls.count:  # checkpointing handles random states, and is refused for itself
             generators.refuse(type(model).__name__, module, lambda: _step_on_fakes(model, given))
     _refuse_side_effects(model, given, calls.count > 0, effects)
@@ -271,9 +274,12 @@ class _FlatModel(nn.Module):
     autograd adds them inside the graph, in the order eager does.
     """
 
-    def __init__(self, model: nn.Module, fake: list[Any], spec: Any, used: frozenset[int] | None) -> None:
+    def __init__(
+        self, model: nn.Module, given: list[Any], fake: list[Any], spec: Any, used: frozenset[int] | None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
         self.names: dict[str, str] = {}
         self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
@@ -299,6 +305,9 @@ class _FlatModel(nn.Module):
         state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
         it = iter(tensors)
         flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
+        for tensor, original in zip(flat, self.given[0], strict=True):
+            if isinstance(tensor, torch.Tensor):
+                stand_in(tensor, original)
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
         output = _call(self.model, after, args, kwargs)
@@ -335,7 +344,9 @@ def _call(
 ) -> Any:
     """``model`` with ``state`` for its parameters and buffers; ``state`` then holds what it left there."""
     named = {f"model.{name}": tensor for name, tensor in state.items()}
-    with tensors_kept(model):
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    pairs = {name: (tensor, held[name]) for name, tensor in state.items()}
+    with tensors_kept(model), standing_in(model, pairs):
         output = torch.func.functional_call(_Bare(model), named, args, kwargs)
     state.update({name: named[f"model.{name}"] for name in state})
     return output
@@ -355,9 +366,22 @@ def _exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphMo
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
         _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
-        masks_as_eager(module, _compat.not_compiling),
+        masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
     ):
         return _compat.export_joint(module, inputs, {})
+
+
+@contextlib.contextmanager
+def _as_eager_asks(model: nn.Module) -> Iterator[Questions]:
+    """What the model asks while it is traced is answered as eager answers it."""
+    questions = Questions()
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    try:
+        with questions.answered(compiled_parts=compiled):
+            yield questions
+    except Exception:
+        questions.refuse(type(model).__name__)
+        raise
 
 
 def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
@@ -367,6 +391,7 @@ def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
         torch.enable_grad(),
         attributes_kept(model),
         explained(model),
+        _as_eager_asks(model),
     ):
         return _trace_loss(model, inputs, loss_fn)[0]
 

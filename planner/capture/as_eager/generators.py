@@ -11,9 +11,9 @@ state back.
 * torch's: ``manual_seed``, ``seed``, ``initial_seed``, ``get_rng_state``, ``set_rng_state`` and with them
   ``fork_rng`` are watched while the forward runs.  A generator of the user's own is found in the graph.
 
-Known limits: an instance that ``gc.freeze`` hid goes unseen, and so does a draw from Python's or numpy's between
-saving a state and setting it again, and entropy read otherwise than through ``random`` and ``numpy.random``
-(``os.urandom``, the time).
+Known limits: an instance that ``gc.freeze`` hid goes unseen, and so does a draw from Python's or numpy's
+between saving a state and setting it again, and entropy read otherwise than through ``random`` and
+``numpy.random`` (``os.urandom``, the time).
 """
 
 from __future__ import annotations

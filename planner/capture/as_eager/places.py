@@ -10,7 +10,7 @@ import linecache
 import threading
 from types import FrameType
 
-__all__ = ["is_users", "line_of", "users_frame", "users_place"]
+__all__ = ["is_ours", "is_users", "line_of", "users_frame", "users_place"]
 
 _OURS = __name__.split(".", maxsplit=1)[0]
 _OUR_MODELS = (f"{_OURS}.checks", f"{_OURS}.examples")
@@ -24,14 +24,15 @@ def line_of(frame: FrameType, line: int) -> str:
     return f"{path}:{line} ({source})" if source else f"{path}:{line}"
 
 
-def _is_ours(module: str) -> bool:
+def is_ours(module: str) -> bool:
+    """Whether a module of this name is the planner's own work."""
     return module.split(".", maxsplit=1)[0] == _OURS and not module.startswith(_OUR_MODELS)
 
 
 def is_users(frame: FrameType) -> bool:
     """Whether the frame runs a line that its user can change, or ask its author to."""
     module = str(frame.f_globals.get("__name__", ""))
-    return module.split(".", maxsplit=1)[0] not in _BETWEEN and not _is_ours(module)
+    return module.split(".", maxsplit=1)[0] not in _BETWEEN and not is_ours(module)
 
 
 def users_frame(frame: FrameType | None) -> FrameType | None:
@@ -40,7 +41,7 @@ def users_frame(frame: FrameType | None) -> FrameType | None:
     What the tracer does for itself has our frames between it and the user's.
     """
     while frame is not None:
-        if _is_ours(str(frame.f_globals.get("__name__", ""))):
+        if is_ours(str(frame.f_globals.get("__name__", ""))):
             return None
         if is_users(frame):
             return frame
