@@ -267,7 +267,8 @@ class PendingCall:
 
     def _refuse_written(self, argument: Argument) -> None:
         """Autograd sees in-place changes of what it saved; a buffer is not saved."""
-        if self.versions.get(argument, -1) not in (-1, _version_of(self.direct[argument])):
+        seen = self.versions.get(argument)
+        if seen is not None and seen != _version_of(self.direct[argument]):
             raise PlannerError(
                 f"the buffer {argument.key} was written to between a planned forward and its backward, which "
                 "reads it: by another forward, or by hand. Run the backward first, or restore the model's "
