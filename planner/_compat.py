@@ -83,6 +83,7 @@ __all__ = [
     "values_unchecked",
     "weak_storage",
     "writes_arguments",
+    "writes_so_far",
 ]
 
 
@@ -489,6 +490,13 @@ def compiled(expressions: Sequence[Any], symbols: Sequence[Any]) -> Callable[...
         f"lambda {', '.join(map(str, symbols))}: ({body})", dict(SYMPY_INTERP)
     )
     return function
+
+
+def writes_so_far(stand_in: torch.Tensor) -> int:
+    """How often what a trace handed to the model was written into, through whatever view; 2.3+."""
+    private: Any = torch
+    inner = getattr(stand_in, "elem", None)  # of a tensor without memory outside a trace there is none
+    return 0 if inner is None else int(private._functionalize_mutation_counter(inner))
 
 
 def writes_arguments(target: Any) -> bool:

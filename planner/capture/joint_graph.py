@@ -35,6 +35,7 @@ from torch import fx, nn
 from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
+from planner.capture.as_eager.backward import Installed
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import Questions, stand_in, standing_in
@@ -220,8 +221,12 @@ def _captured(
             loss, used = _trace_loss(model, given, loss_fn)
         step = _FlatModel(model, flat, fake, in_spec, used)
         with _module_paths(model), generators.watched():
-            module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+            try:
+                module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+            finally:
+                step.installed.remove()
         questions.refuse(type(model).__name__)
+        step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         if not calls.count:  # checkpointing handles random states, and is refused for itself
             generators.refuse(type(model).__name__, module, lambda: _step_on_fakes(model, given))
     _refuse_side_effects(model, given, calls.count > 0, effects)
@@ -257,9 +262,7 @@ def _refuse_side_effects(model: nn.Module, given: Inputs, checkpointed: bool, ef
     if checkpointed:
         raise checkpoints_itself(name, "its forward calls torch.utils.checkpoint")
     if effects.stored or (
-        effects.changed
-        and not settled(model, effects, lambda: _output_on_fakes(model, given))
-        and effects.lost
+        effects.changed and not settled(model, effects, lambda: _step_on_fakes(model, given)) and effects.lost
     ):
         raise TraceError(
             f"the forward of {name} stores tensors or counts in {', '.join(effects.lost[:3])}; a planned "
@@ -281,6 +284,7 @@ class _FlatModel(nn.Module):
         self.model = model
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
+        self.installed = Installed(model)
         self.names: dict[str, str] = {}
         self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
         self.template: OutputTemplate | None = None
@@ -302,6 +306,7 @@ class _FlatModel(nn.Module):
         return iter([(n, b) for n, b in self._buffers.items() if b is not None])
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.installed.remove()
         state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
         it = iter(tensors)
         flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
@@ -311,6 +316,7 @@ class _FlatModel(nn.Module):
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
         output = _call(self.model, after, args, kwargs)
+        self.installed.put(after)
         self.template, leaves = template_of(type(self.model).__name__, output, self.used)
         kept = zip(leaves, self.template.leaves, strict=True)
         results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
@@ -406,11 +412,13 @@ def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
         return _call(model, state, args, kwargs)
 
 
-def _step_on_fakes(model: nn.Module, inputs: Inputs) -> None:
-    """Forward and backward of the model, without memory."""
+def _step_on_fakes(
+    model: nn.Module, inputs: Inputs, around: contextlib.AbstractContextManager[Any] | None = None
+) -> None:
+    """Forward and backward of the model, without memory; ``around``: a context for the backward."""
     outputs = pytree.tree_leaves(_output_on_fakes(model, inputs))
     roots = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
-    with _compat.fake_mode_of(roots[0]):
+    with _compat.fake_mode_of(roots[0]), around or contextlib.nullcontext():
         torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
 
 

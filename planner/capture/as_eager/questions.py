@@ -1,17 +1,18 @@
 """What a forward asks of its tensors and of torch, answered as eager answers it.
 
-While a step is captured, tensors are stand-ins of the tracer's classes: a parameter is no ``nn.Parameter`` and
-no leaf, ``type(x)`` is no ``torch.Tensor``, and a compiler seems to be looking.  A forward that asks would take
-another branch than eager, without an error: another network would be trained.  So, for code that is neither
-torch's nor ours,
+While a step is captured, tensors are stand-ins of the tracer's classes: a parameter is no ``nn.Parameter``
+and no leaf, ``type(x)`` is no ``torch.Tensor``, and a compiler seems to be looking.  A forward that asks would
+take another branch than eager, without an error: another network would be trained.  So, for code that is
+neither torch's nor ours,
 
 * ``type(x)``, ``x.__class__``, ``id(x)``, ``isinstance(w, nn.Parameter)``, ``is_leaf``, ``grad_fn`` and
   attributes that somebody set on a parameter are those of the tensor that the stand-in stands for; so are the
   parameters and buffers that modules hold a second time, in plain attributes, lists, tuples and dicts;
-* ``torch.compiler.is_compiling()`` and ``is_exporting()`` are False.  transformers' own code is told True, which
-  it asks where it would read values of a mask, but for the modules of ``_AS_EAGER``;
+* ``torch.compiler.is_compiling()`` and ``is_exporting()`` are False.  transformers' own code is told True,
+  which it asks where it would read values of a mask, but for the modules of ``_AS_EAGER``;
 * what changes from step to step (``_version``, a parameter's ``grad``), or has no answer (``data_ptr()``), is
-  refused with the line.
+  refused with the line;
+* ``buffer.data = new`` and ``buffer.set_(new)`` write the values into the buffer, and ``buffer.data`` shares its.
 
 ``type`` and ``id`` are replaced in ``builtins`` for the time of the capture, and look at who asks.
 
@@ -159,6 +160,13 @@ class Questions:
         if place is not None:
             self._refused.append((what, place))
 
+    def _replaces(self, what: str) -> None:
+        place = users_place(sys._getframe(2), self._thread)
+        raise TraceError(
+            f"the forward {what} at {place}; a planned step can only write values into a buffer. Copy into it "
+            "(buffer.copy_(new)), or do it outside forward"
+        )
+
     def _answers(self) -> dict[str, Any]:
         """Attributes of the stand-ins' classes; torch's own code gets what was there."""
         note = self._note
@@ -194,7 +202,26 @@ class Questions:
                 note("a tensor's data_ptr()")
             return int(tensor.data_ptr(t))
 
+        def data(t: Any) -> Any:
+            # torch's own makes a copy of the stand-in, and what is written there would be lost
+            return t.detach() if _outside(sys._getframe(1)) else tensor.data.__get__(t)
+
+        def set_data(t: Any, value: Any) -> None:
+            if not _outside(sys._getframe(1)):
+                tensor.data.__set__(t, value)
+            elif not _takes(t, value):
+                self._replaces("gives a tensor other memory (.data =)")
+
+        def set_(t: Any, *source: Any, **kwargs: Any) -> Any:
+            if not _outside(sys._getframe(1)):
+                return tensor.set_(t, *source, **kwargs)
+            if kwargs or len(source) != 1 or not _takes(t, source[0]):
+                self._replaces("gives a tensor other memory (set_)")
+            return t
+
         return {
+            "data": property(data, set_data),
+            "set_": set_,
             "__class__": property(class_of),
             "is_leaf": property(is_leaf),
             "grad_fn": property(grad_fn),
@@ -202,6 +229,16 @@ class Questions:
             "_version": property(version),
             "data_ptr": data_ptr,
         }
+
+
+def _takes(tensor: Any, value: Any) -> bool:
+    """Give a stand-in the values that it is to share from here on; ``False`` where that is not the same."""
+    if _original(tensor) is None or not isinstance(value, torch.Tensor):
+        return False
+    if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
+        return False
+    tensor.detach().copy_(value.detach())
+    return True
 
 
 def _asks_as_compiler(frame: FrameType | None) -> bool:

@@ -1,0 +1,117 @@
+"""What the backward writes besides gradients, and new memory for a buffer: as eager, or refused by name and line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planner.capture.joint_graph import capture
+from planner.errors import TraceError
+from tests.tiny import planned
+
+
+class Observed(torch.autograd.Function):
+    """The identity; its backward notes the largest gradient, as fp8 layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: Tensor, saved: bool) -> Tensor:
+        ctx.largest = None if saved else largest
+        if saved:
+            ctx.save_for_backward(largest)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        largest = ctx.saved_tensors[0] if ctx.largest is None else ctx.largest
+        largest.copy_(torch.maximum(largest, g.abs().amax()))
+        return g, None, None
+
+
+def hooked(net: Any, h: Tensor) -> Tensor:
+    def note(g: Tensor) -> None:
+        net.largest.copy_(g.abs().amax())
+
+    h.register_hook(note)
+    return h
+
+
+def stored(net: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: setattr(net, "last", g))
+    return h
+
+
+def counted(net: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: setattr(net, "count", net.count + 1))
+    return h
+
+
+def given_other_memory(net: Any, h: Tensor) -> Tensor:
+    net.largest.data = h.detach().abs().amax(0)
+    return h
+
+
+class Net(nn.Module):
+    """Two layers with ``middle(module, h)`` in between, and a buffer."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last_layer = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("largest", torch.full((), 0.5))
+        self.middle, self.count = middle, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last_layer(self.middle(self, self.first(x).relu()) * self.largest)
+        return out.sum()
+
+
+WRITES = {
+    "in a Function": (lambda net, h: Observed.apply(h, net.largest, False), r"largest at .*py:\d+ \("),
+    "in a Function, saved": (lambda net, h: Observed.apply(h, net.largest, True), r"largest at .*py:\d+ \("),
+    "by a hook": (hooked, r"writes into largest at .*py:\d+ \("),
+    "an attribute": (stored, "stores tensors or counts in last"),
+    "a count": (counted, "stores tensors or counts in count"),
+    "other memory": (given_other_memory, r"other memory .*py:\d+ \("),
+    "a parameter": (lambda net, h: h * net.first.weight.data.clamp_(-1, 1).sum(), "into first.weight"),
+}
+
+
+@pytest.mark.parametrize(("middle", "says"), WRITES.values(), ids=WRITES.keys())
+def test_what_a_plan_would_not_write_is_refused_by_name(middle: Callable[..., Tensor], says: str) -> None:
+    net = Net(middle)
+    before = [*vars(net)["_buffers"].values(), *net.parameters()]
+    with pytest.raises(TraceError, match=says):
+        capture(net, {"x": torch.ones(2, 4)})
+    after = [*vars(net)["_buffers"].values(), *net.parameters()]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert net.count == 0 and net.largest.item() == 0.5 and "last" not in vars(net)
+
+
+def scaled(net: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: g * net.largest)  # reads what the forward left there
+    net.largest.mul_(2)
+    return h
+
+
+def replaced(net: Any, h: Tensor) -> Tensor:
+    net.largest.data = h.detach().abs().amax()
+    return h
+
+
+def set_anew(net: Any, h: Tensor) -> Tensor:
+    net.largest.set_(h.detach().abs().amax())
+    return h
+
+
+def written_by_data(net: Any, h: Tensor) -> Tensor:
+    net.largest.data.copy_(h.detach().abs().amax())
+    return h
+
+
+@pytest.mark.parametrize("middle", [scaled, replaced, set_anew, written_by_data])
+def test_what_the_forward_writes_is_there_as_in_eager(middle: Callable[..., Tensor]) -> None:
+    report = planned(Net(middle), {"x": torch.ones(2, 4)}).verify()
+    assert report.equal and report.comparison.buffers.count == 1
