@@ -1,4 +1,4 @@
-"""Hypothesis profiles: ``--hypothesis-profile nightly`` looks at five times as many examples.
+"""Hypothesis profiles: ``--hypothesis-profile nightly`` looks at ten times as many examples.
 
 Measured costs are kept in a folder of the test run, never in the user's.  Files that take longest come first,
 so that two workers end together.
@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from planner.costs.cache import VARIABLE
 
-settings.register_profile("nightly", max_examples=5 * settings.get_profile("default").max_examples)
+settings.register_profile("nightly", max_examples=10 * settings.get_profile("default").max_examples)
 
 
 @pytest.fixture(scope="session", autouse=True)

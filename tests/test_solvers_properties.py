@@ -25,13 +25,13 @@ from tests.solver_graphs import (
 any_graph = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # How many graphs each method is held against the best of all their schedules, at least nine of ten all
-# different; five times as many with ``--hypothesis-profile nightly``.
+# different; ten times as many with ``--hypothesis-profile nightly``.
 EXAMPLES = {
-    "auto": 2_250,
-    "minimum_peak": 400,
-    "exact": 500,
-    "staged": 200,
-    "chain": 200,
+    "auto": 1_000,
+    "minimum_peak": 200,
+    "exact": 250,
+    "staged": 100,
+    "chain": 100,
     "greedy": 100,
     "recompute_all": 50,
     "every_block": 50,

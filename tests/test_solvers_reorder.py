@@ -104,7 +104,7 @@ def test_never_below_the_truth(problem: Problem, fraction: float) -> None:
 def test_small_graphs_mostly_reach_the_optimum_and_beat_the_fixed_order() -> None:
     rng = random.Random(11)
     asked = met = beaten = 0
-    for _ in range(300):
+    for _ in range(200):
         problem = random_problem(rng, 6, rich=False)
         low, top = least_free_peak(problem), top_of(problem)
         budget = max(1, (low + top) // 2)
@@ -116,7 +116,7 @@ def test_small_graphs_mostly_reach_the_optimum_and_beat_the_fixed_order() -> Non
         asked += 1
         met += solution.fits and solution.seconds <= truth + 1e-9
         beaten += fixed is None or (solution.fits and solution.seconds < fixed[0] - 1e-9)
-    assert asked > 30
+    assert asked > 20
     assert met > 0.8 * asked, (met, asked)
     assert beaten > 0.2 * asked, (beaten, asked)
 
@@ -124,7 +124,7 @@ def test_small_graphs_mostly_reach_the_optimum_and_beat_the_fixed_order() -> Non
 @quick
 @given(problem=problems(8), fraction=st.floats(0, 1))
 def test_orders_are_topological_and_no_higher(problem: Problem, fraction: float) -> None:
-    order = lower_peak(problem, round(fraction * top_of(problem)), time_limit_s=0.2)
+    order = lower_peak(problem, round(fraction * top_of(problem)), time_limit_s=0.05)
     assert sorted(order) == list(range(len(problem)))
     line = simulate(problem, Schedule.of(problem, order))
     assert line.peak_bytes <= top_of(problem)
@@ -167,7 +167,7 @@ def test_layered_dags_need_no_recomputation_at_ninety_percent(ops: int) -> None:
 def test_what_the_order_leaves_is_recomputed() -> None:
     problem = layered(80, 5)
     budget = int(0.6 * top_of(problem))
-    solution = solve(problem, budget, time_limit_s=8)
+    solution = solve(problem, budget, time_limit_s=3)
     assert solution.fits
     assert solution.recompute_seconds > 0
     one, other = (solve(problem, int(0.8 * top_of(problem)), time_limit_s=float("inf")) for _ in range(2))
