@@ -55,14 +55,14 @@ def _random(seed: int) -> torch.Generator:
 
 
 def _gpt2() -> nn.Module:
-    return zoo.gpt2(vocab_size=512, n_embd=64, n_layer=5, n_head=4, n_positions=128)
+    return zoo.gpt2(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128)
 
 
 def _llama() -> nn.Module:
     config = hf.LlamaConfig(
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=160,
@@ -76,7 +76,7 @@ def _bert() -> nn.Module:
     config = hf.BertConfig(
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=256,
         num_labels=3,
@@ -92,7 +92,7 @@ def _bert_batch(seed: int) -> Batch:
 def _vit() -> nn.Module:
     config = hf.ViTConfig(
         hidden_size=64,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=256,
         image_size=64,

@@ -32,7 +32,7 @@ from planner.solving.priced import PricedStep, prepare
 from tests.models import CASES, Case
 
 FAMILIES = ("gpt2", "llama", "bert", "vit", "resnet", "unet", "internvl", "transformer")
-FRACTIONS = (0.9, 0.75, 0.5, 0.35)
+FRACTIONS = (0.75, 0.5, 0.35)
 COMPARED = ("bert", "resnet")  # their budgets are held against each other: searched for longer
 
 
@@ -44,7 +44,7 @@ class Subject:
         self.model: nn.Module = case.build()
         self.inputs: Any = case.make_inputs(0)
         prepared = prepare(self.model, self.inputs, loss_fn=case.loss_fn, costs="roofline")
-        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=2.0)
+        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=1.0)
         self.eager = self.record()
         self.eager_peak_bytes = self.peak()
         self.eager_flops = self.flops()
@@ -65,7 +65,7 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        limit_s = 4.0 if any(self.case is CASES[family] for family in COMPARED) else 2.0
+        limit_s = 4.0 if any(self.case is CASES[family] for family in COMPARED) else 1.0
         return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=limit_s))
 
     def check(self, plan: planner.Plan) -> None:
