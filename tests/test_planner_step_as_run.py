@@ -1,8 +1,6 @@
-"""What a training loop puts around the planned call: further calls before the backward, a loss, what is kept."""
+"""What a training loop puts around the planned call: further calls before the backward, a loss, outputs."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch

@@ -98,9 +98,9 @@ class Call:
         parts += ["gradients accumulated"] * signature.has_gradients
         return ", ".join(parts)
 
-    def with_gradients(self, held: bool) -> Call:
-        """The same where gradients of earlier batches are held, or none are."""
-        return replace(self, signature=replace(self.signature, has_gradients=held))
+    def but(self, **changes: Any) -> Call:
+        """The same with these fields of its signature changed."""
+        return replace(self, signature=replace(self.signature, **changes))
 
     @property
     def fake(self) -> bool:

@@ -233,9 +233,9 @@ class PlanMaker:
             return error
         known = f"of {calls}" if calls else "in the first step, which tells how many there are,"
         way_out = (
-            f". Those before it were planned before it was known of: say so, planner.enable(..., "
-            f"calls_per_step={max(place, calls or 0)}) or however many there are, and each leaves room for the "
-            "others"
+            ". Those before it were planned before it was known of: say so, planner.enable(..., "
+            f"calls_per_step={max(place, calls or 0)}) or however many there are, and each leaves room for "
+            "the others"
         )
         return error.saying(
             f"call {place} {known} of {type(self.planned).__name__} before the backward, {held / 1e9:.4g} GB "

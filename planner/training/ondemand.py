@@ -9,9 +9,9 @@ be made.  What it asks lies beside it:
 * :mod:`planner.training.making` makes one.
 
 The budget is for the whole step of the whole model, and calls that wait for their backward share it
-(:mod:`planner.training.sharing`).  How many there are is told by the first step.  Where its first call, planned
-as the only one, would leave no room for another, it is run at the lowest peak that is found; that plan is for
-the steps after it.
+(:mod:`planner.training.sharing`).  How many there are is told by the first step.  Where its first call,
+planned as the only one, would leave no room for another, it is run at the lowest peak that is found; that
+plan is for the steps after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
 from planner.runtime.held_outputs import HeldOutputs
 from planner.training import huggingface
-from planner.training.calls import Call
+from planner.training.calls import Call, Signature
 from planner.training.making import PlanMaker
 from planner.training.plan_cache import KeptPlan, PlanCache
 from planner.training.settings import Settings
@@ -68,6 +68,7 @@ class OnDemand:
         self._maker = PlanMaker(root, planned, settings, self._calls, around, self._outputs)
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
+        self._kept: tuple[KeptPlan, Signature] | None = None  # the plan made last
 
     def change(self, settings: Settings) -> None:
         """From the next training call on; steps captured already are not captured again."""
@@ -82,7 +83,7 @@ class OnDemand:
 
     @property
     def calls(self) -> int | None:
-        """How many calls a step is taken to have; ``None`` where nobody knows until its first one has told."""
+        """How many calls a step is taken to have; ``None`` where only its first one can tell."""
         return self._calls.seen
 
     # -- each call ---------------------------------------------------------------------------------
@@ -90,18 +91,24 @@ class OnDemand:
     def arrived(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call about to run, and its place in its step."""
         place = self._calls.arrive()
+        return Call.of(
+            args, kwargs, module=self.planned, has_gradients=self._adds, place=place, trains=self._trains
+        )  # fmt: skip
+
+    @property
+    def _trains(self) -> tuple[bool, ...]:
+        return self.planned.training, *[p.requires_grad for p in self._held]
+
+    @property
+    def _held(self) -> list[nn.Parameter]:
         if self._parameters is None:
             self._parameters = list(self.root.parameters())
-        trains = (self.planned.training, *[p.requires_grad for p in self._parameters])
-        return Call.of(
-            args, kwargs, module=self.planned, has_gradients=self._adds, place=place, trains=trains
-        )  # fmt: skip
+        return self._parameters
 
     @property
     def _adds(self) -> bool:
         """Whether the backward may find gradients to add to."""
-        held = self._parameters or ()
-        return self._calls.per_step != 1 or any(p.grad is not None for p in held)
+        return self._calls.per_step != 1 or any(p.grad is not None for p in self._held)
 
     def find(self, call: Call) -> KeptPlan | None:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
@@ -130,9 +137,11 @@ class OnDemand:
                 self._maker.check(call)
             except StalePlanError as edited:
                 self._edited(edited)
+            self._note_freezing(call)
+            call = call.but(trains=self._trains)
             if self._calls.per_step is None and self._calls.usual and call.signature.place == 1:
                 with self._calls.supposed(self._calls.usual):
-                    alone = call.with_gradients(self._adds)
+                    alone = call.but(has_gradients=self._adds)
                     kept = self._keep(alone, self._made(alone, search, original))
                     self._announce(kept.plan, alone, time.perf_counter() - began)
                 return kept if self._leaves_room(kept) else self._in_first_step(call, search, original, kept)
@@ -158,7 +167,7 @@ class OnDemand:
 
     def _keep(self, call: Call, kept: KeptPlan) -> KeptPlan:
         self._plans.keep(call, kept)
-        self.last = kept.plan
+        self.last, self._kept = kept.plan, (kept, call.signature)
         return kept
 
     def _leaves_room(self, kept: KeptPlan) -> bool:
@@ -197,7 +206,28 @@ class OnDemand:
         self._calls.restart()
         self._maker.forget()
         self._plans = PlanCache(self.settings.max_plans)
+        self._kept = None
         self._parameters = None
+
+    def _note_freezing(self, call: Call) -> None:
+        """Say it where parameters were frozen or freed.  Plans are kept: it may be to and fro, as in a GAN.
+
+        Whatever else was edited makes plans stale.
+        """
+        if self._kept is None or self._kept[1].trains == call.signature.trains:
+            return
+        kept, signature = self._kept
+        if signature.trains[0] is not call.signature.trains[0]:
+            return
+        try:
+            kept.runner.guard.check_modules()
+        except StalePlanError as edited:
+            self._edited(edited)
+            return
+        try:
+            kept.runner.guard.tensors()
+        except StalePlanError as frozen:
+            log.info("%s is planned again: %s", type(self.root).__name__, frozen)
 
     def _refuse(self, call: Call) -> None:
         where = home_of(self.planned, call.leaves)
