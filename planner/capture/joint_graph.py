@@ -474,7 +474,10 @@ def _sort_out(module: fx.GraphModule, names: dict[str, str], rebound: tuple[str,
                 "Take it out of forward"
             )
         else:
-            raise TraceError(f"the capture made an input this version does not know: {desc}")
+            raise TraceError(
+                "a parameter, buffer or input is a tensor that wraps others (quantized, nested, spread over "
+                "devices); a plan is for plain tensors. Plan the parts of the model that have only such"
+            )
     (output,) = module.graph.find_nodes(op="output")
     own = sum(isinstance(desc, d.PlainAOTOutput) for desc in meta.description(output)) - len(rebound)
     for node, desc in zip(output.args[0], meta.description(output), strict=True):

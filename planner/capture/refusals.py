@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -217,7 +218,66 @@ def explained(model: nn.Module, calls: _compat.CheckpointCalls | None = None) ->
                 f"{name} cannot be captured as one graph: {place} needs the value of a tensor while the "
                 f"step is being traced (an if, a loop bound, .item(), a mask used as an index). {way_out}"
             ) from e
-        raise TraceError(f"{name} could not be captured: {place} raised {type(e).__name__}: {e}") from e
+        raise TraceError(f"{name} could not be captured: {place} {_said(e)}") from e
+
+
+# Words of a tracer's insides, which say nothing to whoever wrote the model.
+_INSIDE = re.compile(
+    r"Functional\w*Tensor|Fake\w*Tensor\w*|fake tensor|fake mode|Sym(?:Int|Float|Bool|Node)\w*"
+    r"|\w*AOT(?:In|Out)put|proxy|aot_autograd|functorch|__torch_(?:dispatch|function)__"
+    r"|(?:Dispatch|Function)Mode|torch\.fx|\"meta\"|tensor subclass|python storage"
+    r"|^\W*(?:OpOverload.*)?aten\W[\w.]*\W*$",
+    re.IGNORECASE,
+)
+
+# What such words mean, and how to do without; the first that fits.
+_MEANT = (
+    (
+        r"numpy\(\)|data pointer|python storage",
+        "reads a tensor's memory (numpy, a pointer, pickle, a kernel of another library), and while the step "
+        "is being traced a tensor has sizes only. Do it outside forward and pass the result in, or make it "
+        "an op of its own (torch.library.custom_op, with register_fake)",
+    ),
+    (
+        r"format|float\(|int\(|convert",
+        "needs the value of a tensor while the step is being traced (as text, a number, an array). Compute "
+        "it outside forward and pass it in, or leave it to the training loop",
+    ),
+    (
+        r"storage",
+        "handles the storage of a tensor itself (set_, untyped_storage, resize_), which a graph of ops does "
+        "not have. Write it with views and copies",
+    ),
+    (
+        r"fake mode|fake tensor",
+        "uses a tensor that is neither an input nor a parameter nor a buffer of the model. Register it as a "
+        "buffer, or pass it in",
+    ),
+    (
+        r"Sym",
+        "uses a size that varies from batch to batch where only a fixed number will do. Plan it for fixed "
+        "sizes (dynamic=False, or pad the batches)",
+    ),
+    (
+        r"aten",
+        "runs an operation whose sizes cannot be told without values, or that no trace knows. Leave it out "
+        "of what is planned: do it outside forward, or plan the parts of the model around it",
+    ),
+)
+
+
+def _said(error: BaseException) -> str:
+    """What ``error`` says, or what that means where it is of the tracer's insides."""
+    kind, text = type(error).__name__, str(error)
+    if not _INSIDE.search(text):
+        return f"raised {kind}: {text}"
+    for pattern, meant in _MEANT:
+        if re.search(pattern, text, re.IGNORECASE):
+            return meant
+    return (
+        "does something with a tensor that a trace cannot follow. Do it outside forward and pass the result "
+        "in, or plan the parts of the model around it"
+    )
 
 
 _TOLD = ("torch.nn.modules.", "torch.nn.functional", "torch.nn.utils.rnn", "torch.distributions.")

@@ -12,9 +12,9 @@ transformer's ``forward`` by name.
 Layers that carry a ``gradient_checkpointing`` flag would checkpoint themselves inside the plan, so raised
 flags are lowered while the switch is on and raised again when it goes off.
 
-Known limit: of the arguments of transformers' switch only ``budget_gb`` and the options of
-:func:`planner.enable` mean something to a plan.  ``every_n_layers``, ``offload`` and the arguments of
-``torch.utils.checkpoint`` are left aside, with a warning where that changes what was asked for.
+Known limit: of the arguments of the switch only ``budget_gb`` and the options of :func:`planner.enable` mean
+something to a plan.  Those of transformers, trl and ``torch.utils.checkpoint`` are left aside, whichever way
+they come, with a line in the log where that is not what was asked for.
 """
 
 from __future__ import annotations
@@ -47,9 +47,21 @@ NAMES = {
     "gradient_checkpointing_disable": False,
 }
 
-_CHECKPOINT_ARGUMENTS = frozenset(
-    {"use_reentrant", "preserve_rng_state", "determinism_check", "context_fn", "debug", "early_stop"}
-)
+# What other switches are told, and what they take where they are told nothing: transformers, trl, torch.
+_CHOOSES = "the plan decides what to keep and what to recompute"
+_LEFT_ASIDE: Mapping[str, tuple[Any, str]] = {
+    "every_n_layers": (1, _CHOOSES),
+    "offload": (False, "a plan recomputes, and moves nothing to the host"),
+    "selective": (False, _CHOOSES),
+    "context_fn": (None, _CHOOSES),
+    "preserve_rng_state": (True, "a planned step draws the same random numbers again, always"),
+}
+
+# Of torch.utils.checkpoint too: how it goes about it, which changes nothing of what comes out.
+_MEANS = frozenset({"use_reentrant", "determinism_check", "debug", "early_stop"})
+
+# By position, as transformers' switch takes them; the first is a dict of the others.
+_POSITIONS = ("activation_checkpointing_kwargs", "every_n_layers", "offload")
 
 
 def _is_sentence_model(root: nn.Module) -> bool:
@@ -101,19 +113,28 @@ def set_flags(modules: list[nn.Module], value: bool) -> None:
 def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The planner's options among the arguments of one of ``NAMES``.
 
-    Both names of the dict, its positional form and its keys as plain keywords are understood.
+    Both names of the dict, its positional form and its keys as plain keywords are understood.  ``TypeError``
+    for a dict that is none.
     """
-    given = dict(kwargs)
+    if len(args) > len(_POSITIONS):
+        raise TypeError(
+            f"the switch takes {len(_POSITIONS)} positional arguments at most ({', '.join(_POSITIONS)}), got "
+            f"{len(args)}"
+        )
+    given = {**dict(zip(_POSITIONS, args, strict=False)), **kwargs}
     inner: dict[str, Any] = {}
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        inner |= given.pop(name, None) or {}
-    if args:
-        inner |= args[0] or {}
+        options = given.pop(name, None) or {}
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"{name} must be a dict of options, such as {{'budget_gb': 8}}, not {options!r}"
+            )  # fmt: skip
+        inner |= options
     given |= inner
-    for name, default in (("every_n_layers", 1), ("offload", False)):
-        if given.pop(name, default) != default:
-            log.warning("%s is left aside: the plan decides what to keep and what to recompute", name)
-    return {k: v for k, v in given.items() if k not in _CHECKPOINT_ARGUMENTS}
+    for name, (usual, instead) in _LEFT_ASIDE.items():
+        if given.pop(name, None) not in (None, usual):
+            log.warning("%s is left aside: %s", name, instead)
+    return {k: v for k, v in given.items() if k not in _MEANS}
 
 
 def training_arguments(forward: Callable[..., Any], config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -229,8 +229,10 @@ class PlanMaker:
 
     def _in_company(self, error: InfeasibleBudgetError, call: Call) -> InfeasibleBudgetError:
         place, calls, held = call.signature.place, self.calls.per_step, self.calls.held_bytes
+        # Trainers look for these words, to halve the batch (accelerate's should_reduce_batch_size).
+        out = "Within this budget the step runs out of memory."
         if calls == 1:
-            return error
+            return error.saying(f"{error}. {out}")
         known = f"of {calls}" if calls else "in the first step, which tells how many there are,"
         way_out = (
             ". Those before it were planned before it was known of: say so, planner.enable(..., "
@@ -239,7 +241,7 @@ class PlanMaker:
         )
         return error.saying(
             f"call {place} {known} of {type(self.planned).__name__} before the backward, {held / 1e9:.4g} GB "
-            f"held by those before it: {error}{'' if self.calls.told or place == 1 else way_out}"
+            f"held by those before it: {error}{'' if self.calls.told or place == 1 else way_out}. {out}"
         )
 
 

@@ -1,0 +1,182 @@
+"""What the switch is told beside a budget, and what it says where it cannot do, in words trainers know."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import find_executable_batch_size
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import planner
+from planner.capture.refusals import _INSIDE
+from tests import tiny
+from tests.hf import FAST, QUIET, losses_of
+
+# -- an infeasible budget is out of memory to a trainer -------------------------------------------
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"input_ids": torch.arange(16) % (i + 2), "labels": i % 3} for i in range(count)]
+
+
+def train(folder: Path, budget_gb: float, size: int) -> tuple[Trainer, list[int]]:
+    """One step, and the batch sizes that the model saw."""
+    model = tiny.seeded(tiny.bert)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(len(kwargs["labels"])), with_kwargs=True
+    )
+    planner.enable(model, budget_gb, **FAST, now=True)
+    settings = {
+        **QUIET,
+        "max_steps": 1,
+        "per_device_train_batch_size": size,
+        "auto_find_batch_size": True,
+        "optim": "sgd",
+    }
+    trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=rows(8))
+    trainer.train()
+    return trainer, sizes
+
+
+def test_a_trainer_that_finds_its_batch_size_takes_a_smaller_one(tmp_path: Path) -> None:
+    whole = {k: torch.stack([torch.as_tensor(r[k]) for r in rows(8)]) for k in ("input_ids", "labels")}
+    with pytest.raises(planner.InfeasibleBudgetError) as least:
+        planner.plan(tiny.seeded(tiny.bert), 1e-6, whole, **FAST)
+    budget_gb = 0.97 * least.value.minimum_bytes / 1e9
+    trainer, sizes = train(tmp_path, budget_gb, 8)
+    assert sizes[0] == 8 and 4 <= sizes[-1] < 8 and len(losses_of(trainer)) == 1
+
+
+def test_other_refusals_do_not() -> None:
+    tried = []
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def run(batch_size: int) -> None:
+        tried.append(batch_size)
+        planner.enable(Odd(lambda layer, x: layer(x) * x.sum().item()), 1, **FAST, now=True)(X)
+
+    with pytest.raises(planner.TraceError):
+        run()
+    assert tried == [8]
+
+
+# -- what other switches take ---------------------------------------------------------------------
+
+SAID = {
+    "every_n_layers": 2,
+    "offload": True,
+    "selective": True,
+    "context_fn": lambda: (None, None),
+    "preserve_rng_state": False,
+}
+SILENT = {
+    "every_n_layers": 1,
+    "offload": False,
+    "selective": False,
+    "context_fn": None,
+    "preserve_rng_state": True,
+    "use_reentrant": True,
+    "determinism_check": "none",
+    "debug": True,
+    "early_stop": False,
+}
+WAYS: tuple[Callable[[Any, dict[str, Any]], None], ...] = (
+    lambda m, k: m.gradient_checkpointing_enable(**k),
+    lambda m, k: m.gradient_checkpointing_enable(k),
+    lambda m, k: m.gradient_checkpointing_enable(gradient_checkpointing_kwargs=k),
+    lambda m, k: m.gradient_checkpointing_enable(activation_checkpointing_kwargs=k),
+    lambda m, k: m.activation_checkpointing_enable(activation_checkpointing_kwargs=k),
+    lambda m, k: m.activation_checkpointing_enable(gradient_checkpointing_kwargs=k),
+    lambda m, k: m.activation_checkpointing_enable(**k),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_they_are_read_alike_whichever_way_they_come(way: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = planner.enable(tiny.seeded(tiny.Mlp), 1)
+    with caplog.at_level(logging.INFO, logger="planner"):
+        way(model, SILENT)
+        assert not caplog.records
+        way(model, SAID)
+    assert [r.message.split(" is left aside: ")[0] for r in caplog.records] == list(SAID)
+    with pytest.raises(TypeError, match="'every_layer' is no option"):
+        way(model, {"every_layer": 1})
+
+
+def test_they_may_come_by_position(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = planner.enable(tiny.seeded(tiny.Mlp))
+    model.gradient_checkpointing_enable({"budget_gb": 2}, 1, False)
+    assert vars(model)["_planner_switch"].settings.budget_bytes == 2 * 10**9 and not caplog.records
+    model.gradient_checkpointing_enable(None, 2)
+    assert [r.message.split()[0] for r in caplog.records] == ["every_n_layers"]
+    for wrong in ((True,), ({}, 1, False, 3)):
+        with pytest.raises(TypeError, match=r"must be a dict of options|positional arguments at most"):
+            model.gradient_checkpointing_enable(*wrong)
+
+
+# -- refusals in the user's terms -----------------------------------------------------------------
+
+X = torch.linspace(-1, 1, 32).reshape(8, 4)
+
+
+class Odd(nn.Module):
+    def __init__(self, odd: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.odd = nn.Linear(4, 4), odd
+
+    def forward(self, x: Tensor) -> Any:
+        return self.odd(self.layer, x)
+
+
+def _emptied(layer: nn.Module, x: Tensor) -> Tensor:
+    y = layer(x)
+    y.set_(y.untyped_storage(), 0, (4, 8))
+    return y
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (
+            lambda layer, x: layer(x) * torch.from_numpy(x.numpy().copy()),
+            "reads a tensor's memory .*custom_op",
+        ),
+        (lambda layer, x: layer(x) * torch.tensor(np.asarray(x)), "reads a tensor's memory"),
+        (lambda layer, x: layer(x) + x.data_ptr(), "reads a tensor's memory"),
+        (lambda layer, x: layer(x) * len(f"{x.sum():.3f}"), "needs the value of a tensor .* as text"),
+        (_emptied, "handles the storage .* views and copies"),
+        (lambda layer, x: torch.nested.nested_tensor([layer(x)]).to_padded_tensor(0.0), "runs an operation"),
+    ],
+)
+def test_they_quote_nothing_of_the_tracers_insides(odd: Any, said: str) -> None:
+    with pytest.raises(planner.TraceError, match=f"Odd could not be captured: .*{said}") as caught:
+        planner.plan(Odd(odd), 1, (X,), **FAST)
+    assert not _INSIDE.search(str(caught.value).split("(", 1)[-1].rpartition(") ")[-1])
+    assert caught.value.__cause__ is not None  # what the tracer said is still there
+
+
+def test_errors_of_the_model_itself_are_quoted() -> None:
+    for odd, said in (
+        (lambda layer, x: layer(x).view(3, -1), "raised RuntimeError: shape '[3, -1]' is invalid"),
+        (lambda layer, x: {}["proxied"], "raised KeyError: 'proxied'"),
+    ):
+        with pytest.raises(planner.TraceError, match=re.escape(said)):
+            planner.plan(Odd(odd), 1, (X,), **FAST)
+
+
+def test_a_tensor_that_wraps_others_is_named_as_such() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = Odd(lambda layer, x: layer(x))
+    model.layer.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    with pytest.raises(planner.TraceError, match="a tensor that wraps others"):
+        planner.plan(model, 1, (X,), **FAST)
