@@ -67,6 +67,7 @@ __all__ = [
     "graph_is_kept",
     "guards_of",
     "is_data_dependent",
+    "is_faked",
     "is_out_of_memory",
     "is_symbol",
     "is_transformed",
@@ -82,6 +83,7 @@ __all__ = [
     "symbolic_mode",
     "values_unchecked",
     "weak_storage",
+    "watching_modes",
     "writes_arguments",
     "writes_so_far",
 ]
@@ -377,6 +379,17 @@ def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def watching_modes() -> int:
+    """How many modes look at every op just now, tracers among them; 2.0+."""
+    return int(torch._C._len_torch_dispatch_stack())
+
+
+def is_faked() -> bool:
+    """Whether a tracer or a fake mode is looking at every op; 2.2+."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(k) is not None for k in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -361,6 +361,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _acts_on_the_side(hook: Callable[..., Any]) -> bool:
+    if getattr(hook, "only_watches", False):  # those of a switched model (planner.training.unplanned)
+        return False
     module, name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
     return module != "transformers.utils.output_capturing" and (module, name) != (
         "transformers.modeling_utils",

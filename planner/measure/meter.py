@@ -78,6 +78,11 @@ class StorageMeter(TorchDispatchMode):
         return self._peak_over_base + self._base_bytes
 
     @property
+    def made_bytes(self) -> int:
+        """Bytes alive now that were not there when the meter began to look."""
+        return self.live_bytes - self._base_bytes
+
+    @property
     def timeline(self) -> tuple[tuple[str, int], ...]:
         """``(op name, live bytes)`` after each op; needs ``timeline=True``."""
         if self._moments is None:

@@ -136,7 +136,7 @@ class _Method:
             return
         options = huggingface.arguments_of(args, kwargs)
         self.switch.change(self.switch.settings.changed(options))
-        self.switch.turn_on()
+        self.switch.turn_on(by_name=True)
 
 
 def _put_methods(module: nn.Module, switch: Switch) -> None:

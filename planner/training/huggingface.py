@@ -19,6 +19,8 @@ they come, with a line in the log where that is not what was asked for.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import logging
 import sys
@@ -26,12 +28,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "NAMES",
     "arguments_of",
     "flags_raised",
     "outside_bytes",
+    "own_checkpointing",
     "planned_module",
     "set_flags",
     "training_arguments",
@@ -102,6 +106,26 @@ def planned_module(root: nn.Module) -> nn.Module:
 def flags_raised(root: nn.Module) -> list[nn.Module]:
     """Modules below ``root`` that would checkpoint themselves."""
     return [m for m in root.modules() if getattr(m, "gradient_checkpointing", False) is True]
+
+
+def own_checkpointing(root: nn.Module) -> list[nn.Module]:
+    """Modules below ``root`` that checkpoint themselves once their flag is raised, which is left as it was.
+
+    transformers' own switch is what readies them; models of other libraries are those whose flag is up.
+    """
+    raised = flags_raised(root)
+    if "transformers" not in sys.modules:
+        return raised
+    from transformers import PreTrainedModel
+
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+            func = functools.partial(checkpoint, use_reentrant=False)
+            with contextlib.suppress(TypeError, ValueError):  # models of an older form
+                module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=func)
+    found = flags_raised(root)
+    set_flags([m for m in found if m not in raised], False)
+    return found
 
 
 def set_flags(modules: list[nn.Module], value: bool) -> None:

@@ -3,7 +3,8 @@
 It takes the place of ``forward`` on one instance.  A call that trains (training mode, gradients enabled,
 nobody tracing) is run by the plan for calls of its kind, made on the spot from the arguments it came with
 if it is the first (:mod:`planner.training.ondemand`).  Every other call goes to the forward that was there
-before.
+before; one in eval mode is planned too once a backward came through one of its kind, and a part of the model
+that trains by itself is named (:mod:`planner.training.unplanned`).
 
 When the model was edited after planning (a layer replaced, an adapter added, ``requires_grad`` changed) the
 guard notices before anything runs, and the step is captured and planned again.  An exception from a planned
@@ -14,6 +15,7 @@ already arrived.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,13 +24,18 @@ import torch
 from torch import nn
 
 from planner.capture.inputs import Inputs
+from planner.capture.module import home_of
+from planner.errors import PlannerError
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
-from planner.training import huggingface
+from planner.training import huggingface, unplanned
+from planner.training.calls import Call, Signature
 from planner.training.ondemand import OnDemand
 from planner.training.settings import Settings
 
 __all__ = ["Switch"]
+
+log = logging.getLogger(__name__)
 
 
 class Switch:
@@ -41,6 +48,17 @@ class Switch:
         self._lowered: list[nn.Module] = []
         self._planning = False
         self._plans = OnDemand(root, planned, settings, self._aside)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._flagged: list[nn.Module] = []  # modules whose own checkpointing serves calls without a plan
+        self._running = 0  # calls without a plan that have begun
+        self._told: set[str] = set()
+        self._differentiated: set[Signature] = (
+            set()
+        )  # kinds of calls in eval mode that a backward came through
+        self._refused: set[Signature] = set()
+        self._held: unplanned.Held | None = None
 
     @property
     def settings(self) -> Settings:
@@ -59,8 +77,11 @@ class Switch:
 
     # -- on and off --------------------------------------------------------------------------------
 
-    def turn_on(self) -> None:
-        """Plan from the next training call on."""
+    def turn_on(self, *, by_name: bool = False) -> None:
+        """Plan from the next training call on.
+
+        ``by_name``: the library's own switch was asked for; what no plan serves is to checkpoint as it says.
+        """
         if self.settings.budget_bytes is None:
             raise ValueError(
                 f"no budget for this {type(self.root).__name__}: pass planner.enable(model, budget_gb=8), or "
@@ -68,7 +89,9 @@ class Switch:
             )
         if not self.on:
             self._lowered = huggingface.flags_raised(self.root)
-            huggingface.set_flags(self._lowered, False)
+            self._flagged = huggingface.own_checkpointing(self.root) if by_name else self._lowered
+            huggingface.set_flags(self._flagged, False)
+            unplanned.put_hooks(self.planned, self)
             if vars(self.planned).get("forward") is not self:
                 self._before = vars(self.planned).get("forward")
                 vars(self.planned)["forward"] = self
@@ -77,8 +100,10 @@ class Switch:
     def turn_off(self) -> None:
         """Back to the forward that was there; what was planned is kept for the next time."""
         if self.on:
+            unplanned.take_hooks(self.planned)
             huggingface.set_flags(self._lowered, True)
             self._lowered = []
+            self._flagged = []
             if vars(self.planned).get("forward") is self:  # else somebody wrapped it: pass through
                 _put_back(self.planned, self._before)
         self.on = False
@@ -110,11 +135,19 @@ class Switch:
             args = args[1:]
         if not self._trains(args, kwargs):
             return self.original(*args, **kwargs)
-        kwargs = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
-        call = self._plans.arrived(args, kwargs)
+        if not self.planned.training and not self._is_known_to_train(args, kwargs):
+            return self._unplanned(args, kwargs)
+        asked = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
+        call = self._plans.arrived(args, asked)
         if call.fake:
             return self.original(*args, **kwargs)
-        kept = self._plans.find(call) or self._plans.make(call, self.original)
+        try:
+            kept = self._plans.find(call) or self._plans.make(call, self.original)
+        except PlannerError as error:
+            if self.planned.training:
+                raise
+            self._refuse(args, kwargs, error)
+            return self._unplanned(args, kwargs)
         outputs = kept.runner.run(call.leaves, call.in_spec)
         self._plans.started(kept)
         return outputs
@@ -123,7 +156,7 @@ class Switch:
         return (
             self.on
             and not self._planning
-            and self.planned.training
+            and not self._running
             and torch.is_grad_enabled()
             and (
                 any(p.requires_grad for p in self.planned.parameters())
@@ -131,6 +164,91 @@ class Switch:
             )
             and not is_traced(type(self.root).__name__)
         )
+
+    # -- calls without a plan ----------------------------------------------------------------------
+
+    def _kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+        return Call.of(args, kwargs, module=self.planned).signature.kind
+
+    def _is_known_to_train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self._differentiated:
+            return False
+        kind = self._kind(args, kwargs)
+        return kind in self._differentiated and kind not in self._refused
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: PlannerError) -> None:
+        self._refused.add(self._kind(args, kwargs))
+        self._tell("refused", f"{type(self.root).__name__} in eval mode goes on without a plan: {error}")
+
+    def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call in eval mode; it is planned from the next one on if a backward comes through it."""
+        if not self.opens():
+            return self.original(*args, **kwargs)
+        outputs = None
+        try:
+            outputs = self.original(*args, **kwargs)
+        finally:
+            held = self._close()
+        kind, name = self._kind(args, kwargs), type(self.root).__name__
+        if kind not in self._refused:
+            where = unplanned.where_called()
+
+            def differentiated(twice: bool) -> None:
+                if kind in self._refused:
+                    return
+                (self._refused if twice else self._differentiated).add(kind)
+                then = "calls like it are planned from the next one on"
+                if twice:
+                    then = "no plan can be differentiated twice"
+                self._tell(
+                    f"eval {twice}",
+                    f"this {name} was called in eval mode with gradients ({where}): the call ran without a "
+                    f"plan{unplanned.held_text(held)}; {then}",
+                )
+
+            unplanned.when_differentiated(outputs, differentiated)
+        return outputs
+
+    def opens(self) -> bool:
+        """Whether a call that begins now, of the model or a part, has no plan; then it has begun."""
+        name = type(self.root).__name__
+        if not self.on or self._planning or self._running or not unplanned.is_real(name):
+            return False
+        self._running += 1
+        huggingface.set_flags(self._flagged, True)
+        if self._held is None:
+            self._held = unplanned.Held(home_of(self.planned, ()))
+        self._held.begin()
+        return True
+
+    def _close(self) -> int | None:
+        assert self._held is not None
+        self._running -= 1
+        huggingface.set_flags(self._flagged, False)
+        return self._held.end()
+
+    def closes(self, name: str, part: nn.Module, outputs: Any) -> None:
+        """A part of the model was called by itself."""
+        held = self._close()
+        if name in self._told:
+            return
+        where, root = unplanned.where_called(), type(self.root).__name__
+
+        def differentiated(_: bool) -> None:
+            self._tell(
+                name,
+                f"{name} ({type(part).__name__}) of this {root} was called by itself and trains ({where}): "
+                f"the call ran without a plan{unplanned.held_text(held)}. Planned are calls of the whole {root}; "
+                f"call that, or enable the part that is called, planner.enable(model.{name}, ...)",
+            )
+
+        unplanned.when_differentiated(outputs, differentiated)
+
+    def _tell(self, what: str, message: str) -> None:
+        """Once for each ``what``."""
+        if what not in self._told:
+            self._told.add(what)
+            log.warning("%s", message)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -147,7 +265,7 @@ class Switch:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or unpickled model is enabled as the first one is, and plans for itself."""
-        kept = ("root", "planned", "on", "_before", "_lowered")
+        kept = ("root", "planned", "on", "_before", "_lowered", "_flagged")
         instance = isinstance(self.settings.optimizer, torch.optim.Optimizer)
         settings = replace(self.settings, optimizer="find") if instance else self.settings
         return {**{name: vars(self)[name] for name in kept}, "settings": settings}
@@ -155,6 +273,7 @@ class Switch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         settings = state.pop("settings")
+        self._watch()
         vars(self).update(state)
         self._planning = False
         self._plans = OnDemand(self.root, self.planned, settings, self._aside)
