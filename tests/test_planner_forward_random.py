@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import choice
 from typing import Any
 
@@ -21,6 +22,16 @@ from tests.tiny import planned
 OWN = random.Random(3)
 NUMPYS = np.random.default_rng(3)
 OLD_NUMPYS = np.random.RandomState(3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seen() -> Iterator[None]:
+    """The generators above are among what the garbage collector walks, which conftest.py took out of it."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 TORCHS = torch.Generator().manual_seed(3)
 
 
