@@ -76,7 +76,8 @@ def plan(
                       "released": the backward begins without them, as in ``model(**batch).loss.backward()``
                       or after ``del outputs``; they then count as other values do, and the first steps check
                       that they are gone.  "auto": held, or, where no such plan fits, released; an applied
-                      plan looks at the first steps and plans again for what each output does.
+                      plan looks at the first steps and plans again for what each output does, also where
+                      the last call's are still held while the next one runs.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.

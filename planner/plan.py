@@ -26,7 +26,7 @@ from planner.plans.plan_data import Decision, Placement, PlanData
 from planner.runtime.apply import CheckpointedModule, applied, restored
 from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
-from planner.runtime.step import ExecutableStep
+from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.variants import Replanner, Variants, Varying
 from planner.runtime.verify import Report, verify
 from planner.view import block, depth, diff, display, explain, plots, snapshot
@@ -61,8 +61,8 @@ class Origin(Replanner, Protocol):
         """Overhead against budget."""
         ...
 
-    def plan_releasing(self, outputs: Collection[int], instead_of: PlanData) -> Plan:
-        """A plan for the same budget whose caller lets go of these outputs and holds the others."""
+    def plan_releasing(self, outputs: Collection[int], kept: Collection[int], instead_of: PlanData) -> Plan:
+        """A plan for the same budget whose caller lets go of these outputs, or keeps them beside the next."""
         ...
 
 
@@ -263,10 +263,10 @@ class Plan(PlanData):
                 f"with. It is for looking; where the {self.planned_for} is, plan the model again"
             )
 
-    def _again(self, released: frozenset[int]) -> ExecutableStep:
-        """The step planned for a caller that lets go of these outputs and holds the others."""
+    def _again(self, lifetimes: Lifetimes) -> ExecutableStep:
+        """The step planned for a caller whose outputs live so long."""
         assert self._origin is not None
-        return self._origin.plan_releasing(released, self).executable()
+        return self._origin.plan_releasing(*lifetimes, self).executable()
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:

@@ -104,6 +104,23 @@ def test_each_output_by_itself(steps: dict[str, PricedStep]) -> None:
     assert some.releasing(()).graph is steps["held"].graph
 
 
+@pytest.mark.parametrize(("released", "kept"), [((), (1, 2)), ((1,), (2,)), ((2,), (0, 1))])
+def test_outputs_that_lie_beside_the_next_call(
+    steps: dict[str, PricedStep], released: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    """To the byte, beside a forward that the last call's outputs outlive."""
+    step = steps["held"].releasing(released, kept)
+    for budget in (step.baseline_peak_bytes, step.least.budget_bytes):
+        plan = step.plan_bytes(budget, SOON)
+        report = plan.verify()
+        assert report.ok and report.peak_bytes == plan.peak_bytes
+        assert report.kept_outputs == plan.kept == tuple(n for n, s in plan.outputs.items() if s == "kept")
+        assert len(plan.kept) == len(set(kept) - {0})  # a loss that the backward starts from
+    without = steps["held"].releasing(released)
+    assert (step.baseline_peak_bytes > without.baseline_peak_bytes) == (2 in kept)  # saved throughout
+    assert Plan.of(from_text(to_text(plan))).verify(seeded(Head), batch()).peak_bytes == plan.peak_bytes
+
+
 def test_an_output_that_is_let_go_of_may_be_made_again(steps: dict[str, PricedStep]) -> None:
     """``hidden`` is read by the backward: it runs again, where a caller that holds it would pin it."""
     ran = {mode: _at_least(steps[mode]) for mode in ("held", "released")}
@@ -167,8 +184,8 @@ def test_files(steps: dict[str, PricedStep]) -> None:
     assert back.verify(seeded(Head), batch()).peak_bytes == plan.peak_bytes
     earlier = from_text(to_text(dataclasses.replace(plan, outputs={})))
     assert earlier.released == ()
-    with pytest.raises(planner.InvalidPlanFileError, match="'kept'"):
-        from_text(to_text(plan).replace('"output.loss": "held"', '"output.loss": "kept"'))
+    with pytest.raises(planner.InvalidPlanFileError, match="'gone'"):
+        from_text(to_text(plan).replace('"output.loss": "held"', '"output.loss": "gone"'))
 
 
 def test_step_peak_holds_what_it_is_told() -> None:
@@ -248,7 +265,7 @@ def _peeked(model: nn.Module) -> None:
 
 def _numbers(model: nn.Module) -> set[int]:
     """The outputs that the program on ``model`` counts as gone."""
-    return set(vars(model)["forward"].step.released)
+    return set(vars(model)["forward"].step.lifetimes.released)
 
 
 def test_an_applied_plan_learns_what_the_loop_lets_go_of(
@@ -268,6 +285,25 @@ def test_an_applied_plan_learns_what_the_loop_lets_go_of(
     assert plan.apply(model) is model and _numbers(model) == set()  # applied still: nothing starts over
 
 
+def test_what_lies_beside_the_next_call_is_counted(
+    steps: dict[str, PricedStep], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that is only assigned again: what fits beside it is not searched for, what does not is said."""
+    least = steps["held"].releasing((), (1, 2)).least.budget_bytes
+    assert least > steps["held"].least.budget_bytes
+    for budget, learns in ((least, True), (least - 1, False)):
+        model = steps["auto"].plan_bytes(budget, SOON).apply(seeded(Head))
+        caplog.clear()
+        for step in range(5):
+            outputs = model(**batch())
+            outputs.loss.backward()
+            model.zero_grad(set_to_none=True)
+            lifetimes = vars(model)["forward"].step.lifetimes
+            assert lifetimes == (set(), {1, 2} if learns and step > 1 else set())
+        del outputs
+        assert [m.partition(" ")[0] for m in caplog.messages] == ([] if learns else ["no"])
+
+
 def test_what_is_learned_trains_bit_for_bit_within_the_budget(steps: dict[str, PricedStep]) -> None:
     budget = steps["held"].least.budget_bytes
     plan = steps["auto"].plan_bytes(budget, SOON)
@@ -275,7 +311,7 @@ def test_what_is_learned_trains_bit_for_bit_within_the_budget(steps: dict[str, P
     for _ in range(2):
         _gone(model)
     forward = vars(model)["forward"]
-    assert forward.step.released == {1, 2} and not forward.step.recomputes and plan.recompute_flops
+    assert forward.step.lifetimes.released == {1, 2} and not forward.step.recomputes and plan.recompute_flops
     assert step_peak(model, batch(), hold_outputs=False) <= budget
     want = run(seeded(Head), batch(), steps=3)
     assert_same_bits(run(model, batch(), steps=3), want)
@@ -334,5 +370,14 @@ def test_the_switch_learns_too(steps: dict[str, PricedStep], caplog: pytest.LogC
             released.append(len(made.released))
         assert len(caplog.messages) == (0 if outputs == "held" else 1)
         assert released == plans
+    model = seeded(Head)
+    planner.enable(model, budget_gb * 1.2, costs="roofline", time_limit_s=2, optimizer=None, now=True)
+    for _ in range(4):
+        outputs = model(**batch())
+        outputs.loss.backward()
+        model.zero_grad(set_to_none=True)
+    made = planner.plan_of(model)
+    assert made is not None and made.kept == ("output.logits", "output.hidden")
+    assert "until the next call has returned" in made.summary() and made.verify(model, batch()).ok
     with pytest.raises(ValueError, match="outputs must be"):
         planner.enable(seeded(Head), 1.0, outputs="none")  # type: ignore[arg-type]

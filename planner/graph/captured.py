@@ -17,7 +17,7 @@ from torch import nn
 from planner.capture.expectation import Expectation, expectation_of
 from planner.capture.joint_graph import JointGraph
 from planner.errors import StalePlanError
-from planner.graph.step_graph import RELEASE
+from planner.graph.step_graph import CALLERS, LAST
 from planner.graph.training_graph import TrainingGraph
 
 __all__ = ["CapturedStep", "fingerprint_of"]
@@ -53,15 +53,17 @@ class CapturedStep:
         Raises ``StalePlanError`` for a name that the step does not have.
         """
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
-        missing = [n for n in sequence if n not in position and not n.startswith("loss/") and n != RELEASE]
+        others = CALLERS | position.keys()
+        missing = [n for n in sequence if n not in others and not n.startswith("loss/")]
         if missing and missing != ["ones_like_loss"]:
             raise StalePlanError(f"the plan runs {missing[0]!r}, which the captured step does not have")
         return [position[name] for name in sequence if name in position]
 
     def turn(self, sequence: Sequence[str]) -> int:
-        """How many leading names of ``sequence`` run in the forward, before the loss."""
+        """How many leading steps of ``sequence`` (:meth:`steps`) run in the forward, before the loss."""
         phase = {op.name: op.phase for op in self.graph.ops}
-        return next((t for t, name in enumerate(sequence) if phase.get(name) != "forward"), len(sequence))
+        names = [name for name in sequence if name in phase or name != LAST]
+        return next((t for t, name in enumerate(names) if phase.get(name) != "forward"), len(names))
 
 
 def fingerprint_of(graph: TrainingGraph, expected: Expectation) -> str:

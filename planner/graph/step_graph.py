@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 __all__ = [
+    "CALLERS",
+    "DROPPED",
+    "LAST",
     "RELEASE",
     "RNG_STATE",
     "StepGraph",
@@ -18,6 +21,13 @@ __all__ = [
 
 # The op at which the caller lets go of outputs: it costs nothing, and what it reads is there until it ran.
 RELEASE = "outputs_released"
+
+# The op that stands for what the caller still holds of the last call, and the one at which it drops that.
+LAST = "outputs_of_last_call"
+DROPPED = "last_outputs_dropped"
+
+# What the caller does, as ops that run nothing.
+CALLERS = frozenset({LAST, DROPPED, RELEASE})
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"

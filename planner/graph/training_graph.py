@@ -25,7 +25,7 @@ from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
-from planner.graph.step_graph import RELEASE
+from planner.graph.step_graph import CALLERS, DROPPED, LAST, RELEASE
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -68,7 +68,8 @@ class GraphValue:
 class GraphOp:
     """One kernel call.
 
-    ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, and for ``RELEASE``.
+    ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, and for what the
+    caller does with outputs.
     """
 
     name: str
@@ -86,7 +87,7 @@ class GraphOp:
     def target(self) -> str:
         """The op's name, e.g. ``aten.mm``."""
         if self.node is None:
-            return RELEASE if self.name == RELEASE else "aten.ones_like"
+            return self.name if self.name in CALLERS else "aten.ones_like"
         packet = getattr(self.node.target, "overloadpacket", None)
         return (
             str(packet)
@@ -109,6 +110,7 @@ class TrainingGraph:
     ``constants``     tensors the trace baked in, by placeholder name.
     ``loss_tensors``  tensors that ``loss_fn`` holds itself: targets in a closure, weights of a module.
     ``released``      indices of the outputs that the caller lets go of at the turn (:meth:`releasing`).
+    ``kept``          indices of the outputs that it holds until the next call has returned.
     ``pinned``        ops that run once only because the caller holds what they make.
     """
 
@@ -125,6 +127,7 @@ class TrainingGraph:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loss_tensors: tuple[torch.Tensor, ...] = ()
     released: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
     pinned: frozenset[int] = frozenset()
     holding: TrainingGraph | None = field(default=None, repr=False)  # the same with all outputs held
 
@@ -146,18 +149,22 @@ class TrainingGraph:
             i for i, v in enumerate(values) if self.values[v].kind == "output" and v not in apart
         )
 
-    def releasing(self, outputs: Collection[int]) -> TrainingGraph:
+    def releasing(self, outputs: Collection[int], kept: Collection[int] = ()) -> TrainingGraph:
         """The same step where the caller lets go of these outputs (indices) when it has them all.
 
         That is at the end of the forward or, where the graph has the loss, when the loss has read them.  Such
         an output is then an ordinary value, saved or recomputed, but that what the loss saves of it the loss
         keeps.  Outputs that share a storage are let go of together or not at all.
+
+        ``kept``: of the others those that it holds until the next call has returned, so that each forward
+        runs beside what the last one made.
         """
         held = self.holding or self
         value = [held.value_of[node] for node in held.outputs]
-        kept = {v for i, v in enumerate(value) if i not in outputs}
-        released = frozenset(i for i in held.releasable if i in outputs and value[i] not in kept)
-        return held if not released else _released(held, released, {value[i] for i in released})
+        others = {v for i, v in enumerate(value) if i not in outputs}
+        released = frozenset(i for i in held.releasable if i in outputs and value[i] not in others)
+        beside = frozenset(i for i in held.releasable if i in kept and i not in released)
+        return held if not released and not beside else _lived(held, released, beside)
 
     def __repr__(self) -> str:
         forward = sum(op.phase == "forward" for op in self.ops)
@@ -214,32 +221,52 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
     )
 
 
-def _released(held: TrainingGraph, released: frozenset[int], values: set[int]) -> TrainingGraph:
-    """``held`` with ``RELEASE`` before its turn; ``values``: storages of the outputs let go of there."""
+def _lived(held: TrainingGraph, released: frozenset[int], kept: frozenset[int]) -> TrainingGraph:
+    """``held`` with what the caller does with its outputs as ops of their own; see ``releasing``."""
+    gone, beside = ({held.value_of[held.outputs[i]] for i in of} for of in (released, kept))
+    old = tuple(range(len(held.values), len(held.values) + len(beside)))
     at = held.turn
-    ops = list(held.ops)
-    for i in held.pinned:
-        free = all(v in values or not held.values[v].final for v in ops[i].outputs)
-        ops[i] = replace(ops[i], recomputable=free)
-    ops.insert(at, GraphOp(RELEASE, None, "loss", "", tuple(sorted(values)), (), recomputable=False))
+    inserted: list[tuple[int, GraphOp]] = []
+    if old:
+        behind = next((i for i, op in enumerate(held.ops) if op.phase != "forward"), at)
+        inserted.append((0, GraphOp(LAST, None, "forward", "", (), old, recomputable=False)))
+        inserted.append((behind, GraphOp(DROPPED, None, "loss", "", old, (), recomputable=False)))
+    if gone:
+        inserted.append((at, GraphOp(RELEASE, None, "loss", "", tuple(sorted(gone)), (), recomputable=False)))
+    ops: list[GraphOp] = []
+    number: list[int] = []
+    for i, op in enumerate((*held.ops, None)):
+        ops += [new for place, new in inserted if place == i]
+        if op is not None:
+            free = i in held.pinned and all(v in gone or not held.values[v].final for v in op.outputs)
+            number.append(len(ops))
+            ops.append(replace(op, recomputable=True) if free else op)
     theirs = [i for i, op in enumerate(ops) if op.phase == "loss"]
-    for v in values:  # nothing of ours runs within the loss, so what it reads later is not made again there
-        last = max((i for i in theirs if v in ops[i].inputs), default=at)
+    for v in gone:  # nothing of ours runs within the loss, so what it reads later is not made again there
+        last = max(i for i in theirs if v in ops[i].inputs)
         for i in range(theirs[0], last + 1):
             if v not in ops[i].inputs:
                 ops[i] = replace(ops[i], inputs=(*ops[i].inputs, v))
-
-    def moved(v: int, value: GraphValue) -> GraphValue:
-        late = value.producer is not None and value.producer >= at
-        producer = value.producer + 1 if late and value.producer is not None else value.producer
-        return replace(value, producer=producer, final=value.final and v not in values)
-
+    values = [
+        replace(
+            value,
+            producer=None if value.producer is None else number[value.producer],
+            final=value.final and v not in gone,
+        )
+        for v, value in enumerate(held.values)
+    ]
+    for v in sorted(beside):
+        value = held.values[v]
+        values.append(
+            GraphValue(f"last/{value.name}", value.bytes, "output", 0, None, symbolic=value.symbolic)
+        )
     return replace(
         held,
         ops=tuple(ops),
-        values=tuple(moved(v, value) for v, value in enumerate(held.values)),
-        turn=at + 1,
+        values=tuple(values),
+        turn=at + len(inserted),
         released=released,
+        kept=kept,
         holding=held,
     )
 

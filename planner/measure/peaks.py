@@ -28,7 +28,9 @@ from planner.measure.step import (
     held,
     let_go,
     own,
+    passed_on,
     tangents_for,
+    tensors_in,
     undone,
 )
 
@@ -44,6 +46,7 @@ def step_peak(
     device: torch.device | str | None = None,
     include_resident: bool = True,
     hold_outputs: bool | Collection[int] = True,
+    beside: Collection[int] = (),
 ) -> int:
     """Peak bytes of one training step, forward and backward, on one device.
 
@@ -59,13 +62,16 @@ def step_peak(
     ``hold_outputs``      ``False``: the outputs are dropped before the backward, as in
                           ``model(**batch).loss.backward()``; by default they are held to its end.
                           Numbers: only these of the output's tensors are held.
+    ``beside``            numbers of those of the last step's that are still there until the forward has
+                          returned, as under a name that is then assigned again.
     """
     module = fn_or_module if isinstance(fn_or_module, nn.Module) else None
     where = device_of(module, inputs, device)
     if where.type == "cuda":
         peak = cuda_step_peak(
-            fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where, hold_outputs=hold_outputs
-        )
+            fn_or_module, inputs, loss_fn=loss_fn, tangents=tangents, device=where,
+            hold_outputs=hold_outputs, beside=beside,
+        )  # fmt: skip
         return peak.allocated_bytes - (0 if include_resident else peak.resident_bytes)
     inputs = inputs if module is None else own(inputs)
     meter = StorageMeter(where)
@@ -76,8 +82,13 @@ def step_peak(
             call(fn_or_module, inputs)
         return meter.peak_bytes - (0 if include_resident else resident_bytes)
     with undone(module, inputs):
+        old = _outputs_of_a_step(module, inputs, beside)
+        meter.register(*old)
         with meter:
-            passed = forward(module, inputs, loss_fn)
+            returned = call(module, inputs)
+            old.clear()
+            passed = passed_on(returned, loss_fn)
+            del returned
         given = tangents_for(passed, tangents)
         passed = let_go(passed, hold_outputs)
         before_bytes = meter.live_bytes
@@ -121,6 +132,7 @@ def cuda_step_peak(
     tangents: Iterable[Tensor] | None = None,
     device: torch.device | str | None = None,
     hold_outputs: bool | Collection[int] = True,
+    beside: Collection[int] = (),
 ) -> CudaPeak:
     """Allocated and reserved peak bytes of one step on a CUDA device, by the caching allocator.
 
@@ -148,10 +160,20 @@ def cuda_step_peak(
     with undone(module, inputs):
         backward(forward(module, inputs, loss_fn), given)
     with undone(module, inputs), _cuda_window(where, resident) as peak:
-        passed = forward(module, inputs, loss_fn)
-        passed = let_go(passed, hold_outputs)
+        old = _outputs_of_a_step(module, inputs, beside)
+        returned = call(module, inputs)
+        old.clear()
+        passed = let_go(passed_on(returned, loss_fn), hold_outputs)
+        del returned
         backward(passed, given)
         return peak()
+
+
+def _outputs_of_a_step(module: nn.Module, inputs: Batch, which: Collection[int]) -> list[Tensor]:
+    """What a step before this one returned, of it the tensors numbered so, without their graph."""
+    if not which:
+        return []
+    return [t.detach() for i, t in enumerate(tensors_in(call(module, inputs))) if i in which]
 
 
 def _slack_bytes(device: torch.device) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "let_go",
     "loss_of",
     "own",
+    "passed_on",
     "tangents_for",
     "tensors_in",
     "undone",
@@ -106,7 +107,11 @@ class Forward(NamedTuple):
 
 def forward(model: nn.Module, inputs: Batch, loss_fn: LossFn | None) -> Forward:
     """Run the forward and find what is differentiated; ``PlannerError`` if nothing can be."""
-    outputs = call(model, inputs)
+    return passed_on(call(model, inputs), loss_fn)
+
+
+def passed_on(outputs: Any, loss_fn: LossFn | None) -> Forward:
+    """What of a forward's ``outputs`` is differentiated; ``PlannerError`` if nothing can be."""
     loss = loss_of(outputs, loss_fn)
     roots = [loss] if loss is not None else [t for t in tensors_in(outputs) if t.requires_grad]
     if not roots or not all(root.requires_grad for root in roots):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.graph.step_graph import StepGraph, forward_length, release_of
+from planner.graph.step_graph import LAST, StepGraph, forward_length, release_of
 from solvers import Problem, Timeline
 
 __all__ = ["MEMORY_KINDS", "Copy", "bytes_over_time", "copies_of"]
@@ -57,6 +57,7 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
     """
     steps = timeline.steps.tolist()
     turn, released = forward_length(graph, steps), release_of(graph, steps)
+    last = {v for op in graph.ops if op.target == LAST for v in op.outputs}
     died: dict[tuple[int, int], int] = {}
     born: dict[int, int] = {}
     ran: set[int] = set()
@@ -75,7 +76,7 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
     out = []
     for v, t in order:
         death = died.get((v, t), end)
-        if death == released and graph.values[v].kind == "output":
+        if graph.values[v].kind == "output" and (death == released or v in last):
             kind = "outputs"
         else:
             kind = _kind(graph, v, t, death, turn, (v, t) in again)

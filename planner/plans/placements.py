@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.graph.step_graph import RNG_STATE, forward_length, release_of
+from planner.graph.step_graph import LAST, RNG_STATE, forward_length, release_of
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.lifetimes import Copy
 from planner.plans.plan_data import Decision, Placement
@@ -30,6 +30,8 @@ def placements_of(
         if value.producer is None or graph.ops[value.producer].phase != "forward":
             continue
         op = graph.ops[value.producer]
+        if op.target == LAST:
+            continue
         if op.target == RNG_STATE and v not in crosses:
             continue
         decision: Decision = "recompute" if v in reborn else "save" if v in crosses else "free"

@@ -25,8 +25,9 @@ InputRecord: TypeAlias = Mapping[str, Any]
 
 Decision = Literal["save", "recompute", "free"]
 
-# Until when the caller holds an output: to the end of the step, or until the backward begins.
-OutputState = Literal["held", "released"]
+# Until when the caller holds an output: to the end of the step, until the backward begins, or, as a name that
+# is only assigned again does, until the next call has returned.
+OutputState = Literal["held", "released", "kept"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class PlanData:
     ``reserved_bytes``       predicted: what CUDA's caching allocator takes from the driver for the step, of
                              which ``peak_bytes`` are allocated; ``None`` where there is no such allocator.
     ``outputs``              whether the caller holds each of the model's outputs (by place, as
-                             ``output.logits``) to the end of the step, or has let go of it when the backward
-                             begins; one that is not named is held.
+                             ``output.logits``) to the end of the step, has let go of it when the backward
+                             begins, or has it kept until the next call returned; one not named is held.
     ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
 
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
@@ -189,7 +190,7 @@ class PlanData:
         if self.status not in ("optimal", "feasible"):
             raise ValueError(f"'status' is {self.status!r}")
         for name, state in self.outputs.items():
-            if state not in ("held", "released"):
+            if state not in ("held", "released", "kept"):
                 raise ValueError(f"'outputs' says {state!r} of {name!r}")
         for p in self.placements:
             if any(not 0 <= first <= last < len(self.sequence) for first, last in p.spans):
@@ -214,6 +215,11 @@ class PlanData:
     def released(self) -> tuple[str, ...]:
         """The outputs that the caller has let go of when the backward begins, if it does as planned for."""
         return tuple(name for name, state in self.outputs.items() if state == "released")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The outputs of the last call that the caller still holds while the next one runs."""
+        return tuple(name for name, state in self.outputs.items() if state == "kept")
 
     @property
     def recompute_s(self) -> float:

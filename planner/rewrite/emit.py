@@ -42,7 +42,8 @@ def emit(
     if turn is None:
         turn = forward_length(graph, steps)
     for t in range(turn):
-        writer.run(steps[t], steps[t - 1] if t else None, over=t in over)
+        if graph.ops[steps[t]].node is not None:
+            writer.run(steps[t], steps[t - 1] if t else None, over=t in over)
     outputs = [writer.operand(n) for n in graph.outputs]
     writer.turn()
     for t in range(turn, len(steps)):

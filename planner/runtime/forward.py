@@ -29,13 +29,13 @@ from planner.runtime.autograd import (
 from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.output_sets import OutputSets, Start
-from planner.runtime.step import ExecutableStep
+from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.tracing import is_traced
 
 __all__ = ["PlanAgain", "PlannedForward", "planned_forward_of"]
 
-# Outputs that are gone when the backward begins (numbers) -> the step planned for that.
-PlanAgain: TypeAlias = Callable[[frozenset[int]], ExecutableStep]
+# Until when outputs are held -> the step planned for that.
+PlanAgain: TypeAlias = Callable[[Lifetimes], ExecutableStep]
 
 
 class PlannedForward:
@@ -76,9 +76,9 @@ class PlannedForward:
         ):
             return self.original(*args, **kwargs)
         if self.again is not None and self.outputs is not None:
-            released = self.unforeseen
-            if released is not None:
-                self._plan_again(self.outputs, self.again, released)
+            lifetimes = self.unforeseen
+            if lifetimes is not None:
+                self._plan_again(self.outputs, self.again, lifetimes)
         leaves, in_spec = Inputs(args, kwargs).flatten()
         return self.run(leaves, in_spec, self.check(leaves, in_spec))
 
@@ -117,8 +117,8 @@ class PlannedForward:
         return step.template.rebuild(flat)
 
     @property
-    def unforeseen(self) -> frozenset[int] | None:
-        """The outputs that its loop lets go of, where a plan for that is wanted; ``None``: none is.
+    def unforeseen(self) -> Lifetimes | None:
+        """Of the outputs, as its loop showed them, where a plan for that is wanted; ``None``: none is.
 
         A step whose backwards came for other outputs than were planned for goes on as planned for those.
         """
@@ -126,11 +126,11 @@ class PlannedForward:
             return None
         return self.outputs.wanted(self.step)
 
-    def _plan_again(self, outputs: HeldOutputs, again: PlanAgain, released: frozenset[int]) -> None:
-        """From this call on by a plan for the outputs that the loop was seen to let go of."""
+    def _plan_again(self, outputs: HeldOutputs, again: PlanAgain, lifetimes: Lifetimes) -> None:
+        """From this call on by a plan for the outputs that the loop was seen to hold and let go of."""
         try:
             with modes_set_aside():  # a meter that watches training is not to count this
-                self.step = again(released)
+                self.step = again(lifetimes)
             self.sets = OutputSets(self.model, self.step)
         except InfeasibleBudgetError as error:
             outputs.settle(self.step, type(self.model).__name__, error)

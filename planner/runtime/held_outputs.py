@@ -6,8 +6,11 @@ hold each storage when it is handed out, and how many when the backward begins. 
 saved of an output is among both, so the caller's share is their difference; a view, a detached copy or the
 tensor itself in a list are the same to it.
 
-Of each output it is learned at most twice: one planned as held turns out to be gone, and one planned as gone
-turns out to be held, and then stays so.  The number of plans is bounded by that, whatever the steps do.
+An output that is held may even be there while the next call runs, where a name is only assigned again.
+
+Of each output little is learned: one planned as held turns out to be gone, one planned as gone turns out to
+be held, and then stays so, one that is held turns out to lie beside the next call's, and stays so.  The
+number of plans is bounded by that, whatever the steps do.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from planner import _compat
 from planner.errors import InfeasibleBudgetError
 from planner.options import OutputsMode
-from planner.runtime.step import ExecutableStep
+from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.units import bytes_text
 
 __all__ = ["HeldOutputs"]
@@ -46,11 +49,13 @@ class _Known:
 
     ``released``  names of those to count as gone from now on; ``None``: no backward was seen.
     ``held``      those that were held though they had been planned as gone.
+    ``kept``      those that were there when the next call returned.
     ``settled``   whether there is no plan for what was seen, and the one at hand stays.
     """
 
     released: frozenset[str] | None = None
     held: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
     settled: bool = False
 
 
@@ -65,9 +70,15 @@ class HeldOutputs:
         self.mode = mode
         self._known: dict[tuple[str, ...], _Known] = {}
         self._said: set[str] = set()
+        self._last: tuple[tuple[str, ...], list[_Storage]] = (), []  # of the last call that had its backward
 
     def handed_out(self, step: ExecutableStep, model_name: str, outputs: Sequence[torch.Tensor]) -> None:
         """A planned call is about to return ``outputs``; nothing else of it holds them but what it saved."""
+        names, last = self._last
+        self._last = (), []
+        for s in last:
+            if _compat.storage_uses(s.ref):
+                self._known.setdefault(names, _Known()).kept.update(names[i] for i in s.outputs)
         nodes = {id(t.grad_fn): t.grad_fn for t in outputs if t.grad_fn is not None}
         if not step.watched or not nodes:
             return
@@ -80,32 +91,32 @@ class HeldOutputs:
         for node in nodes.values():
             node.register_prehook(look)
 
-    def wanted(self, step: ExecutableStep) -> frozenset[int] | None:
-        """The outputs to count as gone from now on, by number; ``None``: those that ``step`` does."""
-        known = self._known.get(step.output_names)
-        if known is None or known.released is None or known.settled or self.mode != "auto":
+    def wanted(self, step: ExecutableStep) -> Lifetimes | None:
+        """What to count on from now on; ``None``: on what ``step`` does."""
+        lifetimes, before = self.learned(step.output_names), step.lifetimes
+        if lifetimes is None or lifetimes == before or self._known[step.output_names].settled:
             return None
-        released = frozenset(i for i, name in enumerate(step.output_names) if name in known.released)
-        if released == step.released or (released > step.released and not step.recomputes):
-            return None  # with nothing recomputed, fewer bytes change nothing
-        return released
+        fewer = lifetimes.released >= before.released and lifetimes.kept <= before.kept
+        return None if fewer and not step.recomputes else lifetimes  # fewer bytes then change nothing
 
-    def learned(self, names: Sequence[str]) -> frozenset[int] | None:
-        """Which of the outputs called ``names`` are gone when the backward begins; ``None``: not seen yet."""
-        known = self._known.get(tuple(names))
+    def learned(self, names: tuple[str, ...]) -> Lifetimes | None:
+        """Until when the outputs called ``names`` are held; ``None``: no backward was seen yet."""
+        known = self._known.get(names)
         if known is None or known.released is None or self.mode != "auto":
             return None
-        return frozenset(i for i, name in enumerate(names) if name in known.released)
+        released = frozenset(i for i, name in enumerate(names) if name in known.released)
+        kept = frozenset(i for i, name in enumerate(names) if name in known.kept)
+        return Lifetimes(released, kept - released)
 
     def settle(self, step: ExecutableStep, model_name: str, error: InfeasibleBudgetError) -> None:
         """There is no plan for what was seen, as ``error`` says: the one at hand stays."""
         known = self._known[step.output_names]
         known.settled = True
-        held = ", ".join(name for name in step.output_names if name in known.held)
+        held = ", ".join(name for name in step.output_names if name in known.held | known.kept)
         log.warning(
-            "no plan for %s fits %.4g GB while %s is held through the backward; the least takes %s. It goes "
-            "on with the plan that counts it as gone, over the budget by what is held: let go of it before "
-            "the backward, or raise the budget",
+            "no plan for %s fits %.4g GB in a loop that holds %s through the backward, or still beside the "
+            "next call; the least takes %s. The plan at hand stays, over the budget by what is held: let go "
+            "of it before the backward (del outputs), or raise the budget",
             model_name,
             step.budget_bytes / 1e9,
             held,
@@ -118,9 +129,10 @@ class HeldOutputs:
             return
         held = {i: s.bytes for s in watched if _compat.storage_uses(s.ref) > s.ours for i in s.outputs}
         seen = [i for s in watched for i in s.outputs]
+        self._last = step.output_names, watched.copy()
         watched.clear()
         names = step.output_names
-        surprising = sorted(step.released & held.keys())
+        surprising = sorted(step.lifetimes.released & held.keys())
         new = [i for i in surprising if names[i] not in self._said]
         if new:
             self._said.update(names[i] for i in new)

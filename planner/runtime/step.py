@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,21 @@ from planner.plans.plan_data import PlanData
 from planner.rewrite.program import Argument, Program
 from planner.rewrite.prune import Prunings
 
-__all__ = ["ExecutableStep", "StepsBySize"]
+__all__ = ["ExecutableStep", "Lifetimes", "StepsBySize"]
+
+
+class Lifetimes(NamedTuple):
+    """Until when a caller holds a model's outputs, by number; those that are in neither, to the step's end.
+
+    ``released``  gone when the backward begins.
+    ``kept``      there until the next call has returned.
+    """
+
+    released: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
+
+
+HELD = Lifetimes()
 
 
 class StepsBySize(Protocol):
@@ -41,8 +55,8 @@ class ExecutableStep:
     ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
     ``replan``    makes the step with other outputs differentiated; ``None``: nobody can.
     ``plan``      that it runs.
-    ``released``  outputs (numbers) that it counts as gone when the backward begins.
-    ``watched``   those, and others whose bytes matter, by storage.
+    ``lifetimes``  of the outputs, as it counts them.
+    ``watched``   the outputs (numbers) that it counts as released, and others whose bytes matter, by storage.
     ``recomputes``  whether some op runs more than once.
     """
 
@@ -52,7 +66,7 @@ class ExecutableStep:
     device: torch.device
     budget_bytes: int
     variants: StepsBySize | None = None
-    released: frozenset[int] = frozenset()
+    lifetimes: Lifetimes = HELD
     watched: tuple[tuple[int, ...], ...] = ()
     recomputes: bool = True
     replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None

@@ -48,7 +48,7 @@ from planner.options import Search
 from planner.plans.plan_data import PlanData
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
-from planner.runtime.step import ExecutableStep
+from planner.runtime.step import ExecutableStep, Lifetimes
 
 __all__ = ["MATTERS", "OnLarger", "Replanner", "Variant", "Variants", "Varying", "step_of"]
 
@@ -103,7 +103,7 @@ class Replanner(Protocol):
         ...
 
     def as_planned(self, plan: PlanData) -> Replanner:
-        """The same where the caller lets go of the outputs that ``plan`` counts as gone."""
+        """The same where the outputs live as ``plan`` counts them to."""
         ...
 
     def plan_bytes(
@@ -116,7 +116,10 @@ class Replanner(Protocol):
 def step_of(plan: PlanData, captured: CapturedStep, steps: list[int], turn: int) -> ExecutableStep:
     """The program of a schedule of ``captured``, with what ``plan`` says of the caller."""
     graph, template = captured.graph, captured.joint.template
-    released = frozenset(i for i, leaf in enumerate(template.leaves) if leaf.name in plan.released)
+    names = [leaf.name for leaf in template.leaves]
+    released, kept = (
+        frozenset(i for i, name in enumerate(names) if name in of) for of in (plan.released, plan.kept)
+    )
     storages: dict[int, list[int]] = {}
     for i in sorted(graph.releasable):
         storages.setdefault(graph.value_of[graph.outputs[i]], []).append(i)
@@ -133,7 +136,7 @@ def step_of(plan: PlanData, captured: CapturedStep, steps: list[int], turn: int)
         graph.device,
         plan.budget_bytes,
         plan=plan,
-        released=released,
+        lifetimes=Lifetimes(released, kept),
         watched=watched,
         recomputes=len(set(steps)) < len(steps),
     )

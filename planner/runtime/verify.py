@@ -29,6 +29,7 @@ class Report:
     ``predicted_peak_bytes``        what the plan said of forward and backward.
     ``held_outputs``                names of the outputs that were held to the end of both measured steps, as
                                     they were planned for; the others had gone when the backward began.
+    ``kept_outputs``                of those, the ones of a step before that lay beside the forward.
     ``optimizer_state_bytes``       what the plan reserves for an optimizer and the measured step, which
                                     has none, does not hold; left out of both peaks.
     ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
@@ -43,6 +44,7 @@ class Report:
     predicted_recompute_flops: int
     optimizer_state_bytes: int = 0
     held_outputs: tuple[str, ...] = ()
+    kept_outputs: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -64,6 +66,8 @@ class Report:
         held = self.optimizer_state_bytes
         state = f" + {held / mb:.3f} of optimizer state" if held else ""
         outputs = ", ".join(self.held_outputs) or "none"
+        if self.kept_outputs:
+            outputs += f"; of the last call's, while this one runs: {', '.join(self.kept_outputs)}"
         return (
             f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
             f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
@@ -90,6 +94,7 @@ def verify(
     """
     leaves = [leaf.name for leaf in step.template.leaves]
     kept = [i for i, name in enumerate(leaves) if name not in plan.released]
+    beside = [i for i, name in enumerate(leaves) if name in plan.kept]
     if inputs is not None:
         given = Inputs.of(model, inputs)
     elif isinstance(plan.inputs, Inputs) and not any(
@@ -106,11 +111,11 @@ def verify(
         del vars(model)["forward"]
     try:
         eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept)
+        eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
         eager_flops = step_flops(model, given, loss_fn=loss_fn)
         applied(model, step)
         ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept)
+        peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
     finally:
         restored(model)
@@ -127,4 +132,5 @@ def verify(
         plan.recompute_flops,
         state,
         tuple(leaves[i] for i in kept),
+        tuple(leaves[i] for i in beside),
     )

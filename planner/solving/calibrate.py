@@ -60,16 +60,18 @@ def measured_bytes(
     resident_bytes: int,
     *,
     hold_outputs: bool | Collection[int] = True,
+    beside: Collection[int] = (),
 ) -> StepBytes:
     """One step by the device's own meter: CUDA's caching allocator, or the count of live storages.
 
-    ``hold_outputs`` as for :func:`planner.measure.step_peak`.
+    ``hold_outputs`` and ``beside`` as for :func:`planner.measure.step_peak`.
     What the process holds on a CUDA device beyond ``resident_bytes`` when the step begins is left out.
     """
     device = device_of(module, batch, None)
     if device.type != "cuda":
-        return StepBytes(step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs), None)
-    peak = cuda_step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs)
+        taken = step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs, beside=beside)
+        return StepBytes(taken, None)
+    peak = cuda_step_peak(module, batch, loss_fn=loss_fn, hold_outputs=hold_outputs, beside=beside)
     others = max(0, peak.resident_bytes - resident_bytes)
     return StepBytes(peak.allocated_bytes - others, peak.reserved_bytes - others)
 
@@ -101,9 +103,10 @@ def calibrated(
         except InfeasibleBudgetError as error:
             raise _with_rounds(error, found) from None
         tell.phase("calibrate", f"round {len(found) + 1}")
-        states = enumerate(plan.outputs.values())
-        held = frozenset(i for i, state in states if state == "held")
-        found.append(_round(step, plan, meter or partial(measured_bytes, hold_outputs=held)))
+        states = list(enumerate(plan.outputs.values()))
+        held = frozenset(i for i, state in states if state != "released")
+        kept = frozenset(i for i, state in states if state == "kept")
+        found.append(_round(step, plan, meter or partial(measured_bytes, hold_outputs=held, beside=kept)))
         last = found[-1]
         if last.taken_bytes <= budget_bytes:
             return dataclasses.replace(plan, calibration=Calibration(tuple(found)))

@@ -66,11 +66,12 @@ def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list
     ``loss_fn`` runs in the caller's hands, so nothing of ours can run between its ops.
     """
     steps = schedule.steps(problem)
-    loss = [t for t, i in enumerate(steps) if graph.ops[i].phase == "loss" or graph.ops[i].node is None]
+    theirs = [op.phase == "loss" or (op.node is None and op.phase != "forward") for op in graph.ops]
+    loss = [t for t, i in enumerate(steps) if theirs[i]]
     if not loss:
         return steps
     first, last = loss[0], loss[-1]
     between = steps[first : last + 1]
     ours = [i for i in between if graph.ops[i].phase == "forward"]
-    theirs = [i for i in between if graph.ops[i].phase != "forward"]
-    return steps[:first] + theirs + ours + steps[last + 1 :]
+    others = [i for i in between if graph.ops[i].phase != "forward"]
+    return steps[:first] + others + ours + steps[last + 1 :]

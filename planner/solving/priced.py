@@ -27,6 +27,7 @@ from planner.costs.translation import Translation
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier, FrontierPoint
 from planner.graph.captured import CapturedStep
+from planner.graph.step_graph import DROPPED, LAST
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.memory.execution import Execution, execute
 from planner.memory.lifetimes import bytes_over_time, copies_of
@@ -185,19 +186,23 @@ class PricedStep:
 
     # -- the outputs -------------------------------------------------------------------------------
 
-    def releasing(self, outputs: Collection[int]) -> PricedStep:
-        """The same step where the caller lets go of these outputs (indices) before the backward."""
-        graph = self.graph.releasing(outputs)
-        if graph.released == self.graph.released:
+    def releasing(self, outputs: Collection[int], kept: Collection[int] = ()) -> PricedStep:
+        """The same step where the caller lets go of these outputs (indices) before the backward.
+
+        ``kept``: and holds these until the next call has returned.
+        """
+        graph = self.graph.releasing(outputs, kept)
+        if (graph.released, graph.kept) == (self.graph.released, self.graph.kept):
             return self
         captured = dataclasses.replace(self.captured, graph=graph)
         memory = dataclasses.replace(self.memory, captured=captured)
         return dataclasses.replace(self, captured=captured, memory=memory)
 
     def as_planned(self, plan: PlanData) -> PricedStep:
-        """The same step where the caller lets go of the outputs that ``plan`` counts as gone."""
-        leaves = enumerate(self.joint.template.leaves)
-        return self.releasing({i for i, leaf in leaves if leaf.name in plan.released})
+        """The same step where the outputs live as ``plan`` counts them to."""
+        names = [leaf.name for leaf in self.joint.template.leaves]
+        released, kept = ({i for i, n in enumerate(names) if n in of} for of in (plan.released, plan.kept))
+        return self.releasing(released, kept)
 
     @cached_property
     def all_released(self) -> PricedStep:
@@ -218,9 +223,11 @@ class PricedStep:
     @property
     def output_states(self) -> dict[str, OutputState]:
         """What is planned for, by the name of each output."""
-        released = self.graph.released
-        leaves = enumerate(self.joint.template.leaves)
-        return {leaf.name: "released" if i in released else "held" for i, leaf in leaves}
+        graph, leaves = self.graph, enumerate(self.joint.template.leaves)
+        return {
+            leaf.name: "released" if i in graph.released else "kept" if i in graph.kept else "held"
+            for i, leaf in leaves
+        }
 
     # -- the problem -------------------------------------------------------------------------------
 
@@ -306,7 +313,7 @@ class PricedStep:
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
         graph, costs, translation = self.target.price(training_graph(joint))
-        graph = graph.releasing(self.graph.released)
+        graph = graph.releasing(self.graph.released, self.graph.kept)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
         return dataclasses.replace(
@@ -384,13 +391,48 @@ class PricedStep:
         tell.found(answer, self.problem.total_seconds)
         return self.plan_of(answer)
 
-    def plan_releasing(self, outputs: Collection[int], instead_of: PlanData) -> Plan:
-        """A plan for the same budget whose caller lets go of these outputs and holds the others."""
-        step = dataclasses.replace(self.releasing(outputs), outputs="held")
+    def plan_releasing(self, outputs: Collection[int], kept: Collection[int], instead_of: PlanData) -> Plan:
+        """A plan for the same budget whose caller lets go of these outputs and holds the others.
+
+        ``kept``: those of the others that it holds until the next call has returned.
+        """
+        step = dataclasses.replace(self.releasing(outputs, kept), outputs="held")
+        same = step.beside_last(instead_of)
+        if same is not None:
+            return same
         search = Search(time_limit_s=self.least_limit_s)
         made = step.plan_bytes(instead_of.budget_bytes, search, hint=instead_of)
         log.info("planned again for the outputs that the loop lets go of, %s: %r", made.released, made)
         return made
+
+    def beside_last(self, plan: PlanData) -> Plan | None:
+        """The schedule of ``plan`` where more or less of the last call is kept beside it.
+
+        ``None`` where it does not fit its budget so, and for a plan that differs in anything else.
+        """
+        outline, states = plan.outline, self.output_states
+        alike = (
+            plan.fingerprint == self.captured.fingerprint
+            and outline is not None
+            and outline.problem.resident_bytes == self.problem.resident_bytes
+            and plan.released == tuple(name for name, state in states.items() if state == "released")
+        )
+        if not alike or plan.outputs == states:
+            return None
+        names = [name for name in plan.sequence if name not in (LAST, DROPPED)]
+        if self.graph.kept:
+            phase = {op.name: op.phase for op in self.graph.ops}
+            behind = next((t for t, name in enumerate(names) if phase[name] != "forward"), len(names))
+            names = [LAST, *names[:behind], DROPPED, *names[behind:]]
+        ran = self.execution(self.captured.steps(names))
+        if max(ran.peak_bytes, self.memory.optimizer_step_bytes) > plan.budget_bytes:
+            return None
+        total = self.problem.total_seconds
+        seconds = total + ran.timeline.recompute_seconds
+        # What was proved where less is kept is proved here too.
+        bound = min(seconds, total * (1 + plan.overhead_bound)) if not plan.kept else total
+        answer = Answer(plan.budget_bytes, ran, bound, self.floor_bytes, seconds, plan.solver, plan.solve_s)
+        return self.plan_of(answer)
 
     def or_least(self, found: Answer) -> Answer:
         """What was found, or the least plan where nothing was and that one fits."""

@@ -172,8 +172,8 @@ class PlanMaker:
             return step.all_released
         if mode == "held" or self.calls.per_step != 1:
             return step
-        seen = self.outputs.learned([leaf.name for leaf in step.joint.template.leaves])
-        return replace(step, outputs="auto") if seen is None else step.releasing(seen)
+        seen = self.outputs.learned(tuple(leaf.name for leaf in step.joint.template.leaves))
+        return replace(step, outputs="auto") if seen is None else step.releasing(*seen)
 
     # -- the plan ----------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class PlanMaker:
         varies = step.varying is not None
         key = (
             f"{step.captured.fingerprint} {sizes} {varies} {needs} {search.solver} {search.time_limit_s} "
-            f"{self.settings.costs} {step.outputs} {sorted(step.graph.released)}"
+            f"{self.settings.costs} {step.outputs} {sorted(step.graph.released)} {sorted(step.graph.kept)}"
         )
 
         def adopt(received: PlanData) -> Plan:
@@ -209,6 +209,10 @@ class PlanMaker:
         self._learn_need(call, step)
         room = self._room(call)
         if room.most_bytes is None:
+            last = hint if hint is not None and hint.budget_bytes == room.left_bytes else None
+            same = None if last is None else step.beside_last(last)
+            if same is not None:
+                return same
             return step.plan_bytes(room.left_bytes, search, hint=hint)
         probe = replace(search, time_limit_s=search.time_limit_s / PROBES)
 

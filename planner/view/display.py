@@ -132,10 +132,12 @@ def _measured(plan: PlanData) -> list[tuple[str, str, str]]:
 
 
 def _let_go(plan: PlanData) -> list[tuple[str, str, str]]:
-    """Which outputs the plan counts as gone when the backward begins, if any."""
-    if not plan.released:
-        return []
-    return [("outputs let go of", ", ".join(plan.released), "before the backward, or the peak is higher")]
+    """Which outputs the plan counts as gone when the backward begins, or as beside the next call, if any."""
+    rows = [
+        ("outputs let go of", plan.released, "before the backward, or the peak is higher"),
+        ("outputs kept", plan.kept, "until the next call has returned"),
+    ]
+    return [(name, ", ".join(which), remark) for name, which, remark in rows if which]
 
 
 def _filled(plan: PlanData) -> list[tuple[str, int]]:
