@@ -89,20 +89,14 @@ class PendingCall:
         self.passes: list[frozenset[int]] = []  # whose backwards have run and kept nothing
         self.now: _Pass | None = None
         self.nodes: list[Any] = [None] * len(program.segments)  # weak: they hold this call
-        self.direct: dict[Argument, Any] = {}
-        self.versions: dict[Argument, int] = {}  # of buffers that the backward reads
-        self.keep: list[list[torch.Tensor]] = []
-        self.places: list[list[Argument]] = []  # of what autograd holds for each segment
+        self.direct = {argument: given[argument] for argument in step.direct}
+        self.versions = {  # of buffers that the backward reads
+            argument: _version_of(tensor)
+            for argument, tensor in self.direct.items()
+            if argument.kind == "buffer" and argument.key in program.watched
+        }
+        self.keep = [[saved[int(a.key)] if a.kind == "saved" else given[a] for a in at] for at in step.held]
         self.held: list[dict[Argument, tuple[torch.Tensor, int]] | None] = [None] * len(program.segments)
-        for segment in program.segments:
-            places = [a for a in segment.arguments if a.kind in _KEPT]
-            self.places.append(places)
-            self.keep.append([saved[int(a.key)] if a.kind == "saved" else given[a] for a in places])
-            for argument in segment.arguments:
-                if argument.kind in ("buffer", "constant", "size"):
-                    self.direct[argument] = given[argument]
-                    if argument.key in program.watched and argument.kind == "buffer":
-                        self.versions[argument] = _version_of(given[argument])
 
     def handed_out(self) -> tuple[torch.Tensor, ...]:
         """What the first node hands out, by :attr:`tracked`; where a gate follows, that has the output."""
@@ -218,15 +212,42 @@ class PendingCall:
         if now.made is not None:
             return [now.made.pop(name, None) for name in self.names[index]]
         segment = now.segments[index]
-        boxed = self._boxed(index, segment, held, tangents)
+        plain = segment is self.step.program.segments[index] and self.held[index] is None and not now.keep
+        take = self._all if plain else self._some
+        boxed = take(index, segment, held, tangents)
         results = _ran(self.step, segment, boxed)
         made = len(segment.gradients)
         now.mail.update(zip(segment.mail, results[made:], strict=True))
+        if plain:
+            return [*results[:made], *[None] * (len(self.names[index]) - made)]
         by_name = dict(zip(segment.gradients, results[:made], strict=True))
         del results
         return [by_name.pop(name, None) for name in self.names[index]]
 
-    def _boxed(
+    def _all(
+        self,
+        index: int,
+        segment: Segment,
+        held: Callable[[], tuple[torch.Tensor, ...]],
+        tangents: tuple[Any, ...],
+    ) -> list[Any]:
+        """The arguments of a segment that reads all that is held for it."""
+        assert self.now is not None
+        here = iter(held())
+        boxed = []
+        for argument in segment.arguments:
+            if argument.kind == "mail":
+                boxed.append(self.now.mail.pop(str(argument.key)))
+            elif argument.kind == "tangent":
+                boxed.append(tangents[self.tracked.index(int(argument.key))])
+            elif argument.kind in _KEPT:
+                boxed.append(next(here))
+            else:
+                boxed.append(self.direct[argument])
+        self.held[index] = {}
+        return boxed
+
+    def _some(
         self,
         index: int,
         segment: Segment,
@@ -237,9 +258,9 @@ class PendingCall:
         assert self.now is not None
         kept = self.held[index]
         if kept is None:
-            here = dict(zip(self.places[index], held(), strict=True))
+            here = dict(zip(self.step.held[index], held(), strict=True))
         else:
-            here = {a: _unchanged(a, *kept[a]) for a in self.places[index] if a in kept}
+            here = {a: _unchanged(a, *kept[a]) for a in self.step.held[index] if a in kept}
         boxed = []
         rest = here if not self.now.keep else dict(here)
         for argument in segment.arguments:
@@ -310,12 +331,18 @@ class PendingCall:
             count = len(segment.gradients)
             made.update(zip(segment.gradients, results[:count], strict=True))
             mail.update(zip(segment.mail, results[count:], strict=True))
+            del results
         return _Pass((), present, keep, made)
 
     def _saved_again(self, step: ExecutableStep, given: dict[Argument, Any]) -> dict[int, torch.Tensor]:
         assert self.start is not None
         program = step.program
         boxed = [given[a] for a in program.arguments]
+        if program.draws and self.start.state is None:
+            raise PlannerError(
+                "the forward was captured in a CUDA graph and would have to be run again with the same "
+                "random numbers; plan with loss_fn=... computing the loss you train with"
+            )
         with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
             if self.start.state is None:
                 results = program.forward.forward(boxed)

@@ -99,7 +99,7 @@ class PlannedForward:
         with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
             results = program.forward.forward(boxed)
         if start is not None:
-            start.ran()
+            start.ran(given)
         flat = list(results[: program.outputs])
         call = PendingCall(step, given, results, self.sets, start)
         self.last_call = weakref.ref(call)

@@ -67,19 +67,16 @@ class Start:
                 if read
             }
         self.updates = program.updates
-        self._given: dict[Argument, Any] = {}
-        for argument, value in given.items():
-            weak = argument.kind == "input" and not hold
-            self._given[argument] = weakref.ref(value) if weak else value
-        self._versions: dict[Argument, int] = {}
+        self._given = dict(given)
+        if not hold:
+            inputs = len(leaves) - sum(constant is not None for constant in self._constants)
+            for argument in (Argument("input", i) for i in range(inputs)):
+                self._given[argument] = weakref.ref(given[argument])
+        self._versions: list[int] = []
 
-    def ran(self) -> None:
+    def ran(self, given: dict[Argument, Any]) -> None:
         """The forward has run: from here on nobody may change what it read."""
-        self._versions = {
-            a: t._version
-            for a, t in self._given.items()
-            if isinstance(t, torch.Tensor) and not t.is_inference()
-        }
+        self._versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in given.values()]
 
     def again(
         self, program: Program, segments: Sequence[Segment], sizes: dict[Argument, Any]
@@ -90,6 +87,7 @@ class Start:
         """
         own = [a for s in segments for a in s.arguments if a.kind in _GIVEN]
         needed = _needed_by(program, segments) | set(own)
+        versions = dict(zip(self._given, self._versions, strict=True))
         out: dict[Argument, Any] = {}
         for argument in dict.fromkeys((*program.arguments, *own)):
             name = str(argument.key)
@@ -106,7 +104,7 @@ class Start:
                 value = self.before[name].clone()
             elif changes:
                 value = value.clone()
-            elif argument in needed and self._versions.get(argument, 0) != getattr(value, "_version", 0):
+            elif argument in needed and versions.get(argument, 0) != getattr(value, "_version", 0):
                 raise PlannerError(f"{argument.kind} {name} {_GONE}")
             out[argument] = value
         return out
@@ -256,9 +254,9 @@ class OutputSets:
         self._again += 1
         if self._again == _OFTEN:
             log.warning(
-                "%s ran its forward again in %d backwards: outputs that get gradients change from step to step "
-                "in a way that no one plan serves. Plan with loss_fn=... that reads all of them, or read the "
-                "same ones in every step",
+                "%s ran its forward again in %d backwards: outputs that get gradients change from step to "
+                "step in a way that no one plan serves. Plan with loss_fn=... that reads all of them, or "
+                "read the same ones in every step",
                 self.name,
                 self._again,
             )

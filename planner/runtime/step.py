@@ -78,6 +78,18 @@ class ExecutableStep:
         return frozenset(i for i, leaf in enumerate(self.template.leaves) if leaf.differentiated)
 
     @cached_property
+    def held(self) -> tuple[tuple[Argument, ...], ...]:
+        """What autograd holds for each segment."""
+        kinds = ("saved", "parameter", "input")
+        return tuple(tuple(a for a in s.arguments if a.kind in kinds) for s in self.program.segments)
+
+    @cached_property
+    def direct(self) -> tuple[Argument, ...]:
+        """What segments read of the caller's, and nobody holds for them."""
+        kinds = ("buffer", "constant", "size")
+        return tuple({a: None for s in self.program.segments for a in s.arguments if a.kind in kinds})
+
+    @cached_property
     def others(self) -> tuple[Argument, ...]:
         """What may get a gradient if an output does that is not differentiated."""
         own = {name for segment in self.program.segments for name in segment.gradients}
