@@ -37,6 +37,7 @@ from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
+from torch.utils.flop_counter import _FlopCounterMode  # what FlopCounterMode enters; 2.1+
 
 __all__ = [
     "STAND_INS",
@@ -62,6 +63,7 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "flop_counter_sees_pieces",
     "foreach_takes_fakes",
     "generator_key",
     "graph_is_kept",
@@ -73,8 +75,10 @@ __all__ = [
     "is_transformed",
     "job_store",
     "modes_set_aside",
+    "pieces_of",
     "pytree",
     "reads_a_number",
+    "saved_tensors_hooks_set_aside",
     "size_hint",
     "stand_ins_derive_from",
     "storage_key",
@@ -392,6 +396,21 @@ def is_faked() -> bool:
     return any(torch._C._get_dispatch_mode(k) is not None for k in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
+@contextlib.contextmanager
+def saved_tensors_hooks_set_aside() -> Iterator[None]:
+    """Hooks that pack what autograd saves see none of it inside, and are back after it; 2.5+."""
+    hooks: Any = torch._C._autograd
+    aside = []
+    while (pair := hooks._top_saved_tensors_default_hooks(True)) is not None:
+        aside.append(pair)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(aside):
+            hooks._push_saved_tensors_default_hooks(*pair)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata
@@ -516,6 +535,41 @@ def writes_arguments(target: Any) -> bool:
     """Whether an aten overload writes to one of its arguments; ``False`` for what has no schema; 1.12+."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def pieces_of(func: object) -> Callable[..., Any] | None:
+    """What runs the op that a captured call of a mutating custom op is, as ops of its own; 2.5+.
+
+    A mode that sees such an op has no rule for it; run inside the mode, its pieces are seen one by one.
+    ``None`` for every other op.
+    """
+    higher: Any = torch.ops.higher_order
+    if func is higher.auto_functionalized or func is higher.auto_functionalized_v2:
+        form: Callable[..., Any] = func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+        return form
+    return None
+
+
+@contextlib.contextmanager
+def flop_counter_sees_pieces() -> Iterator[None]:
+    """Let torch's FLOP counter count what :func:`pieces_of` finds, where it would raise; put back."""
+    higher: Any = torch.ops.higher_order
+
+    def seen(op: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
+        form = pieces_of(op)
+        assert form is not None
+        with mode:
+            return form(*args, **kwargs)
+
+    ops = [higher.auto_functionalized, higher.auto_functionalized_v2]
+    ops = [op for op in ops if _FlopCounterMode not in op.python_key_table]
+    for op in ops:
+        op.python_key_table[_FlopCounterMode] = functools.partial(seen, op)  # 2.5+
+    try:
+        yield
+    finally:
+        for op in ops:
+            del op.python_key_table[_FlopCounterMode]
 
 
 def fake_mode_of(tensor: torch.Tensor) -> FakeTensorMode:

@@ -1,4 +1,4 @@
-"""What the backward writes besides gradients, and new memory for a buffer: as eager, or refused by name and line."""
+"""What the backward writes besides gradients, and new memory for a buffer: as eager, or refused by name."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def capture(
     Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
         return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
 
 
@@ -393,6 +393,7 @@ def _as_eager_asks(model: nn.Module) -> Iterator[Questions]:
 def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
     with (
         _ONE_AT_A_TIME,
+        _compat.saved_tensors_hooks_set_aside(),
         torch.inference_mode(False),
         torch.enable_grad(),
         attributes_kept(model),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from planner._compat import flop_counter_sees_pieces
 from planner.capture.outputs import LossFn
 from planner.measure.step import Batch, backward, call, forward, own, tangents_for, undone
 
@@ -89,7 +90,7 @@ def step_flops(
     """
     counter = FlopCounterMode(display=False, custom_mapping=dict(FLOP_FORMULAS))
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with counter:
+    with flop_counter_sees_pieces(), counter:
         if isinstance(fn_or_module, nn.Module):
             inputs = own(inputs)
             with undone(fn_or_module, inputs):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner._compat import TorchDispatchMode
+from planner._compat import TorchDispatchMode, pieces_of
 from planner.units import rounded_up
 
 __all__ = ["StorageMeter"]
@@ -57,6 +57,8 @@ class StorageMeter(TorchDispatchMode):
     The context may be left and entered again; what was tracked stays tracked.  Works on fake
     tensors (enter the fake mode first).
     """
+
+    supports_higher_order_operators = True
 
     def __init__(
         self, device: torch.device | str | None = None, *, timeline: bool = False, grain: int = 1
@@ -126,6 +128,9 @@ class StorageMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (pieces := pieces_of(func)) is not None:
+            with self:
+                return pieces(*args, **kwargs)
         seen = [*_op_tensors(args), *_op_tensors(tuple(kwargs.values()))]
         # torch.tensor(...) makes its storage out of sight and shows it first to lift_fresh.
         fresh = func is torch.ops.aten.lift_fresh.default

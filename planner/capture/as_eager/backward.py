@@ -1,8 +1,10 @@
 """What the backward does besides computing gradients: seen, and refused where a plan would not do it.
 
-The backward is traced with the forward.  Code of the user's that runs in it (a Function's ``backward``, a hook
-on a tensor) finds the same stand-ins of parameters and buffers on the modules as the forward did; what it
-writes into one of them is in no output of the graph.
+The backward is traced with the forward. Code of the user's that runs in it (a Function's ``backward``, a
+hook on a tensor) finds the same stand-ins of parameters and buffers on the modules as the forward did;
+what it writes into one of them is in no output of the graph.
+
+Known limit: what it changes outside the model (a list in a closure, a global) goes unseen.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Installed:
     def refuse(self, again: Callable[[Any], object]) -> None:
         """Raise ``TraceError`` for what the backward wrote into.
 
-        ``again(mode)`` runs the step's code once more, on tensors without memory, its backward inside ``mode``.
+        ``again(mode)`` runs the step once more, on tensors without memory, its backward inside ``mode``.
         """
         written = [
             n for n, (tensor, before) in self._writes.items() if _compat.writes_so_far(tensor) > before
@@ -64,9 +66,8 @@ class Installed:
         place = f" at {seen.place}" if seen.place else ""
         raise TraceError(
             f"the backward of {type(self._model).__name__} writes into {written[0]}{place}; a planned step "
-            "computes gradients in its backward and would not. Take what is to be noted from a gradient hook on "
-            "the model's output or from the parameters' gradients, after the backward, or call "
-            "plan.restore(model) for the steps that note it"
+            "computes gradients in its backward and would not. Note it outside what is planned, from the "
+            "gradients of parameters, inputs or outputs, or plan the parts of the model without it"
         )
 
 

@@ -1,24 +1,27 @@
 """What a forward asks of its tensors and of torch, answered as eager answers it.
 
-While a step is captured, tensors are stand-ins of the tracer's classes: a parameter is no ``nn.Parameter``
-and no leaf, ``type(x)`` is no ``torch.Tensor``, and a compiler seems to be looking.  A forward that asks would
-take another branch than eager, without an error: another network would be trained.  So, for code that is
-neither torch's nor ours,
+While a step is captured, tensors are stand-ins of the tracer's classes: a parameter is no
+``nn.Parameter`` and no leaf, ``type(x)`` is no ``torch.Tensor``, and a compiler seems to be looking. A
+forward that asks would take another branch than eager, without an error: another network would be
+trained. So, for code that is neither torch's nor ours,
 
 * ``type(x)``, ``x.__class__``, ``id(x)``, ``isinstance(w, nn.Parameter)``, ``is_leaf``, ``grad_fn`` and
-  attributes that somebody set on a parameter are those of the tensor that the stand-in stands for; so are the
-  parameters and buffers that modules hold a second time, in plain attributes, lists, tuples and dicts;
-* ``torch.compiler.is_compiling()`` and ``is_exporting()`` are False.  transformers' own code is told True,
-  which it asks where it would read values of a mask, but for the modules of ``_AS_EAGER``;
-* what changes from step to step (``_version``, a parameter's ``grad``), or has no answer (``data_ptr()``), is
-  refused with the line;
-* ``buffer.data = new`` and ``buffer.set_(new)`` write the values into the buffer, and ``buffer.data`` shares its.
+  attributes that somebody set on a parameter are those of the tensor that the stand-in stands for; so
+  are the parameters and buffers that modules hold a second time, in plain attributes, lists, tuples and
+  dicts;
+* ``torch.compiler.is_compiling()`` and ``is_exporting()`` are False. transformers' own code is told
+  True, which it asks where it would read values of a mask, but for the modules of ``_AS_EAGER``;
+* what changes from step to step (``_version``, a parameter's ``grad``), or has no answer
+  (``data_ptr()``), is refused with the line;
+* ``buffer.data = new`` and ``buffer.set_(new)`` write the values into the buffer, and ``buffer.data``
+  shares its.
 
 ``type`` and ``id`` are replaced in ``builtins`` for the time of the capture, and look at who asks.
 
-Known limits: C code asks past all this; ``isinstance(n, int)`` of a size that varies is False; parameters that
-code holds in globals, closures or deeper inside objects are other objects than the stand-ins; where parts of a
-model are compiled, ``type`` and ``id`` stay what they are, since Dynamo would not know them.
+Known limits: C code asks past all this; ``isinstance(n, int)`` of a size that varies is False;
+parameters that code holds in globals, closures or deeper inside objects are other objects than the
+stand-ins; where parts of a model are compiled, ``type`` and ``id`` stay what they are, since Dynamo
+would not know them.
 """
 
 from __future__ import annotations
@@ -163,8 +166,8 @@ class Questions:
     def _replaces(self, what: str) -> None:
         place = users_place(sys._getframe(2), self._thread)
         raise TraceError(
-            f"the forward {what} at {place}; a planned step can only write values into a buffer. Copy into it "
-            "(buffer.copy_(new)), or do it outside forward"
+            f"the forward {what} at {place}; a planned step can only write values into a buffer. Copy into "
+            "it (buffer.copy_(new)), or do it outside forward"
         )
 
     def _answers(self) -> dict[str, Any]:
@@ -270,7 +273,7 @@ def stand_in(tensor: torch.Tensor, original: torch.Tensor) -> None:
             setattr(tensor, name, value)
     setattr(tensor, _STANDS_FOR, original)
     if isinstance(original, nn.Parameter):
-        tensor._is_param = True  # type: ignore[attr-defined]
+        tensor._is_param = True
 
 
 @contextlib.contextmanager
