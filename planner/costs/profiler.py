@@ -33,6 +33,7 @@ from planner.capture import meta
 from planner.costs.cache import Measured
 from planner.costs.roofline import operands_of, packet_of
 from planner.devices.rates import DEVICES, Device
+from planner.graph import kernels
 
 __all__ = ["device_for", "measure", "signature_of", "undisturbed"]
 
@@ -190,7 +191,7 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
     def prepared() -> Callable[[], Any]:
         operands = {source: pytree.tree_map(real, meta.value(source)) for source in node.all_input_nodes}
         args, kwargs = map_arg((node.args, node.kwargs), operands.__getitem__)
-        target: Any = node.target
+        target: Any = kernels.write_over if node.target is kernels.written else node.target
         return lambda: target(*args, **kwargs)
 
     operand_bytes = sum(size_hint(t.numel()) * t.element_size() for t in operands_of(node))

@@ -113,6 +113,8 @@ def node_bytes(node: fx.Node) -> int:
     if is_view(node):
         return 0
     operands, written = operands_of(node), _distinct_bytes(outputs_of(node))
+    if node.target is kernels.written:  # mostly over its first operand, of which a part is touched
+        return 2 * min(_distinct_bytes(operands[1:]), written)
     if packet_of(node) in _GATHERS and operands:
         table, *indices = operands
         return min(_touched_bytes(table), written) + _distinct_bytes(indices) + written
