@@ -243,6 +243,7 @@ class PendingCall:
             elif argument.kind in _KEPT:
                 boxed.append(next(here))
             else:
+                self._refuse_written(argument)
                 boxed.append(self.direct[argument])
         self.held[index] = {}
         return boxed
@@ -284,8 +285,6 @@ class PendingCall:
         assert self.now is not None
         return tensor.clone() if self.now.keep and argument in segment.overwrites else tensor
 
-    # -- running again -----------------------------------------------------------------------------
-
     def _refuse_written(self, argument: Argument) -> None:
         """Autograd sees in-place changes of what it saved; a buffer is not saved."""
         seen = self.versions.get(argument)
@@ -295,6 +294,8 @@ class PendingCall:
                 "reads it: by another forward, or by hand. Run the backward first, or restore the model's "
                 "own forward (plan.restore(model)), where autograd refuses what it cannot do"
             )
+
+    # -- running again -----------------------------------------------------------------------------
 
     def _again(self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool) -> _Pass:
         """Run the forward again, by a program that serves these outputs, and their whole backward at once."""
