@@ -54,7 +54,7 @@ def _saved(folder: str, kind: type[Any], width: int, layers: int) -> None:
     BertTokenizer(vocab={n: i for i, n in enumerate(names)}, model_max_length=64).save_pretrained(folder)
 
 
-def cross_encoder(width: int = 32, layers: int = 2) -> CrossEncoder:
+def cross_encoder(width: int = 32, layers: int = 1) -> CrossEncoder:
     """A BERT with dropout, the same weights at every call."""
     with tempfile.TemporaryDirectory() as folder:
         _saved(folder, BertForSequenceClassification, width, layers)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("binary", 0.75), ("list", 0.9), ("negatives", 0.8), ("sentences", 0.8)]
+    ("name", "share"), [("binary", 0.9), ("list", 0.9), ("negatives", 0.8), ("sentences", 0.8)]
 )
 def test_training_within_the_budget_bit_for_bit(name: str, share: float, tmp_path: Path) -> None:
     without = rerankers.train(name, tmp_path / "a", eval_strategy="epoch")
@@ -72,7 +72,7 @@ def test_dynamic_padding_is_traced_a_few_times(tmp_path: Path, monkeypatch: pyte
 
 
 def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
-    model = rerankers.cross_encoder(width=64, layers=4)
+    model = rerankers.cross_encoder(width=64, layers=3)
     texts = [(f"w{i} w2", " ".join(f"w{j}" for j in range(i, i + 30))) for i in range(8)]
     model.train()
 
@@ -85,7 +85,7 @@ def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
     plain_flops = step_flops(step)
     model.gradient_checkpointing_enable()
     stock_bytes, stock_flops = step_peak(step), step_flops(step)
-    planner.enable(model, (stock_bytes - 1) / 1e9, costs="roofline", time_limit_s=5, now=True)
+    planner.enable(model, (stock_bytes - 1) / 1e9, costs="roofline", time_limit_s=2, now=True)
     step()
     assert step_peak(step) < stock_bytes
     assert plain_flops < step_flops(step) < stock_flops
@@ -93,7 +93,7 @@ def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
     without = rerankers.train("binary", tmp_path / "a")
-    budget = 0.75 * max(without.peaks) / 1e9
+    budget = 0.9 * max(without.peaks) / 1e9
     folder = tmp_path / "b"
     command = [sys.executable, "-m", "tests.rerankers", str(folder), str(budget)]
     child = subprocess.run(
