@@ -333,17 +333,45 @@ def test_a_sequence_of_other_ops_is_stale(file: Path) -> None:
         planner.load(file).apply(tiny.seeded(tiny.Mlp))
 
 
-def test_loading_executes_nothing(file: Path) -> None:
-    audit = (
-        "import sys, planner\n"
+IMPORTED, LOADED = "imported", "loaded"
+
+
+@pytest.fixture(scope="module")
+def fresh(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """A new interpreter that imports the package, says so, loads a plan under audit, and says so."""
+    path = tmp_path_factory.mktemp("fresh") / "mlp.json"
+    plan.save(path)
+    code = (
+        "import logging\n"
+        "before = list(logging.root.handlers), logging.root.level\n"
+        "import planner\n"
+        "assert (list(logging.root.handlers), logging.root.level) == before\n"
+        "names = [n for n in logging.root.manager.loggerDict if n.split('.')[0] in ('planner', 'solvers')]\n"
+        "assert not any(logging.getLogger(n).handlers for n in names)\n"
+        "assert all(logging.getLogger(n).level == logging.NOTSET for n in names)\n"
+        f"print({IMPORTED!r}, flush=True)\n"
+        "import sys\n"
         "bad = ('exec', 'compile', 'import', 'subprocess.Popen', 'os.system', 'pickle.find_class')\n"
         "planner.load(sys.argv[1])\n"  # what is imported late is imported now
         "seen = []\n"
         "sys.addaudithook(lambda event, args: seen.append(event) if event in bad else None)\n"
         "planner.load(sys.argv[1])\n"
         "assert not seen, seen\n"
+        f"print({LOADED!r})\n"
     )
-    subprocess.run([sys.executable, "-c", audit, str(file)], check=True, cwd=ROOT, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:planner", "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_loading_executes_nothing(fresh: subprocess.CompletedProcess[str]) -> None:
+    assert fresh.returncode == 0, fresh.stderr
+    assert fresh.stdout.splitlines()[-1] == LOADED
 
 
 # -- the package ----------------------------------------------------------------------------------
@@ -390,25 +418,9 @@ def _dunder(name: str) -> bool:
     return all(part.startswith("__") or not part.startswith("_") for part in name.split("."))
 
 
-def test_importing_says_nothing_and_handles_no_logs() -> None:
-    code = (
-        "import logging\n"
-        "before = list(logging.root.handlers), logging.root.level\n"
-        "import planner\n"
-        "assert (list(logging.root.handlers), logging.root.level) == before\n"
-        "names = [n for n in logging.root.manager.loggerDict if n.split('.')[0] in ('planner', 'solvers')]\n"
-        "assert not any(logging.getLogger(n).handlers for n in names)\n"
-        "assert all(logging.getLogger(n).level == logging.NOTSET for n in names)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:planner", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and done.stderr == ""
+def test_importing_says_nothing_and_handles_no_logs(fresh: subprocess.CompletedProcess[str]) -> None:
+    assert fresh.stdout.splitlines()[:1] == [IMPORTED], fresh.stderr
+    assert fresh.stderr == ""
 
 
 def test_public_names_exist_and_are_documented() -> None:
