@@ -17,7 +17,7 @@ from planner.plan import Plan
 from planner.solving.priced import PricedStep, prepare
 from tests.models import CASES
 
-QUICK = Search(time_limit_s=0.5)
+QUICK = Search(time_limit_s=0.25)
 
 
 class Noisy(nn.Module):
@@ -89,7 +89,7 @@ def test_a_random_op_at_the_peak_runs_unplanned_within_its_own_peak() -> None:
 def test_no_plan_beats_a_bound(kinds: list[str], width: int, rows: int, share: float) -> None:
     torch.manual_seed(0)
     step = prepare(Mixed(kinds, width).train(), (torch.randn(rows, width),), costs="roofline")
-    step = dataclasses.replace(step, least_limit_s=0.5)
+    step = dataclasses.replace(step, least_limit_s=0.25)
     low, high = step.minimum_peak_bytes, step.baseline_peak_bytes
     hold(step, planned_at(step, {low, round(low + share * (high - low)), high}))
 

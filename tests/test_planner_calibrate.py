@@ -16,6 +16,7 @@ from planner import InfeasibleBudgetError, PlannerError
 from planner._compat import FakeTensorMode
 from planner.devices.state import DeviceSegment, segments_of
 from planner.measure import CudaPeak, cuda_step_peak, peaks, step_peak
+from planner.options import Search
 from planner.runtime.forward import planned_forward_of
 from planner.solving import calibrate
 from planner.solving.calibrate import Calibration, Round, StepBytes, calibrated, measured_bytes
@@ -39,7 +40,8 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def step() -> PricedStep:
-    return prepare(seeded(Net), batch(256, labels=True), costs="roofline")
+    search = Search(time_limit_s=1.0)
+    return prepare(seeded(Net), batch(256, labels=True), costs="roofline", search=search)
 
 
 @pytest.fixture(scope="module")
