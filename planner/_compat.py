@@ -49,6 +49,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "at_end_of_backward",
+    "backward_functions",
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
@@ -134,14 +135,21 @@ def compiler_flags(answer: Callable[[FrameType | None], bool]) -> Iterator[None]
     def asked() -> bool:
         return answer(sys._getframe(1))
 
+    def asked_of_fx() -> bool:
+        return answer(sys._getframe(1)) and bool(fx_before())
+
     compiler: Any = torch.compiler
+    fx_tracing: Any = fx._symbolic_trace
+    fx_before = fx_tracing.is_fx_tracing  # 1.13+
     names = "_is_compiling_flag", "_is_exporting_flag", "is_compiling", "is_exporting"
     before = [getattr(compiler, name) for name in names]
     for name, value in zip(names, (False, False, asked, asked), strict=True):
         setattr(compiler, name, value)
+    fx_tracing.is_fx_tracing = asked_of_fx
     try:
         yield
     finally:
+        fx_tracing.is_fx_tracing = fx_before
         for name, value in zip(names, before, strict=True):
             setattr(compiler, name, value)
 
@@ -535,6 +543,35 @@ def writes_arguments(target: Any) -> bool:
     """Whether an aten overload writes to one of its arguments; ``False`` for what has no schema; 1.12+."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+@contextlib.contextmanager
+def backward_functions(around: Callable[..., Any]) -> Iterator[None]:
+    """The user's functions that run in a backward are called by ``around``; process-global, put back.
+
+    ``around(function, call, ctx)`` for a Function's backward, ``around(function, call)`` for a hook that is
+    registered on a stand-in meanwhile.
+    """
+    from torch.autograd.function import BackwardCFunction  # what the engine calls; 1.0+
+
+    apply, register = BackwardCFunction.apply, torch.Tensor.register_hook
+
+    def applied(self: Any, *args: Any) -> Any:
+        return around(self._forward_cls.backward, functools.partial(apply, self, *args), self)
+
+    def registered(self: torch.Tensor, hook: Callable[..., Any]) -> Any:
+        @functools.wraps(hook)
+        def hooked(gradient: torch.Tensor) -> Any:
+            return around(hook, functools.partial(hook, gradient))
+
+        return register(self, hooked if isinstance(self, STAND_INS) else hook)
+
+    own: Any = BackwardCFunction, torch.Tensor
+    own[0].apply, own[1].register_hook = applied, registered
+    try:
+        yield
+    finally:
+        own[0].apply, own[1].register_hook = apply, register
 
 
 def pieces_of(func: object) -> Callable[..., Any] | None:

@@ -49,9 +49,55 @@ def counted(net: Any, h: Tensor) -> Tensor:
     return h
 
 
+def logged(_: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: LOG.append(g.mean()))
+    return h
+
+
+def counted_outside(_: Any, h: Tensor) -> Tensor:
+    seen = {"count": 0}
+
+    def count(g: Tensor) -> None:
+        seen["count"] += 1
+
+    h.register_hook(count)
+    return h
+
+
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.log = LOG
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        ctx.log.append(1)
+        return g
+
+
+class Reversed(torch.autograd.Function):
+    """Uses lists of its own in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.done = False
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        ctx.done, parts = True, []
+        for part in (g, g):
+            parts.append(-part)
+        return parts[0] + parts[1]
+
+
 def given_other_memory(net: Any, h: Tensor) -> Tensor:
     net.largest.data = h.detach().abs().amax(0)
     return h
+
+
+LOG: list[Any] = []
 
 
 class Net(nn.Module):
@@ -74,6 +120,9 @@ WRITES = {
     "by a hook": (hooked, r"writes into largest at .*py:\d+ \("),
     "an attribute": (stored, "stores tensors or counts in last"),
     "a count": (counted, "stores tensors or counts in count"),
+    "a list outside the model": (logged, r"<lambda> at .*py:\d+ changes LOG"),
+    "a count in a closure": (counted_outside, r"count at .*py:\d+ changes seen"),
+    "a list of the context": (lambda net, h: Counted.apply(h), r"backward at .*py:\d+ changes log"),
     "other memory": (given_other_memory, r"other memory .*py:\d+ \("),
     "a parameter": (lambda net, h: h * net.first.weight.data.clamp_(-1, 1).sum(), "into first.weight"),
 }
@@ -87,7 +136,7 @@ def test_what_a_plan_would_not_write_is_refused_by_name(middle: Callable[..., Te
         capture(net, {"x": torch.ones(2, 4)})
     after = [*vars(net)["_buffers"].values(), *net.parameters()]
     assert all(a is b for a, b in zip(before, after, strict=True))
-    assert net.count == 0 and net.largest.item() == 0.5 and "last" not in vars(net)
+    assert not LOG and net.count == 0 and net.largest.item() == 0.5 and "last" not in vars(net)
 
 
 def scaled(net: Any, h: Tensor) -> Tensor:
@@ -111,7 +160,11 @@ def written_by_data(net: Any, h: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.parametrize("middle", [scaled, replaced, set_anew, written_by_data])
+def negated(_: Any, h: Tensor) -> Tensor:
+    return Reversed.apply(h)
+
+
+@pytest.mark.parametrize("middle", [negated, scaled, replaced, set_anew, written_by_data])
 def test_what_the_forward_writes_is_there_as_in_eager(middle: Callable[..., Tensor]) -> None:
     report = planned(Net(middle), {"x": torch.ones(2, 4)}).verify()
     assert report.equal and report.comparison.buffers.count == 1

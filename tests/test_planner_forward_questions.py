@@ -61,6 +61,7 @@ ASKS: dict[str, tuple[bool, Callable[[Any, Tensor, Tensor], bool]]] = {
     "grad_fn": (True, lambda m, x, h: m.first.weight.grad_fn is None and h.grad_fn is not None),
     "compiling": (False, lambda m, x, h: compiles()),
     "identity": (True, lambda m, x, h: any(p is m.first.weight for p in m.held[0]) and m.also[0] is m.seen),
+    "key": (True, lambda m, x, h: m.first.weight in m.keys and m.last.weight not in m.keys),
     "id": (True, lambda m, x, h: m.named[id(m.first.weight)] == "first"),
     "attribute": (True, lambda m, x, h: is_tagged(m)),
     "layout": (
@@ -81,6 +82,7 @@ class Net(nn.Module):
         self.first.weight.tagged = True  # type: ignore[attr-defined]
         self.held, self.also = [[self.last.weight, self.first.weight]], (self.seen,)
         self.named = {id(self.first.weight): "first"}
+        self.keys = {self.first.weight: 1}
         self.asks = asks
         self.answer: bool | None = None
 

@@ -95,10 +95,24 @@ def reseeded(_: Any, h: Tensor) -> Tensor:
     return F.dropout(h, 0.5)
 
 
+def put_back(_: Any, h: Tensor) -> Tensor:
+    state = random.getstate()
+    h = h * random.random()
+    random.setstate(state)
+    return h
+
+
+def kept(net: Any, h: Tensor) -> Tensor:
+    if not hasattr(net, "made"):
+        net.made = random.Random(5)
+    return h * net.made.random()
+
+
 DRAWS = {
     "python": lambda _, h: h if random.random() < 0.5 else h.tanh(),
     "python, by its method's name": lambda _, h: h * choice((1.0, 2.0)),
     "a Random of its own": lambda _, h: h * OWN.uniform(0, 1),
+    "a state put back after the draw": put_back,
     "numpy": lambda _, h: h * float(np.random.rand()),
     "a numpy Generator": lambda _, h: h + torch.from_numpy(NUMPYS.random(4, dtype=np.float32)),
     "a numpy RandomState": lambda _, h: h * OLD_NUMPYS.randint(3),
@@ -124,6 +138,19 @@ def test_a_draw_that_a_graph_would_freeze_is_refused_with_its_line(middle: Calla
     assert states() == before
 
 
+def test_a_generator_that_the_first_call_makes_and_keeps_is_refused_by_name() -> None:
+    with pytest.raises(TraceError, match=r"makes a generator and keeps it in made: .* outside forward"):
+        capture(Net(kept), (torch.ones(2, 4),))
+
+
+def seeded_for_a_while(_: Any, h: Tensor) -> Tensor:
+    state = random.getstate()
+    random.seed(0)
+    h = h * random.random()
+    random.setstate(state)
+    return h
+
+
 def skips(net: Any, h: Tensor) -> Tensor:
     return h.tanh() if net.skip > 0 and random.random() < net.skip else h
 
@@ -136,7 +163,7 @@ def defaults(_: Any, h: Tensor) -> Tensor:
     return h * torch.empty_like(h).bernoulli_(0.5, generator=torch.default_generator)
 
 
-@pytest.mark.parametrize("middle", [skips, same_noise, defaults])
+@pytest.mark.parametrize("middle", [skips, same_noise, seeded_for_a_while, defaults])
 def test_what_draws_as_eager_draws_is_planned(middle: Callable[..., Tensor]) -> None:
     net = Net(middle)
     net.held = random.Random(0)  # type: ignore[assignment]

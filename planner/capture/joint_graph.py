@@ -35,7 +35,7 @@ from torch import fx, nn
 from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
-from planner.capture.as_eager.backward import Installed
+from planner.capture.as_eager.backward import Installed, Noted
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import Questions, stand_in, standing_in
@@ -212,7 +212,7 @@ def _captured(
         torch.enable_grad(),
         attributes_kept(model) as effects,
         _compat.checkpoint_calls() as calls,
-        Generators() as generators,
+        Generators(model) as generators,
         explained(model, calls),
         _as_eager_asks(model) as questions,
     ):
@@ -220,15 +220,17 @@ def _captured(
         if loss_fn is not None:
             loss, used = _trace_loss(model, given, loss_fn)
         step = _FlatModel(model, flat, fake, in_spec, used)
-        with _module_paths(model), generators.watched():
+        noted = Noted(model)
+        with _module_paths(model), generators.watched(), noted.watched():
             try:
                 module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
             finally:
                 step.installed.remove()
         questions.refuse(type(model).__name__)
+        noted.refuse()
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         if not calls.count:  # checkpointing handles random states, and is refused for itself
-            generators.refuse(type(model).__name__, module, lambda: _step_on_fakes(model, given))
+            generators.refuse(model, module, lambda: _step_on_fakes(model, given))
     _refuse_side_effects(model, given, calls.count > 0, effects)
     template = step.template
     assert template is not None

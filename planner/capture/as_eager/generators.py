@@ -11,9 +11,12 @@ state back.
 * torch's: ``manual_seed``, ``seed``, ``initial_seed``, ``get_rng_state``, ``set_rng_state`` and with them
   ``fork_rng`` are watched while the forward runs.  A generator of the user's own is found in the graph.
 
-Known limits: an instance that ``gc.freeze`` hid goes unseen, and so does a draw from Python's or numpy's
-between saving a state and setting it again, and entropy read otherwise than through ``random`` and
-``numpy.random`` (``os.urandom``, the time).
+* A state of Python's or numpy's global generator that the forward sets again: refused, but where it had
+  seeded them in between, and so drew the same as at every step.
+
+Known limits: an instance that ``gc.freeze`` hid goes unseen, and so does a draw from an instance between
+saving its state and setting it again, and entropy read otherwise than through ``random`` and ``numpy.random``
+(``os.urandom``, the time).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
@@ -137,13 +140,17 @@ def _of_torch(generator: torch.Generator) -> _Source:
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from _global()
-    numpy_random = _numpy_random()
-    numpys = frozenset() if numpy_random is None else _kinds(numpy_random.Generator, numpy_random.RandomState)
+    numpys = _kinds(*_numpys())
     pythons = _kinds(random.Random) - _kinds(random.SystemRandom)
     things = gc.get_objects()  # hundreds of thousands: no Python between one and the next
     for thing in itertools.compress(things, map(pythons.union(numpys).__contains__, map(type, things))):
         with contextlib.suppress(Exception):  # half made, or a subclass without a state
             yield _of_python(thing) if type(thing) in pythons else _of_numpy(thing)
+
+
+def _numpys() -> tuple[type, ...]:
+    numpy_random = _numpy_random()
+    return () if numpy_random is None else (numpy_random.Generator, numpy_random.RandomState)
 
 
 def _kinds(*classes: type) -> frozenset[type]:
@@ -197,16 +204,18 @@ def global_states() -> dict[str, torch.Tensor]:
 class Generators:
     """All generators around a capture: put back on leaving, and asked in between who drew.
 
-    with Generators() as generators:
+    with Generators(model) as generators:
         with generators.watched():
             ...  # trace
         generators.refuse(...)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._there = {id(value) for module in model.modules() for value in vars(module).values()}
         self._sources: list[_Source] = []
         self._handled: list[tuple[str, str]] = []  # (what the forward did, where)
         self._unseeded: list[str] = []
+        self._drawn: list[tuple[str, str]] = []  # (a global generator, where its state was set after a draw)
 
     def __enter__(self) -> Generators:
         self._sources = [*_torchs(), *_alive()]
@@ -236,19 +245,47 @@ class Generators:
             if place is not None:
                 self._unseeded.append(place)
 
-        with _default_generators_watched(handled), _entropy_watched(unseeded):
+        def set_again(name: str) -> None:
+            place = users_place(sys._getframe(2), thread)
+            if place is not None:
+                self._drawn.append((name, place))
+
+        with (
+            _default_generators_watched(handled),
+            _entropy_watched(unseeded),
+            _set_again_watched(_global(), set_again),
+        ):
             yield
 
-    def refuse(self, model_name: str, graph: fx.GraphModule, again: Callable[[], object]) -> None:
+    def _kept_since(self, model: nn.Module) -> str | None:
+        """An attribute that holds a generator which was not there on entering."""
+        kinds = tuple(_kinds(random.Random, *_numpys(), torch.Generator) - _kinds(random.SystemRandom))
+        for path, module in model.named_modules():
+            for key, value in vars(module).items():
+                if type(value) in kinds and id(value) not in self._there:
+                    return f"{path}.{key}" if path else key
+        return None
+
+    def refuse(self, model: nn.Module, graph: fx.GraphModule, again: Callable[[], object]) -> None:
         """Raise ``TraceError`` for numbers that ``graph`` could not draw as eager does.
 
         ``again`` runs the step's code once more, on tensors without memory.
         """
+        model_name = type(model).__name__
         if self._handled:
             raise TraceError(_HANDLES.format(model_name, *self._handled[0]))
         if self._unseeded:
             source = "a generator that it makes without a seed"
             raise TraceError(_DRAWS.format(model_name, source, self._unseeded[0]))
+        if self._drawn:
+            raise TraceError(_DRAWS.format(model_name, *self._drawn[0]))
+        made = self._kept_since(model)
+        if made is not None:
+            raise TraceError(
+                f"the forward of {model_name} makes a generator and keeps it in {made}: every step would "
+                "draw the next of its numbers, a planned step what was drawn while planning. Draw outside "
+                "forward and pass it in, or draw with torch (torch.rand, torch.nn.Dropout)"
+            )
         for source_moved in [s for s in self._sources if s.moved]:
             self.restore()
             place = _line_that_moves(source_moved, again)
@@ -316,6 +353,44 @@ def _entropy_watched(told: Callable[[], None]) -> Iterator[None]:
         random.Random.seed = seed  # type: ignore[method-assign]
         if entropy is not None:
             numpy_bits.randbits = entropy
+
+
+@contextlib.contextmanager
+def _set_again_watched(sources: list[_Source], told: Callable[[str], None]) -> Iterator[None]:
+    """The user's code that sets a global generator's state after drawing from it unseeded is told."""
+    numpy_random: Any = _numpy_random()
+    modules: list[tuple[Any, str, _Source]] = [(random, "setstate", sources[0])]
+    if numpy_random is not None:
+        modules.append((numpy_random, "set_state", sources[1]))
+    before = [(module, name, getattr(module, name), module.seed) for module, name, _ in modules]
+
+    def watch(source: _Source, set_state: Callable[..., Any], seed: Callable[..., Any]) -> tuple[Any, Any]:
+        seeded = False
+
+        def watched_set(state: Any) -> None:
+            nonlocal seeded
+            drawn = source.moved and not seeded
+            set_state(state)
+            if drawn or source.moved:  # from its state on entering: another stream
+                told(source.name)
+            seeded = False
+
+        def watched_seed(*args: Any, **kwargs: Any) -> None:
+            nonlocal seeded
+            seeded = bool(args or kwargs)
+            seed(*args, **kwargs)
+
+        return watched_set, watched_seed
+
+    for (module, name, source), (_, _, set_state, seed) in zip(modules, before, strict=True):
+        watched_set, module.seed = watch(source, set_state, seed)
+        setattr(module, name, watched_set)
+    try:
+        yield
+    finally:
+        for module, name, set_state, seed in before:
+            setattr(module, name, set_state)
+            module.seed = seed
 
 
 def _draws_from_its_own(graph: fx.GraphModule) -> bool:

@@ -318,6 +318,10 @@ def _exchanged(holder: Any, there: Mapping[int, Any], depth: int) -> Iterator[tu
             now = there[_id(value)]
         elif kind is tuple and any(_id(item) in there for item in value):
             now = tuple(there.get(_id(item), item) for item in value)
+        elif kind is dict and any(_id(k) in there for k in value):
+            now = {there.get(_id(k), k): there.get(_id(v), v) for k, v in value.items()}
+        elif kind is set and any(_id(item) in there for item in value):
+            now = {there.get(_id(item), item) for item in value}
         elif kind in (dict, list) and depth < _DEEP:
             yield from _exchanged(value, there, depth + 1)
         if now is not value:
