@@ -48,6 +48,7 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
+    "after_backward",
     "at_end_of_backward",
     "backward_functions",
     "batch_norm_is_cudnns",
@@ -73,6 +74,7 @@ __all__ = [
     "is_faked",
     "is_out_of_memory",
     "is_symbol",
+    "is_top_mode",
     "is_transformed",
     "job_store",
     "modes_set_aside",
@@ -396,6 +398,17 @@ def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
 def watching_modes() -> int:
     """How many modes look at every op just now, tracers among them; 2.0+."""
     return int(torch._C._len_torch_dispatch_stack())
+
+
+def is_top_mode(mode: TorchDispatchMode) -> bool:
+    """Whether ``mode`` is the one that was entered last, and may be left; 2.0+."""
+    count = watching_modes()
+    return count > 0 and torch._C._get_dispatch_stack_at(count - 1) is mode
+
+
+def after_backward(then: Callable[[], None]) -> None:
+    """Called inside a backward: ``then()`` at its end; 1.4+."""
+    torch.autograd.Variable._execution_engine.queue_callback(then)
 
 
 def is_faked() -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import planner
+from planner._compat import watching_modes
 from planner.measure import StorageMeter
 from planner.training.ondemand import OnDemand
 from tests import tiny
@@ -57,3 +60,80 @@ def test_a_loop_of_one_call_has_its_plan_from_the_first_batch_on(monkeypatch: py
     monkeypatch.setattr(OnDemand, "make", lambda *_: pytest.fail("planned again"))
     assert first < peak_bytes(model, 1) <= budget
     assert planner.plan_of(model) is plan
+
+
+# -- what lies beside the call --------------------------------------------------------------------
+
+
+def heavy_loss(outputs: Tensor) -> Tensor:
+    """Keeps four tensors as large as its argument."""
+    return (outputs.exp().sin().exp().sin() * 1e-3).mean()
+
+
+def metered(model: nn.Module, loss_fn: Any, x: Tensor) -> int:
+    """Peak bytes of a step, counted from outside."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    with StorageMeter("cpu") as meter:
+        meter.register(*model.parameters(), x)
+        loss_fn(model(x)).backward()
+    return meter.peak_bytes
+
+
+def train(model: nn.Module, loss_fn: Any, x: Tensor, steps: int = 1) -> None:
+    for _ in range(steps):
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss_fn(model(x)).backward()
+
+
+def test_a_loss_outside_is_said_once_and_planned_for(caplog: pytest.LogCaptureFixture) -> None:
+    model, twin, x = net(), net(), view(0)
+    budget = 0.8 * metered(twin, heavy_loss, x)
+    planner.enable(model, budget / 1e9, **FAST, now=True)
+    train(model, heavy_loss, x, steps=4)
+    assert watching_modes() == 0
+    (told,) = (r.message for r in caplog.records if r.levelname == "WARNING")
+    assert "over its budget: the loop holds" in told and "loss_fn=" in told
+    plan = planner.plan_of(model)
+    assert plan.breakdown["margin"] > 0
+    assert metered(model, heavy_loss, x) <= budget
+    assert all(
+        torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_a_loop_that_holds_nothing_beside_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = net(), view(0)
+    budget = 0.7 * metered(net(), Tensor.mean, x)
+    planner.enable(model, budget / 1e9, **FAST, now=True)
+    train(model, Tensor.mean, x, steps=2)
+    plan = planner.plan_of(model)
+    train(model, Tensor.mean, x, steps=4)
+    assert planner.plan_of(model) is plan and plan.breakdown["margin"] == 0
+    assert watching_modes() == 0 and not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_where_nothing_can_be_done_it_trains_on(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = net(), view(0)
+    with pytest.raises(planner.InfeasibleBudgetError) as least:
+        planner.plan(net(), 1e-6, (x,), **FAST)
+    planner.enable(model, 1.01 * least.value.minimum_bytes / 1e9, **FAST, now=True)
+    train(model, heavy_loss, x, steps=5)
+    told = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(told) == 2 and "over its budget" in told[0] and "trains on without regard" in told[1]
+
+
+def test_a_meter_of_ones_own_is_never_mixed_up_with_ours() -> None:
+    model, x = net(), view(0)
+    planner.enable(model, 1, **FAST, now=True)
+    outputs = model(x)
+    with StorageMeter("cpu") as meter:
+        loss = outputs.mean()
+        loss.backward()
+        del outputs, loss
+        assert watching_modes() == 2
+    assert meter.peak_bytes and watching_modes() == 1
+    with torch.no_grad():
+        model(x)
+    assert watching_modes() == 0

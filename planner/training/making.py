@@ -64,6 +64,7 @@ class PlanMaker:
     ) -> None:
         self.root, self.planned, self.settings, self.outputs = root, planned, settings, outputs
         self.calls, self.around = calls, around
+        self.around_bytes = 0  # that a training loop was seen to hold beside the calls
         self._steps = StepCache(settings.max_plans)
 
     def change(self, settings: Settings) -> None:
@@ -95,7 +96,7 @@ class PlanMaker:
         if self.calls.per_step is None:
             limit_s = min(limit_s, FIRST_STEP_S)
         step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
-        step = self._letting_go(step)
+        step = self._letting_go(step.with_margin(self.around_bytes))
         try:
             return self._made_once(call, step, search, hint)
         except InfeasibleBudgetError as error:
@@ -184,10 +185,11 @@ class PlanMaker:
             room.left_bytes, step.problem.resident_bytes, room.most_bytes, self.calls.per_step, place
         )  # fmt: skip
         sizes = [tuple(tensor.shape) for tensor in step.joint.inputs.tensors()]
-        varies = step.varying is not None
+        varies, around = step.varying is not None, self.around_bytes
         key = (
-            f"{step.captured.fingerprint} {sizes} {varies} {needs} {search.solver} {search.time_limit_s} "
-            f"{self.settings.costs} {step.outputs} {sorted(step.graph.released)} {sorted(step.graph.kept)}"
+            f"{step.captured.fingerprint} {sizes} {varies} {around} {needs} {search.solver} "
+            f"{search.time_limit_s} {self.settings.costs} {step.outputs} {sorted(step.graph.released)} "
+            f"{sorted(step.graph.kept)}"
         )
 
         def adopt(received: PlanData) -> Plan:

@@ -34,12 +34,14 @@ from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
 from planner.runtime.held_outputs import HeldOutputs
 from planner.training import huggingface
+from planner.training.as_run import AsRun
 from planner.training.calls import Call, Signature
 from planner.training.making import PlanMaker
 from planner.training.plan_cache import KeptPlan, PlanCache
 from planner.training.settings import Settings
 from planner.training.sharing import Room
 from planner.training.step_calls import StepCalls
+from planner.units import bytes_text
 
 __all__ = ["OnDemand"]
 
@@ -65,6 +67,9 @@ class OnDemand:
         self._announced = False
         self._calls = StepCalls(settings.calls_per_step, huggingface.usual_calls(root))
         self._outputs = HeldOutputs(settings.outputs)
+        self._as_run = AsRun(self._found)
+        self._predicted_bytes = self._state_bytes = 0  # of the step being metered
+        self._said_over = False
         self._maker = PlanMaker(root, planned, settings, self._calls, around, self._outputs)
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
@@ -154,10 +159,15 @@ class OnDemand:
         try:
             plan = self._maker.make(call, search, self.last)
         except InfeasibleBudgetError as error:
-            if standing is None or standing.runner.unforeseen is None:
+            if standing is not None and standing.runner.unforeseen is not None:
+                self._outputs.settle(standing.runner.step, type(self.root).__name__, error)
+                return standing
+            if not self._maker.around_bytes:
                 raise
-            self._outputs.settle(standing.runner.step, type(self.root).__name__, error)
-            return standing
+            log.warning("%s; it trains on without regard to what lies beside the planned call", error)
+            self._maker.around_bytes = 0
+            self._as_run.give_up()
+            plan = self._maker.make(call, search, self.last)
         runner = PlannedForward(self.planned, plan.executable(), original=original)
         runner.outputs = self._outputs if self.settings.outputs != "held" else None
         room = self._room(call)
@@ -184,7 +194,60 @@ class OnDemand:
         except InfeasibleBudgetError:
             return alone
 
-    def started(self, kept: KeptPlan) -> None:
+    def run(self, kept: KeptPlan, call: Call) -> Any:
+        """The call as planned; the first ones are metered."""
+        if call.signature.place == 1:
+            self._as_run.end()
+        if not self._as_run.runs:
+            self._predicted_bytes = 0
+            self._as_run.begin(lambda: self._there(call), home_of(self.planned, call.leaves))
+        before_bytes = self._calls.held_bytes
+        try:
+            outputs = kept.runner.run(call.leaves, call.in_spec)
+        except BaseException:
+            self._as_run.end()
+            raise
+        self._started(kept)
+        if self._as_run.runs:
+            plan = self.last if self.last is not None and kept.any_size else kept.plan
+            self._state_bytes = max(plan.timeline_by_kind.get("optimizer_state", ()), default=0)
+            own_bytes = max(plan.timeline, default=0) - self._state_bytes - self._maker.around_bytes
+            self._predicted_bytes = max(self._predicted_bytes, before_bytes + int(own_bytes))
+            last = kept.runner.last_call
+            self._as_run.ran(outputs, None if last is None else last())
+        return outputs
+
+    def settle(self) -> None:
+        """Another call than a planned one comes: a meter that is still on has done its work."""
+        self._as_run.end()
+
+    def _there(self, call: Call) -> list[torch.Tensor]:
+        """What a step finds on the device."""
+        gradients = [p.grad for p in self._held if p.grad is not None]
+        return [*self._held, *self.root.buffers(), *gradients, *call.inputs.tensors()]
+
+    def _found(self, peak_bytes: int) -> None:
+        """A metered step took so much, without the optimizer's state."""
+        assert self.settings.budget_bytes is not None
+        over = peak_bytes + int(self._state_bytes) - self.settings.budget_bytes
+        beside = peak_bytes - self._predicted_bytes
+        if over <= 0 or beside <= 0:
+            return
+        self._maker.around_bytes = max(beside, self._maker.around_bytes + over)
+        self._plans = PlanCache(self.settings.max_plans)
+        if not self._said_over:
+            self._said_over = True
+            log.warning(
+                "a step of %s took %s, %s over its budget: the loop holds %s beside the planned "
+                "call (a loss outside the model, outputs or inputs that are kept, metrics). It is planned "
+                "for from here on; with loss_fn= the loss is part of the plan",
+                type(self.root).__name__,
+                bytes_text(peak_bytes + int(self._state_bytes)),
+                bytes_text(over),
+                bytes_text(beside),
+            )
+
+    def _started(self, kept: KeptPlan) -> None:
         """The forward of a call has run; from here to its backward it holds memory."""
         step, held = kept.runner.sets.now, kept.plan.held_bytes
         variants = step.variants

@@ -134,6 +134,7 @@ class Switch:
         if args and args[0] is self.planned:  # bound once more, by a library that unwraps forwards
             args = args[1:]
         if not self._trains(args, kwargs):
+            self._plans.settle()
             return self.original(*args, **kwargs)
         if not self.planned.training and not self._is_known_to_train(args, kwargs):
             return self._unplanned(args, kwargs)
@@ -148,9 +149,7 @@ class Switch:
                 raise
             self._refuse(args, kwargs, error)
             return self._unplanned(args, kwargs)
-        outputs = kept.runner.run(call.leaves, call.in_spec)
-        self._plans.started(kept)
-        return outputs
+        return self._plans.run(kept, call)
 
     def _trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return (
@@ -238,8 +237,8 @@ class Switch:
             self._tell(
                 name,
                 f"{name} ({type(part).__name__}) of this {root} was called by itself and trains ({where}): "
-                f"the call ran without a plan{unplanned.held_text(held)}. Planned are calls of the whole {root}; "
-                f"call that, or enable the part that is called, planner.enable(model.{name}, ...)",
+                f"the call ran without a plan{unplanned.held_text(held)}. Planned are calls of the whole "
+                f"{root}; call that, or enable the part that is called, planner.enable(model.{name}, ...)",
             )
 
         unplanned.when_differentiated(outputs, differentiated)
