@@ -55,7 +55,10 @@ def enable(
     ``activation_checkpointing=True``), by ``model.gradient_checkpointing_enable()``, which every model has
     from here on, or by ``now=True``.  Any of the options may also come with the switch, as
     ``gradient_checkpointing_kwargs={"budget_gb": 8}``.  From then on each kind of training batch is planned
-    when it first comes; evaluation, ``generate`` and ``no_grad`` run as they always did.
+    when it first comes; evaluation, ``generate`` and ``no_grad`` run as they always did.  A model in eval
+    mode is planned once a backward came through it, a frozen one where its input asks for a gradient; a part
+    that trains by itself is named in a warning.  What the first steps take beside the planned calls is
+    counted from then on.
 
     ``budget_gb``  GB of 10**9 bytes for the whole step on the device, as for :func:`planner.plan`.
                    Parameters, gradients and optimizer state are those of ``model``; what is planned is
@@ -69,7 +72,8 @@ def enable(
     ``max_plans``  plans kept at once.  The first two shapes are planned one by one; from the third on, sizes
                    vary in one plan (:mod:`planner.runtime.variants`).
     ``calls_per_step``  how often the loss calls the model before the backward; the calls share the budget.
-                   By default 1, and for sentence-transformers models what the first step shows.
+                   By default what the first step shows, which is run at a low peak where its first call would
+                   leave no room for another.
     ``outputs``    until when the loop holds what the model returns, as for :func:`planner.plan`; "auto": as
                    the first steps show.  Where several calls share the budget, that means held.
 
