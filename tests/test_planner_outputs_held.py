@@ -20,6 +20,7 @@ from planner.options import OutputsMode, Search
 from planner.plan import Plan
 from planner.plans.serialize import from_text, to_text
 from planner.solving.priced import PricedStep, prepare
+from tests.benchmarks import bench_outputs
 from tests.tiny import assert_same_bits, batch, run, seeded
 
 SOON = Search(time_limit_s=2.0)
@@ -238,6 +239,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main([*line.split(), outputs]) == 0
         least[outputs] = json.loads(capsys.readouterr().out)["points"][0]["peak_bytes"]
     assert least["released"] < least["held"] == least["auto"]
+
+
+def test_the_flags_own_peak_as_measured() -> None:
+    """What the benchmark's rows claim, of every model it has."""
+    rows = [bench_outputs.Row(**row) for row in json.loads(bench_outputs.RESULTS.read_text())["rows"]]
+    assert {row.model for row in rows} == set(bench_outputs.CASES) and len(rows) == 5 * len(
+        bench_outputs.CASES
+    )
+    assert bench_outputs.failures(rows) == []
+    worse = [dataclasses.replace(row, peak_bytes=1) for row in rows if row.way == "held"]
+    assert len(bench_outputs.failures([*rows, *worse])) == sum(r.predicted_bytes is not None for r in worse)
 
 
 # -- what the loop was seen to do -----------------------------------------------------------------
