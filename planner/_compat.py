@@ -89,8 +89,8 @@ __all__ = [
     "symbolic_fake",
     "symbolic_mode",
     "values_unchecked",
-    "weak_storage",
     "watching_modes",
+    "weak_storage",
     "writes_arguments",
     "writes_so_far",
 ]
