@@ -432,6 +432,12 @@ def saved_tensors_hooks_set_aside() -> Iterator[None]:
             hooks._push_saved_tensors_default_hooks(*pair)
 
 
+def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
+    """What runs when the gradient of a leaf has been added up, by handle; empty without any; 2.1+."""
+    found: dict[int, Any] | None = parameter._post_accumulate_grad_hooks
+    return {} if found is None else found
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata

@@ -16,9 +16,10 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
+from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import OutputsMode, Search, checked_outputs
+from planner.options import GradientsMode, OutputsMode, Search, checked_gradients, checked_outputs
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -44,6 +45,7 @@ def plan(
     on_larger: OnLarger = "replan",
     calibrate: bool = False,
     outputs: OutputsMode = "auto",
+    gradients: GradientsMode = "held",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -78,6 +80,12 @@ def plan(
                       that they are gone.  "auto": held, or, where no such plan fits, released; an applied
                       plan looks at the first steps and plans again for what each output does, also where
                       the last call's are still held while the next one runs.
+    ``gradients``     "held": they are there until the loop lets go of them, after the step.  "consumed":
+                      hooks on the parameters (``register_post_accumulate_grad_hook``) step the optimizer and
+                      drop them inside the backward; each then counts until its hook has run.  Parameters
+                      without a hook keep theirs.  "auto" is "held": only a step that runs shows what a hook
+                      does, as under :func:`planner.enable`.  What an optimizer's step in a hook takes for
+                      itself is not counted beside the activations.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -92,6 +100,7 @@ def plan(
     budget_bytes = budget_bytes_of(budget_gb)
     search = Search(solver, time_limit_s, progress)
     checked_outputs(outputs)
+    checked_gradients(gradients)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -101,6 +110,8 @@ def plan(
             model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
             on_larger=on_larger, search=search, outputs=outputs,
         )  # fmt: skip
+        if gradients == "consumed":
+            step = step.consuming(hooked(step.model))
         make = calibrated if calibrate else PricedStep.plan_bytes
         made = make(step, budget_bytes, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
@@ -128,6 +139,7 @@ def frontier(
     solver: str = "auto",
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
+    gradients: GradientsMode = "held",
     progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
@@ -144,4 +156,6 @@ def frontier(
         step = prepare(
             model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search, outputs=mode
         )
+        if checked_gradients(gradients) == "consumed":
+            step = step.consuming(hooked(step.model))
         return step.frontier(budgets, search, points=points)

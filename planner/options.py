@@ -11,11 +11,15 @@ from planner.progress import Progress, Reporter, reporting
 from solvers import SOLVERS
 from solvers.fixed_order import checked_time_limit
 
-__all__ = ["OutputsMode", "Search", "checked_outputs"]
+__all__ = ["GradientsMode", "OutputsMode", "Search", "checked_gradients", "checked_outputs"]
 
 # Until when the caller holds what the model returns: to the step's end, to the start of the backward, or
 # as the first steps show.
 OutputsMode: TypeAlias = Literal["held", "released", "auto"]
+
+# Until when the gradients of parameters are there: beyond the step, until a hook uses them up inside the
+# backward, or as the first step shows.
+GradientsMode: TypeAlias = Literal["held", "consumed", "auto"]
 
 
 def checked_outputs(outputs: OutputsMode) -> OutputsMode:
@@ -23,6 +27,13 @@ def checked_outputs(outputs: OutputsMode) -> OutputsMode:
     if outputs not in ("held", "released", "auto"):
         raise ValueError(f"outputs must be 'held', 'released' or 'auto', not {outputs!r}")
     return outputs
+
+
+def checked_gradients(gradients: GradientsMode) -> GradientsMode:
+    """``gradients`` if it is one of the three; ``ValueError`` if not."""
+    if gradients not in ("held", "consumed", "auto"):
+        raise ValueError(f"gradients must be 'held', 'consumed' or 'auto', not {gradients!r}")
+    return gradients
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from planner._compat import pytree
+from planner._compat import post_accumulate_hooks, pytree
 from planner.capture.as_eager.generators import global_states_kept
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn, loss_within, register_dataclasses
@@ -30,6 +30,7 @@ __all__ = [
     "call",
     "cuda_devices",
     "device_of",
+    "dropping",
     "forward",
     "held",
     "let_go",
@@ -176,9 +177,51 @@ def held(model: nn.Module | None, inputs: Batch) -> list[Tensor]:
     return [*own, *tensors_in(inputs)]
 
 
+class _Drop:
+    """The hook of :func:`dropping`."""
+
+    def __call__(self, parameter: Tensor) -> None:
+        parameter.grad = None
+
+
+@contextmanager
+def dropping(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """The gradients of these parameters go as soon as they are there, as if a hook had used them."""
+    handles = [
+        p.register_post_accumulate_grad_hook(_Drop()) for n, p in model.named_parameters() if n in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """No hook runs when a gradient is there, but those of :func:`dropping`: an optimizer's would train."""
+    aside: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for parameter in model.parameters():
+        hooks = post_accumulate_hooks(parameter)
+        if any(not isinstance(hook, _Drop) for hook in hooks.values()):
+            aside.append((hooks, dict(hooks)))
+            for key in [k for k, hook in hooks.items() if not isinstance(hook, _Drop)]:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in aside:
+            now = dict(hooks)
+            hooks.clear()
+            hooks.update({**before, **now})
+
+
 @contextmanager
 def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
-    """Run a step as if it had not been: gradients (required to be None), buffers, random states."""
+    """Run a step as if it had not been: gradients (required to be None), buffers, random states.
+
+    Hooks that run when a gradient is there are set aside.
+    """
     leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
     for name, leaf in leaves:
         if leaf.is_leaf and leaf.grad is not None:
@@ -192,7 +235,8 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
-        with torch.random.fork_rng(devices=cuda_devices(held(model, inputs))), global_states_kept():
+        devices = cuda_devices(held(model, inputs))
+        with torch.random.fork_rng(devices=devices), global_states_kept(), _hooks_set_aside(model):
             yield
     finally:
         with torch.no_grad():

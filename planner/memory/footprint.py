@@ -53,7 +53,7 @@ def constant_bytes(graph: TrainingGraph, grain: int, held: Iterable[torch.Tensor
 
 def gradient_bytes(graph: TrainingGraph, grain: int) -> int:
     """Of the gradients that the step leaves behind."""
-    return sum(rounded_up(v.bytes, grain) for v in graph.values if v.kind == "gradient")
+    return sum(rounded_up(v.bytes, grain) for v in graph.values if v.kind == "gradient" and v.final)
 
 
 def cublas_blocks(graph: TrainingGraph, capability: tuple[int, int] | None) -> tuple[int, ...]:

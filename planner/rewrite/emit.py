@@ -18,12 +18,13 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.consumed import consumed_of, first_handed_out
 from planner.graph.nodes import ignores_running_stats, is_mutation, is_random
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.program import Argument, Backward, Program, Segment
-from planner.rewrite.segments import cuts_of, in_order, module_of, segment_of
+from planner.rewrite.segments import cuts_behind, cuts_of, in_order, module_of, segment_of
 
 __all__ = ["emit"]
 
@@ -56,7 +57,7 @@ class _Writer:
     """Copies calls of the training graph into the graph being written, keeping track of current copies."""
 
     def __init__(self, graph: TrainingGraph, replayed: set[int]) -> None:
-        self.source = graph
+        self.source, self.hands_out = graph, first_handed_out(graph)
         self.replayed = replayed
         self.op_of = {
             op.node: i for i, op in enumerate(graph.ops) if op.node is not None and op.phase != "loss"
@@ -77,6 +78,7 @@ class _Writer:
         self.saved: list[fx.Node] = []
         self.gradient_results: dict[fx.Node, str | int] = {}
         self.ran: set[int] = set()
+        self.handed_out: fx.Node | None = None  # the call with which the first gradients are
 
     # -- operands --------------------------------------------------------------------------------
 
@@ -162,6 +164,8 @@ class _Writer:
         meta.note_recompute(call, again, node)
         if over:
             meta.note_instead_of(call, node.target)
+        if index == self.hands_out:
+            self.handed_out = call
         self.current[node] = call
         for user in node.users:
             if user.target is operator.getitem:
@@ -222,6 +226,7 @@ class _Writer:
             ),
             updates,
             _feeds(self.source),
+            consumed_of(self.source),
             self._watched(),
         )
 
@@ -245,6 +250,10 @@ class _Writer:
         _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
         calls = [n for n in self.backward.nodes if n.op == "call_function"]
         starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments)
+        taken = consumed_of(self.source)
+        if taken and segments is None:
+            results = {n for n, name in self.gradient_results.items() if name in taken}
+            starts = cuts_behind(calls, results, starts, self.handed_out)
         return [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
 
     def _cut(self, parts: list[list[fx.Node]]) -> list[Segment]:

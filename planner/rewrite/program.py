@@ -66,6 +66,7 @@ class Program:
     ``draws``      whether its forward draws random numbers at all.
     ``updates``    buffers that the forward writes to, and whether what it makes depends on what they were.
     ``feeds``      output -> the outputs that are computed from it.
+    ``consumed``   parameters whose gradients a hook takes as soon as they are handed out.
     ``watched``    buffers that it writes to and the backward reads, which must be as the forward left them.
     """
 
@@ -80,6 +81,7 @@ class Program:
     draws: bool = False
     updates: dict[str, bool] = field(default_factory=dict)
     feeds: dict[int, frozenset[int]] = field(default_factory=dict)
+    consumed: frozenset[str] = frozenset()
     watched: frozenset[str] = frozenset()
 
     @property

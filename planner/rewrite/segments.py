@@ -9,7 +9,7 @@ use of the output gradients, which the engine holds for as long as the node that
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from planner.graph.passes.inplace import destination
 from planner.rewrite.bindings import bind
 from planner.rewrite.program import Argument, Segment
 
-__all__ = ["ONCE", "bytes_of", "cuts_of", "in_order", "module_of", "segment_of"]
+__all__ = ["ONCE", "bytes_of", "cuts_behind", "cuts_of", "in_order", "module_of", "segment_of"]
 
 # Kinds of arguments that the first segment to read them is given; it hands them to later ones.
 ONCE = ("saved", "tangent")
@@ -107,6 +107,25 @@ def cuts_of(
             starts.append(i)
             have = 0.0
     return starts
+
+
+def cuts_behind(
+    calls: list[fx.Node], results: Collection[fx.Node], starts: list[int], first: fx.Node | None
+) -> list[int]:
+    """``starts`` and a cut behind each of ``results``, gradients that somebody waits for.
+
+    ``first``  the call behind which the output gradients are not needed any more; no cut lies before it.
+    """
+    place = {n: i for i, n in enumerate(calls)}
+    begin = 0 if first is None else place[first] + 1
+    behind = {max(begin, place[n] + 1) for n in results}
+    cuts = {s for s in starts if s >= begin}
+    for i in behind:
+        while i < len(calls) and (calls[i].target is operator.getitem or calls[i] in results):
+            i += 1
+        if i < len(calls):
+            cuts.add(i)
+    return sorted({0, *cuts})
 
 
 def bytes_of(node: fx.Node) -> int:

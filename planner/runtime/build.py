@@ -18,6 +18,7 @@ from planner.capture.joint_graph import capture
 from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
+from planner.graph.consumed import consuming
 from planner.graph.training_graph import training_graph
 from planner.measure.step import device_of
 from planner.options import Search
@@ -83,6 +84,12 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
     captured = CapturedStep.of(model, joint, training_graph(joint))
     check_is_of(plan, captured)
+    if plan.outline is not None:
+        held = [value.final for value in plan.outline.values]
+        gone = {
+            str(n) for n, node in captured.graph.gradients.items() if not held[captured.graph.value_of[node]]
+        }
+        captured = replace(captured, graph=consuming(captured.graph, gone))
     return captured, None if plan.varying_dims is None else Varying(
         SymbolicCaptures(plan.varying_dims, joint)
     )

@@ -13,6 +13,7 @@ from planner.errors import PlannerError
 from planner.measure.bits import Comparison, compare, run_step
 from planner.measure.flops import step_flops
 from planner.measure.peaks import step_peak
+from planner.measure.step import dropping
 from planner.plans.plan_data import PlanData
 from planner.runtime.apply import applied, restored
 from planner.runtime.step import ExecutableStep
@@ -111,11 +112,13 @@ def verify(
         del vars(model)["forward"]
     try:
         eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
+        with dropping(model, step.program.consumed):
+            eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
         eager_flops = step_flops(model, given, loss_fn=loss_fn)
         applied(model, step)
         ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
+        with dropping(model, step.program.consumed):
+            peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
     finally:
         restored(model)

@@ -27,6 +27,7 @@ from planner.costs.translation import Translation
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier, FrontierPoint
 from planner.graph.captured import CapturedStep
+from planner.graph.consumed import consumed_of, consuming
 from planner.graph.step_graph import DROPPED, LAST
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.memory.execution import Execution, execute
@@ -184,6 +185,17 @@ class PricedStep:
         """The same step with so many bytes set aside (:mod:`planner.solving.calibrate`)."""
         return dataclasses.replace(self, memory=dataclasses.replace(self.memory, margin_bytes=margin_bytes))
 
+    def consuming(self, names: Collection[str]) -> PricedStep:
+        """The same step where hooks use up these parameters' gradients (:mod:`planner.graph.consumed`)."""
+        held = self.graph.holding or self.graph
+        graph = consuming(held, names)
+        if graph is held:
+            return self
+        graph = graph.releasing(self.graph.released, self.graph.kept)
+        captured = dataclasses.replace(self.captured, graph=graph)
+        memory = dataclasses.replace(self.memory, captured=captured)
+        return dataclasses.replace(self, captured=captured, memory=memory)
+
     # -- the outputs -------------------------------------------------------------------------------
 
     def releasing(self, outputs: Collection[int], kept: Collection[int] = ()) -> PricedStep:
@@ -313,7 +325,7 @@ class PricedStep:
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
         graph, costs, translation = self.target.price(training_graph(joint))
-        graph = graph.releasing(self.graph.released, self.graph.kept)
+        graph = consuming(graph, consumed_of(self.graph)).releasing(self.graph.released, self.graph.kept)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
         return dataclasses.replace(

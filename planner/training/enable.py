@@ -19,7 +19,7 @@ from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import OutputsMode, Search
+from planner.options import GradientsMode, OutputsMode, Search
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -46,6 +46,7 @@ def enable(
     max_plans: int = 64,
     calls_per_step: int | None = None,
     outputs: OutputsMode = "auto",
+    gradients: GradientsMode = "auto",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -76,6 +77,8 @@ def enable(
                    leave no room for another.
     ``outputs``    until when the loop holds what the model returns, as for :func:`planner.plan`; "auto": as
                    the first steps show.  Where several calls share the budget, that means held.
+    ``gradients``  "auto": as the first backward shows, where parameters have hooks that may use them up (an
+                   optimizer's step in the backward); "held" or "consumed" as for :func:`planner.plan`.
 
     ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 
@@ -89,7 +92,8 @@ def enable(
     budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
     search = Search(solver, time_limit_s, progress)
     settings = Settings(
-        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search, outputs
+        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search, outputs,
+        gradients,
     )  # fmt: skip
     root = unwrapped(model)
     switch = vars(root).get(_KEY)

@@ -22,6 +22,7 @@ from torch import nn
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError
 from planner.graph.training_graph import TrainingGraph
+from planner.memory.consumed_gradients import ConsumedGradients
 from planner.memory.live_optimizers import found_optimizer_bytes
 from planner.memory.resident import Resident, resident_of
 from planner.options import Search
@@ -65,6 +66,7 @@ class PlanMaker:
         self.root, self.planned, self.settings, self.outputs = root, planned, settings, outputs
         self.calls, self.around = calls, around
         self.around_bytes = 0  # that a training loop was seen to hold beside the calls
+        self.gradients = ConsumedGradients(planned, settings.gradients)
         self._steps = StepCache(settings.max_plans)
 
     def change(self, settings: Settings) -> None:
@@ -89,7 +91,8 @@ class PlanMaker:
 
         ``search`` is that of the settings, with its reporter open.  Errors as :func:`planner.plan`.
         """
-        step = self._captured(call, search)
+        self.gradients.watch()
+        step = self._captured(call, search).consuming(self.gradients.names)
         resident_at = partial(self._resident, call.signature.has_gradients)
         resident = resident_at(step.graph, step.joint.inputs)
         limit_s = search.time_limit_s
@@ -152,7 +155,8 @@ class PlanMaker:
                 optimizer_state_bytes=taken.state_bytes,
                 optimizer_step_bytes=taken.step_transient_bytes,
             )
-        inside = set() if adds else {id(p) for p in self.planned.parameters()}
+        named = self.planned.named_parameters()
+        inside = {id(p) for name, p in named if not adds or name in self.gradients.names}
         coming = sum(
             p.nbytes
             for p in self.root.parameters()
@@ -189,7 +193,7 @@ class PlanMaker:
         key = (
             f"{step.captured.fingerprint} {sizes} {varies} {around} {needs} {search.solver} "
             f"{search.time_limit_s} {self.settings.costs} {step.outputs} {sorted(step.graph.released)} "
-            f"{sorted(step.graph.kept)}"
+            f"{sorted(step.graph.kept)} {sorted(self.gradients.names)}"
         )
 
         def adopt(received: PlanData) -> Plan:

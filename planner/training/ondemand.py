@@ -29,6 +29,7 @@ from torch import nn
 from planner._compat import modes_set_aside
 from planner.capture.module import home_of
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.memory.consumed_gradients import ConsumedGradients
 from planner.options import Search
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
@@ -71,6 +72,7 @@ class OnDemand:
         self._predicted_bytes = self._state_bytes = 0  # of the step being metered
         self._said_over = False
         self._maker = PlanMaker(root, planned, settings, self._calls, around, self._outputs)
+        self._gradients = self._maker.gradients = ConsumedGradients(planned, settings.gradients)
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._kept: tuple[KeptPlan, Signature] | None = None  # the plan made last
@@ -81,6 +83,8 @@ class OnDemand:
             return
         if settings.outputs != self.settings.outputs:
             self._outputs = self._maker.outputs = HeldOutputs(settings.outputs)
+        if settings.gradients != self.settings.gradients:
+            self._gradients = self._maker.gradients = ConsumedGradients(self.planned, settings.gradients)
         self.settings = settings
         self._maker.change(settings)
         self._plans = PlanCache(settings.max_plans)
@@ -117,6 +121,8 @@ class OnDemand:
 
     def find(self, call: Call) -> KeptPlan | None:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
+        if self._gradients.learned():
+            self._plans = PlanCache(self.settings.max_plans)
         kept = self._plans.find(call)
         if kept is None or self._calls.per_step is None or not self._room(call).suits(kept.plan, kept.room):
             return None

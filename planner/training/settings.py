@@ -8,7 +8,13 @@ from typing import Any, Literal
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import OutputsMode, Search, checked_outputs
+from planner.options import (
+    GradientsMode,
+    OutputsMode,
+    Search,
+    checked_gradients,
+    checked_outputs,
+)
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
 
@@ -31,9 +37,11 @@ class Settings:
     calls_per_step: int | None = None
     search: Search = field(default_factory=Search)
     outputs: OutputsMode = "auto"
+    gradients: GradientsMode = "auto"
 
     def __post_init__(self) -> None:
         checked_outputs(self.outputs)
+        checked_gradients(self.gradients)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}
