@@ -5,6 +5,9 @@ RUN    := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TYPES  := $(VENV)/mypy.log
 
+# Every process that the tests start would compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-nightly lint notebooks bench bench-cuda bench-solvers pictures check-cuda venv clean
 .DEFAULT_GOAL := test
 
@@ -58,10 +61,11 @@ bench-cuda:
 
 venv: $(VENV)/.ready
 
-# Half of the seconds went to compiling every module of every package; the few in use are compiled when imported.
+# pip compiles on one core, which takes it as long as all else; some files of some packages are not Python 3.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e '.[notebooks,hf,dev]'
+	$(RUN) -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:
