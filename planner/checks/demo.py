@@ -72,7 +72,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    models=("resnet", "unet"), fractions=(0.5,), solve_s=1.0, least_s=2.0, steps=3, costs="roofline"
+    models=("resnet", "unet"), fractions=(0.5,), solve_s=0.5, least_s=1.0, steps=2, costs="roofline"
 )
 
 
