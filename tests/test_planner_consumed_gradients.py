@@ -83,7 +83,7 @@ def live_peak_bytes(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("loss", ["inside", "outside", "none"])
-def test_a_gradient_counts_until_its_hook_has_run(loss: str) -> None:
+def test_a_gradient_counts_until_its_hook_has_run(loss: str, tmp_path: Path) -> None:
     model = drops(tiny.seeded(Tower))
     args = (IDS, IDS) if loss == "inside" else (IDS,)
     loss_fn, search = loss_outside if loss == "outside" else None, Search(time_limit_s=0.5)
@@ -98,6 +98,9 @@ def test_a_gradient_counts_until_its_hook_has_run(loss: str) -> None:
             assert all(p.grad is None for p in model.parameters())
             plan.restore(model)
     assert step.minimum_peak_bytes < held.floor_bytes and step.memory.gradient_bytes == 0
+    plan.save(tmp_path / "plan.json")
+    read = planner.load(tmp_path / "plan.json").executable(model)
+    assert read.program.consumed == plan.executable().program.consumed == set(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("gradients", ["held", "consumed"])

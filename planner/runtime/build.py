@@ -85,11 +85,11 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     captured = CapturedStep.of(model, joint, training_graph(joint))
     check_is_of(plan, captured)
     if plan.outline is not None:
-        held = [value.final for value in plan.outline.values]
-        gone = {
-            str(n) for n, node in captured.graph.gradients.items() if not held[captured.graph.value_of[node]]
-        }
-        captured = replace(captured, graph=consuming(captured.graph, gone))
+        graph = captured.graph  # without the loss, so its values have other numbers than the plan's
+        loose = {v.name for v in plan.outline.values if v.kind == "gradient" and not v.final}
+        made = {name: graph.values[graph.value_of[node]].name for name, node in graph.gradients.items()}
+        gone = {str(name) for name, value in made.items() if value in loose}
+        captured = replace(captured, graph=consuming(graph, gone))
     return captured, None if plan.varying_dims is None else Varying(
         SymbolicCaptures(plan.varying_dims, joint)
     )
