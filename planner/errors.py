@@ -23,7 +23,14 @@ class TraceError(PlannerError):
 
 
 class StalePlanError(PlannerError):
-    """The model or the inputs differ from those the plan was made for."""
+    """The model or the inputs differ from those the plan was made for.
+
+    ``setting``  what differs, where that is something that may change back: an attribute, a flag.
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class InvalidPlanFileError(PlannerError):

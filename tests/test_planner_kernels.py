@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from planner import _compat
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
-from planner.capture.effects import attributes_kept, settled
+from planner.capture.state.effects import attributes_kept, settled
 from planner.errors import TraceError
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare

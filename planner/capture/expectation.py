@@ -7,6 +7,7 @@ parameters of certain sizes and ``requires_grad``, one autocast state.  Here tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,24 +16,36 @@ import torch
 from torch import nn
 
 from planner.capture.module import home_of
+from planner.capture.state.watched import Watched
 
 __all__ = ["Expectation", "TensorSpec", "autocast_state", "expectation_of"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, strides (in elements), dtype, device and whether autograd tracks it."""
+    """Shape, strides (in elements), dtype, device and whether autograd tracks it.
+
+    ``offset``  how many elements into its storage it begins, where a graph depends on that; else ``None``.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool
+    offset: int | None = None
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
-        """The spec of a tensor, fake or real."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    def of(cls, tensor: torch.Tensor, *, placed: bool = False) -> TensorSpec:
+        """The spec of a tensor, fake or real; ``placed``: with its offset."""
+        offset = int(tensor.storage_offset()) if placed else None
+        return cls(
+            tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad, offset
+        )
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether this is the spec of ``tensor``."""
+        return TensorSpec.of(tensor, placed=self.offset is not None) == self
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
@@ -47,8 +60,7 @@ class Expectation:
     ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
     ``modules``      (path, type name, training flag) in traversal order.
     ``autocast``     see :func:`autocast_state`.
-    ``settings``     of each module: its public attributes that are numbers, strings or flags, such as a
-                     dropout's probability.  They are constants of the graph.
+    ``read``         what the forward read besides: attributes, globals, functions, plain tensors.
     """
 
     in_spec: Any
@@ -57,25 +69,33 @@ class Expectation:
     tied: dict[str, str]
     modules: tuple[tuple[str, str, bool], ...]
     autocast: tuple[bool, str]
-    settings: tuple[dict[str, Any], ...]
+    read: Watched
 
 
-def expectation_of(model: nn.Module, leaves: Sequence[Any], in_spec: Any) -> Expectation:
-    """What a capture of ``model`` at these inputs (flattened, with their structure) depends on, as of now."""
+def expectation_of(
+    model: nn.Module, leaves: Sequence[Any], in_spec: Any, read: Watched | None = None
+) -> Expectation:
+    """What a capture of ``model`` at these inputs (flattened, with their structure) depends on, as of now.
+
+    ``read``  what its forward read, if it was traced.
+    """
+    read = Watched() if read is None else read
+    position = itertools.count()
     return Expectation(
         in_spec,
-        tuple(TensorSpec.of(x) if isinstance(x, torch.Tensor) else x for x in leaves),
-        {n: TensorSpec.of(t) for n, t in (*model.named_parameters(), *model.named_buffers())},
+        tuple(
+            TensorSpec.of(x, placed=next(position) in read.placed) if isinstance(x, torch.Tensor) else x
+            for x in leaves
+        ),
+        {
+            n: TensorSpec.of(t, placed=n in read.placed)
+            for n, t in (*model.named_parameters(), *model.named_buffers())
+        },
         _tied(model),
         tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
         autocast_state(home_of(model, leaves)),
-        tuple(_settings(m) for m in model.modules()),
+        read,
     )
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    plain = (bool, int, float, str)
-    return {k: v for k, v in vars(module).items() if type(v) in plain and k != "training" and k[0] != "_"}
 
 
 def autocast_state(device: torch.device) -> tuple[bool, str]:

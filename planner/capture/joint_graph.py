@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -40,13 +40,15 @@ from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import Questions, stand_in, standing_in
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
-from planner.capture.effects import Effects, attributes_kept, settled, tensors_kept
 from planner.capture.inputs import Inputs
 from planner.capture.module import original_forward
 from planner.capture.outputs import LossFn, OutputTemplate, template_of
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
+from planner.capture.state.effects import Effects, attributes_kept, is_cache, settled, tensors_kept
+from planner.capture.state.reads import Reads
+from planner.capture.state.watched import Watched, watched
 from planner.errors import PlannerError, TraceError
 
 __all__ = ["JointGraph", "Traced", "capture"]
@@ -135,6 +137,7 @@ class JointGraph:
                    ``step`` as traced.
     ``loss_at``    traces the loss for inputs of given sizes: it runs in the user's hands, so what it
                    does to sizes is no condition on the step.
+    ``read``       what the forward read besides its arguments and parameters.
     """
 
     step: Traced
@@ -146,6 +149,7 @@ class JointGraph:
     sizes: Sizes | None = None
     symbolic: Traced | None = None
     loss_at: Callable[[Inputs], Traced] | None = None
+    read: Watched = field(default_factory=Watched, repr=False)
 
     def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
         """The same capture at other sizes, for which its guards hold; the step is not traced again.
@@ -189,7 +193,7 @@ def capture(
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
-    state; but for numbers and strings that its first call corrects (:mod:`planner.capture.effects`).
+    state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
     While it traces it changes settings that are the whole process's (the tracer's registries, an environment
     variable that libraries read) and puts them back: captures of several threads wait for each other.
 
@@ -210,7 +214,7 @@ def _captured(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        attributes_kept(model) as effects,
+        attributes_kept(model) as behind,  # what the backward does: each forward puts its own back
         _compat.checkpoint_calls() as calls,
         Generators(model) as generators,
         explained(model, calls),
@@ -226,15 +230,20 @@ def _captured(
                 module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
             finally:
                 step.installed.remove()
+        if calls.count:
+            raise checkpoints_itself(type(model).__name__, "its forward calls torch.utils.checkpoint")
         questions.refuse(type(model).__name__)
         noted.refuse()
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
-        if not calls.count:  # checkpointing handles random states, and is refused for itself
-            generators.refuse(model, module, lambda: _step_on_fakes(model, given))
-    _refuse_side_effects(model, given, calls.count > 0, effects)
+        generators.refuse(model, module, lambda: _step_on_fakes(model, given))
+    traced = _sort_out(module, step.names, tuple(step.rebound))
+    _refuse_loose_parameters(model, module)
+    _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
+    if behind.changed and not settled(model, behind, lambda: _step_on_fakes(model, given)):
+        _refuse_lost(model, behind)
+    read = watched(model, step.reads, step.effects.written, step.placed)
     template = step.template
     assert template is not None
-    traced = _sort_out(module, step.names, tuple(step.rebound))
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError(
             f"no gradient reaches any parameter of {type(model).__name__} from its outputs "
@@ -248,7 +257,7 @@ def _captured(
         and len(chosen) == 1
         and meta.tensor(traced.outputs[chosen[0]]).numel() == 1
     )
-    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss)
+    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, read=read)
     if sizes is None:
         return joint
     with explained(model, calls):
@@ -258,18 +267,46 @@ def _captured(
     return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
 
 
-def _refuse_side_effects(model: nn.Module, given: Inputs, checkpointed: bool, effects: Effects) -> None:
-    """Raise for what the forward did beside computing, unless it does so at its first call only."""
-    name = type(model).__name__
-    if checkpointed:
-        raise checkpoints_itself(name, "its forward calls torch.utils.checkpoint")
-    if effects.stored or (
-        effects.changed and not settled(model, effects, lambda: _step_on_fakes(model, given)) and effects.lost
-    ):
+def _refuse_side_effects(
+    model: nn.Module, given: Inputs, effects: Effects, reads: Reads, updated: Collection[str]
+) -> None:
+    """Raise for what the forward did beside computing, unless it does so at its first call only.
+
+    ``updated``  names of the buffers that it writes, as it may.
+    """
+    if not effects.stored and not effects.changed:
+        return
+    call, tensors = _on_fakes(model, given)
+    if effects.stored:
+        constant = {n for n, _ in model.named_buffers()} - set(updated)
+        if is_cache(model, call, [t for n, t in tensors.items() if n not in constant], reads.containers):
+            return
+    elif settled(model, effects, lambda: call(contextlib.nullcontext()), reads.containers):
+        return
+    _refuse_lost(model, effects)
+
+
+def _refuse_lost(model: nn.Module, effects: Effects) -> None:
+    if effects.lost:
         raise TraceError(
-            f"the forward of {name} stores tensors or counts in {', '.join(effects.lost[:3])}; a planned "
-            "step runs one graph and would not. Return them, keep them in buffers, or do it outside forward"
+            f"the forward of {type(model).__name__} stores tensors or counts in "
+            f"{', '.join(effects.lost[:3])}; a planned step runs one graph and would not. Return them, keep "
+            "them in buffers, or do it outside forward; where it is a cache that the first call fills, call "
+            "the model once before planning"
         )
+
+
+def _refuse_loose_parameters(model: nn.Module, module: fx.GraphModule) -> None:
+    """Raise for a tensor that eager would give a gradient, and which a graph takes for a constant."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        constant = getattr(module, str(node.target), None)
+        if isinstance(constant, torch.Tensor) and constant.requires_grad and constant.is_leaf:
+            raise TraceError(
+                f"the forward of {type(model).__name__} uses a tensor {tuple(constant.shape)} that requires "
+                "grad and is no parameter of it, but of a module in a plain list, say, or a plain attribute: "
+                "it would get no gradient. Register it (nn.ModuleList, nn.Parameter), or set its "
+                "requires_grad to False"
+            )
 
 
 class _FlatModel(nn.Module):
@@ -290,6 +327,8 @@ class _FlatModel(nn.Module):
         self.names: dict[str, str] = {}
         self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
         self.template: OutputTemplate | None = None
+        self.reads, self.effects = Reads(), Effects()
+        self.placed: frozenset[str | int] = frozenset()
         for name, parameter in model.named_parameters():
             self.register_parameter(self._mangle(name), parameter)
         for name, buffer in model.named_buffers():
@@ -317,8 +356,15 @@ class _FlatModel(nn.Module):
                 stand_in(tensor, original)
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
-        output = _call(self.model, after, args, kwargs)
+        # The tracer calls this more than once, and each time is to find the model as it was.
+        with attributes_kept(self.model, self.reads.containers) as self.effects:
+            self.reads.look = self.effects.look
+            with self.reads.recording():
+                output = _call(self.model, after, args, kwargs)
         self.installed.put(after)
+        asked = {id(t) for t in self.reads.placed}
+        self.placed |= {name for name, t in state.items() if id(t) in asked}
+        self.placed |= {i for i, t in enumerate(tensors) if id(t) in asked}
         self.template, leaves = template_of(type(self.model).__name__, output, self.used)
         kept = zip(leaves, self.template.leaves, strict=True)
         results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
@@ -407,12 +453,25 @@ def _loss_at(model: nn.Module, loss_fn: LossFn, inputs: Inputs) -> Traced:
 
 def _output_on_fakes(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output, without memory."""
+    with attributes_kept(model):
+        return _on_fakes(model, inputs)[0](contextlib.nullcontext())
+
+
+def _on_fakes(
+    model: nn.Module, inputs: Inputs
+) -> tuple[Callable[[contextlib.AbstractContextManager[object]], Any], dict[str, torch.Tensor]]:
+    """What runs the model without memory, within a context, and the tensors it is given, by name."""
     flat, spec = inputs.flatten()
     mode, fake, _ = fake_inputs(model, flat, None)
     state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
-    with mode, _compat.values_unchecked():
-        return _call(model, state, args, kwargs)
+
+    def call(around: contextlib.AbstractContextManager[object]) -> Any:
+        with mode, _compat.values_unchecked(), around:
+            return _call(model, dict(state), args, kwargs)
+
+    inputs_given = {f"input {i}": x for i, x in enumerate(fake) if isinstance(x, torch.Tensor)}
+    return call, {**state, **inputs_given}
 
 
 def _step_on_fakes(

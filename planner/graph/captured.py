@@ -40,7 +40,7 @@ class CapturedStep:
     @classmethod
     def of(cls, model: nn.Module, joint: JointGraph, graph: TrainingGraph) -> CapturedStep:
         """With what a capture depends on as of now: the autocast state and the training flags too."""
-        return cls(model, joint, graph, expectation_of(model, *joint.inputs.flatten()))
+        return cls(model, joint, graph, expectation_of(model, *joint.inputs.flatten(), joint.read))
 
     @cached_property
     def fingerprint(self) -> str:

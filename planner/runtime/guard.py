@@ -8,6 +8,7 @@ references, some tenths of a microsecond per module.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class Guard:
         self._modules = [
             (m, flag, _sizes(m)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
         ]
-        modules = zip(model.modules(), expected.settings, strict=True)
-        self._settings = [(vars(m), m, k, v) for m, known in modules for k, v in known.items()]
+        self._read = expected.read.bind(model)
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
         self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
         self._tied = [(*self._slot(name), name, first) for name, first in expected.tied.items()]
@@ -76,10 +76,14 @@ class Guard:
                 or tensor.dtype != spec.dtype
                 or (tensor.device != spec.device or tensor.requires_grad != spec.requires_grad)
                 or tensor.stride() != spec.stride
+                or (spec.offset is not None and tensor.storage_offset() != spec.offset)
             ):
+                now = None if tensor is None else TensorSpec.of(tensor, placed=spec.offset is not None)
+                frozen = now is not None and replace(now, requires_grad=spec.requires_grad) == spec
                 raise StalePlanError(
                     f"{name} was {_described(spec)} when the plan was made and is "
-                    f"{'gone' if tensor is None else _described(TensorSpec.of(tensor))}; make a new plan"
+                    f"{'gone' if now is None else _described(now)}; make a new plan",
+                    setting=f"{name}: requires_grad" if frozen else None,
                 )
             out[name] = tensor
         for where, key, name, first in self._tied:
@@ -97,7 +101,8 @@ class Guard:
                 path = next(n for n, m in root.named_modules() if m is module)
                 raise StalePlanError(
                     f"{path or 'the model'} has training={module.training}, the plan was made with "
-                    f"training={flag}; make a new plan, or set the flag back"
+                    f"training={flag}; make a new plan, or set the flag back",
+                    setting=f"{path or 'the model'}: training",
                 )
             if _sizes(module) != size:
                 path = next(n for n, m in root.named_modules() if m is module)
@@ -113,17 +118,11 @@ class Guard:
                     f"{path} has a hook; a planned step runs one graph and would skip it. Remove it, "
                     "register it on the model itself, or call plan.restore(model)"
                 )
-        for attributes, module, key, value in self._settings:
-            now = attributes.get(key)
-            if now is not value and now != value:
-                path = next(n for n, m in root.named_modules() if m is module)
-                raise StalePlanError(
-                    f"{path or 'the model'} has {key}={now!r}, the plan was made with {key}={value!r}; "
-                    "make a new plan, or set it back"
-                )
         for modules, key, child in self._edges:
             if modules.get(key) is not child:
                 raise StalePlanError(f"submodule {key!r} was replaced after planning; make a new plan")
+        if not self._read.holds:  # by identity; what follows looks at values
+            self._read = self.expected.read.bind(root, self._read)
 
     def check_inputs(self, leaves: Sequence[Any], in_spec: Any, *, sized: bool = True) -> None:
         """Same structure, sizes, strides, dtypes, devices and constants; all but sizes if not ``sized``."""
@@ -136,11 +135,14 @@ class Guard:
             )
         for i, (leaf, want) in enumerate(zip(leaves, expected.leaves, strict=True)):
             if isinstance(want, TensorSpec):
-                if isinstance(leaf, torch.Tensor) and (
-                    TensorSpec.of(leaf) == want if sized else _same_kind(leaf, want)
-                ):
+                if isinstance(leaf, torch.Tensor) and (want.fits(leaf) if sized else _same_kind(leaf, want)):
                     continue
-                got = _described(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
+                placed = want.offset is not None
+                got = (
+                    _described(TensorSpec.of(leaf, placed=placed))
+                    if isinstance(leaf, torch.Tensor)
+                    else repr(leaf)
+                )
                 raise StalePlanError(
                     f"input {self._label(i)} is {got}; the plan was made for {_described(want)}. Plan "
                     "with dynamic=True, plan once per shape, or pad the batch to the planned size"
@@ -171,6 +173,8 @@ def _sizes(module: nn.Module) -> tuple[int, int, int]:
 
 def _same_kind(tensor: torch.Tensor, want: TensorSpec) -> bool:
     """Equal in all but sizes."""
+    if want.offset is not None and tensor.storage_offset() != want.offset:
+        return False
     return (tensor.dim(), tensor.dtype, tensor.device, tensor.requires_grad) == (
         len(want.shape),
         want.dtype,
@@ -180,7 +184,8 @@ def _same_kind(tensor: torch.Tensor, want: TensorSpec) -> bool:
 
 
 def _described(spec: TensorSpec) -> str:
-    return f"{spec}, strides {spec.stride}, requires_grad={spec.requires_grad}"
+    placed = "" if spec.offset is None else f", {spec.offset} elements into its storage"
+    return f"{spec}, strides {spec.stride}, requires_grad={spec.requires_grad}{placed}"
 
 
 def _form(spec: Any) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from planner.capture.inputs import Inputs
-from planner.errors import InfeasibleBudgetError
+from planner.errors import InfeasibleBudgetError, StalePlanError
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.consumed_gradients import ConsumedGradients
 from planner.memory.live_optimizers import found_optimizer_bytes
@@ -81,10 +81,21 @@ class PlanMaker:
         self._steps = StepCache(self.settings.max_plans)
 
     def check(self, call: Call) -> None:
-        """``StalePlanError`` if the model was edited since the step for this call was captured."""
-        step = self._steps.find(call.signature.of_step)
-        if step is not None:
+        """``StalePlanError`` if the model was edited since a step for this call was captured.
+
+        Not if only a setting is another one: then another step may be there, or is captured beside it.
+        """
+        for step in self._steps.find(call.signature.of_step):
+            self._is_current(step)
+
+    def _is_current(self, step: PricedStep) -> bool:
+        try:
             Guard(self.planned, step.captured.expected).check_modules()
+        except StalePlanError as changed:
+            if changed.setting is None:
+                raise
+            return False
+        return True
 
     def make(self, call: Call, search: Search, hint: Plan | None) -> Plan:
         """The plan for this call; ``hint``, one of a like call, is where the search starts.
@@ -109,7 +120,7 @@ class PlanMaker:
 
     def _captured(self, call: Call, search: Search) -> PricedStep:
         signature, s = call.signature.of_step, self.settings
-        step = self._steps.find(signature)
+        step = next(filter(self._is_current, self._steps.find(signature)), None)
         if step is None:
             step = prepare(
                 self.planned,

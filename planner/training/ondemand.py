@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -48,6 +49,9 @@ __all__ = ["OnDemand"]
 
 log = logging.getLogger(__name__)
 
+# Plans made because one and the same attribute had a new value, after which that is said.
+OFTEN = 4
+
 
 class OnDemand:
     """Plans for the training calls of ``planned``, a part of ``root`` or all of it.
@@ -73,6 +77,8 @@ class OnDemand:
         self._said_over = False
         self._maker = PlanMaker(root, planned, settings, self._calls, around, self._outputs)
         self._gradients = self._maker.gradients = ConsumedGradients(planned, settings.gradients)
+        self._changes: Counter[str] = Counter()  # how often each setting made for a plan
+        self._told = ""
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._kept: tuple[KeptPlan, Signature] | None = None  # the plan made last
@@ -123,20 +129,28 @@ class OnDemand:
         """The plan that serves this call and what runs it; ``None`` where one has to be made."""
         if self._gradients.learned():
             self._plans = PlanCache(self.settings.max_plans)
-        kept = self._plans.find(call)
-        if kept is None or self._calls.per_step is None or not self._room(call).suits(kept.plan, kept.room):
-            return None
-        if kept.any_size and self.settings.on_larger == "raise" and self._plans.exceeds(call):
-            return None
-        try:
-            kept.runner.check(call.leaves, call.in_spec)
-        except StalePlanError as edited:
-            self._edited(edited)
-            return None
-        if self._calls.per_step == 1 and kept.runner.unforeseen is not None:
-            return None
-        self.last = kept.plan
-        return kept
+        changed: StalePlanError | None = None
+        for kept in self._plans.find(call):
+            if self._calls.per_step is None or not self._room(call).suits(kept.plan, kept.room):
+                continue
+            if kept.any_size and self.settings.on_larger == "raise" and self._plans.exceeds(call):
+                return None
+            try:
+                kept.runner.check(call.leaves, call.in_spec)
+            except StalePlanError as edited:
+                if edited.setting is None:
+                    self._edited(edited)
+                    return None
+                changed = changed or edited
+                continue
+            self._plans.keep(call, kept)
+            if self._calls.per_step == 1 and kept.runner.unforeseen is not None:
+                return None
+            self.last = kept.plan
+            return kept
+        if changed is not None:
+            self._moved(changed)
+        return None
 
     def make(self, call: Call, original: Callable[..., Any]) -> KeptPlan:
         """A plan for this call and what runs it.  Errors as :func:`planner.plan`."""
@@ -161,7 +175,7 @@ class OnDemand:
         return kept
 
     def _made(self, call: Call, search: Search, original: Callable[..., Any]) -> KeptPlan:
-        standing = self._plans.find(call)
+        standing = next(iter(self._plans.find(call)), None)
         try:
             plan = self._maker.make(call, search, self.last)
         except InfeasibleBudgetError as error:
@@ -297,6 +311,28 @@ class OnDemand:
             kept.runner.guard.tensors()
         except StalePlanError as frozen:
             log.info("%s is planned again: %s", type(self.root).__name__, frozen)
+
+    def _moved(self, why: StalePlanError) -> None:
+        """What the forward reads is another than for any plan at hand; those are kept, it may come back."""
+        if str(why) == self._told:  # a call of another kind after the same change
+            return
+        self._told = str(why)
+        log.info("%s is planned again: %s", type(self.root).__name__, why)
+        assert why.setting is not None
+        self._changes[why.setting] += 1
+        if self._changes[why.setting] == OFTEN:
+            owner, _, name = why.setting.partition(": ")
+            log.warning(
+                "%s was planned again %d times because %s of %s changes, which its forward reads: the step "
+                "is traced anew at each new value. If it is a number that changes from step to step, make it "
+                "a tensor: self.register_buffer('%s', torch.tensor(...)) in __init__, and write it in place "
+                "(.fill_(value)); if the forward does not need it, move it to an attribute that is not read",
+                type(self.root).__name__,
+                OFTEN,
+                name,
+                owner,
+                name.rpartition(".")[2].partition("[")[0],
+            )
 
     def _refuse(self, call: Call) -> None:
         where = home_of(self.planned, call.leaves)

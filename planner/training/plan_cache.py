@@ -3,13 +3,17 @@
 :class:`PlanCache` keeps a plan per signature, or one for all calls that differ in sizes only where a plan
 is for any size (:mod:`planner.runtime.variants`); the least recently used is dropped.  :class:`StepCache`
 does the same for the captured steps that plans are made from, and knows when sizes are to vary.
+
+Under one signature there are several where what the forward read was another each time: an attribute that
+training changes back and forth (:class:`~planner.capture.state.watched.Watched`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +24,9 @@ from planner.training.calls import Call, Signature
 from planner.training.sharing import Room
 
 __all__ = ["KeptPlan", "PlanCache", "StepCache"]
+
+Key = TypeVar("Key")
+Kept = TypeVar("Kept")
 
 # Shapes of a kind captured one by one before sizes become symbols, which takes as long as five of them.
 FIXED = 2
@@ -40,8 +47,31 @@ class KeptPlan(NamedTuple):
     any_size: bool = False
 
 
+class _Latest(Generic[Key, Kept]):
+    """Several of a kind under each key, the one last used first; at most so many in all."""
+
+    def __init__(self) -> None:
+        self._by_key: OrderedDict[Key, list[Kept]] = OrderedDict()
+
+    def of(self, key: Key) -> Sequence[Kept]:
+        return tuple(self._by_key.get(key, ()))
+
+    def use(self, key: Key, kept: Kept) -> None:
+        """``kept``, there or new, is the one last used."""
+        others = [k for k in self._by_key.get(key, ()) if k is not kept]
+        self._by_key[key] = [kept, *others]
+        self._by_key.move_to_end(key)
+
+    def trim(self, most: int) -> None:
+        while sum(map(len, self._by_key.values())) > most:
+            key = next(iter(self._by_key))  # under the only key that is left, the one last used goes last
+            self._by_key[key].pop()
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+
 class PlanCache:
-    """One plan per signature, ``most`` of them.
+    """Plans by signature, ``most`` of them.
 
     ``largest``  the signature with most elements that has been planned.
     """
@@ -49,22 +79,16 @@ class PlanCache:
     def __init__(self, most: int) -> None:
         self.most = most
         self.largest: Signature | None = None
-        self._kept: OrderedDict[Signature, KeptPlan] = OrderedDict()
+        self._kept: _Latest[Signature, KeptPlan] = _Latest()
 
-    def find(self, call: Call) -> KeptPlan | None:
-        """The plan for this call and what runs it, if there is one."""
-        for signature in (call.signature, call.signature.kind):
-            kept = self._kept.get(signature)
-            if kept is not None:
-                self._kept.move_to_end(signature)
-                return kept
-        return None
+    def find(self, call: Call) -> Sequence[KeptPlan]:
+        """The plans for calls like this one and what runs them, the last used first."""
+        return (*self._kept.of(call.signature), *self._kept.of(call.signature.kind))
 
     def keep(self, call: Call, kept: KeptPlan) -> None:
-        """From now on this serves calls like ``call``."""
-        self._kept[call.signature.kind if kept.any_size else call.signature] = kept
-        if len(self._kept) > self.most:
-            self._kept.popitem(last=False)
+        """From now on, and before others, this serves calls like ``call``."""
+        self._kept.use(call.signature.kind if kept.any_size else call.signature, kept)
+        self._kept.trim(self.most)
         if self.largest is None or sum(call.signature.sizes) > sum(self.largest.sizes):
             self.largest = call.signature
 
@@ -96,16 +120,12 @@ class StepCache:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._steps: OrderedDict[Signature, PricedStep] = OrderedDict()
+        self._steps: _Latest[Signature, PricedStep] = _Latest()
         self._kinds: OrderedDict[Signature, _Kind] = OrderedDict()
 
-    def find(self, signature: Signature) -> PricedStep | None:
-        """The step that serves calls of this signature, captured as it is or for any size."""
-        for key in (signature, signature.kind):
-            if key in self._steps:
-                self._steps.move_to_end(key)
-                return self._steps[key]
-        return None
+    def find(self, signature: Signature) -> Sequence[PricedStep]:
+        """The steps for calls of this signature, captured as it is or for any size, the last used first."""
+        return (*self._steps.of(signature), *self._steps.of(signature.kind))
 
     def is_to_vary(self, signature: Signature) -> bool:
         """Whether the next capture for this signature is better made for sizes that vary."""
@@ -117,14 +137,14 @@ class StepCache:
         kind = self._kinds.setdefault(signature.kind, _Kind())
         self._kinds.move_to_end(signature.kind)
         if step.varying is None:
-            kind.captures += 1
+            kind.captures += not self._steps.of(signature)
             elements = sum(signature.sizes)
             if elements > kind.elements:
                 kind.elements, kind.largest = elements, step.joint.inputs.tensors()
-        self._steps[signature if step.varying is None else signature.kind] = step
-        for kept, most in ((self._steps, self.most), (self._kinds, MOST_KINDS)):
-            while len(kept) > most:
-                kept.popitem(last=False)
+        self._steps.use(signature if step.varying is None else signature.kind, step)
+        self._steps.trim(self.most)
+        while len(self._kinds) > MOST_KINDS:
+            self._kinds.popitem(last=False)
 
     def largest(self, signature: Signature) -> list[torch.Tensor]:
         """The tensors of the largest batch of this kind captured as it is; empty if none is known."""

@@ -1,0 +1,5 @@
+"""What a forward does besides computing: it reads settings, which a graph freezes, and leaves things behind.
+
+:mod:`~planner.capture.state.reads` records what was read while a trace ran, ``watched`` what stood there and
+whether it stands there still; ``effects`` sees and puts back what the forward left.
+"""
