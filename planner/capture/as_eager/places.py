@@ -15,6 +15,7 @@ __all__ = ["is_ours", "is_users", "line_of", "users_frame", "users_place"]
 _OURS = __name__.split(".", maxsplit=1)[0]
 _OUR_MODELS = (f"{_OURS}.checks", f"{_OURS}.examples")
 _BETWEEN = frozenset({"contextlib", "functools", "random", "numpy", "secrets", "torch", "uuid"})
+_TRACERS = ("torch._dynamo", "torch._functorch", "torch._inductor")  # what they do is nobody's line
 
 
 def line_of(frame: FrameType, line: int) -> str:
@@ -36,12 +37,13 @@ def is_users(frame: FrameType) -> bool:
 
 
 def users_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost of the user's frames from ``frame`` outwards; ``None`` where we come before it.
+    """The innermost of the user's frames from ``frame`` outwards; ``None`` where ours or a tracer's come first.
 
-    What the tracer does for itself has our frames between it and the user's.
+    What the tracer does for itself has such frames between it and the user's.
     """
     while frame is not None:
-        if is_ours(str(frame.f_globals.get("__name__", ""))):
+        module = str(frame.f_globals.get("__name__", ""))
+        if is_ours(module) or module.startswith(_TRACERS):
             return None
         if is_users(frame):
             return frame
