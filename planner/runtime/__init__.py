@@ -2,11 +2,12 @@
 
 In: ``PlanData`` and a ``CapturedStep``.  Out: ``ExecutableStep``, and a stand-in for ``forward`` behind
 autograd nodes and a guard; ``verify`` runs the step with and without it.  Raises ``StalePlanError`` where
-the call or the model is not what was planned, ``PlannerError`` for a second backward and what else no plan
-can serve.
+the call or the model is not what was planned, ``PlannerError`` for a second backward through what the first
+one freed and what else no plan can serve.
 
 ``build`` makes the step (of a plan from a file by capturing the model again), ``apply`` puts it on a model or
 into a GraphModule, ``forward`` and ``autograd`` run it behind ``guard``, ``variants`` finds or makes the
-program for a batch of other sizes, ``held_outputs`` sees what the caller lets go of, ``tracing`` knows when a
-compiler is looking.
+program for a batch of other sizes, ``output_sets`` for other outputs than foreseen, ``held_outputs`` sees
+what the caller lets go of, ``hooks`` keeps those of parameters without a gradient from being called,
+``tracing`` knows when a compiler is looking.
 """

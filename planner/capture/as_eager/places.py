@@ -37,7 +37,7 @@ def is_users(frame: FrameType) -> bool:
 
 
 def users_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost of the user's frames from ``frame`` outwards; ``None`` where ours or a tracer's come first.
+    """The innermost of the user's frames from ``frame`` outwards; ``None``: ours or a tracer's come first.
 
     What the tracer does for itself has such frames between it and the user's.
     """
