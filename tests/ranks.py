@@ -8,9 +8,11 @@ the parent ends everything else.  Below: what the ranks train.
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -91,7 +93,10 @@ def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
         except EOFError:  # the tests are over
             return
         try:
-            function = getattr(importlib.import_module(module), name)
+            if module not in sys.modules:
+                importlib.import_module(module)
+                gc.freeze()  # what imports made stays, and need not be walked by the garbage collector
+            function = getattr(sys.modules[module], name)
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

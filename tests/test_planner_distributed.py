@@ -83,7 +83,7 @@ def _fires(rank: int, how: str, share: float = 0.4) -> tuple[list[float], int]:
     if how != "plain":
         step = prepare(model, (batch,), costs="roofline")
         low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=2.0))
+        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=1.0))
         if how == "one segment":
             with _emitted_in(1):
                 plan.apply()
