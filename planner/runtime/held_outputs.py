@@ -97,7 +97,7 @@ class HeldOutputs:
         if lifetimes is None or lifetimes == before or self._known[step.output_names].settled:
             return None
         fewer = lifetimes.released >= before.released and lifetimes.kept <= before.kept
-        return None if fewer and not step.recomputes else lifetimes  # fewer bytes then change nothing
+        return None if fewer and not step.is_tight else lifetimes
 
     def learned(self, names: tuple[str, ...]) -> Lifetimes | None:
         """Until when the outputs called ``names`` are held; ``None``: no backward was seen yet."""

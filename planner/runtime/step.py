@@ -57,7 +57,7 @@ class ExecutableStep:
     ``plan``      that it runs.
     ``lifetimes``  of the outputs, as it counts them.
     ``watched``   the outputs (numbers) that it counts as released, and others whose bytes matter, by storage.
-    ``recomputes``  whether some op runs more than once.
+    ``is_tight``  whether it recomputes for want of memory, so that fewer bytes could make it faster.
     """
 
     program: Program
@@ -68,7 +68,7 @@ class ExecutableStep:
     variants: StepsBySize | None = None
     lifetimes: Lifetimes = HELD
     watched: tuple[tuple[int, ...], ...] = ()
-    recomputes: bool = True
+    is_tight: bool = True
     replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None
     plan: PlanData | None = None
 
