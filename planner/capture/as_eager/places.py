@@ -15,7 +15,8 @@ __all__ = ["is_ours", "is_users", "line_of", "users_frame", "users_place"]
 _OURS = __name__.split(".", maxsplit=1)[0]
 _OUR_MODELS = (f"{_OURS}.checks", f"{_OURS}.examples")
 _BETWEEN = frozenset({"contextlib", "functools", "random", "numpy", "secrets", "torch", "uuid"})
-_TRACERS = ("torch._dynamo", "torch._functorch", "torch._inductor")  # what they do is nobody's line
+# What they do is nobody's line (others of torch._dynamo only pass a call on, where it is disabled).
+_TRACERS = ("torch._dynamo.convert_frame", "torch._dynamo.utils", "torch._functorch.aot_autograd")
 
 
 def line_of(frame: FrameType, line: int) -> str:
