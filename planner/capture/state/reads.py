@@ -11,12 +11,13 @@ replaced function has become a constant or has chosen the ops.  :class:`Reads` r
 
 :mod:`planner.capture.state.watched` keeps what stood there.
 
-Why not Dynamo's guards, which are of the same kind (torch 2.13, one core, BERT and GPT2 of 12 layers, 128
-wide): its trace costs 4.2 s and 7.5 s beside captures of 2.9 s and 2.6 s, for 2570 guards; GPT2 falls into
-several graphs, whose guards are in frames of their own, where the capture takes one; arrays of numpy and
-plain tensors it makes inputs of the graph instead of guarding them; and its guards live in private caches
-of compiled code.  What is here adds some tenths of a second.  ``sys.settrace`` over the trace, which would
-tell exactly which functions run, adds 80 %.
+Why not Dynamo's guards, which are of the same kind (torch 2.13, one core in one run, BERT and GPT2 of 12
+layers, 128 wide): its trace takes 4.2 s and 7.5 s beside captures of 5.4 s and 3.9 s, for 2570 guards on
+BERT; GPT2 falls into several graphs, each with guards of its own, where the capture takes one; arrays of
+numpy and plain tensors it makes inputs of the graph instead of guarding them; and its guards live in
+private caches of compiled code. What is here cannot be told from noise in the time of a capture, and the
+check of a step takes 1.07 times (BERT) and 1.14 times (GPT2) what the one of public numbers took.
+``sys.settrace`` over the trace, which would tell exactly which functions run, adds 80 %.
 
 Known limits: reads through ``vars(module)`` or from C are not seen, nor is what functions of torch, numpy
 and the standard library look up.
