@@ -567,3 +567,26 @@ def test_a_place_in_a_storage_matters_where_it_was_asked_for() -> None:
         planner.StalePlanError, match=r"asked was .* 0 elements into .* is .* 4 elements into"
     ):
         model(x)
+
+
+class FromNumpy(nn.Module):
+    """Reads tensors that it neither computes nor registers, through numpy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.scales = torch.full((4,), 2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.inner(x) * float(np.asarray(self.scales)[1]) + self.scales.numpy().max()).sum()
+
+
+def test_numbers_read_through_numpy_are_those_of_eager_until_they_change() -> None:
+    model, x = tiny.seeded(FromNumpy), torch.ones(2, 4)
+    plan = planner.plan(model, 1, (x,), costs="roofline")
+    assert plan.verify().equal
+    plan.apply()
+    model(x)
+    model.scales[1] = 3
+    with pytest.raises(planner.StalePlanError, match="scales"):
+        model(x)

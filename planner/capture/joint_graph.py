@@ -239,7 +239,7 @@ def _captured(
     traced = _sort_out(module, step.names, tuple(step.rebound))
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
-    if behind.changed and not settled(model, behind, lambda: _step_on_fakes(model, given)):
+    if behind.stored or (behind.changed and not settled(model, behind, lambda: _step_on_fakes(model, given))):
         _refuse_lost(model, behind)
     read = watched(model, step.reads, step.effects.written, step.placed)
     template = step.template

@@ -155,6 +155,7 @@ class Questions:
             _compat.compiler_flags(_asks_as_compiler),
             _compat.stand_ins_derive_from(answering),
             _set_on(builtins, builtin),
+            _memory_read_as_eager(self._thread),
         ):
             yield
 
@@ -250,6 +251,27 @@ def _asks_as_compiler(frame: FrameType | None) -> bool:
         frame = frame.f_back
     module = "" if frame is None else str(frame.f_globals.get("__name__", ""))
     return module.partition(".")[0] in ("torch", "transformers") and module not in _AS_EAGER
+
+
+@contextlib.contextmanager
+def _memory_read_as_eager(thread: int) -> Iterator[None]:
+    """``numpy()`` of a tensor that is neither given nor computed: the tracer would make it of no memory.
+
+    What it then reads is watched like any setting (:mod:`planner.capture.state.watched`).
+    """
+    read = torch.Tensor.numpy
+
+    def numpy(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if _type(tensor) is not torch.Tensor or threading.get_ident() != thread:
+            return read(tensor, *args, **kwargs)
+        with _compat.modes_set_aside():
+            return read(tensor, *args, **kwargs)
+
+    type.__setattr__(torch.Tensor, "numpy", numpy)
+    try:
+        yield
+    finally:
+        type.__delattr__(torch.Tensor, "numpy")
 
 
 @contextlib.contextmanager

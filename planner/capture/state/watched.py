@@ -39,6 +39,7 @@ _PLAIN = (
     np.generic, enum.Enum, pathlib.PurePath, torch.dtype, torch.device, torch.Size, torch.layout,
     torch.memory_format, types.CodeType, types.BuiltinFunctionType, types.ModuleType,
 )  # fmt: skip
+_BY_VALUE = frozenset({"tolist", "numpy", "item", "array", "asarray", "from_numpy", "__array__"})
 _Lists = (list, tuple, set, frozenset, deque)
 
 
@@ -99,7 +100,7 @@ class _Freezer:
         self.tensors = {id(t): name for name, t in tensors}
         self.known: dict[int, Node] = {}
         self.alive: list[Any] = []
-        self.by_value = bool(reads.names & {"tolist", "numpy", "item"})
+        self.by_value = bool(reads.names & _BY_VALUE)
         self.loose = False  # a library's own registries grow, and its globals are filled as they are needed
 
     def attributes(self, owner: Any, held: Mapping[str, Any], names: Collection[str]) -> Node:
