@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from random import choice
 from typing import Any
@@ -118,6 +119,10 @@ DRAWS = {
     "a numpy RandomState": lambda _, h: h * OLD_NUMPYS.randint(3),
     "in a backward": lambda _, h: DrawsInBackward.apply(h),
     "numpy without a seed": entropy,
+    "the system's": lambda _, h: h * (1 + secrets.randbelow(3)),
+    "the system's, through a helper of Python's": lambda _, h: h[
+        :, random.SystemRandom().sample(range(4), 4)
+    ],
     "Random without a seed": unseeded,
     "fork_rng": forked,
     "a state set again": same_mask_twice,
@@ -138,9 +143,17 @@ def test_a_draw_that_a_graph_would_freeze_is_refused_with_its_line(middle: Calla
     assert states() == before
 
 
-def test_a_generator_that_the_first_call_makes_and_keeps_is_refused_by_name() -> None:
+def kept_in_a_dict(_: Any, h: Tensor) -> Tensor:
+    return h * GENERATORS.setdefault("made", random.Random(5)).random()
+
+
+GENERATORS: dict[str, random.Random] = {}
+
+
+@pytest.mark.parametrize("middle", [kept, kept_in_a_dict])
+def test_a_generator_that_the_first_call_makes_and_keeps_is_refused_by_name(middle: Any) -> None:
     with pytest.raises(TraceError, match=r"makes a generator and keeps it in made: .* outside forward"):
-        capture(Net(kept), (torch.ones(2, 4),))
+        capture(Net(middle), (torch.ones(2, 4),))
 
 
 def seeded_for_a_while(_: Any, h: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def _captured(
         torch.enable_grad(),
         attributes_kept(model) as behind,  # what the backward does: each forward puts its own back
         _compat.checkpoint_calls() as calls,
-        Generators(model) as generators,
+        Generators() as generators,
         explained(model, calls),
         _as_eager_asks(model) as questions,
     ):
@@ -235,7 +235,7 @@ def _captured(
         questions.refuse(type(model).__name__)
         noted.refuse()
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
-        generators.refuse(model, module, lambda: _step_on_fakes(model, given))
+        generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())

@@ -15,8 +15,8 @@ state back.
   seeded them in between, and so drew the same as at every step.
 
 Known limits: an instance that ``gc.freeze`` hid goes unseen, and so does a draw from an instance between
-saving its state and setting it again, and entropy read otherwise than through ``random`` and ``numpy.random``
-(``os.urandom``, the time).
+saving its state and setting it again, and entropy read otherwise than through ``random``, ``secrets``,
+``numpy.random`` and ``os.urandom`` (the time).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import pickle
 import random
 import sys
@@ -204,14 +205,13 @@ def global_states() -> dict[str, torch.Tensor]:
 class Generators:
     """All generators around a capture: put back on leaving, and asked in between who drew.
 
-    with Generators(model) as generators:
+    with Generators() as generators:
         with generators.watched():
             ...  # trace
         generators.refuse(...)
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._there = {id(value) for module in model.modules() for value in vars(module).values()}
+    def __init__(self) -> None:
         self._sources: list[_Source] = []
         self._handled: list[tuple[str, str]] = []  # (what the forward did, where)
         self._unseeded: list[str] = []
@@ -257,29 +257,27 @@ class Generators:
         ):
             yield
 
-    def _kept_since(self, model: nn.Module) -> str | None:
-        """An attribute that holds a generator which was not there on entering."""
-        kinds = tuple(_kinds(random.Random, *_numpys(), torch.Generator) - _kinds(random.SystemRandom))
-        for path, module in model.named_modules():
-            for key, value in vars(module).items():
-                if type(value) in kinds and id(value) not in self._there:
-                    return f"{path}.{key}" if path else key
-        return None
-
-    def refuse(self, model: nn.Module, graph: fx.GraphModule, again: Callable[[], object]) -> None:
+    def refuse(
+        self,
+        model: nn.Module,
+        graph: fx.GraphModule,
+        again: Callable[[], object],
+        left: Iterable[tuple[Any, Any]] = (),
+    ) -> None:
         """Raise ``TraceError`` for numbers that ``graph`` could not draw as eager does.
 
         ``again`` runs the step's code once more, on tensors without memory.
+        ``left``  containers as they were, and what the forward had them hold.
         """
         model_name = type(model).__name__
         if self._handled:
             raise TraceError(_HANDLES.format(model_name, *self._handled[0]))
         if self._unseeded:
-            source = "a generator that it makes without a seed"
+            source = "a generator that it makes without a seed, or the system's"
             raise TraceError(_DRAWS.format(model_name, source, self._unseeded[0]))
         if self._drawn:
             raise TraceError(_DRAWS.format(model_name, *self._drawn[0]))
-        made = self._kept_since(model)
+        made = _made_and_kept(left)
         if made is not None:
             raise TraceError(
                 f"the forward of {model_name} makes a generator and keeps it in {made}: every step would "
@@ -294,6 +292,23 @@ class Generators:
         if _draws_from_its_own(graph):
             self.restore()
             raise TraceError(_OWN.format(model_name, _line_that_passes_a_generator(again) or _UNKNOWN))
+
+
+def _made_and_kept(left: Iterable[tuple[Any, Any]]) -> str | None:
+    """Under which key or attribute the forward left a generator that was not there before."""
+    kinds = tuple(_kinds(random.Random, *_numpys(), torch.Generator) - _kinds(random.SystemRandom))
+    for was, contents in left:
+        slot = isinstance(was, tuple)  # of a global or a class: (whose, key)
+        there, now = ({}, {was[1]: contents}) if slot else (_items(was), _items(contents))
+        held = {id(value) for value in there.values()}
+        for key, value in now.items():
+            if type(value) in kinds and id(value) not in held:
+                return str(key)
+    return None
+
+
+def _items(container: Any) -> dict[Any, Any]:
+    return container if isinstance(container, dict) else dict(enumerate(container))
 
 
 class _Watched:
@@ -330,7 +345,7 @@ def _default_generators_watched(told: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _entropy_watched(told: Callable[[], None]) -> Iterator[None]:
-    """Generators of Python's or numpy's that are made without a seed are told."""
+    """Generators of Python's or numpy's made without a seed, and numbers from the system's, are told."""
     seed = random.Random.seed
     numpy_bits: Any = sys.modules.get("numpy.random.bit_generator")
     entropy: Any = getattr(numpy_bits, "randbits", None)  # where numpy looks for what nobody gave it
@@ -344,6 +359,13 @@ def _entropy_watched(told: Callable[[], None]) -> Iterator[None]:
         told()
         return entropy(bits)
 
+    def of_system(size: int) -> bytes:
+        told()
+        return urandom(size)
+
+    urandom, names_of_it = os.urandom, ((os, "urandom"), (random, "_urandom"))  # the second: SystemRandom's
+    for module, name in names_of_it:
+        setattr(module, name, of_system)
     random.Random.seed = seeded  # type: ignore[method-assign]
     if entropy is not None:
         numpy_bits.randbits = drawn
@@ -351,6 +373,8 @@ def _entropy_watched(told: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         random.Random.seed = seed  # type: ignore[method-assign]
+        for module, name in names_of_it:
+            setattr(module, name, urandom)
         if entropy is not None:
             numpy_bits.randbits = entropy
 
