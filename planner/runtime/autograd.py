@@ -209,6 +209,8 @@ class PendingCall:
         now = self.now
         assert now is not None
         self.spent[index] = not now.keep
+        if self.start is not None and not self.waits:
+            self.start.let_go()
         if now.made is not None:
             return [now.made.pop(name, None) for name in self.names[index]]
         segment = now.segments[index]

@@ -38,8 +38,8 @@ _OFTEN = 6  # forwards that ran again before that is said
 class Start:
     """What one call began with, from which its forward can be run again.
 
-    Inputs are held until a first backward has come by, which is when another set of outputs is learned of;
-    from then on only if the caller has them still.
+    Inputs are held until a first backward is through, which is when another set of outputs is learned of;
+    from then on they are there only if the caller has them still.
     """
 
     def __init__(
@@ -77,6 +77,13 @@ class Start:
     def ran(self, given: dict[Argument, Any]) -> None:
         """The forward has run: from here on nobody may change what it read."""
         self._versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in given.values()]
+
+    def let_go(self) -> None:
+        """A backward is through: whoever still holds the loss is not to hold the batch by it."""
+        self.before = {}
+        for argument, value in self._given.items():
+            if argument.kind == "input" and isinstance(value, torch.Tensor):
+                self._given[argument] = weakref.ref(value)
 
     def again(
         self, program: Program, segments: Sequence[Segment], sizes: dict[Argument, Any]

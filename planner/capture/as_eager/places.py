@@ -14,7 +14,9 @@ __all__ = ["is_ours", "is_users", "line_of", "users_frame", "users_place"]
 
 _OURS = __name__.split(".", maxsplit=1)[0]
 _OUR_MODELS = (f"{_OURS}.checks", f"{_OURS}.examples")
-_BETWEEN = frozenset({"abc", "contextlib", "functools", "random", "numpy", "secrets", "torch", "uuid"})
+_BETWEEN = frozenset(
+    {"abc", "_collections_abc", "contextlib", "functools", "random", "numpy", "secrets", "torch", "uuid"}
+)
 # What they do is nobody's line (others of torch._dynamo only pass a call on, where it is disabled).
 _TRACERS = ("torch._dynamo.convert_frame", "torch._dynamo.utils", "torch._functorch.aot_autograd")
 
