@@ -97,6 +97,20 @@ def given_other_memory(net: Any, h: Tensor) -> Tensor:
     return h
 
 
+def note_outside(_: Any, g: Tensor) -> None:
+    LOG.append(g.mean())
+
+
+def noted(what: Callable[[Any, Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
+    """A middle whose hook does ``what`` and leaves the gradient."""
+
+    def middle(net: Any, h: Tensor) -> Tensor:
+        h.register_hook(lambda g: what(net, g) and None)
+        return h
+
+    return middle
+
+
 LOG: list[Any] = []
 
 
@@ -108,6 +122,8 @@ class Net(nn.Module):
         self.first, self.last_layer = nn.Linear(4, 4), nn.Linear(4, 2)
         self.register_buffer("largest", torch.full((), 0.5))
         self.middle, self.count = middle, 0
+        self.norms: list[float] = []
+        self.seen: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.last_layer(self.middle(self, self.first(x).relu()) * self.largest)
@@ -118,8 +134,12 @@ WRITES = {
     "in a Function": (lambda net, h: Observed.apply(h, net.largest, False), r"largest at .*py:\d+ \("),
     "in a Function, saved": (lambda net, h: Observed.apply(h, net.largest, True), r"largest at .*py:\d+ \("),
     "by a hook": (hooked, r"writes into largest at .*py:\d+ \("),
-    "an attribute": (stored, "stores tensors or counts in last"),
-    "a count": (counted, "stores tensors or counts in count"),
+    "an attribute": (stored, "backward of Net changes last"),
+    "a count": (counted, "backward of Net changes count"),
+    "a list of the model": (noted(lambda net, g: net.norms.append(1.0)), "backward of Net changes norms"),
+    "a dict of the model": (noted(lambda net, g: net.seen.update(g=g.mean())), r"changes seen\['g'\]"),
+    "a buffer bound anew": (noted(lambda net, g: setattr(net, "largest", g.amax())), "changes largest"),
+    "a list, by a helper": (noted(note_outside), r"<lambda> at .*py:\d+ changes LOG"),
     "a list outside the model": (logged, r"<lambda> at .*py:\d+ changes LOG"),
     "a count in a closure": (counted_outside, r"count at .*py:\d+ changes seen"),
     "a list of the context": (lambda net, h: Counted.apply(h), r"backward at .*py:\d+ changes log"),
@@ -136,7 +156,14 @@ def test_what_a_plan_would_not_write_is_refused_by_name(middle: Callable[..., Te
         capture(net, {"x": torch.ones(2, 4)})
     after = [*vars(net)["_buffers"].values(), *net.parameters()]
     assert all(a is b for a, b in zip(before, after, strict=True))
-    assert not LOG and net.count == 0 and net.largest.item() == 0.5 and "last" not in vars(net)
+    assert (
+        not LOG
+        and not net.norms
+        and not net.seen
+        and net.count == 0
+        and net.largest.item() == 0.5
+        and "last" not in vars(net)
+    )
 
 
 def scaled(net: Any, h: Tensor) -> Tensor:

@@ -222,7 +222,8 @@ def _captured(
     ):
         loss = None
         if loss_fn is not None:
-            loss, used = _trace_loss(model, given, loss_fn)
+            with attributes_kept(model):  # what it notes on the model, it notes in the user's own loop
+                loss, used = _trace_loss(model, given, loss_fn)
         step = _FlatModel(model, flat, fake, in_spec, used)
         noted = Noted(model)
         with _module_paths(model), generators.watched(), noted.watched():
@@ -239,8 +240,9 @@ def _captured(
     traced = _sort_out(module, step.names, tuple(step.rebound))
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
-    if behind.stored or (behind.changed and not settled(model, behind, lambda: _step_on_fakes(model, given))):
-        _refuse_lost(model, behind)
+    step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
+    if behind.changed and not settled(model, behind, lambda: _step_on_fakes(model, given)):
+        step.installed.refuse_changes(behind.touched)
     read = watched(model, step.reads, step.effects.written, step.placed)
     template = step.template
     assert template is not None
@@ -283,10 +285,6 @@ def _refuse_side_effects(
             return
     elif settled(model, effects, lambda: call(contextlib.nullcontext()), reads.containers):
         return
-    _refuse_lost(model, effects)
-
-
-def _refuse_lost(model: nn.Module, effects: Effects) -> None:
     if effects.lost:
         raise TraceError(
             f"the forward of {type(model).__name__} stores tensors or counts in "

@@ -225,13 +225,19 @@ def explained(model: nn.Module, calls: _compat.CheckpointCalls | None = None) ->
 _INSIDE = re.compile(
     r"Functional\w*Tensor|Fake\w*Tensor\w*|fake tensor|fake mode|Sym(?:Int|Float|Bool|Node)\w*"
     r"|\w*AOT(?:In|Out)put|proxy|aot_autograd|functorch|__torch_(?:dispatch|function)__"
-    r"|(?:Dispatch|Function)Mode|torch\.fx|\"meta\"|tensor subclass|python storage"
+    r"|INTERNAL ASSERT|functionalize|non-functional|(?:Dispatch|Function)Mode|torch\.fx|\"meta\"|tensor subclass|python storage"
     r"|^\W*(?:OpOverload.*)?aten\W[\w.]*\W*$",
     re.IGNORECASE,
 )
 
 # What such words mean, and how to do without; the first that fits.
 _MEANT = (
+    (
+        r"mutating a non-functional tensor",
+        "writes into a tensor that is neither an input nor a buffer of the model, but a plain attribute, a "
+        "global or in a list, say. Register it (register_buffer, persistent=False keeps it out of the state "
+        "dict), or write outside forward",
+    ),
     (
         r"numpy\(\)|data pointer|python storage",
         "reads a tensor's memory (numpy, a pointer, pickle, a kernel of another library), and while the step "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CellType, CodeType, ModuleType
 from typing import Any
 
@@ -42,9 +42,12 @@ class Installed:
         ]
         self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._writes: dict[str, tuple[torch.Tensor, int]] = {}  # stand-in, and how often it had been written
+        self._replaced: list[str] = []
+        self._there = False
 
     def put(self, state: Mapping[str, torch.Tensor]) -> None:
         """``state``: the stand-ins by name, as the forward left them."""
+        self._there = True
         for registered, key, tensor in self._places:
             if tensor is not None:
                 registered[key] = state[self._names[id(tensor)]]  # type: ignore[assignment]
@@ -53,7 +56,11 @@ class Installed:
     def remove(self) -> None:
         """The model's own are where they were."""
         for registered, key, tensor in self._places:
+            name = self._names.get(id(tensor))
+            if self._there and name is not None and registered.get(key) is not self._writes[name][0]:
+                self._replaced.append(name)
             registered[key] = tensor  # type: ignore[assignment]
+        self._there = False
 
     def refuse(self, again: Callable[[Any], object]) -> None:
         """Raise ``TraceError`` for what the backward wrote into.
@@ -63,16 +70,26 @@ class Installed:
         written = [
             n for n, (tensor, before) in self._writes.items() if _compat.writes_so_far(tensor) > before
         ]
+        self.refuse_changes(self._replaced)
         if not written:
             return
         seen = _Writes()
         with contextlib.suppress(Exception):
             again(seen)
         place = f" at {seen.place}" if seen.place else ""
+        self._refuse(f"writes into {written[0]}{place}")
+
+    def refuse_changes(self, names: Iterable[str], but: Collection[str] = ()) -> None:
+        """Raise ``TraceError`` for the first attribute of the model that the backward changed."""
+        for name in names:
+            if name not in but:
+                self._refuse(f"changes {name}")
+
+    def _refuse(self, what: str) -> None:
         raise TraceError(
-            f"the backward of {type(self._model).__name__} writes into {written[0]}{place}; a planned step "
-            "computes gradients in its backward and would not. Note it outside what is planned, from the "
-            "gradients of parameters, inputs or outputs, or plan the parts of the model without it"
+            f"the backward of {type(self._model).__name__} {what}; a planned step computes gradients in its "
+            "backward and would not. Note it outside what is planned, from the gradients of parameters, "
+            "inputs or outputs, or plan the parts of the model without it"
         )
 
 
@@ -120,8 +137,23 @@ def _is_the_users(function: Any) -> bool:
     return module.partition(".")[0] != "torch" and not is_ours(module)
 
 
-def _reach(function: Any, code: CodeType) -> Iterator[tuple[str, Any, Any, Any]]:
-    """(name, holder, key, value) of the variables outside itself that a function names."""
+def _reach(
+    function: Any, code: CodeType, met: set[CodeType] | None = None
+) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(name, holder, key, value) of the variables outside itself that a function names.
+
+    So of the functions among them, and of those in turn; ``met`` need not be looked at again.
+    """
+    met = {code} if met is None else met
+    for name, holder, key, value in _named(function, code):
+        yield name, holder, key, value
+        helper = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+        if isinstance(helper, CodeType) and helper not in met and _is_the_users(value):
+            met.add(helper)
+            yield from _reach(value, helper, met)
+
+
+def _named(function: Any, code: CodeType) -> Iterator[tuple[str, Any, Any, Any]]:
     plain = inspect.unwrap(getattr(function, "__func__", function))
     for name, cell in zip(code.co_freevars, plain.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # not bound yet

@@ -54,6 +54,7 @@ class Effects:
                  container of a module's attribute is ``vars(module)``.
     ``written``  by (id of a dict, key): whatever was left there; by (id of a list or set, ``None``).
     ``left``     containers that had changed, and what they then held.
+    ``touched``  names of all that had changed, ``changed`` and ``stored`` among it.
     ``look``     looks at another container, by its name, from here on.
     """
 
@@ -62,6 +63,7 @@ class Effects:
     changed: list[tuple[str, Any, Any, Any, Any]] = field(default_factory=list)
     written: dict[tuple[int, Any], Any] = field(default_factory=dict)
     left: list[tuple[_Container | Slot, Any]] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
     look: Callable[[str, Any], None] = lambda _, __: None
 
     @property
@@ -266,6 +268,7 @@ class _Kept:
                 self._compare(name, container, held, but, effects)
             else:
                 effects.written[id(container), None] = None
+                effects.touched.append(name)
             if isinstance(container, list):
                 _note_tensors(name, [x for x in container if not any(x is y for y in held)], effects)
             _fill(container, held)
@@ -274,6 +277,7 @@ class _Kept:
             if now is not was:
                 effects.left.append((slot, now))
                 effects.written[id(slot.holder), slot.key] = now
+                effects.touched.append(name)
                 if not _note_tensors(name, now, effects) and type(now) in (int, float, str) and now != was:
                     effects.changed.append((name, slot, None, was, now))
                 slot.put(was)
@@ -289,6 +293,7 @@ class _Kept:
             module = bool(but)
             inside = f"{name}{key}" if module or name[-1:] == "." else f"{name}[{key!r}]"
             effects.written[id(now), key] = item
+            effects.touched.append(inside)
             if key == "_flat_weights" and module:  # an RNN's parameters once more
                 continue
             if not _note_tensors(inside, item, effects) and (
