@@ -103,6 +103,7 @@ def test_a_question_is_answered_as_eager_answers_it(answer: bool, asks: Callable
 def test_parameters_that_a_module_holds_a_second_time_are_trained() -> None:
     net, inputs = Net(lambda m, x, h: True), {"x": torch.randn(2, 4)}
     held = net.held[0]
+    net.register_parameter("kept", held[0])  # type: ignore[arg-type]
     net.last = Tied(held)  # type: ignore[assignment]
     plan = planned(net, inputs)
     assert plan.verify().equal

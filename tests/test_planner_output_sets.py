@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -462,3 +463,37 @@ def test_hooks_of_parameters_without_a_gradient_are_left_alone(
     assert sorted(calls[0]) == sorted(calls[1]) and calls[0]
     for handle in handles:
         handle.remove()
+
+
+def test_a_loss_that_is_kept_does_not_hold_its_batch() -> None:
+    model = tiny.seeded(Heads)
+    tiny.planned(model, (X,), solver="recompute_all").apply(model)
+    batch = X.clone()
+    seen = weakref.ref(batch)
+    loss = model(batch)[0].sum()
+    loss.backward()
+    del batch
+    assert seen() is None and loss.grad_fn is not None
+
+
+class Canvas(nn.Module):
+    """Its recomputation may write over what was saved: twice, if the graph is retained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        canvas = self.inner(x).sin()
+        mean = canvas.mean()
+        canvas[:, :4] = x[:, 4:] * canvas[:, 4:]
+        return (canvas.exp() * mean).sum()
+
+
+def test_a_retained_graph_is_not_written_over() -> None:
+    models = pair(Canvas, X)
+    for model in models:
+        loss = model(X)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_same(*map(gradients, models))
