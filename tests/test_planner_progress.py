@@ -106,7 +106,7 @@ def test_a_larger_batch_is_planned_for_in_silence() -> None:
 def test_enable_tells_when_the_first_batch_is_planned() -> None:
     seen: list[Event] = []
     net = model()
-    planner.enable(net, 110e-6, costs="roofline", progress=seen.append, now=True)
+    planner.enable(net, 110e-6, costs="roofline", outputs="held", progress=seen.append, now=True)
     assert not seen
     net(DATA[0]).sum().backward()
     assert list(dict.fromkeys(e.phase for e in seen)) == ["capture", "profile", "solve"]

@@ -225,7 +225,8 @@ def explained(model: nn.Module, calls: _compat.CheckpointCalls | None = None) ->
 _INSIDE = re.compile(
     r"Functional\w*Tensor|Fake\w*Tensor\w*|fake tensor|fake mode|Sym(?:Int|Float|Bool|Node)\w*"
     r"|\w*AOT(?:In|Out)put|proxy|aot_autograd|functorch|__torch_(?:dispatch|function)__"
-    r"|INTERNAL ASSERT|functionalize|non-functional|(?:Dispatch|Function)Mode|torch\.fx|\"meta\"|tensor subclass|python storage"
+    r"|INTERNAL ASSERT|functionalize|non-functional|(?:Dispatch|Function)Mode|torch\.fx|\"meta\""
+    r"|tensor subclass|python storage"
     r"|^\W*(?:OpOverload.*)?aten\W[\w.]*\W*$",
     re.IGNORECASE,
 )
