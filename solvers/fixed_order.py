@@ -10,6 +10,7 @@ runs.  One that is still in a linear program when its time is up is left to end 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -22,6 +23,7 @@ from solvers.bounds.lower_bounds import PeakFloor
 from solvers.core.incumbent import ENDS_AT, Incumbent, Progress
 from solvers.core.problem import Problem
 from solvers.core.schedule import Schedule
+from solvers.core.simulate import InvalidScheduleError
 from solvers.core.solution import InfeasibleError, Solution, solution_of, with_floor
 from solvers.methods import METHODS
 from solvers.portfolio import Methods
@@ -59,7 +61,8 @@ def solve(
     if solver == "auto":
         run = Incumbent(problem, budget, deadline=started + ENDS_AT * limit_s, progress=progress)
         if hint is not None:
-            run.offer(hint.steps(problem), "hint")
+            with contextlib.suppress(InvalidScheduleError):  # of another problem with ops of these names
+                run.offer(hint.steps(problem), "hint")
         methods.offer_cheapest(run)
         if not run.done:
             search = methods.search

@@ -290,3 +290,13 @@ def test_what_is_read_of_an_incumbent_is_of_one_moment() -> None:
     assert (lowest.steps, lowest.peak_bytes) == (best.steps, best.line.peak_bytes)
     assert run.best.steps == better and run.best.line.steps.tolist() == better
     assert run.lowest.steps == better and len(run.starts) == 4
+
+
+def test_a_hint_that_is_no_schedule_of_this_problem_is_left_aside() -> None:
+    """A plan of a like step in which two ops have changed places."""
+    problem = training_chain(4, 2)
+    order = list(Schedule.keep_all(problem).sequence)
+    order[0], order[1] = order[1], order[0]
+    budget = half(problem) + keep_all_peak(problem) // 4
+    found = solve(problem, budget, time_limit_s=5.0, hint=Schedule(tuple(order)))
+    assert found.seconds == solve(problem, budget, time_limit_s=5.0).seconds
