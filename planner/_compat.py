@@ -60,6 +60,7 @@ __all__ = [
     "cuda_driver_version",
     "current_backward",
     "descriptors",
+    "dispatch_state",
     "dp_knapsack",
     "evaluated",
     "export_joint",
@@ -398,6 +399,15 @@ def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
 def watching_modes() -> int:
     """How many modes look at every op just now, tracers among them; 2.0+."""
     return int(torch._C._len_torch_dispatch_stack())
+
+
+def dispatch_state() -> tuple[int, int]:
+    """The dispatch keys that this thread adds and leaves out: guards of C++'s put all back on leaving; 1.12+."""
+    keys: Any = torch._C
+    return (
+        keys._dispatch_tls_local_include_set().raw_repr(),
+        keys._dispatch_tls_local_exclude_set().raw_repr(),
+    )
 
 
 def is_top_mode(mode: TorchDispatchMode) -> bool:

@@ -137,3 +137,23 @@ def test_a_meter_of_ones_own_is_never_mixed_up_with_ours() -> None:
     with torch.no_grad():
         model(x)
     assert watching_modes() == 0
+
+
+def test_an_evaluation_between_metered_steps_leaves_torch_as_it_was() -> None:
+    """inference_mode puts the thread's dispatch keys back: a meter taken off inside would be among them."""
+    model = planner.enable(tiny.blocks(1, 8).train(), 1, **FAST, now=True)
+    x = torch.randn(2, 8)
+    for _ in range(2):
+        loss = model(x).sum()
+        loss.backward()
+        with torch.inference_mode():
+            model(x)  # the next call
+        assert torch.empty(2).shape == (2,)
+        loss = model(x).sum()
+        loss.backward()
+        with torch.inference_mode():
+            del loss  # what the call held is gone
+        assert torch.empty(2).shape == (2,)
+    model(x).sum().backward()
+    model(x)
+    assert watching_modes() == 0

@@ -6,7 +6,8 @@ budget then is said once, and set aside in the plans that follow.
 
 A meter is a mode that looks at every op.  It begins in the call, and can be taken off only where the training
 loop itself is running: when what the call held is gone, or at the next call.  In between it looks on and
-counts nothing.  Where somebody else's mode is on, nothing is metered.
+counts nothing.  Where somebody else's mode is on, nothing is metered.  Inside ``torch.inference_mode`` it
+stays on: that puts the thread's dispatch keys back on leaving, the meter's among them.
 
 Known limits: CUDA steps are not metered; nor is what an optimizer does in its own step.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from planner._compat import after_backward, is_top_mode, watching_modes
+from planner._compat import after_backward, dispatch_state, is_top_mode, watching_modes
 from planner.measure.meter import StorageMeter
 from planner.training.unplanned import when_differentiated
 
@@ -53,6 +54,7 @@ class AsRun:
         self._left = STEPS
         self._meter: _Meter | None = None
         self._thread = 0
+        self._keys = (0, 0)
 
     @property
     def runs(self) -> bool:
@@ -68,7 +70,7 @@ class AsRun:
         meter = _Meter(device)
         meter.register(*there())
         meter.__enter__()
-        self._meter = meter
+        self._meter, self._keys = meter, dispatch_state()
 
     def ran(self, outputs: Any, call: Any) -> None:
         """Its forward has returned ``outputs``; ``call`` lives as long as its backward may come."""
@@ -91,6 +93,8 @@ class AsRun:
         """Take the meter off, if this is the place to do it."""
         meter = self._meter
         if meter is None or threading.get_ident() != self._thread or not is_top_mode(meter):
+            return
+        if dispatch_state() != self._keys:
             return
         self._meter = None
         meter.__exit__(None, None, None)
