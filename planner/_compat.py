@@ -402,7 +402,7 @@ def watching_modes() -> int:
 
 
 def dispatch_state() -> tuple[int, int]:
-    """The dispatch keys that this thread adds and leaves out: guards of C++'s put all back on leaving; 1.12+."""
+    """The dispatch keys that this thread adds and leaves out, which guards of C++ put back; 1.12+."""
     keys: Any = torch._C
     return (
         keys._dispatch_tls_local_include_set().raw_repr(),
