@@ -79,6 +79,7 @@ __all__ = [
     "is_transformed",
     "job_store",
     "modes_set_aside",
+    "parametrized_weights_are_cached",
     "pieces_of",
     "pytree",
     "reads_a_number",
@@ -693,6 +694,11 @@ def graph_is_kept() -> bool:
 def is_transformed() -> bool:
     """Whether torch.jit or a transform of torch.func (grad, vmap, jvp) is running this call; 2.1+."""
     return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def parametrized_weights_are_cached() -> bool:
+    """Whether a call runs under ``torch.nn.utils.parametrize.cached()``; 1.9+."""
+    return bool(torch.nn.utils.parametrize._cache_enabled)
 
 
 def job_store() -> Any:

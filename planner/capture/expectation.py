@@ -60,6 +60,7 @@ class Expectation:
     ``parameters``   by name (buffers too); ``tied`` maps each further name to the first.
     ``modules``      (path, type name, training flag) in traversal order.
     ``autocast``     see :func:`autocast_state`.
+    ``default_dtype``  torch's, which a forward may read without saying so.
     ``read``         what the forward read besides: attributes, globals, functions, plain tensors.
     """
 
@@ -69,6 +70,7 @@ class Expectation:
     tied: dict[str, str]
     modules: tuple[tuple[str, str, bool], ...]
     autocast: tuple[bool, str]
+    default_dtype: torch.dtype
     read: Watched
 
 
@@ -94,6 +96,7 @@ def expectation_of(
         _tied(model),
         tuple((n, type(m).__name__, m.training) for n, m in model.named_modules()),
         autocast_state(home_of(model, leaves)),
+        torch.get_default_dtype(),
         read,
     )
 

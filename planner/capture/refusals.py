@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from planner import _compat
 from planner.capture.as_eager.places import line_of
@@ -25,10 +26,12 @@ __all__ = [
     "checkpoints_itself",
     "explained",
     "has_hooks",
+    "has_parametrizations",
     "hooks_on_submodules",
     "is_sharded",
     "refuse_unplannable",
     "sharded_message",
+    "weights_cached",
 ]
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,38 @@ def _lazy(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     return PlannerError(
         f"{type(model).__name__} has lazy parameters without a size yet ({unmade[0]}): call it once on a "
         "batch, then plan"
+    )
+
+
+def _swapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    for name, t in model.named_parameters():
+        if not isinstance(t, nn.Parameter):
+            return PlannerError(
+                f"{name} of {type(model).__name__} is no parameter during this call "
+                "(torch.func.functional_call), and a plan is made of the model as it is. Call the model "
+                "itself on a batch of this size first: its plan serves such calls too. Or call "
+                "planner.disable(model)"
+            )
+    return None
+
+
+def _weights_cached(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    if _compat.parametrized_weights_are_cached() and has_parametrizations(model):
+        return weights_cached(type(model).__name__)
+    return None
+
+
+def has_parametrizations(model: nn.Module) -> bool:
+    """Whether weights of ``model`` are computed from others (``torch.nn.utils.parametrize``)."""
+    return any(isinstance(m, ParametrizationList) for m in model.modules())
+
+
+def weights_cached(model_name: str) -> PlannerError:
+    """The error for a call under ``parametrize.cached()``: its calls share weights that others computed."""
+    return PlannerError(
+        f"{model_name} is called under torch.nn.utils.parametrize.cached(), where calls share the weights "
+        "that the first one computes; a planned step computes its own. Call it outside of cached(), or call "
+        "plan.restore(model), or planner.disable(model), before this step"
     )
 
 
@@ -131,8 +166,8 @@ def _hooks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     return PlannerError(
         f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
         f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
-        "Remove them, or register them on the model itself (torch.nn.utils.spectral_norm and weight_norm "
-        "are hooks too; those in torch.nn.utils.parametrizations are not)"
+        "Remove them, or register them on the model itself (torch.nn.utils.prune, spectral_norm "
+        "and weight_norm are hooks too; those in torch.nn.utils.parametrizations are not)"
     )
 
 
@@ -166,6 +201,8 @@ _CHECKS: tuple[Callable[[nn.Module, Sequence[torch.Tensor]], PlannerError | None
     _swapped,
     _nothing_to_train,
     _lazy,
+    _swapped,
+    _weights_cached,
     _sparse_gradients,
     _checkpoints,
     _sparse_tensors,

@@ -80,7 +80,7 @@ class PendingCall:
         outputs, saved = results[: program.outputs], results[program.outputs :]
         self.tracked = [i for i, leaf in enumerate(step.template.leaves) if leaf.requires_grad]
         self.outputs = [outputs[i] for i in self.tracked]
-        self.watched: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
         self._gated: dict[int, torch.Tensor] = {}
         self.task = -1  # the backward that the first node ran in last
         self.names = [segment.gradients for segment in program.segments]  # of each node's gradients
@@ -118,7 +118,7 @@ class PendingCall:
             if i in self._gated:
                 out[i] = Gate.apply(self, i, out[i], *(out[k] for k in above if k in out))
         feeds = self.step.program.feeds
-        self.watched = {i: weakref.ref(out[i]) for i in self.tracked if i in feeds}
+        self.watched = {i: (weakref.ref(out[i]), _hooks_on(out[i])) for i in self.tracked if i in feeds}
         return out
 
     def passed(self, output: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ class PendingCall:
         refuse_capture(self.step)
         self.task = _compat.current_backward()
         present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
-        self._refuse_within(present)
+        self.refuse_within(present)
         keep = _compat.graph_is_kept()
         if self.passes:
             self._refuse_freed(present)
@@ -173,11 +173,11 @@ class PendingCall:
                 return self._again(present, tangents, keep)
         return _Pass(part.segments, present, keep)
 
-    def _refuse_within(self, present: frozenset[int]) -> None:
+    def refuse_within(self, present: frozenset[int]) -> None:
         """An output's own gradient is that of what the model computes from it too, which is not made here."""
-        for i, ref in self.watched.items():
+        for i, (ref, hooks) in self.watched.items():
             tensor, after = ref(), present & self.step.program.feeds[i]
-            if tensor is None or not after - {i} or not (tensor.retains_grad or tensor._backward_hooks):
+            if not after - {i} or not (hooks or (tensor is not None and tensor.retains_grad)):
                 continue
             raise PlannerError(
                 f"the gradient of {self.step.names({i})} is asked for (retain_grad or a hook), and "
@@ -379,6 +379,16 @@ def _unchanged(argument: Argument, tensor: torch.Tensor, version: int) -> torch.
     return tensor
 
 
+def _hooks_on(tensor: torch.Tensor) -> dict[int, Any]:
+    """Where hooks on the gradient of ``tensor`` as it is now are kept.
+
+    They outlive the tensor; and once it is written into, it has others.
+    """
+    tensor.register_hook(lambda _: None).remove()
+    hooks: dict[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
+    return hooks
+
+
 def _version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was written to; -1 where nobody counts."""
     return -1 if tensor.is_inference() else tensor._version
@@ -408,7 +418,9 @@ class SegmentNode(torch.autograd.Function):
         call, index = ctx.call, ctx.index
         if torch.is_grad_enabled():
             raise PlannerError(
-                "a planned step has no second derivative (create_graph=True); call plan.restore(model) first"
+                "a planned step has no second derivative (create_graph=True: a gradient penalty, MAML). "
+                "Before it call plan.restore(model), or planner.disable(model) where it was enabled, "
+                "or take the gradient inside the forward (torch.autograd.grad), which can be planned"
             )
         if index == 0:
             call.begin(tangents)
@@ -437,6 +449,7 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Any) -> Any:
         (tangent,) = tangents
         if tangent is not None:
+            ctx.call.refuse_within(frozenset({ctx.output}))  # before a hook is called with None
             check = functools.partial(ctx.call.must_begin, ctx.output, _compat.current_backward())
             _compat.at_end_of_backward(check)
         return None, None, tangent, *[None] * ctx.above

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
+from planner._compat import parametrized_weights_are_cached, pytree
 from planner.capture.expectation import Expectation, TensorSpec, autocast_state
 from planner.capture.module import home_of
-from planner.capture.refusals import has_hooks, is_sharded, sharded_message
+from planner.capture.refusals import (
+    has_hooks,
+    has_parametrizations,
+    is_sharded,
+    sharded_message,
+    weights_cached,
+)
 from planner.errors import PlannerError, StalePlanError
 
 __all__ = ["Guard"]
@@ -42,6 +48,7 @@ class Guard:
         self._modules = [
             (m, flag, _sizes(m)) for m, (_, _, flag) in zip(model.modules(), expected.modules, strict=True)
         ]
+        self._computes_weights = has_parametrizations(model)
         self._read = expected.read.bind(model)
         self._edges = [(m._modules, k, child) for m in model.modules() for k, child in m._modules.items()]
         self._slots = [(*self._slot(name), name, spec) for name, spec in expected.parameters.items()]
@@ -96,6 +103,8 @@ class Guard:
     def check_modules(self) -> None:
         """Same modules, same training flags, no hooks that the graph would skip."""
         root = self.model
+        if self._computes_weights and parametrized_weights_are_cached():
+            raise weights_cached(type(root).__name__)
         for module, flag, size in self._modules:
             if module.training is not flag:
                 path = next(n for n, m in root.named_modules() if m is module)
@@ -157,6 +166,12 @@ class Guard:
             raise StalePlanError(
                 f"autocast is {state[1] or 'off'}, it was {expected.autocast[1] or 'off'} when the plan was "
                 "made; plan under the same autocast context as you train"
+            )
+
+        if torch.get_default_dtype() is not expected.default_dtype:
+            raise StalePlanError(
+                f"torch's default dtype is {torch.get_default_dtype()}, it was {expected.default_dtype} when "
+                "the plan was made; make a new plan, or set it back (torch.set_default_dtype)"
             )
 
     def _label(self, index: int) -> str:
