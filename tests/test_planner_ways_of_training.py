@@ -274,7 +274,12 @@ def one_head_at_a_time(enable: Enable, see: Seen) -> None:
     model = enable(Heads())
     optimizer = _sgd(model)
     for step in range(4):
-        _step(optimizer, model(_x())[step % 2].square().mean(), see)
+        outputs = model(_x())
+        for out in outputs:
+            out.register_hook(lambda g: see("came", g) or g * 2)
+            out.retain_grad()
+        _step(optimizer, outputs[step % 2].square().mean(), see)
+        see(*(out.grad for out in outputs))
         see.state(model)
 
 

@@ -99,10 +99,10 @@ class PendingCall:
         self.held: list[dict[Argument, tuple[torch.Tensor, int]] | None] = [None] * len(program.segments)
 
     def handed_out(self) -> tuple[torch.Tensor, ...]:
-        """What the first node hands out, by :attr:`tracked`; where a gate follows, that has the output."""
+        """What the first node hands out, by :attr:`tracked`; of several, each goes through a gate."""
         outputs, self.outputs = self.outputs, []
         for position, i in enumerate(self.tracked):
-            if i in self.step.fed:
+            if len(outputs) > 1:
                 self._gated[i] = outputs[position]
                 outputs[position] = outputs[position].detach()
         return tuple(outputs)
@@ -114,8 +114,10 @@ class PendingCall:
         comes.
         """
         out = dict(zip(self.tracked, handed, strict=True))
-        for i, above in self.step.fed.items():
+        fed = self.step.fed
+        for i in (*(i for i in self.tracked if i not in fed), *fed):
             if i in self._gated:
+                above = fed.get(i, ())
                 out[i] = Gate.apply(self, i, out[i], *(out[k] for k in above if k in out))
         feeds = self.step.program.feeds
         self.watched = {i: (weakref.ref(out[i]), _hooks_on(out[i])) for i in self.tracked if i in feeds}
@@ -433,10 +435,10 @@ class SegmentNode(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """Autograd's view of an output that is computed from others.
+    """Autograd's view of one output of several: its hooks are called only if a gradient comes, as in eager.
 
-    Those are its inputs too, so that a backward which is asked for their gradients comes by here; it is
-    refused at its end if it went no further.
+    Outputs that it is computed from are its inputs too, so that a backward which is asked for their gradients
+    comes by here; it is refused at its end if it went no further.
     """
 
     @staticmethod
@@ -448,7 +450,7 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
         (tangent,) = tangents
-        if tangent is not None:
+        if tangent is not None and ctx.above:
             ctx.call.refuse_within(frozenset({ctx.output}))  # before a hook is called with None
             check = functools.partial(ctx.call.must_begin, ctx.output, _compat.current_backward())
             _compat.at_end_of_backward(check)
