@@ -285,6 +285,6 @@ def test_a_batch_on_another_device_says_so() -> None:
 def test_a_first_call_with_other_tensors_for_its_parameters_is_refused_in_words() -> None:
     model = planner.enable(tiny.Mlp(), 1.0, **FAST, now=True)
     others = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    with pytest.raises(planner.TraceError, match=r"is a plain tensor just now, as within .*functional_call"):
+    with pytest.raises(planner.PlannerError, match=r"is no parameter during this call .*functional_call"):
         torch.func.functional_call(model, others, (), INPUTS)
     model(**INPUTS).backward()

@@ -185,23 +185,11 @@ def _devices(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None
     return None
 
 
-def _swapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, nn.Parameter):
-            return TraceError(
-                f"{name} of {type(model).__name__} is a plain tensor just now, as within "
-                "torch.func.functional_call; a plan is made from the model's own parameters, and then serves "
-                "others like them too. Call it once, or plan it, with its own before"
-            )
-    return None
-
-
 # What stops a capture, in the order in which it is asked; each check gives the error, or ``None``.
 _CHECKS: tuple[Callable[[nn.Module, Sequence[torch.Tensor]], PlannerError | None], ...] = (
     _swapped,
     _nothing_to_train,
     _lazy,
-    _swapped,
     _weights_cached,
     _sparse_gradients,
     _checkpoints,

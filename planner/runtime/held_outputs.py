@@ -68,6 +68,7 @@ class HeldOutputs:
 
     def __init__(self, mode: OutputsMode) -> None:
         self.mode = mode
+        self.surprised = False  # whether the last backward began with outputs there that were planned as gone
         self._known: dict[tuple[str, ...], _Known] = {}
         self._said: set[str] = set()
         self._last: tuple[tuple[str, ...], list[_Storage]] = (), []  # of the last call that had its backward
@@ -133,6 +134,7 @@ class HeldOutputs:
         watched.clear()
         names = step.output_names
         surprising = sorted(step.lifetimes.released & held.keys())
+        self.surprised = bool(surprising)
         new = [i for i in surprising if names[i] not in self._said]
         if new:
             self._said.update(names[i] for i in new)

@@ -251,7 +251,7 @@ class OnDemand:
         assert self.settings.budget_bytes is not None
         over = peak_bytes + int(self._state_bytes) - self.settings.budget_bytes
         beside = peak_bytes - self._predicted_bytes
-        if over <= 0 or beside <= 0:
+        if over <= 0 or beside <= 0 or self._outputs.surprised:  # that was said, and is planned for
             return
         self._maker.around_bytes = max(beside, self._maker.around_bytes + over)
         self._plans = PlanCache(self.settings.max_plans)
