@@ -168,7 +168,7 @@ def test_the_budget_holds_with_the_buckets_in_it(ranks: Ranks, view: bool) -> No
 
 def _emitted_in(segments: int | None) -> contextlib.AbstractContextManager[Any]:
     """Plans applied in here have their backward cut in so many segments; ``None``: as always."""
-    return mock.patch("planner.runtime.build.emit", functools.partial(rewrite.emit, segments=segments))
+    return mock.patch("planner.runtime.variants.emit", functools.partial(rewrite.emit, segments=segments))
 
 
 def _accumulates(rank: int) -> dict[str, Any]:
