@@ -136,7 +136,7 @@ class Reader(nn.Module):
         self._private = 1.0
         self.nothing: float | None = None
         self.kind, self.path, self.word = Kind.ONE, pathlib.Path("a"), "a"
-        self.array, self.scalar = np.ones(2), np.float64(1.0)
+        self.counts, self.scalar = np.ones(2), np.float64(1.0)
         self.tensor: Tensor | None = torch.ones(())
         self.tensors = [torch.ones(()), {"a": torch.ones(())}]
         self.empty: Tensor | None = None
@@ -160,7 +160,7 @@ class Reader(nn.Module):
             self.options.nested["a"][0], self.frozen.scale, self.config.scale, self.config.factor,
             self.slotted.scale, self.space.scale, self.threshold, self.nothing or 1.0,
             float(self.kind is Kind.ONE), float(str(self.path) == "a"), float(self.word == "a"),
-            float(self.array[0]), float(self.scalar), self.function(), self.functions[0](), self.closure(),
+            float(self.counts[0]), float(self.scalar), self.function(), self.functions[0](), self.closure(),
             self.partial(), type(self).width, self.depth, helper(), from_global(),
         )  # fmt: skip
         y = self.held[0](self.adapter(x)) * self.tensor * self.tensors[0] * self.tensors[1]["a"]
@@ -282,7 +282,7 @@ READ = {
     "an enum": (put("kind", Kind.TWO), "kind="),
     "a path": (put("path", pathlib.Path("b")), "path="),
     "a word": (put("word", "b"), "word='b'"),
-    "an array of numpy": (item(lambda m: m.array, 0, 2.0), "array="),
+    "an array of numpy": (item(lambda m: m.counts, 0, 2.0), "counts="),
     "a scalar of numpy": (put("scalar", np.float64(2.0)), "scalar="),
     "a function": (put("function", lambda: 2.0), "function="),
     "a function in a list": (item(lambda m: m.functions, 0, replacement), r"functions\[0\]=replacement"),
