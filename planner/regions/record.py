@@ -1,0 +1,96 @@
+"""What one step was seen to do: which regions ran, what passed between them, what memory held beside them.
+
+A step is a row of events: the code between regions ("glue"), a call of a region ("forward"), the backward of
+that call ("backward").  Between two of the latter kinds there is always glue, perhaps empty; the first and the
+last event are glue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.costs.op_costs import Costs
+from planner.graph.training_graph import TrainingGraph
+
+__all__ = ["Crossing", "Event", "Record", "RegionCall"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A part of the step in which one side ran.
+
+    ``call``        the number of the region's call; ``None``: glue.
+    ``peak_bytes``  most that was alive in it, on the step's device, and ``live_bytes`` what was at its end;
+                    both without what the step found there (``Record.found_bytes``).
+    ``seconds``     of glue, by its costs.
+    ``is_forward``  whether it lies before the backward began.
+    """
+
+    kind: Literal["glue", "forward", "backward"]
+    call: int | None
+    peak_bytes: int
+    live_bytes: int
+    seconds: float
+    is_forward: bool
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A storage that a region took or gave, and that the step made.
+
+    ``born``  the event in which it first existed; ``died`` the one in which it was freed, ``None``: it outlives
+    the step.
+    """
+
+    bytes: int
+    born: int
+    died: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class RegionCall:
+    """One call of a region, and what it took and gave.
+
+    ``name``       unique in the step, in order of the calls: "r0", "r1".
+    ``graph``      the region's step: forward and backward; ``costs`` of its ops, by name.
+    ``path``       of the module it was cut from; "" for the model itself.
+    ``renamed``    a parameter's or buffer's name in ``graph`` -> in the model.
+    ``crossings``  source node's (kind, key) as in ``TrainingGraph.sources`` for kinds "input" and "tangent"
+                   -> number of the crossing it is; one that is missing was there before the step (resident).
+    ``gives``      likewise for what it makes: ("output", index of the output) and ("gradient", key of
+                   ``TrainingGraph.gradients``, inputs only) -> number of the crossing.  Missing: it is another
+                   name of something else (of an input, a parameter), or nobody took it.
+    ``steps``      positions in ``graph.ops`` that it ran in the recorded step, ``turn`` of them in the forward.
+    """
+
+    name: str
+    graph: TrainingGraph
+    costs: Costs
+    path: str
+    renamed: Mapping[str, str]
+    crossings: Mapping[tuple[str, str | int], int]
+    gives: Mapping[tuple[str, str | int], int]
+    steps: tuple[int, ...]
+    turn: int
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One step.
+
+    ``found_bytes``  what it found on the device: parameters, buffers, inputs, gradients held.
+    """
+
+    events: tuple[Event, ...]
+    calls: tuple[RegionCall, ...]
+    crossings: tuple[Crossing, ...]
+    found_bytes: int
+
+    def __repr__(self) -> str:
+        peak = max(e.peak_bytes for e in self.events)
+        return (
+            f"Record({len(self.calls)} calls of regions, {len(self.events)} events, peak {peak} bytes over what "
+            f"was found, {self.found_bytes} bytes)"
+        )
