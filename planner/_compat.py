@@ -59,9 +59,12 @@ __all__ = [
     "compiler_flags",
     "cuda_driver_version",
     "current_backward",
+    "cut_by_dynamo",
     "descriptors",
     "dispatch_state",
     "dp_knapsack",
+    "dynamo_as_eager",
+    "dynamo_breaks",
     "evaluated",
     "export_joint",
     "expression_of",
@@ -71,6 +74,7 @@ __all__ = [
     "generator_key",
     "graph_is_kept",
     "guards_of",
+    "is_checkpoint",
     "is_data_dependent",
     "is_faked",
     "is_out_of_memory",
@@ -706,3 +710,54 @@ def job_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store() if torch.distributed.is_initialized() else None
+
+
+# -- Dynamo, which takes a second to import and is asked for only where a step is cut ----------------
+
+RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
+
+_COMPILER_QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting", "_is_in_optimized_module")
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a call in one of Dynamo's graphs is ``torch.utils.checkpoint`` of a function; 2.1+."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def cut_by_dynamo(
+    forward: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """``forward`` with each graph that Dynamo finds in it run by what ``backend`` makes of it; 2.0+."""
+    return torch.compile(forward, backend=backend)
+
+
+@contextlib.contextmanager
+def dynamo_as_eager() -> Iterator[None]:
+    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times; 2.7+."""
+    from torch._dynamo import config
+    from torch._dynamo.variables.torch import tracing_state_functions
+
+    answers = tracing_state_functions()
+    asked = [f for f, answer in answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS]
+    for function in asked:
+        answers[function] = False
+    try:
+        with config.patch(
+            recompile_limit=RECOMPILES, accumulated_recompile_limit=64 * RECOMPILES, optimize_ddp=False
+        ):
+            yield
+    finally:
+        for function in asked:
+            answers[function] = True
+
+
+def dynamo_breaks() -> list[tuple[str, str]]:
+    """Where (file:line) and why Dynamo ended graphs, in this process, since it was last reset; 2.0+."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    found = []
+    for reason in graph_break_reasons:
+        place = reason.user_stack[-1] if reason.user_stack else None
+        where = "" if place is None else f"{place.filename}:{place.lineno}"
+        found.append((where, str(reason.reason).strip().splitlines()[0]))
+    return found

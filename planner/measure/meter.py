@@ -74,6 +74,11 @@ class StorageMeter(TorchDispatchMode):
         self._peak_over_base = 0
         self._moments: list[tuple[str, int]] | None = [] if timeline else None
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo goes on compiling under it (2.10+): it changes nothing of what runs."""
+        return True
+
     @property
     def peak_bytes(self) -> int:
         """Most bytes alive after any op since the start or the last :meth:`reset_peak`."""

@@ -142,6 +142,14 @@ class PendingCall:
         """Whether some of its backward is still to come."""
         return not all(self.spent)
 
+    def differentiated_twice(self) -> None:
+        """A backward comes that is to be differentiated itself."""
+        raise PlannerError(
+            "a planned step has no second derivative (create_graph=True: a gradient penalty, MAML). "
+            "Before it call plan.restore(model), or planner.disable(model) where it was enabled, "
+            "or take the gradient inside the forward (torch.autograd.grad), which can be planned"
+        )
+
     # -- choosing ----------------------------------------------------------------------------------
 
     def begin(self, tangents: tuple[Any, ...]) -> None:
@@ -419,11 +427,7 @@ class SegmentNode(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Any) -> Any:
         call, index = ctx.call, ctx.index
         if torch.is_grad_enabled():
-            raise PlannerError(
-                "a planned step has no second derivative (create_graph=True: a gradient penalty, MAML). "
-                "Before it call plan.restore(model), or planner.disable(model) where it was enabled, "
-                "or take the gradient inside the forward (torch.autograd.grad), which can be planned"
-            )
+            call.differentiated_twice()
         if index == 0:
             call.begin(tangents)
         gradients = call.run(index, lambda: ctx.saved_tensors, tangents)

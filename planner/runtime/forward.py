@@ -32,7 +32,7 @@ from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.tracing import is_traced
 
-__all__ = ["PlanAgain", "PlannedForward", "planned_forward_of"]
+__all__ = ["PlanAgain", "PlannedForward", "planned_forward_of", "run_step"]
 
 # Until when outputs are held -> the step planned for that.
 PlanAgain: TypeAlias = Callable[[Lifetimes], ExecutableStep]
@@ -91,28 +91,10 @@ class PlannedForward:
         if variants is not None:
             step, sizes = variants.step_for(self.model, leaves, in_spec)
             given.update(sizes)
-        program = step.program
-        refuse_capture(step)
-        given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
-        boxed = [given[a] for a in program.arguments]
         start = self._start(step, given, leaves, in_spec)
-        with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
-            results = program.forward.forward(boxed)
-        if start is not None:
-            start.ran(given)
-        flat = list(results[: program.outputs])
-        call = PendingCall(step, given, results, self.sets, start)
+        flat, call = run_step(step, given, functools.partial(PendingCall, sets=self.sets, start=start))
         self.last_call = weakref.ref(call)
-        del results
-        token = None
-        for index in reversed(range(len(program.segments))):
-            leaves_here = [given[self._leaf(g)] for g in call.names[index]]
-            token = SegmentNode.apply(call, index, token, *leaves_here)
-        assert token is not None
-        for position, tensor in call.through_gates(token).items():
-            flat[position] = tensor
         if self.outputs is not None:
-            del token, tensor
             self.outputs.handed_out(step, type(self.model).__name__, flat)
         return step.template.rebuild(flat)
 
@@ -149,10 +131,6 @@ class PlannedForward:
             return None
         return Start(step, given, leaves, in_spec, hold=not self.sets.arrived)
 
-    @staticmethod
-    def _leaf(gradient: str | int) -> Argument:
-        return Argument("parameter" if isinstance(gradient, str) else "input", gradient)
-
     def _given(self, leaves: list[Any], tensors: dict[str, torch.Tensor]) -> dict[Argument, Any]:
         held = self._held
         given: dict[Argument, Any] = {held[name]: tensor for name, tensor in tensors.items()}
@@ -188,6 +166,35 @@ class PlannedForward:
             "a planned model cannot be pickled (generated code and autograd nodes do not travel); save "
             "model.state_dict() and plan.save(path), or call plan.restore(model) first"
         )
+
+
+def run_step(
+    step: ExecutableStep, given: dict[Argument, Any], pending: Callable[..., PendingCall]
+) -> tuple[list[torch.Tensor], PendingCall]:
+    """Run the forward of ``step`` and put its nodes behind the outputs; those, flat, and what waits for them.
+
+    ``given``    the program's arguments; its own constants are added.
+    ``pending``  makes what waits, of ``step``, ``given`` and the results.
+    """
+    program = step.program
+    refuse_capture(step)
+    given.update((Argument("constant", name), tensor) for name, tensor in program.constants.items())
+    boxed = [given[a] for a in program.arguments]
+    with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
+        results = program.forward.forward(boxed)
+    flat = list(results[: program.outputs])
+    call = pending(step, given, results)
+    if call.start is not None:
+        call.start.ran(given)
+    del results
+    token = None
+    for index in reversed(range(len(program.segments))):
+        leaves = [given[Argument("parameter" if isinstance(g, str) else "input", g)] for g in call.names[index]]
+        token = SegmentNode.apply(call, index, token, *leaves)
+    assert token is not None
+    for position, tensor in call.through_gates(token).items():
+        flat[position] = tensor
+    return flat, call
 
 
 def planned_forward_of(model: nn.Module) -> PlannedForward | None:
