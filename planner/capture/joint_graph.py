@@ -53,6 +53,8 @@ from planner.errors import PlannerError, TraceError
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
+EVERY = range(1 << 20)  # whatever its number
+
 # A trace changes what is the whole process's (see capture).
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -186,11 +188,14 @@ def capture(
     *,
     used: frozenset[int] | None = None,
     dims: Dims | None = None,
+    is_piece: bool = False,
 ) -> JointGraph:
     """Trace one training step of ``model`` at ``inputs``.
 
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
+    ``is_piece``: a graph that Dynamo cut, which watches what was read and does what was done on the side; none
+    of its outputs is the loss.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
@@ -201,7 +206,27 @@ def capture(
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
-        return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
+        given = Inputs.of(model, inputs)
+        if is_piece:
+            return _captured_piece(model, given, used)
+        return _captured(model, given, loss_fn, used, dims)
+
+
+def _captured_piece(model: nn.Module, given: Inputs, used: frozenset[int] | None) -> JointGraph:
+    flat, in_spec = given.flatten()
+    _, fake, _ = fake_inputs(model, flat, None)
+    with torch.inference_mode(False), torch.enable_grad(), explained(model):
+        step = _FlatModel(model, flat, fake, in_spec, EVERY if used is None else used, records=False)
+        with fx_traceback.preserve_node_meta():
+            try:
+                module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+            finally:
+                step.installed.remove()
+    traced = _sort_out(module, step.names, tuple(step.rebound))
+    if not traced.gradients and not traced.input_gradients:
+        raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
+    assert step.template is not None
+    return JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
 
 
 def _captured(
@@ -315,10 +340,17 @@ class _FlatModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, given: list[Any], fake: list[Any], spec: Any, used: frozenset[int] | None
+        self,
+        model: nn.Module,
+        given: list[Any],
+        fake: list[Any],
+        spec: Any,
+        used: Collection[int] | None,
+        *,
+        records: bool = True,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.records = model, records
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
         self.installed = Installed(model)
@@ -357,7 +389,7 @@ class _FlatModel(nn.Module):
         # The tracer calls this more than once, and each time is to find the model as it was.
         with attributes_kept(self.model, self.reads.containers) as self.effects:
             self.reads.look = self.effects.look
-            with self.reads.recording():
+            with self.reads.recording() if self.records else contextlib.nullcontext():
                 output = _call(self.model, after, args, kwargs)
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}

@@ -29,6 +29,7 @@ from planner.graph import kernels
 from planner.measure.flops import FLOP_FORMULAS
 
 __all__ = [
+    "call_seconds",
     "is_view",
     "node_bytes",
     "node_flops",
@@ -136,3 +137,19 @@ def roofline_seconds(node: fx.Node, device: Device) -> float:
         tf32 = convolution or torch.get_float32_matmul_precision() != "highest"
         compute_s = flops / device.flops_per_s(dtype, tf32=tf32)
     return device.launch_s + max(compute_s, node_bytes(node) / device.bandwidth)
+
+
+def call_seconds(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, device: Device
+) -> float:
+    """:func:`roofline_seconds` of a call that ran, by its real tensors; 0 where it gave views only."""
+    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    made = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    theirs = {storage_key(t) for t in given}
+    if all(storage_key(t) in theirs for t in made) and not writes_arguments(func):
+        return 0.0
+    formula = _flop_formulas().get(getattr(func, "overloadpacket", func))
+    flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+    dtype = next((t.dtype for t in given if t.dtype.is_floating_point), torch.float32)
+    moved = _distinct_bytes(given) + _distinct_bytes(made)
+    return device.launch_s + max(flops / device.flops_per_s(dtype), moved / device.bandwidth)

@@ -41,7 +41,7 @@ from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["PendingCall", "SegmentNode", "memory_explained", "refuse_capture", "without_autocast"]
+__all__ = ["PendingCall", "SegmentNode", "memory_explained", "pass_of", "refuse_capture", "without_autocast"]
 
 
 _KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
@@ -62,6 +62,11 @@ class _Pass:
     keep: bool
     made: dict[str | int, torch.Tensor] | None = None
     mail: dict[str, Any] = field(default_factory=dict)
+
+
+def pass_of(present: frozenset[int], made: dict[str | int, torch.Tensor]) -> _Pass:
+    """A backward for the outputs ``present`` whose gradients are ``made`` already."""
+    return _Pass((), present, True, made)
 
 
 class PendingCall:

@@ -189,7 +189,9 @@ def run_step(
     del results
     token = None
     for index in reversed(range(len(program.segments))):
-        leaves = [given[Argument("parameter" if isinstance(g, str) else "input", g)] for g in call.names[index]]
+        leaves = [
+            given[Argument("parameter" if isinstance(g, str) else "input", g)] for g in call.names[index]
+        ]
         token = SegmentNode.apply(call, index, token, *leaves)
     assert token is not None
     for position, tensor in call.through_gates(token).items():

@@ -1,0 +1,114 @@
+"""Watches one step: the meter of live storages, with marks where regions begin and end.
+
+Each storage that the step makes has a number, the event in which it was born and that in which it died, so that
+what one region gives and another takes is known by its storage, whoever holds it in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from planner.costs.profiler import device_for
+from planner.costs.roofline import call_seconds
+from planner.measure.meter import StorageMeter
+from planner.regions.record import Crossing, Event
+
+__all__ = ["Recorder"]
+
+Kind = Literal["glue", "forward", "backward"]
+
+
+@dataclass
+class _Life:
+    bytes: int
+    born: int
+    died: int | None = None
+
+
+class Recorder(StorageMeter):
+    """Counts while ``counts``; ``events`` are those that have ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.counts = True
+        self.events: list[Event] = []
+        self.lives: list[_Life] = []
+        self._numbers: dict[int, int] = {}  # of live storages that the step made
+        self._now: tuple[Kind, int | None] = ("glue", None)
+        self._glue_s = 0.0
+        self._turned = False
+        self._rates = device_for(device, may_measure=False)
+
+    # -- marks -------------------------------------------------------------------------------------
+
+    def enter(self, kind: Kind, call: int) -> None:
+        """A region begins."""
+        self._mark(kind, call)
+        self._turned |= kind == "backward"
+
+    def leave(self) -> None:
+        """It has ended."""
+        self._mark("glue", None)
+
+    def _mark(self, kind: Kind, call: int | None) -> None:
+        if self._now == (kind, call):
+            return
+        was, of = self._now
+        if was != "glue" and kind != "glue":
+            self._mark("glue", None)
+            was, of = self._now
+        over = self.live_bytes - self._base_bytes
+        self.events.append(
+            Event(was, of, max(self._peak_over_base, over), over, self._glue_s, not self._turned)
+        )
+        self.reset_peak()
+        self._glue_s = 0.0
+        self._now = (kind, call)
+
+    def finish(self) -> None:
+        """The step is over."""
+        if self.counts:
+            self.counts = False
+            if self._now[0] != "glue":
+                self.leave()
+            self._mark("forward", -1)
+            self._now = ("glue", None)
+
+    # -- storages ----------------------------------------------------------------------------------
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """Of the storage; ``None`` where it was there before the step, or is on another device."""
+        self._see(tensor, there_before=False)
+        return self._numbers.get(id(tensor.untyped_storage()))
+
+    def crossings(self, numbers: Iterable[int]) -> dict[int, Crossing]:
+        """The storages of these numbers."""
+        return {n: Crossing(self.lives[n].bytes, self.lives[n].born, self.lives[n].died) for n in numbers}
+
+    def _see(self, tensor: torch.Tensor, *, there_before: bool) -> None:
+        storage = tensor.untyped_storage()
+        known = id(storage) in self._tracked
+        super()._see(tensor, there_before=there_before)
+        if not known and not there_before and id(storage) in self._tracked:
+            self._numbers[id(storage)] = len(self.lives)
+            self.lives.append(_Life(self._tracked[id(storage)].nbytes, len(self.events)))
+
+    def _forget(self, ref: Any) -> None:
+        number = self._numbers.pop(ref.key, None)
+        if number is not None and self.counts:
+            self.lives[number].died = len(self.events)
+        super()._forget(ref)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self.counts:
+            return func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._now[0] == "glue":
+            self._glue_s += call_seconds(func, args, kwargs or {}, result, self._rates)
+        return result

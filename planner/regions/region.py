@@ -1,0 +1,219 @@
+"""A region: one of Dynamo's graphs, captured at each signature that it is called with, and run as planned.
+
+What differs from one call to the next (sizes, dtypes, which arguments want gradients, autocast) is a variant of
+its own.  Graphs of one structure share what was captured, whichever layers they were cut from.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from planner.capture.inputs import Inputs
+from planner.capture.joint_graph import capture
+from planner.costs.op_costs import Costs
+from planner.costs.target import Target
+from planner.errors import PlannerError
+from planner.graph.captured import CapturedStep
+from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.regions.piece import Piece, Slot, told_apart
+from planner.rewrite.emit import emit
+from planner.rewrite.program import Argument
+from planner.runtime.step import ExecutableStep
+
+__all__ = ["Region", "Variant", "recomputing_all"]
+
+log = logging.getLogger(__name__)
+
+Names = Mapping[int, str]  # of the model's tensors, or modules, by identity
+
+
+def recomputing_all(graph: TrainingGraph) -> tuple[list[int], int]:
+    """The schedule that saves nothing that can be made again, and how many of its steps are the forward's."""
+    forward = [i for i, op in enumerate(graph.ops) if op.phase == "forward"]
+    behind = [i for i, op in enumerate(graph.ops) if op.phase != "forward"]
+    producer = {v: i for i in forward for v in graph.ops[i].outputs}
+    wanted = [v for i in behind for v in graph.ops[i].inputs]
+    again: set[int] = set()
+    while wanted:
+        i = producer.get(wanted.pop())
+        if i is not None and i not in again and graph.ops[i].recomputable:
+            again.add(i)
+            wanted += graph.ops[i].inputs
+    return forward + sorted(again) + behind, len(forward)
+
+
+@dataclass(eq=False)
+class Variant:
+    """A region at one signature.
+
+    ``captured``  ``None`` where it runs as eager runs it, and ``why``.
+    ``base``      the path below which its parameters were when it was captured.
+    ``made``      the programs of its schedules.
+    """
+
+    slots: tuple[Slot, ...]
+    base: str = ""
+    captured: CapturedStep | None = None
+    costs: Costs | None = None
+    why: str = ""
+    made: dict[tuple[int, ...], ExecutableStep] = field(default_factory=dict)
+
+    @cached_property
+    def lightest(self) -> tuple[list[int], int]:
+        """A schedule that saves next to nothing."""
+        assert self.captured is not None
+        return recomputing_all(self.captured.graph)
+
+    def program(self, steps: Sequence[int], turn: int, budget_bytes: int) -> ExecutableStep:
+        """What runs ``steps``."""
+        assert self.captured is not None
+        key = tuple(steps)
+        if key not in self.made:
+            graph, joint = self.captured.graph, self.captured.joint
+            self.made[key] = ExecutableStep(
+                emit(graph, list(steps), turn=turn),
+                joint.template,
+                self.captured.expected,
+                graph.device,
+                budget_bytes,
+            )
+        return self.made[key]
+
+    def graph_at(self, base: str) -> TrainingGraph:
+        """Its step where the same code runs below another path."""
+        assert self.captured is not None
+        graph = self.captured.graph
+        if base == self.base:
+            return graph
+
+        def moved(path: str) -> str:
+            inside = path == self.base or path.startswith(f"{self.base}." if self.base else "")
+            return (base + path[len(self.base) :]).lstrip(".") if inside else path
+
+        return replace(
+            graph,
+            ops=tuple(replace(op, module=moved(op.module)) for op in graph.ops),
+            values=tuple(replace(value, module=moved(value.module)) for value in graph.values),
+        )
+
+    def given(self, args: Sequence[Any]) -> dict[Argument, Any]:
+        """A program's arguments, of those of Dynamo's graph."""
+        out: dict[Argument, Any] = {}
+        inputs = 0
+        for slot, value in zip(self.slots, args, strict=True):
+            if slot.kind in ("parameter", "buffer"):
+                out[Argument(slot.kind, slot.name)] = value
+            elif slot.kind == "input":
+                for _ in range(slot.uses):
+                    out[Argument("input", inputs)] = value
+                    inputs += 1
+        return out
+
+
+class Region:
+    """One of Dynamo's graphs.
+
+    ``number``  in the order in which Dynamo handed them over.
+    """
+
+    def __init__(self, number: int, graph: fx.GraphModule, homes: Names) -> None:
+        self.number = number
+        self.graph, self.uses = told_apart(graph, homes)
+        self.plain = graph
+        self.writes = [_is_written(node) for node in graph.graph.find_nodes(op="placeholder")]
+        self.variants: dict[Any, Variant] = {}
+        self.is_eager = False  # runs as eager runs it
+
+    def signature(self, args: Sequence[Any]) -> Any:
+        """What a capture depends on."""
+        seen: dict[int, int] = {}
+        tensors = []
+        for position, x in enumerate(args):
+            if not isinstance(x, torch.Tensor):
+                tensors.append(x)
+                continue
+            same = seen.setdefault(id(x), position)
+            tensors.append(
+                (tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf, type(x), same)
+            )
+        device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "cpu")
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return *tensors, autocast, torch.get_default_dtype()
+
+    def slots(self, args: Sequence[Any], names: Names) -> tuple[list[Slot], str]:
+        """What each argument is, and the path that the names of parameters and buffers are below.
+
+        ``names``  of the model's parameters and buffers.
+        """
+        full = [names.get(id(x)) if isinstance(x, torch.Tensor) else None for x in args]
+        base = _common([name.split(".")[:-1] for name in full if name is not None])
+        out = []
+        for position, (x, name) in enumerate(zip(args, full, strict=True)):
+            if not isinstance(x, torch.Tensor):
+                out.append(Slot("constant"))
+            elif isinstance(x, nn.Parameter):
+                local = f"parameter_{position}" if name is None else name[len(base) :].lstrip(".")
+                out.append(Slot("parameter", local))
+            elif name is not None and not x.requires_grad:
+                out.append(Slot("buffer", name[len(base) :].lstrip(".")))
+            elif not x.requires_grad and self.writes[position]:
+                out.append(Slot("buffer", f"written_{position}"))
+            else:
+                out.append(Slot("input", "", self.uses[position] if x.requires_grad else 1))
+        return out, base
+
+    def variant(
+        self, args: Sequence[Any], names: Names, target: Target, used: frozenset[int] | None = None
+    ) -> Variant:
+        """The region at these arguments, captured when they first come, or for other outputs differentiated.
+
+        ``used``  the outputs (tensors, by number) that get gradients; ``None``: all that can.
+        """
+        key = self.signature(args), used
+        found = self.variants.get(key)
+        if found is None:
+            found = self.variants[key] = self._captured(args, names, target, used)
+        return found
+
+    def _captured(
+        self, args: Sequence[Any], names: Names, target: Target, used: frozenset[int] | None
+    ) -> Variant:
+        slots, base = self.slots(args, names)
+        piece = Piece(self.graph, slots, args)
+        try:
+            joint = capture(piece, Inputs(tuple(piece.arguments(args)), {}), used=used, is_piece=True)
+        except PlannerError as error:
+            log.info("region %d runs as eager runs it: %s", self.number, error)
+            return Variant(tuple(slots), base, why=str(error))
+        graph, costs, _ = target.price(training_graph(joint))
+        return Variant(tuple(slots), base, CapturedStep.of(piece, joint, graph), costs)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a call of the graph may write into this argument: of what is written, a buffer is made."""
+    for reader in node.users:
+        name = getattr(reader.target, "__name__", str(reader.target))
+        in_place = name.endswith("_") and not name.endswith("__") or reader.target is operator.setitem
+        if in_place and reader.args and reader.args[0] is node:
+            return True
+        if reader.kwargs.get("out") is node:
+            return True
+    return False
+
+
+def _common(paths: list[list[str]]) -> str:
+    """The path that all of ``paths`` begin with."""
+    out = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        out.append(parts[0])
+    return ".".join(out)
