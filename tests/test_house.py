@@ -40,6 +40,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner.plan",),
     ("planner.frontier",),
     ("planner/solving",),
+    ("planner/regions",),
     ("planner.api",),
     ("planner/training",),
     ("planner.distributed",),

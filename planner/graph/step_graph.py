@@ -9,6 +9,8 @@ from typing import Any, Protocol
 __all__ = [
     "CALLERS",
     "DROPPED",
+    "GLUE",
+    "GRADIENT_SUM",
     "LAST",
     "RELEASE",
     "RNG_STATE",
@@ -28,6 +30,11 @@ DROPPED = "last_outputs_dropped"
 
 # What the caller does, as ops that run nothing.
 CALLERS = frozenset({LAST, DROPPED, RELEASE})
+
+# What the user's own code between two regions does, and what autograd does when a parameter's second gradient
+# comes: names of ops that run nothing of ours begin with these words and a stroke.
+GLUE = "glue"
+GRADIENT_SUM = "gradient_sum"
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"

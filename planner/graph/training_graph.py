@@ -25,7 +25,7 @@ from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
-from planner.graph.step_graph import CALLERS, DROPPED, LAST, RELEASE
+from planner.graph.step_graph import CALLERS, DROPPED, GLUE, GRADIENT_SUM, LAST, RELEASE
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -68,8 +68,8 @@ class GraphValue:
 class GraphOp:
     """One kernel call.
 
-    ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, and for what the
-    caller does with outputs.
+    ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, for what the caller
+    does with outputs, and for what runs between regions.
     """
 
     name: str
@@ -87,7 +87,8 @@ class GraphOp:
     def target(self) -> str:
         """The op's name, e.g. ``aten.mm``."""
         if self.node is None:
-            return self.name if self.name in CALLERS else "aten.ones_like"
+            what = self.name.partition("/")[0]
+            return what if what in CALLERS or what in (GLUE, GRADIENT_SUM) else "aten.ones_like"
         packet = getattr(self.node.target, "overloadpacket", None)
         return (
             str(packet)

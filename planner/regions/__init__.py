@@ -2,7 +2,7 @@
 
     forward -> Dynamo's graphs -> regions -> Record of a step -> joined TrainingGraph -> Problem -> Plan
 
-The files, in that order: :mod:`~planner.regions.cut` lets Dynamo cut the forward, :mod:`~planner.regions.region`
-captures each piece, :mod:`~planner.regions.record` sees a step run, :mod:`~planner.regions.joined` makes one
-problem of it, :mod:`~planner.regions.runs` runs what was planned.
+The files, in that order: :mod:`~planner.regions.cut` lets Dynamo cut the forward,
+:mod:`~planner.regions.region` captures each piece, :mod:`~planner.regions.record` sees a step run,
+:mod:`~planner.regions.joined` makes one problem of it, :mod:`~planner.regions.runs` runs what was planned.
 """

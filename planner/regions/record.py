@@ -1,14 +1,15 @@
 """What one step was seen to do: which regions ran, what passed between them, what memory held beside them.
 
-A step is a row of events: the code between regions ("glue"), a call of a region ("forward"), the backward of
-that call ("backward").  Between two of the latter kinds there is always glue, perhaps empty; the first and the
-last event are glue.
+A step is a row of events: the code between regions ("glue"), a call of a region ("forward"), the backward
+of that call ("backward").  Between two of the latter kinds there is always glue, perhaps empty; the first and
+the last event are glue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from planner.costs.op_costs import Costs
@@ -40,8 +41,8 @@ class Event:
 class Crossing:
     """A storage that a region took or gave, and that the step made.
 
-    ``born``  the event in which it first existed; ``died`` the one in which it was freed, ``None``: it outlives
-    the step.
+    ``born``  the event in which it first existed; ``died`` the one in which it was freed, ``None``: it
+    outlives the step.
     """
 
     bytes: int
@@ -60,9 +61,10 @@ class RegionCall:
     ``crossings``  source node's (kind, key) as in ``TrainingGraph.sources`` for kinds "input" and "tangent"
                    -> number of the crossing it is; one that is missing was there before the step (resident).
     ``gives``      likewise for what it makes: ("output", index of the output) and ("gradient", key of
-                   ``TrainingGraph.gradients``, inputs only) -> number of the crossing.  Missing: it is another
-                   name of something else (of an input, a parameter), or nobody took it.
-    ``steps``      positions in ``graph.ops`` that it ran in the recorded step, ``turn`` of them in the forward.
+                   ``TrainingGraph.gradients``, inputs only) -> number of the crossing.  Missing: it is
+                   another name of something else (of an input, a parameter), or nobody took it.
+    ``steps``      positions in ``graph.ops`` that it ran in the recorded step, ``turn`` of them in the
+                   forward.
     """
 
     name: str
@@ -81,16 +83,39 @@ class Record:
     """One step.
 
     ``found_bytes``  what it found on the device: parameters, buffers, inputs, gradients held.
+    ``cuts``         where the forward was cut and why, a line each.
+
+    Raises ``ValueError`` if the events are no such row, or a call has not exactly one forward before at most
+    one backward.
     """
 
     events: tuple[Event, ...]
     calls: tuple[RegionCall, ...]
     crossings: tuple[Crossing, ...]
     found_bytes: int
+    cuts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        glue = [event.kind == "glue" for event in self.events]
+        if not self.calls or not glue or not (glue[0] and glue[-1]):
+            raise ValueError("a recorded step has calls of regions, and begins and ends with glue")
+        if any(not (a or b) for a, b in pairwise(glue)):
+            raise ValueError("two regions follow each other without glue")
+        if any((event.call is None) != (event.kind == "glue") for event in self.events):
+            raise ValueError("an event is of glue or of a call")
+        for number, call in enumerate(self.calls):
+            kinds = [event.kind for event in self.events if event.call == number]
+            if kinds not in (["forward"], ["forward", "backward"]):
+                raise ValueError(f"call {call.name!r} ran {kinds}, want a forward and at most one backward")
+
+    def events_of(self, call: int) -> tuple[int, int | None]:
+        """The events of a call's forward and of its backward; ``None``: it had none."""
+        at = [e for e, event in enumerate(self.events) if event.call == call]
+        return at[0], at[1] if len(at) > 1 else None
 
     def __repr__(self) -> str:
         peak = max(e.peak_bytes for e in self.events)
         return (
-            f"Record({len(self.calls)} calls of regions, {len(self.events)} events, peak {peak} bytes over what "
-            f"was found, {self.found_bytes} bytes)"
+            f"Record({len(self.calls)} calls of regions, {len(self.events)} events, peak {peak} bytes over "
+            f"what was found, {self.found_bytes} bytes)"
         )

@@ -40,8 +40,9 @@ def lower(
     values = tuple(value(i, v) for i, v in enumerate(graph.values))
 
     def op(o: GraphOp) -> Op:
-        seconds = 0.0 if o.node is None else costs.seconds[o.name]
-        workspace = 0 if o.node is None else costs.workspace_bytes.get(o.name, 0)
+        # What runs nothing of ours has a cost only where it was measured.
+        seconds = costs.seconds.get(o.name, 0.0) if o.node is None else costs.seconds[o.name]
+        workspace = costs.workspace_bytes.get(o.name, 0)
         if o.workspace is not None:
             workspace += size[o.workspace]
         workspace = rounded_up(workspace, grain) - (0 if o.reuses is None else size[o.reuses])
