@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.graph import kernels
@@ -142,7 +143,7 @@ class Session:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
         self.stage: Stage = "look"
         self.regions: list[Region] = []
-        self.places: tuple[Place, ...] = ()
+        self.places: tuple[Place | None, ...] = ()
         self.recorder: Recorder | None = None
         self.calls: list[_Seen | None] = []
         self._used: dict[int, tuple[Region, frozenset[int]]] = {}
@@ -151,7 +152,8 @@ class Session:
         self._names: dict[int, str] = {}
         self._homes: dict[int, str] = {}
         self._know()
-        self.forward = _compat.cut_by_dynamo(model.forward, self._cut)
+        self.original = original_forward(model)
+        self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
 
     def _know(self) -> None:
         model = self.model
@@ -174,8 +176,18 @@ class Session:
     def begin(self, stage: Stage) -> None:
         """A step begins."""
         self.stage = stage
-        self.calls, self._pending = [], []
+        self.calls, self._pending, self.recorder = [], [], None
         self._know()
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, in regions."""
+        with _compat.dynamo_as_eager():
+            return self._compiled(*args, **kwargs)
+
+    @property
+    def eager(self) -> frozenset[int]:
+        """Numbers of the regions that run as eager runs them."""
+        return frozenset(region.number for region in self.regions if region.is_eager)
 
     def run(self, region: Region, *args: Any) -> Any:
         """A region is called."""
@@ -264,6 +276,18 @@ class Session:
                 self._note(recorder, seen.gives, ("gradient", name), gradient)
         if index == len(call.names) - 1:
             recorder.leave()
+
+    def follow(self, parts: Sequence[tuple[Sequence[int], int]]) -> None:
+        """From here on each call runs its part of a plan: steps in its own graph, and how many are the forward's."""
+        rest = iter(parts)
+        places: list[Place | None] = []
+        for seen in self.calls:
+            if seen is None:
+                places.append(None)
+                continue
+            steps, turn = next(rest)
+            places.append(Place(seen.region, seen.variant, tuple(steps), turn))
+        self.places = tuple(places)
 
     # -- what was seen -----------------------------------------------------------------------------
 

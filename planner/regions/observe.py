@@ -1,0 +1,75 @@
+"""Runs a model's step twice, as if it had not been run: to look at it, and to record it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from planner import _compat
+from planner._compat import FakeTensor
+from planner.capture.inputs import Inputs
+from planner.capture.outputs import LossFn
+from planner.capture.state.effects import attributes_kept
+from planner.errors import PlannerError
+from planner.measure.step import backward, device_of, held, own, passed_on, tangents_for, undone
+from planner.regions.recorder import Recorder
+from planner.regions.session import Session
+
+__all__ = ["observe"]
+
+LOOKS = 4  # steps that may be looked at until one brings nothing new
+
+
+def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
+    """Record a step of ``session``'s model at ``inputs``; everything is put back.
+
+    Parameters, gradients (required to be None), buffers, attributes of modules and random states are afterwards
+    what they were; what the forward does beyond its module (files, globals, printing) it has done.
+
+    Raises ``PlannerError`` for a model or batch without memory.
+    """
+    model = session.model
+    _refuse_unreal(model, inputs)
+    for _ in range(LOOKS):
+        eager = session.eager
+        session.begin("look")
+        with _apart(model, inputs):
+            backward_of(session, inputs, loss_fn)
+        session.learned()
+        if session.eager == eager:
+            break
+    session.begin("record")
+    session.recorder = recorder = Recorder(device_of(model, inputs, None))
+    with _apart(model, inputs):
+        recorder.register(*held(model, inputs))
+        try:
+            with recorder:
+                backward_of(session, inputs, loss_fn)
+        finally:
+            recorder.finish()
+
+
+def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
+    """One step."""
+    passed = passed_on(session.call(*inputs.args, **inputs.kwargs), loss_fn)
+    backward(passed, tangents_for(passed, None))
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    with undone(model, inputs), attributes_kept(model), _compat.modes_set_aside():
+        yield
+
+
+def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:
+    name = type(model).__name__
+    for where, tensors in (("the model", held(model, None)), ("the batch", inputs.tensors())):
+        if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+            raise PlannerError(
+                f"{name} cannot be captured as one graph, and planning it in regions runs one step, for which "
+                f"{where} has no memory: give it real tensors (model.to_empty(device=...), then its weights), or "
+                "plan a part of it that is one graph"
+            )
