@@ -34,7 +34,7 @@ class Slot:
 
     ``kind``  "parameter", "buffer", "input" (a tensor) or "constant" (a number).
     ``name``  of a parameter or buffer, within the module.
-    ``uses``  of an input: as how many arguments it is passed on.
+    ``uses``  how many arguments of the graph with uses told apart it is; an input is passed as so many.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Piece(nn.Module):
         for slot in self.slots:
             if slot.kind in ("parameter", "buffer"):
                 home, leaf = self._home(slot.name)
-                given.append(getattr(home, leaf))
+                given += [getattr(home, leaf)] * slot.uses
             else:
                 given += [next(rest) for _ in range(slot.uses)]
         return _Run(self.graph_of[0]).run(*given)

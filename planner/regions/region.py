@@ -161,13 +161,13 @@ class Region:
                 out.append(Slot("constant"))
             elif isinstance(x, nn.Parameter):
                 local = f"parameter_{position}" if name is None else name[len(base) :].lstrip(".")
-                out.append(Slot("parameter", local))
+                out.append(Slot("parameter", local, self.uses[position]))
             elif name is not None and not x.requires_grad:
-                out.append(Slot("buffer", name[len(base) :].lstrip(".")))
+                out.append(Slot("buffer", name[len(base) :].lstrip("."), self.uses[position]))
             elif not x.requires_grad and self.writes[position]:
-                out.append(Slot("buffer", f"written_{position}"))
+                out.append(Slot("buffer", f"written_{position}", self.uses[position]))
             else:
-                out.append(Slot("input", "", self.uses[position] if x.requires_grad else 1))
+                out.append(Slot("input", "", self.uses[position]))
         return out, base
 
     def variant(
