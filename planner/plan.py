@@ -40,14 +40,34 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointedModule", "Decision", "Origin", "Placement", "Plan", "load"]
 
 
-class Origin(Replanner, Protocol):
-    """What a made plan remembers of how it was made; a plan from a file has none.
+class Whole(Replanner, Protocol):
+    """A step of one graph, of which a program can be generated.
 
     :class:`planner.solving.priced.PricedStep` is one.
     """
 
     @property
     def varying(self) -> Varying | None: ...
+
+    def plan_releasing(self, outputs: Collection[int], kept: Collection[int], instead_of: PlanData) -> Plan:
+        """A plan for the same budget whose caller lets go of these outputs, or keeps them beside the next."""
+        ...
+
+
+class Origin(Protocol):
+    """What a made plan remembers of how it was made; a plan from a file has none.
+
+    ``whole``  the same where the step is one graph; ``None`` for one in regions.
+
+    :class:`planner.solving.budgeted.BudgetedStep` is one.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def whole(self) -> Whole | None: ...
+    @property
+    def loss_fn(self) -> LossFn | None: ...
     @property
     def minimum_peak_bytes(self) -> int: ...
     @property
@@ -59,10 +79,6 @@ class Origin(Replanner, Protocol):
         self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
     ) -> FrontierData:
         """Overhead against budget."""
-        ...
-
-    def plan_releasing(self, outputs: Collection[int], kept: Collection[int], instead_of: PlanData) -> Plan:
-        """A plan for the same budget whose caller lets go of these outputs, or keeps them beside the next."""
         ...
 
 
@@ -265,8 +281,9 @@ class Plan(PlanData):
 
     def _again(self, lifetimes: Lifetimes) -> ExecutableStep:
         """The step planned for a caller whose outputs live so long."""
-        assert self._origin is not None
-        return self._origin.plan_releasing(*lifetimes, self).executable()
+        whole = None if self._origin is None else self._origin.whole
+        assert whole is not None
+        return whole.plan_releasing(*lifetimes, self).executable()
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:
@@ -274,7 +291,7 @@ class Plan(PlanData):
             return model.original if isinstance(model, CheckpointedModule) else model
         if self._origin is None:
             raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
-        return self._origin.captured.model
+        return self._origin.model
 
     def executable(self, model: nn.Module | None = None) -> ExecutableStep:
         """The generated program; made on first use and shared by every model it is applied to.
@@ -283,9 +300,15 @@ class Plan(PlanData):
         another than the plan's.
         """
         programs, origin = self._programs, self._origin
+        if self.regions:
+            raise PlannerError(
+                f"this plan is of a step in {len(self.regions)} regions with the model's own code between "
+                "them, which is no one program: plan.apply(model) makes the model train so"
+            )
         if programs.made is None:
-            if origin is not None:
-                programs.made = executable(self, origin.captured, origin.varying, origin)
+            whole = None if origin is None else origin.whole
+            if whole is not None:
+                programs.made = executable(self, whole.captured, whole.varying, whole)
             elif model is not None:
                 programs.made = executable(self, *recaptured(self, model))
             else:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from planner.capture.expectation import Expectation, expectation_of
+from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph
 from planner.errors import StalePlanError
 from planner.graph.step_graph import CALLERS, LAST
@@ -42,6 +43,11 @@ class CapturedStep:
         """With what a capture depends on as of now: the autocast state and the training flags too."""
         return cls(model, joint, graph, expectation_of(model, *joint.inputs.flatten(), joint.read))
 
+    @property
+    def inputs(self) -> Inputs:
+        """The batch that it was captured for."""
+        return self.joint.inputs
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the captured step: its calls, sizes, gradients and what it depends on."""
@@ -66,8 +72,8 @@ class CapturedStep:
         return next((t for t, name in enumerate(names) if phase.get(name) != "forward"), len(names))
 
 
-def fingerprint_of(graph: TrainingGraph, expected: Expectation) -> str:
-    """Hash of a captured step: its calls, sizes, gradients and what it depends on."""
+def fingerprint_of(graph: TrainingGraph, expected: Expectation | None = None) -> str:
+    """Hash of a captured step: its calls, sizes, gradients and what it depends on, if that is given."""
     h = hashlib.sha256()
     device = graph.device  # the same step on another device of the kind is the same step
     here, anywhere = repr(device), repr(torch.device(device.type))
@@ -76,7 +82,7 @@ def fingerprint_of(graph: TrainingGraph, expected: Expectation) -> str:
             made = [graph.values[v].bytes for v in op.outputs]
             call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
             h.update(call.replace(here, anywhere).encode())
-    for name, spec in expected.parameters.items():
+    for name, spec in ({} if expected is None else expected.parameters).items():
         spec = replace(spec, device=torch.device(spec.device.type))
         h.update(f"{name}|{spec}|{spec.requires_grad}\n".encode())
     return h.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 __all__ = [
+    "BETWEEN",
     "CALLERS",
     "DROPPED",
     "GLUE",
@@ -35,6 +36,7 @@ CALLERS = frozenset({LAST, DROPPED, RELEASE})
 # comes: names of ops that run nothing of ours begin with these words and a stroke.
 GLUE = "glue"
 GRADIENT_SUM = "gradient_sum"
+BETWEEN = frozenset({GLUE, GRADIENT_SUM})
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"

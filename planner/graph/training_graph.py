@@ -25,7 +25,7 @@ from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
-from planner.graph.step_graph import CALLERS, DROPPED, GLUE, GRADIENT_SUM, LAST, RELEASE
+from planner.graph.step_graph import BETWEEN, CALLERS, DROPPED, LAST, RELEASE
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -88,7 +88,7 @@ class GraphOp:
         """The op's name, e.g. ``aten.mm``."""
         if self.node is None:
             what = self.name.partition("/")[0]
-            return what if what in CALLERS or what in (GLUE, GRADIENT_SUM) else "aten.ones_like"
+            return what if what in CALLERS | BETWEEN else "aten.ones_like"
         packet = getattr(self.node.target, "overloadpacket", None)
         return (
             str(packet)

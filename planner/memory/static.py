@@ -10,16 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
+from torch import nn
 
+from planner.capture.inputs import Inputs
 from planner.devices.allocator import HeldBlocks, is_default
-from planner.graph.captured import CapturedStep
+from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import held
 from planner.memory import footprint
 from planner.memory.resident import Resident
 
 __all__ = ["StaticMemory"]
+
+
+class _Captured(Protocol):
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def graph(self) -> TrainingGraph: ...
+    @property
+    def inputs(self) -> Inputs: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +44,7 @@ class StaticMemory:
     ``margin_bytes``  set aside for what a measured step took beyond its prediction.
     """
 
-    captured: CapturedStep
+    captured: _Captured
     resident: Resident
     device: torch.device
     grain: int = 1
@@ -47,7 +59,7 @@ class StaticMemory:
     @cached_property
     def constant_bytes(self) -> int:
         """Bytes of tensors the trace baked into the graph or that ``loss_fn`` holds itself."""
-        inputs = self.captured.joint.inputs
+        inputs = self.captured.inputs
         counted = held(self.captured.model, (inputs.args, inputs.kwargs))
         return footprint.constant_bytes(self.captured.graph, self.grain, counted)
 
@@ -73,7 +85,7 @@ class StaticMemory:
             return None
         further = [self.tangent_bytes, self.constant_bytes, *self.library_blocks]
         step = self.captured
-        return footprint.blocks_of(step.model, step.joint.inputs, self.resident, further, step.graph.device)
+        return footprint.blocks_of(step.model, step.inputs, self.resident, further, step.graph.device)
 
     @cached_property
     def slack_bytes(self) -> int:

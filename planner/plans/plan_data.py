@@ -18,7 +18,16 @@ from planner.capture.sizes import Dims
 from planner.plans.outline import Outline
 from planner.units import bytes_text
 
-__all__ = ["Calibration", "Decision", "InputRecord", "OutputState", "Placement", "PlanData", "Round"]
+__all__ = [
+    "Calibration",
+    "Decision",
+    "InputRecord",
+    "OutputState",
+    "Placement",
+    "PlanData",
+    "RegionSummary",
+    "Round",
+]
 
 # Inputs by structure and sizes, as JSON holds them: what a plan from a file knows of its batch.
 InputRecord: TypeAlias = Mapping[str, Any]
@@ -110,6 +119,48 @@ class Calibration:
         return "\n".join(f"round {k}: {r}" for k, r in enumerate(self.rounds, 1))
 
 
+@dataclass(frozen=True)
+class RegionSummary:
+    """What a plan does with one call of a region.
+
+    ``name``              of the call, with which the names of its ops and values begin: "r0".
+    ``path``              of the module that it was cut from; "" for the model itself.
+    ``ops``               it runs when nothing is recomputed, in ``seconds``; a share ``time_share`` of the
+                          step's.
+    ``peak_bytes``        of its values at the peak of the step when nothing is recomputed; a share
+                          ``memory_share`` of what the step then takes beside what is there throughout.
+    ``saved_bytes``       that it keeps for the backward.
+    ``recomputed_bytes``  that it drops and makes again, in ``recompute_s``.
+    """
+
+    name: str
+    path: str
+    ops: int
+    seconds: float
+    time_share: float
+    peak_bytes: int
+    memory_share: float
+    saved_bytes: int
+    recomputed_bytes: int
+    recompute_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("ops", "peak_bytes", "saved_bytes", "recomputed_bytes"):
+            if (count := getattr(self, name)) < 0:
+                raise ValueError(f"{name} of region {self.name!r} is {count}, want 0 or more")
+        for name in ("time_share", "memory_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} of region {self.name!r} is {share}, want 0 to 1")
+
+    def __str__(self) -> str:
+        where = f" ({self.path})" if self.path else ""
+        return (
+            f"{self.name}{where}: {self.ops} ops, {self.time_share:.1%} of the step's time, "
+            f"{self.memory_share:.1%} of its memory; {bytes_text(self.saved_bytes)} kept, "
+            f"{bytes_text(self.recomputed_bytes)} recomputed"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PlanData:
     """All that a plan says.  Bytes are of the whole step on ``device``; GB are 10**9 bytes.
@@ -135,6 +186,8 @@ class PlanData:
                              ``output.logits``) to the end of the step, has let go of it when the backward
                              begins, or has it kept until the next call returned; one not named is held.
     ``calibration``          what its step was measured to take, and the rounds before; ``None`` without.
+    ``regions``              of a step in regions their calls, in order; empty where the step is one graph.
+    ``cuts``                 where the forward was cut into them and why, a line each.
 
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
@@ -181,6 +234,8 @@ class PlanData:
     reserved_bytes: int | None = None
     outputs: Mapping[str, OutputState] = dataclasses.field(default_factory=dict)
     outline: Outline | None = dataclasses.field(default=None, repr=False)
+    regions: tuple[RegionSummary, ...] = ()
+    cuts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):

@@ -24,7 +24,7 @@ from planner.capture.sizes import Dims
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.files import write_whole
 from planner.plans.outline import Outline
-from planner.plans.plan_data import Calibration, Placement, PlanData, Round
+from planner.plans.plan_data import Calibration, Placement, PlanData, RegionSummary, Round
 
 __all__ = ["FORMAT", "VERSION", "from_text", "inputs_of", "load", "save", "to_text"]
 
@@ -43,6 +43,8 @@ _SKIPPED = (
     "reserved_bytes",
     "outputs",
     "outline",
+    "regions",
+    "cuts",
     *_ARRAYS,
 )
 _PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
@@ -87,6 +89,9 @@ def to_text(plan: PlanData) -> str:
         record["outputs"] = dict(plan.outputs)
     if plan.calibration is not None:
         record["calibration"] = [list(dataclasses.astuple(r)) for r in plan.calibration.rounds]
+    if plan.regions:
+        record["regions"] = [dataclasses.asdict(region) for region in plan.regions]
+        record["cuts"] = list(plan.cuts)
     outline = plan.outline
     if outline is not None:
         record["outline"] = outline.encode()
@@ -164,6 +169,8 @@ def _read(record: dict[str, Any]) -> PlanData:
         planned_for=str(record.get("planned_for", "")),
         reserved_bytes=_optional_int("reserved_bytes", record.get("reserved_bytes")),
         outputs={str(k): v for k, v in record.get("outputs", {}).items()},  # earlier files: all held
+        regions=tuple(_region(of) for of in record.get("regions", ())),  # none: the step is one graph
+        cuts=tuple(map(str, record.get("cuts", ()))),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 
@@ -171,6 +178,14 @@ def _read(record: dict[str, Any]) -> PlanData:
 def _calibration(record: Any) -> Calibration | None:
     """Plans whose step was not measured have none."""
     return None if record is None else Calibration(tuple(Round(*of) for of in record))
+
+
+def _region(record: Mapping[str, Any]) -> RegionSummary:
+    types = get_type_hints(RegionSummary)
+    for name, value in record.items():
+        if not isinstance(value, _NUMBERS_AND_TEXT[types[name]]) or isinstance(value, bool):
+            raise ValueError(f"{name!r} of a region is {value!r}, want {types[name].__name__}")
+    return RegionSummary(**record)
 
 
 def _outline(

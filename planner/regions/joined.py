@@ -32,7 +32,9 @@ from planner.regions.record import Record, RegionCall
 from planner.solving.lowering import lower
 from solvers.core.simulate import simulate_steps
 
-__all__ = ["Joined", "join", "parts"]
+__all__ = ["BETWEEN_REGIONS", "Joined", "join", "parts"]
+
+BETWEEN_REGIONS = "(between regions)"  # where a module's path would stand, of what no region makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,11 +220,14 @@ class _Table:
         for k in born:
             crossing = self.record.crossings[k]
             kind = self._kind(event, final=crossing.died is None)
-            made = GraphValue(f"{name}/{k}", crossing.bytes, kind, index, None, final=crossing.died is None)
+            final = crossing.died is None
+            made = GraphValue(f"{name}/{k}", crossing.bytes, kind, index, None, final, BETWEEN_REGIONS)
             self._crossing[k] = self._value(made)
         outputs = tuple(self._crossing[k] for k in born)
         phase = "forward" if what.is_forward else "backward"
-        self.glue[event] = self._add(GraphOp(name, None, phase, "", (), outputs, recomputable=False), event)
+        self.glue[event] = self._add(
+            GraphOp(name, None, phase, BETWEEN_REGIONS, (), outputs, recomputable=False), event
+        )
         self._price(name, what.seconds)
 
     def _kind(self, event: int, *, final: bool) -> str:
@@ -383,7 +388,7 @@ class _Table:
             at, final = self.glue[of.born], of.died is None
             name = f"held/{self.ops[at].name.partition('/')[2]}"
             kind = self._kind(of.born, final=final)
-            index = self._value(GraphValue(name, of.bytes, kind, at, None, final=final))
+            index = self._value(GraphValue(name, of.bytes, kind, at, None, final, BETWEEN_REGIONS))
             self.ops[at] = replace(self.ops[at], outputs=(*self.ops[at].outputs, index))
             if of.died is not None:
                 self._read(index, of.died)

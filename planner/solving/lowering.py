@@ -9,7 +9,7 @@ from __future__ import annotations
 from planner.costs.op_costs import Costs
 from planner.devices.state import allocation_grain
 from planner.graph.nodes import layer_of
-from planner.graph.step_graph import RNG_STATE
+from planner.graph.step_graph import BETWEEN, RNG_STATE
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.units import rounded_up
 from solvers import Op, Problem, Schedule, Value
@@ -54,7 +54,7 @@ def lower(
             workspace,
             seconds if o.fused_with_previous else None,
             o.recomputable and o.phase == "forward",
-            layer_of(o.module),
+            None if o.target in BETWEEN else layer_of(o.module),
             o.reuses,
         )
 

@@ -41,6 +41,7 @@ __all__ = ["dataframe", "frontier_dataframe", "html", "summary"]
 _HTML_ROWS = 40
 _HTML_LINES = 24  # within a layer
 _HTML_NAME = 120  # characters of a name
+_CUTS = 8  # places where a step in regions was cut, at most so many are shown
 
 _HEAD = (*DECISIONS.values(), "extra time")
 
@@ -108,6 +109,7 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
         ),
         *_measured(plan),
         *_let_go(plan),
+        *_regions(plan),
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
@@ -138,6 +140,21 @@ def _let_go(plan: PlanData) -> list[tuple[str, str, str]]:
         ("outputs kept", plan.kept, "until the next call has returned"),
     ]
     return [(name, ", ".join(which), remark) for name, which, remark in rows if which]
+
+
+def _regions(plan: PlanData) -> list[tuple[str, str, str]]:
+    """How much of a step in regions lies in them, and where it was cut."""
+    if not plan.regions:
+        return []
+    memory, time = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
+    within = f"{memory:.1%} of the step's memory and {time:.1%} of its time in them"
+    cuts = [("cut at", cut, "") for cut in plan.cuts[:_CUTS]]
+    more = len(plan.cuts) - len(cuts)
+    return [
+        ("regions", f"{len(plan.regions)} regions", within),
+        *cuts,
+        *([("cut at", f"{more} more places", "")] if more else []),
+    ]
 
 
 def _filled(plan: PlanData) -> list[tuple[str, int]]:
