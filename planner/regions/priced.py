@@ -139,7 +139,7 @@ class JoinedStep(BudgetedStep):
                     peak_bytes,
                     _share(peak_bytes, added_bytes),
                     sum(c.bytes for c in of if c.kind == "saved"),
-                    sum(c.bytes for c in of if c.kind == "recomputed"),
+                    sum({c.value: c.bytes for c in of if c.kind == "recomputed"}.values()),
                     math.fsum(problem.ops[i].again_s * (again[i] - 1) for i in own),
                 )
             )
