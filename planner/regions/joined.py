@@ -123,7 +123,7 @@ def parts(joined: Joined, steps: Sequence[int]) -> list[tuple[list[int], int]]:
 def join(record: Record) -> Joined:
     """The whole step of ``record`` as one graph.
 
-    Raises ``solvers.ProblemError`` if something is read before it is made.
+    Raises ``ValueError`` if something is read before it is made.
     """
     table = _Table(record)
     for event in range(len(record.events)):
@@ -282,6 +282,8 @@ class _Table:
         if v not in own:
             value, k = call.graph.values[v], self._taken[number].get(v)
             if k is not None:
+                if k not in self._crossing:
+                    raise ValueError(f"{call.name} reads {value.name!r}, crossing {k}, before it is made")
                 own[v] = self._crossing[k]
             elif value.kind in ("parameter", "buffer"):
                 name = self._name_in_model(number, v)

@@ -80,7 +80,7 @@ class JoinedStep(BudgetedStep):
     ) -> JoinedStep:
         """The step of ``record``; ``resident``: what it finds on the device and leaves there.
 
-        Raises ``solvers.ProblemError`` for a record in which something is read before it is made.
+        Raises ``ValueError`` for a record in which something is read before it is made.
         """
         joined = join(record)
         captured = RecordedStep(model, inputs, joined)

@@ -85,8 +85,8 @@ class Record:
     ``found_bytes``  what it found on the device: parameters, buffers, inputs, gradients held.
     ``cuts``         where the forward was cut and why, a line each.
 
-    Raises ``ValueError`` if the events are no such row, or a call has not exactly one forward before at most
-    one backward.
+    Raises ``ValueError`` if the events are no such row, a call has not exactly one forward before at most one
+    backward, or names a crossing that there is not.
     """
 
     events: tuple[Event, ...]
@@ -105,6 +105,9 @@ class Record:
             raise ValueError("an event is of glue or of a call")
         for number, call in enumerate(self.calls):
             kinds = [event.kind for event in self.events if event.call == number]
+            numbers = {*call.crossings.values(), *call.gives.values()}
+            if not numbers <= set(range(len(self.crossings))):
+                raise ValueError(f"call {call.name!r} names a crossing that there is not")
             if kinds not in (["forward"], ["forward", "backward"]):
                 raise ValueError(f"call {call.name!r} ran {kinds}, want a forward and at most one backward")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from planner.graph.step_graph import RELEASE
+from planner.graph.step_graph import GLUE, RELEASE
 from planner.plans.outline import Outline
 from planner.units import DECISIONS, bytes_text, seconds_text
 from planner.view.layers import ROOT, TEXT_ROWS, layers_of, recompute_seconds, rows_of
@@ -309,6 +309,9 @@ class _WhatIf:
         """Why nothing of these can be computed again."""
         if all(self.outline.values[self.value[p.name]].final for p in kept):
             return "That is no choice: the model returns it, and the caller holds it to the end of the step."
+        made_by = {self.outline.ops[self.outline.position[p.call]].target for p in kept}
+        if made_by == {GLUE}:
+            return "That is no choice: the model's own code between regions makes it, and runs once."
         return (
             "That is no choice: what makes it, or what that reads, may run only once (it is held by the "
             "caller, written in place, or the state of a random generator)."

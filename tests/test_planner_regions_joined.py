@@ -1,0 +1,412 @@
+"""A step in regions as one problem: what it counts, what its schedules mean to regions, what plans say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import planner
+from planner.capture.inputs import Inputs
+from planner.capture.joint_graph import capture
+from planner.costs.op_costs import Costs, graph_costs
+from planner.costs.target import target_for
+from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.memory.resident import Resident
+from planner.options import Search
+from planner.plan import Plan
+from planner.regions.joined import Joined, join, parts
+from planner.regions.priced import JoinedStep
+from planner.regions.record import Crossing, Event, Record, RegionCall
+from planner.rewrite.emit import emit
+from planner.solving.lowering import lower
+from solvers import Problem, Schedule, minimum_peak, simulate, solve
+from solvers.core.simulate import simulate_steps
+from tests.solver_graphs import best_seconds, least_peak
+
+WIDTH = 8
+BYTES = 16 * WIDTH * 4  # of what passes from one piece to the next
+
+PIECES: dict[str, list[nn.Module]] = {
+    "tiny": [nn.Linear(WIDTH, 12), nn.Sigmoid(), nn.Linear(12, WIDTH)],
+    "half": [nn.Linear(WIDTH, WIDTH), nn.Sigmoid(), nn.Tanh()],
+    "mlp": [nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH), nn.Tanh()],
+    "dropout": [nn.Linear(WIDTH, 24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, WIDTH)],
+    "norm": [nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Sigmoid(), nn.Linear(16, WIDTH)],
+}
+
+
+@functools.cache
+def piece(kind: str) -> tuple[TrainingGraph, Costs]:
+    """A region's own step, and what it costs; captured once."""
+    x = torch.randn(16, WIDTH, requires_grad=True)
+    graph = training_graph(capture(nn.Sequential(*PIECES[kind]), (x,), None))
+    return graph, graph_costs(graph, "roofline")
+
+
+def named(graph: TrainingGraph, prefix: str) -> dict[str, str]:
+    """The parameters of a region, as they are called in the model."""
+    names = (str(key) for kind, key in graph.sources.values() if kind == "parameter")
+    return {name: f"{prefix}.{name}" for name in names}
+
+
+def row_of(count: int, *, apart: bool = False) -> list[Event]:
+    """``count`` regions forward and back, nothing measured; ``apart``: the loss ends in glue of its own."""
+    glue = ("glue", None)
+    forward = [kind for k in range(count) for kind in (("forward", k), glue)]
+    backward = [kind for k in reversed(range(count)) for kind in (("backward", k), glue)]
+    before = [glue, *forward]
+    after = [*([glue] if apart else []), *backward]
+    rows = [(kind, call, True) for kind, call in before] + [(kind, call, False) for kind, call in after]
+    return [
+        Event(kind, call, 0, 0, 1e-5 if kind == "glue" else 0.0, is_forward)  # type: ignore[arg-type]
+        for kind, call, is_forward in rows
+    ]
+
+
+def made_record(rng: random.Random, kinds: Sequence[str], *, measured: bool = True) -> Record:
+    """A chain of pieces; what passes between them is at times another tensor, and lives as it likes."""
+    events = row_of(len(kinds), apart=rng.random() < 0.5)
+    forward = {e.call: i for i, e in enumerate(events) if e.kind == "forward"}
+    backward = {e.call: i for i, e in enumerate(events) if e.kind == "backward"}
+    crossings: list[Crossing] = []
+
+    def cross(born: int) -> int:
+        died = rng.choice([None, *range(born + 1, len(events))])
+        crossings.append(Crossing(BYTES, born, died))
+        return len(crossings) - 1
+
+    taken: list[dict[tuple[str, str | int], int]] = [{} for _ in kinds]
+    given_: list[dict[tuple[str, str | int], int]] = [{} for _ in kinds]
+    passed = cross(0)
+    for k in range(len(kinds)):
+        taken[k]["input", 0] = passed
+        passed = given_[k]["output", 0] = cross(forward[k])
+        passed = passed if rng.random() < 0.5 else cross(forward[k] + 1)
+    passed = cross(backward[len(kinds) - 1] - 1)
+    for k in reversed(range(len(kinds))):
+        taken[k]["tangent", 0] = passed
+        if k and rng.random() < 0.8:
+            passed = given_[k]["gradient", 0] = cross(backward[k])
+        if rng.random() < 0.5:
+            passed = cross(backward[k] + 1)
+    calls = []
+    for k, kind in enumerate(kinds):
+        graph, costs = piece(kind)
+        renamed = named(graph, kind if rng.random() < 0.5 else f"blocks.{k}")
+        steps, turn = tuple(range(len(graph.ops))), graph.turn
+        if rng.random() < 0.3:  # it was recorded with something made again
+            again = next(i for i in range(turn) if graph.ops[i].recomputable)
+            steps = (*steps[:turn], again, *steps[turn:])
+        path = "" if k % 2 else f"blocks.{k}"
+        calls.append(RegionCall(f"r{k}", graph, costs, path, renamed, taken[k], given_[k], steps, turn))
+    if measured:
+        for i, event in enumerate(events):
+            live = rng.choice([0, rng.randint(0, 9000)])
+            peak = live + rng.choice([0, rng.randint(0, 4000)])
+            events[i] = dataclasses.replace(event, live_bytes=live, peak_bytes=peak)
+    return Record(tuple(events), tuple(calls), tuple(crossings), 0)
+
+
+def some_records(most: int, *, measured: bool = True) -> st.SearchStrategy[Record]:
+    def make(seed: bytes) -> Record:
+        rng = random.Random(seed)
+        kinds = [rng.choice(list(PIECES)) for _ in range(rng.randint(1, most))]
+        return made_record(rng, kinds, measured=measured)
+
+    return st.binary(min_size=8, max_size=8).map(make)
+
+
+def problem_of(joined: Joined) -> Problem:
+    return lower(joined.graph, joined.costs, resident_bytes=0)
+
+
+def series(joined: Joined) -> tuple[list[int], list[int]]:
+    """Most bytes in each event of the recorded step, and bytes at its end."""
+    problem = problem_of(joined).as_run(joined.recorded)
+    placed = joined.placed(joined.recorded)
+    line = simulate_steps(problem, [i for i, _ in placed])
+    peak, live = ([0] * len(joined.record.events) for _ in range(2))
+    for t, (_, event) in enumerate(placed):
+        peak[event] = max(peak[event], int(line.live_bytes[t]))
+        live[event] = int(line.kept_bytes[t])
+    return peak, live
+
+
+several = settings(max_examples=60, deadline=None)
+
+
+# -- what it counts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dropout", "norm"])
+def test_one_region_and_no_glue_is_the_regions_own_problem(kind: str) -> None:
+    graph, costs = piece(kind)
+    steps = tuple(range(len(graph.ops)))
+    gives = {("output", 0): 0, ("gradient", 0): 1}
+    call = RegionCall("r0", graph, costs, "", {}, {}, gives, steps, graph.turn)
+    held = (Crossing(BYTES, 1, None), Crossing(BYTES, 3, None))
+    events = tuple(dataclasses.replace(event, seconds=0.0) for event in row_of(1))
+    joined = problem_of(join(Record(events, (call,), held, 0)))
+    own = lower(graph, costs, resident_bytes=0)
+    top = simulate(own, Schedule.keep_all(own)).peak_bytes
+    assert simulate(joined, Schedule.keep_all(joined)).peak_bytes == top
+    least = minimum_peak(own, time_limit_s=5)
+    assert minimum_peak(joined, time_limit_s=5).budget_bytes == least.budget_bytes
+    for budget in (least.budget_bytes, (least.budget_bytes + top) // 2):
+        a, b = (solve(p, budget, time_limit_s=5) for p in (own, joined))
+        assert a.seconds == pytest.approx(b.seconds, rel=1e-9)
+        assert a.bound_seconds == pytest.approx(b.bound_seconds, rel=1e-6)
+
+
+@several
+@given(some_records(3))
+def test_the_recorded_step_takes_at_least_what_was_measured(record: Record) -> None:
+    peak, live = series(join(record))
+    for e, event in enumerate(record.events):
+        assert peak[e] >= event.peak_bytes and live[e] >= event.live_bytes, (e, event)
+
+
+@several
+@given(some_records(3, measured=False), st.randoms(use_true_random=False))
+def test_what_glue_holds_and_needs_is_found_to_the_byte(record: Record, rng: random.Random) -> None:
+    peak, live = series(join(record))
+    held = scratch = before = 0
+    events = []
+    for e, event in enumerate(record.events):
+        if event.call is None:  # what glue holds it lets go of only where it runs
+            before, held, scratch = held, rng.choice([0, held, rng.randint(0, 3000)]), rng.choice([0, 700])
+            most = peak[e] + max(before, held) + scratch
+        else:
+            most = peak[e] + held
+        events.append(dataclasses.replace(event, peak_bytes=most, live_bytes=live[e] + held))
+    found = join(dataclasses.replace(record, events=tuple(events)))
+    assert series(found) == ([e.peak_bytes for e in events], [e.live_bytes for e in events])
+    ends = sum(v.bytes for v in found.graph.values if v.name.startswith("held/") and v.final)
+    assert ends == held  # what is left when the step is over stays
+
+
+def test_what_passes_between_regions_is_one_value_and_made_once() -> None:
+    record = made_record(random.Random(3), ["mlp", "mlp"], measured=False)
+    lives = [Crossing(BYTES, 1, 2)]  # r0 gives it, the glue behind lets go of it: r1 takes another
+    (first, second) = record.calls
+    calls = (
+        dataclasses.replace(first, crossings={}, gives={("output", 0): 0}),
+        dataclasses.replace(second, crossings={}, gives={}),
+    )
+    record = Record(tuple(row_of(2)), calls, tuple(lives), 0)
+    joined = join(record)
+    graph = joined.graph
+    (given_away,) = (v for v in graph.values if v.name == "r0/tanh")
+    assert given_away.producer is not None and not graph.ops[given_away.producer].recomputable
+    index = graph.values.index(given_away)
+    readers = [op.name for op in graph.ops if index in op.inputs]
+    assert readers == ["glue/1", "r0/tanh_backward"]
+    # what r1 makes and nobody takes is there until it returns, and may be made again
+    (nobodys,) = (v for v in graph.values if v.name == "r1/tanh")
+    assert not nobodys.final and graph.ops[nobodys.producer or 0].recomputable
+    assert graph.values.index(nobodys) in next(op for op in graph.ops if op.name == "glue/2").inputs
+    late = dataclasses.replace(record, crossings=(Crossing(BYTES, 1, 6),))
+    (op,) = (op for op in join(late).graph.ops if op.name == "glue/3")
+    assert index in op.inputs  # nothing is gone before it was
+
+
+def test_a_parameter_of_two_calls_is_there_once_and_its_gradients_are_added() -> None:
+    graph, costs = piece("mlp")
+    calls = tuple(
+        RegionCall(f"r{k}", graph, costs, "", named(graph, "shared"), {}, {}, tuple(range(len(graph.ops))), 4)
+        for k in range(2)
+    )
+    joined = join(Record(tuple(row_of(2)), calls, (), 0))
+    values = joined.graph.values
+    assert sum(v.kind == "parameter" and v.bytes > 0 for v in values) == len(named(graph, ""))
+    left = [v for v in values if v.kind == "gradient" and v.final]
+    sizes = [p.numel() * 4 for p in nn.Sequential(*PIECES["mlp"]).parameters()]
+    assert sorted(v.bytes for v in left) == sorted(sizes)
+    problem = problem_of(joined)
+    steps = list(range(len(problem)))
+    line = simulate_steps(problem, steps)
+    assert int(line.kept_bytes[-1]) == sum(sizes)
+    for t, op in enumerate(joined.graph.ops):  # in place: no more than the two that are there
+        if op.target == "gradient_sum":
+            assert line.live_bytes[t] == line.kept_bytes[t - 1]
+    assert sum(op.target == "gradient_sum" for op in joined.graph.ops) == len(sizes)
+
+
+def test_records_that_are_no_row_of_events_are_refused() -> None:
+    record = made_record(random.Random(0), ["mlp"])
+    for events in (record.events[1:], record.events[:-1], record.events[:1], (*record.events[:2],) * 2):
+        with pytest.raises(ValueError, match=r"glue|ran|calls"):
+            dataclasses.replace(record, events=events)
+    with pytest.raises(ValueError, match="a crossing that there is not"):
+        dataclasses.replace(record, crossings=())
+    call = dataclasses.replace(record.calls[0], crossings={("tangent", 0): 0}, gives={})
+    late = (Crossing(BYTES, len(record.events) - 1, None),)
+    with pytest.raises(ValueError, match="before it is made"):  # a tangent of after the backward
+        join(dataclasses.replace(record, calls=(call,), crossings=late))
+
+
+# -- the way back ---------------------------------------------------------------------------------
+
+
+def somewhere_else(joined: Joined, problem: Problem, rng: random.Random) -> list[int]:
+    """All ops in order, and recomputations wherever a schedule may have them."""
+    steps = list(range(len(problem)))
+    able = [i for i, op in enumerate(problem.ops) if op.recomputable]
+    for _ in range(rng.randint(1, 8) if able else 0):
+        i = rng.choice(able)
+        steps.insert(rng.randint(steps.index(i) + 1, len(steps)), i)
+    return steps
+
+
+@several
+@given(some_records(3), st.randoms(use_true_random=False))
+def test_every_schedule_is_run_by_the_regions(record: Record, rng: random.Random) -> None:
+    joined = join(record)
+    problem = problem_of(joined)
+    steps = somewhere_else(joined, problem, rng)
+    normal = joined.normal(steps)
+    assert joined.normal(normal) == normal
+    assert list(dict.fromkeys(normal)) == list(dict.fromkeys(steps))
+    simulate_steps(problem.as_run(normal), normal)
+    for call, (own, turn) in zip(record.calls, parts(joined, steps), strict=True):
+        assert set(own) == set(range(len(call.graph.ops)))
+        # nothing of the backward runs before the turn, and each step finds what it reads
+        assert all(i < call.graph.turn for i in own[:turn])
+        there = {v for v, value in enumerate(call.graph.values) if value.producer is None}
+        for i in own:
+            assert there.issuperset(call.graph.ops[i].inputs)
+            there.update(call.graph.ops[i].outputs)
+        assert len(emit(call.graph, own, turn=turn).segments) >= 1
+
+
+def test_what_is_made_again_between_its_passes_waits_for_the_backward() -> None:
+    joined = join(made_record(random.Random(1), ["mlp", "norm"], measured=False))
+    ops = joined.graph.ops
+    at = {op.name: i for i, op in enumerate(ops)}
+    steps = list(range(len(ops)))
+    first, last = at["glue/1"], len(steps) - 1
+    again = [*steps[: first + 1], at["r0/addmm"], *steps[first + 1 : last], at["r1/addmm"], *steps[last:]]
+    begins = joined.windows[0][1]
+    placed = joined.placed(again)
+    assert (at["r0/addmm"], begins) in placed
+    moved = [i for i, _ in placed].index(at["r0/addmm"], first)
+    assert ops[[i for i, _ in placed][moved + 1]].name == "r0/tanh_backward"
+    assert [i for i, _ in placed].count(at["r1/addmm"]) == 1  # nobody reads it there
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_and_bounds_hold_against_all_schedules(seed: int) -> None:
+    rng = random.Random(seed)
+    two = seed == 1
+    joined = join(made_record(rng, ["half", "half"] if two else ["tiny"], measured=not two))
+    problem = problem_of(joined)
+    least, _ = least_peak(problem)
+    assert minimum_peak(problem, time_limit_s=5).budget_bytes == least
+    top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
+    for budget in {least, (least + top) // 2}:
+        found, best = solve(problem, budget, time_limit_s=5), best_seconds(problem, budget)
+        assert best is not None and found.seconds == pytest.approx(best[0], rel=1e-9)
+        assert found.bound_seconds <= best[0] * (1 + 1e-9)
+        normal = joined.normal(found.schedule.steps(problem))
+        assert simulate_steps(problem.as_run(normal), normal).peak_bytes <= budget
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+CUTS = ("model.py:12 in forward: a tensor's value is read", "model.py:20 in forward: a print")
+
+
+@pytest.fixture(scope="module")
+def step() -> JoinedStep:
+    model = nn.ModuleDict({kind: nn.Sequential(*PIECES[kind]) for kind in ("mlp", "dropout", "norm")})
+    record = made_record(random.Random(7), ["mlp", "dropout", "norm"])
+    resident = Resident(1000, 0, 0, BYTES)
+    inputs = Inputs((torch.zeros(16, WIDTH),), {})
+    target = target_for(model, "roofline")
+    record = dataclasses.replace(record, cuts=CUTS)
+    return JoinedStep.of(record, model, inputs, resident, target, least_limit_s=2.0)
+
+
+@pytest.fixture(scope="module")
+def plan(step: JoinedStep) -> Plan:
+    between = (step.minimum_peak_bytes + step.baseline_peak_bytes) // 2
+    return step.plan_bytes(between, Search(time_limit_s=2.0))
+
+
+def test_one_budget_over_all_regions(step: JoinedStep, plan: Plan) -> None:
+    assert step.floor_bytes <= step.minimum_peak_bytes <= plan.peak_bytes <= plan.budget_bytes
+    assert 0 < plan.overhead_bound <= plan.overhead
+    made = parts(step.joined, [step.joined.graph.ops.index(op) for op in step.joined.graph.ops])
+    assert [len(own) for own, _ in made] == [len(call.graph.ops) for call in step.record.calls]
+    again = sum(len(own) for own, _ in step.parts(plan)) - sum(len(own) for own, _ in made)
+    assert again == len(plan.sequence) - plan.op_count > 0
+    curve = step.frontier(points=2, search=Search(time_limit_s=0.5))
+    assert curve.points[0].overhead > curve.points[-1].overhead == 0.0
+    with pytest.raises(InfeasibleBudgetError, match="least budget"):
+        step.plan_bytes(step.floor_bytes - 1)
+
+
+def test_a_plan_names_its_regions(step: JoinedStep, plan: Plan) -> None:
+    assert [r.name for r in plan.regions] == ["r0", "r1", "r2"]
+    assert [r.path for r in plan.regions] == ["blocks.0", "", "blocks.2"]
+    assert sum(r.recompute_s for r in plan.regions) == pytest.approx(plan.recompute_s)
+    glue_s = sum(event.seconds for event in step.record.events)
+    assert sum(r.seconds for r in plan.regions) == pytest.approx(plan.step_s - glue_s)
+    recomputed = {p.name: p.bytes for p in plan.placements if p.decision == "recompute"}
+    assert recomputed and sum(r.recomputed_bytes for r in plan.regions) == sum(recomputed.values())
+    text = plan.summary()
+    assert "3 regions" in text and all(cut in text for cut in CUTS)
+    memory, time = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
+    assert 0 < memory < 1 and 0 < time < 1
+    assert f"{memory:.1%} of the step's memory and {time:.1%} of its time in them" in text
+    assert "3 regions" in plan._repr_html_()
+    places = {p.call.partition("/")[0] for p in plan.placements}
+    assert places == {"r0", "r1", "r2", "glue"}
+    assert {p.module for p in plan.placements if p.call.startswith("glue")} == {"(between regions)"}
+
+
+def test_it_is_looked_at_as_a_plan_of_one_graph(step: JoinedStep, plan: Plan) -> None:
+    for p in plan.placements:
+        assert p.name in str(plan.explain(p.name))
+    assert "code between regions" in str(plan.explain("(between regions)"))
+    assert plan.diff(step.least_plan()).changed
+    assert len(plan.to_dataframe()) == len(plan.placements)
+    assert plan.plot_placements() is not None and plan.plot_memory() is not None
+
+
+def test_files(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    loaded = planner.load(tmp_path / "plan.json")
+    assert loaded.regions == plan.regions and loaded.cuts == plan.cuts == CUTS
+    assert loaded.summary() == plan.summary()
+    assert str(loaded.explain("r0/gelu")) == str(plan.explain("r0/gelu"))
+    for of in (plan, loaded):
+        with pytest.raises(PlannerError, match="3 regions"):  # there is no one program to run
+            of.rewrite(nn.Linear(2, 2))
+    text = (tmp_path / "plan.json").read_text().replace('"name": "r0"', '"name": 0')
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(planner.InvalidPlanFileError, match="region"):
+        planner.load(tmp_path / "bad.json")
+
+
+def test_the_fingerprint_is_of_what_runs_and_not_of_what_was_measured(step: JoinedStep) -> None:
+    def of(record: Record) -> str:
+        return JoinedStep.of(
+            record, step.model, step.captured.inputs, step.resident, step.target
+        ).captured.fingerprint
+
+    record = step.record
+    other = tuple(dataclasses.replace(e, live_bytes=0, peak_bytes=0, seconds=0.0) for e in record.events)
+    assert of(dataclasses.replace(record, events=other)) == of(record)
+    swapped = (record.calls[0], dataclasses.replace(record.calls[1], path="elsewhere"), record.calls[2])
+    assert of(dataclasses.replace(record, calls=swapped)) != of(record)
