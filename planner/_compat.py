@@ -733,7 +733,9 @@ def cut_by_dynamo(
 
 @contextlib.contextmanager
 def dynamo_as_eager() -> Iterator[None]:
-    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times; 2.7+."""
+    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times;
+    2.7+.
+    """
     from torch._dynamo import config
     from torch._dynamo.variables.torch import tracing_state_functions
 

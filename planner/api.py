@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +20,20 @@ from planner.frontier import Frontier
 from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import GradientsMode, OutputsMode, Search, checked_gradients, checked_outputs
+from planner.options import (
+    CaptureMode,
+    GradientsMode,
+    OutputsMode,
+    Search,
+    checked_capture,
+    checked_gradients,
+    checked_outputs,
+)
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
+from planner.solving.in_regions import captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
 __all__ = ["frontier", "plan"]
@@ -46,6 +56,7 @@ def plan(
     calibrate: bool = False,
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "held",
+    capture: CaptureMode = "auto",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -86,12 +97,19 @@ def plan(
                       without a hook keep theirs.  "auto" is "held": only a step that runs shows what a hook
                       does, as under :func:`planner.enable`.  What an optimizer's step in a hook takes for
                       itself is not counted beside the activations.
+    ``capture``       "one graph": the whole step, or an error.  "regions": the forward is cut by Dynamo
+                      where it cannot be followed (values read in Python, hooks, caches, code outside torch),
+                      and each piece is captured by itself; the code between them runs as it is.  One plan
+                      and one budget cover all of it.  Two steps of the real model on the real batch are run
+                      for that, and put back: parameters, gradients, buffers, attributes of modules, random
+                      states; not what the forward does elsewhere (files, globals).  "auto": one graph, or
+                      regions where that is refused, with a line in the log.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
 
-    Planning allocates no activation memory, runs no forward (``calibrate`` runs whole steps) and changes
-    nothing of the model.
+    Planning one graph allocates no activation memory, runs no forward (``calibrate`` runs whole steps) and
+    changes nothing of the model.
 
     Raises ``TypeError`` or ``ValueError`` for arguments that make no sense; ``InfeasibleBudgetError``
     if no plan fits, naming the least budget that one does; ``TraceError`` if the step is not one
@@ -101,19 +119,28 @@ def plan(
     search = Search(solver, time_limit_s, progress)
     checked_outputs(outputs)
     checked_gradients(gradients)
+    checked_capture(capture)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
     with search.reporting() as search:
-        step = prepare(
-            model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
-            on_larger=on_larger, search=search, outputs=outputs,
+        step = captured_as(
+            capture,
+            lambda: prepare(
+                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
+                on_larger=on_larger, search=search, outputs=outputs,
+            ),
+            lambda: step_in_regions(
+                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search
+            ),
         )  # fmt: skip
-        if gradients == "consumed":
+        if gradients == "consumed" and isinstance(step, PricedStep):
             step = step.consuming(hooked(step.model))
-        make = calibrated if calibrate else PricedStep.plan_bytes
-        made = make(step, budget_bytes, search)
+        if calibrate and isinstance(step, PricedStep):
+            made = calibrated(step, budget_bytes, search)
+        else:  # in regions what is held beside them was measured
+            made = step.plan_bytes(budget_bytes, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     if outputs == "auto" and made.released:
@@ -140,6 +167,7 @@ def frontier(
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "held",
+    capture: CaptureMode = "auto",
     progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
@@ -153,9 +181,15 @@ def frontier(
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
     with Search(solver, time_limit_s, progress).reporting() as search:
-        step = prepare(
-            model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search, outputs=mode
+        checked_capture(capture)
+        how: dict[str, Any] = {
+            "loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search
+        }  # fmt: skip
+        step = captured_as(
+            capture,
+            lambda: prepare(model, inputs, outputs=mode, **how),
+            lambda: step_in_regions(model, inputs, **how),
         )
-        if checked_gradients(gradients) == "consumed":
+        if checked_gradients(gradients) == "consumed" and isinstance(step, PricedStep):
             step = step.consuming(hooked(step.model))
         return step.frontier(budgets, search, points=points)

@@ -11,11 +11,23 @@ from planner.progress import Progress, Reporter, reporting
 from solvers import SOLVERS
 from solvers.fixed_order import checked_time_limit
 
-__all__ = ["GradientsMode", "OutputsMode", "Search", "checked_gradients", "checked_outputs"]
+__all__ = [
+    "CaptureMode",
+    "GradientsMode",
+    "OutputsMode",
+    "Search",
+    "checked_capture",
+    "checked_gradients",
+    "checked_outputs",
+]
 
 # Until when the caller holds what the model returns: to the step's end, to the start of the backward, or
 # as the first steps show.
 OutputsMode: TypeAlias = Literal["held", "released", "auto"]
+
+# Whether the step is to be one captured graph, pieces of one with other code between them, or whichever it
+# can.
+CaptureMode: TypeAlias = Literal["one graph", "regions", "auto"]
 
 # Until when the gradients of parameters are there: beyond the step, until a hook uses them up inside the
 # backward, or as the first step shows.
@@ -27,6 +39,13 @@ def checked_outputs(outputs: OutputsMode) -> OutputsMode:
     if outputs not in ("held", "released", "auto"):
         raise ValueError(f"outputs must be 'held', 'released' or 'auto', not {outputs!r}")
     return outputs
+
+
+def checked_capture(capture: CaptureMode) -> CaptureMode:
+    """``capture`` if it is one of the three; ``ValueError`` if not."""
+    if capture not in ("one graph", "regions", "auto"):
+        raise ValueError(f"capture must be 'one graph', 'regions' or 'auto', not {capture!r}")
+    return capture
 
 
 def checked_gradients(gradients: GradientsMode) -> GradientsMode:

@@ -23,6 +23,7 @@ from planner.options import OutputsMode, Search
 from planner.plans import serialize
 from planner.plans.frontier_data import FrontierData, Peers
 from planner.plans.plan_data import Decision, Placement, PlanData
+from planner.regions.forward import apply_plan
 from planner.runtime.apply import CheckpointedModule, applied, restored
 from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
@@ -64,6 +65,11 @@ class Origin(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """Make ``model`` train as ``plan``, where that is of a step in regions."""
+        ...
+
     @property
     def whole(self) -> Whole | None: ...
     @property
@@ -237,6 +243,8 @@ class Plan(PlanData):
         """
         self._refuse_elsewhere()
         model, origin = self._model(model), self._origin
+        if self.regions:
+            return apply_plan(self, model) if origin is None else origin.applied(self, model)
         learns = origin is not None and origin.outputs == "auto"
         watch = HeldOutputs("auto" if learns else "released") if learns or self.released else None
         return applied(model, self.executable(model), watch, self._again if learns else None)

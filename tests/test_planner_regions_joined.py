@@ -25,10 +25,10 @@ from planner.memory.resident import Resident
 from planner.options import Search
 from planner.plan import Plan
 from planner.regions.joined import Joined, join, parts
-from planner.regions.priced import JoinedStep
+from planner.solving.in_regions import JoinedStep
 from planner.regions.record import Crossing, Event, Record, RegionCall
 from planner.rewrite.emit import emit
-from planner.solving.lowering import lower
+from planner.plans.lowering import lower
 from solvers import Problem, Schedule, minimum_peak, simulate, solve
 from solvers.core.simulate import simulate_steps
 from tests.solver_graphs import best_seconds, least_peak

@@ -53,7 +53,7 @@ from planner.errors import PlannerError, TraceError
 
 __all__ = ["JointGraph", "Traced", "capture"]
 
-EVERY = range(1 << 20)  # whatever its number
+EVERY = frozenset(range(1 << 12))  # outputs, whatever their number
 
 # A trace changes what is the whole process's (see capture).
 _ONE_AT_A_TIME = threading.RLock()
@@ -194,8 +194,8 @@ def capture(
 
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
-    ``is_piece``: a graph that Dynamo cut, which watches what was read and does what was done on the side; none
-    of its outputs is the loss.
+    ``is_piece``: a graph that Dynamo cut, which watches what was read and does what was done on the side;
+    none of its outputs is the loss.
 
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
@@ -345,7 +345,7 @@ class _FlatModel(nn.Module):
         given: list[Any],
         fake: list[Any],
         spec: Any,
-        used: Collection[int] | None,
+        used: frozenset[int] | None,
         *,
         records: bool = True,
     ) -> None:

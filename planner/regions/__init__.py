@@ -4,6 +4,6 @@
 
 The files, in that order: :mod:`~planner.regions.cut` lets Dynamo cut the forward,
 :mod:`~planner.regions.region` captures each piece, :mod:`~planner.regions.record` sees a step run,
-:mod:`~planner.regions.joined` makes one graph of it, of which :mod:`~planner.regions.priced` makes plans,
+:mod:`~planner.regions.joined` makes one graph of it, of which :mod:`~planner.solving.in_regions` makes plans,
 :mod:`~planner.regions.runs` runs what was planned.
 """

@@ -1,31 +1,45 @@
 """Stands in for ``model.forward`` where a step is planned in regions.
 
-Each call goes through Dynamo's cut of the original forward, whose pieces the session runs.  A step begins where
-no call waits for its backward; what the session learned in the last one is then acted upon.
+Each call goes through Dynamo's cut of the original forward, whose pieces the session runs.  A step begins
+where no call waits for its backward.  A kind of step that has no plan yet is looked at and recorded, in two
+steps of the training loop itself, and planned before the third.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner import _compat
-from planner.errors import PlannerError
-from planner.regions.session import Session
+from planner.capture.inputs import Inputs
+from planner.costs.target import target_for
+from planner.errors import PlannerError, StalePlanError
+from planner.measure.step import held, tensors_in
+from planner.plans.plan_data import PlanData
+from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.record import Record
+from planner.regions.session import Parts, Session
+from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 
-__all__ = ["RegionsForward", "regions_forward_of"]
+__all__ = ["RegionsForward", "apply_plan", "regions_forward_of"]
+
+# A recorded step -> what each of its calls is to run.
+Solve = Callable[[Record], Parts]
 
 
 class RegionsForward:
-    """``model.forward`` in regions; evaluation, ``no_grad`` and compilers get the original."""
+    """``model.forward`` in regions; evaluation, ``no_grad`` and compilers get the original.
 
-    def __init__(self, model: nn.Module, session: Session, *, training: bool = True) -> None:
-        self.model, self.session, self.training = model, session, training
+    ``solve``  plans a recorded step of a kind that has no plan.
+    """
+
+    def __init__(self, model: nn.Module, session: Session, solve: Solve) -> None:
+        self.model, self.session, self.solve = model, session, solve
         self.original = session.original
+        self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,8 +51,24 @@ class RegionsForward:
             return self.original(*args, **kwargs)
         session = self.session
         if not session.waits:
-            session.begin("plan")
+            self._begin((args, kwargs))
         return session.call(*args, **kwargs)
+
+    def _begin(self, inputs: Any) -> None:
+        """A step begins: what the last one showed is acted upon."""
+        session = self.session
+        session.settle()
+        if session.is_recorded:
+            session.follow(self.solve(session.record()))
+        stage = session.next_stage()
+        session.begin(stage)
+        if stage == "record":
+            session.watch(self._there(inputs))
+
+    def _there(self, inputs: Any) -> Iterable[torch.Tensor]:
+        """What a step finds on the device."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [*held(self.model, None), *gradients, *tensors_in(inputs)]
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -53,6 +83,29 @@ class RegionsForward:
             "a planned model cannot be pickled (compiled code and autograd nodes do not travel); save "
             "model.state_dict() and plan.save(path), or call plan.restore(model) first"
         )
+
+
+def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
+    """Make ``model`` train as ``plan`` says, one of a step in regions, from a file.  Returns the model.
+
+    Two steps are looked at and recorded; if they are the plan's, the third runs as planned, else
+    ``StalePlanError``.
+    """
+    session = Session(model, target_for(model, "roofline"), plan.budget_bytes)
+
+    def follow(record: Record) -> Parts:
+        step = RecordedStep(model, Inputs((), {}), join(record))
+        if step.fingerprint != plan.fingerprint:
+            raise StalePlanError(
+                f"the plan was made for another step in regions than that of this {type(model).__name__} "
+                f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
+                f"{step.fingerprint[:12]} with torch {torch.__version__}): the model, its sizes, what the loop "
+                "does, or the versions of its libraries differ; make a new plan"
+            )
+        position = {op.name: i for i, op in enumerate(step.graph.ops)}
+        return parts(step.joined, [position[name] for name in plan.sequence])
+
+    return put(restored(model), RegionsForward(model, session, follow))
 
 
 def regions_forward_of(model: nn.Module) -> RegionsForward | None:

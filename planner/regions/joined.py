@@ -17,19 +17,22 @@ measured shows it.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from torch import fx
+from torch import fx, nn
 
+from planner.capture.inputs import Inputs
 from planner.costs.op_costs import Costs
+from planner.graph.captured import fingerprint_of
 from planner.graph.step_graph import GLUE, GRADIENT_SUM
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
+from planner.plans.lowering import lower
 from planner.regions.record import Record, RegionCall
-from planner.solving.lowering import lower
 from solvers.core.simulate import simulate_steps
 
 __all__ = ["BETWEEN_REGIONS", "Joined", "join", "parts"]
@@ -529,3 +532,32 @@ def _stacked(glue: Sequence[int], levels: Sequence[int]) -> list[_Held]:
             fall -= gone
         now = level
     return found + stack
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedStep:
+    """One training step of ``model`` on ``inputs``, as it was seen to run in regions."""
+
+    model: nn.Module
+    inputs: Inputs
+    joined: Joined
+
+    @property
+    def graph(self) -> TrainingGraph:
+        """The step as ops and storages."""
+        return self.joined.graph
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the regions, their order and what passes between them; not of what was measured."""
+        record = self.joined.record
+        h = hashlib.sha256()
+        known: dict[int, str] = {}
+        for event in record.events:
+            h.update(f"{event.kind}|{event.call}|{event.is_forward}\n".encode())
+        for call in record.calls:
+            graph = known.setdefault(id(call.graph), fingerprint_of(call.graph))
+            given, taken = (sorted(of.items(), key=repr) for of in (call.gives, call.crossings))
+            renamed = sorted(call.renamed.items())
+            h.update(f"{call.name}|{call.path}|{graph}|{renamed}|{taken}|{given}\n".encode())
+        return h.hexdigest()

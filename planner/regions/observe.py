@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from planner import _compat
@@ -14,7 +13,7 @@ from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.capture.state.effects import attributes_kept
 from planner.errors import PlannerError
-from planner.measure.step import backward, device_of, held, own, passed_on, tangents_for, undone
+from planner.measure.step import backward, device_of, held, passed_on, tangents_for, undone
 from planner.regions.recorder import Recorder
 from planner.regions.session import Session
 
@@ -26,8 +25,8 @@ LOOKS = 4  # steps that may be looked at until one brings nothing new
 def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     """Record a step of ``session``'s model at ``inputs``; everything is put back.
 
-    Parameters, gradients (required to be None), buffers, attributes of modules and random states are afterwards
-    what they were; what the forward does beyond its module (files, globals, printing) it has done.
+    Parameters, gradients (required to be None), buffers, attributes of modules and random states are
+    afterwards what they were; what the forward does beyond its module (files, globals, printing) it has done.
 
     Raises ``PlannerError`` for a model or batch without memory.
     """

@@ -1,13 +1,13 @@
 """One of Dynamo's graphs as a module that can be captured.
 
-Dynamo hands a graph all it reads as arguments: parameters, buffers, activations, numbers.  Here parameters and
-buffers become those of a module again, under names that hold wherever the same code runs (``attn.weight`` for
-every block), and the rest its arguments.
+Dynamo hands a graph all it reads as arguments: parameters, buffers, activations, numbers.  Here parameters
+and buffers become those of a module again, under names that hold wherever the same code runs (``attn.weight``
+for every block), and the rest its arguments.
 
 Two things about gradients.  An argument that the graph reads k times becomes k arguments on one storage, last
-use first: the engine then adds their gradients one by one to what comes from elsewhere, in the order of eager;
-one sum made inside would be rounded otherwise.  And of a checkpoint in the author's code only the function is
-kept: what is recomputed is the plan's to say.
+use first: the engine then adds their gradients one by one to what comes from elsewhere, in the order of
+eager; one sum made inside would be rounded otherwise.  And of a checkpoint in the author's code only the
+function is kept: what is recomputed is the plan's to say.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     for reader in reversed(list(node.graph.nodes)):
         if reader.op != "output":
-            fx.map_arg(
-                (reader.args, reader.kwargs), lambda x, of=reader: found.append(of) if x is node else None
-            )
+            given: list[fx.Node] = []
+            fx.map_arg((reader.args, reader.kwargs), given.append)
+            found += [reader] * given.count(node)
     return found
 
 

@@ -1,7 +1,7 @@
 """Watches one step: the meter of live storages, with marks where regions begin and end.
 
-Each storage that the step makes has a number, the event in which it was born and that in which it died, so that
-what one region gives and another takes is known by its storage, whoever holds it in between.
+Each storage that the step makes has a number, the event in which it was born and that in which it died, so
+that what one region gives and another takes is known by its storage, whoever holds it in between.
 """
 
 from __future__ import annotations

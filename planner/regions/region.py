@@ -1,14 +1,14 @@
 """A region: one of Dynamo's graphs, captured at each signature that it is called with, and run as planned.
 
-What differs from one call to the next (sizes, dtypes, which arguments want gradients, autocast) is a variant of
-its own.  Graphs of one structure share what was captured, whichever layers they were cut from.
+What differs from one call to the next (sizes, dtypes, which arguments want gradients, autocast) is a variant
+of its own.  Graphs of one structure share what was captured, whichever layers they were cut from.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -171,16 +171,15 @@ class Region:
         return out, base
 
     def variant(
-        self, args: Sequence[Any], names: Names, target: Target, used: frozenset[int] | None = None
+        self, key: Any, args: Sequence[Any], names: Names, target: Target, used: frozenset[int] | None = None
     ) -> Variant:
-        """The region at these arguments, captured when they first come, or for other outputs differentiated.
+        """The region at arguments of signature ``key``, captured when they first come.
 
         ``used``  the outputs (tensors, by number) that get gradients; ``None``: all that can.
         """
-        key = self.signature(args), used
-        found = self.variants.get(key)
+        found = self.variants.get((key, used))
         if found is None:
-            found = self.variants[key] = self._captured(args, names, target, used)
+            found = self.variants[key, used] = self._captured(args, names, target, used)
         return found
 
     def _captured(
@@ -201,7 +200,7 @@ def _is_written(node: fx.Node) -> bool:
     """Whether a call of the graph may write into this argument: of what is written, a buffer is made."""
     for reader in node.users:
         name = getattr(reader.target, "__name__", str(reader.target))
-        in_place = name.endswith("_") and not name.endswith("__") or reader.target is operator.setitem
+        in_place = (name.endswith("_") and not name.endswith("__")) or reader.target is operator.setitem
         if in_place and reader.args and reader.args[0] is node:
             return True
         if reader.kwargs.get("out") is node:

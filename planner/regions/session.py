@@ -1,21 +1,24 @@
 """Runs a model's forward in regions, and sees what a step does.
 
-Dynamo cuts the forward (:func:`planner._compat.cut_by_dynamo`); each of its graphs is a :class:`Region`, whose
-calls come by here.  A call runs by the schedule that is planned for its place in the step; one that has no
-place yet by a schedule of its own that saves next to nothing (:func:`planner.regions.region.recomputing_all`).
+Dynamo cuts the forward (:func:`planner._compat.cut_by_dynamo`); each of its graphs is a :class:`Region`,
+whose calls come by here.  A call runs by the schedule that is planned for its place in the step; one that has
+no place yet by a schedule of its own that saves next to nothing
+(:func:`planner.regions.region.recomputing_all`).
 
-Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is differentiated
-itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was learned.
+Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
+differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
+learned.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -24,11 +27,10 @@ from planner import _compat
 from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.errors import PlannerError
-from planner.graph import kernels
 from planner.measure.step import tensors_in
 from planner.regions import record
 from planner.regions.recorder import Recorder
-from planner.regions.region import Region, Variant, recomputing_all
+from planner.regions.region import Region, Variant
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import PendingCall, pass_of
 from planner.runtime.forward import run_step
@@ -40,26 +42,43 @@ log = logging.getLogger(__name__)
 
 Stage = Literal["look", "record", "plan"]
 
+# What each call of a recorded step is to run: steps in its own graph, and how many are the forward's.
+Parts: TypeAlias = Sequence[tuple[Sequence[int], int]]
+
+MOST_PLANS = 16  # kinds of steps for which one is kept
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """What one call of a step is planned to run."""
+    """What one call of a step is planned to run.
+
+    ``key``   the signature that the region is called with.
+    ``used``  its outputs that get gradients, ``None``: all that can; where none does, eager runs it.
+    """
 
     region: Region
-    variant: Variant
-    steps: tuple[int, ...]
-    turn: int
+    key: Any
+    used: frozenset[int] | None
+    steps: tuple[int, ...] = ()
+    turn: int = 0
+
+    def is_of(self, region: Region, key: Any) -> bool:
+        """Whether it is for such a call."""
+        return self.region is region and self.key == key
 
 
 @dataclass(eq=False)
 class _Seen:
-    """What one call of a region gave and took in the step that is looked at or recorded.
+    """What one call of a region gave and took.
 
+    ``variant``  that ran; ``None`` where eager did.
     ``present``  the outputs that got gradients; ``None`` before its backward.
     """
 
     region: Region
-    variant: Variant
+    variant: Variant | None
+    key: Any
+    used: frozenset[int] | None
     base: str = ""
     args: dict[str, str] = field(default_factory=dict)
     steps: tuple[int, ...] = ()
@@ -135,23 +154,31 @@ class Pending(PendingCall):
 class Session:
     """A model whose forward runs in regions.
 
-    ``stage``   what is done with the step that runs.
-    ``places``  the plan's, call by call.
+    ``stage``  what is done with the step that runs.
+    ``plans``  for each kind of step what its calls run, the last one made first.
     """
 
     def __init__(self, model: nn.Module, target: Target, budget_bytes: int) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
         self.stage: Stage = "look"
         self.regions: list[Region] = []
-        self.places: tuple[Place | None, ...] = ()
+        self.plans: list[tuple[Place, ...]] = []
+        self._open: list[tuple[Place, ...]] = []  # those that the step that runs may still be of
+        self.strayed = False  # from what is planned
         self.recorder: Recorder | None = None
-        self.calls: list[_Seen | None] = []
+        self.calls: list[_Seen] = []
         self._used: dict[int, tuple[Region, frozenset[int]]] = {}
         self._pending: list[weakref.ref[Pending]] = []
         self._last: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._homes: dict[int, str] = {}
+        self._was_eager: frozenset[int] = frozenset()
+        self._thread = 0
+        self._keys: tuple[int, int] | None = (
+            None  # the dispatcher's, where a recorder is on in a training loop
+        )
         self._know()
+        self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
         self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
 
@@ -175,6 +202,7 @@ class Session:
 
     def begin(self, stage: Stage) -> None:
         """A step begins."""
+        self._open = list(self.plans)
         self.stage = stage
         self.calls, self._pending, self.recorder = [], [], None
         self._know()
@@ -185,6 +213,11 @@ class Session:
             return self._compiled(*args, **kwargs)
 
     @property
+    def breaks(self) -> list[tuple[str, str]]:
+        """Where (file:line) and why the forward was cut, each once."""
+        return list(dict.fromkeys(_compat.dynamo_breaks()[self._before :]))
+
+    @property
     def eager(self) -> frozenset[int]:
         """Numbers of the regions that run as eager runs them."""
         return frozenset(region.number for region in self.regions if region.is_eager)
@@ -193,27 +226,24 @@ class Session:
         """A region is called."""
         if region.is_eager or not torch.is_grad_enabled() or not any(map(_tracked, args)):
             return region.plain.forward(*args)
-        number = len(self.calls)
-        used = None
-        if self.stage != "look" and number in self._used and self._used[number][0] is region:
+        number, key = len(self.calls), region.signature(args)
+        place = self._place(number, region, key)
+        used = None if place is None else place.used
+        if self.stage == "record" and number in self._used and self._used[number][0] is region:
             used = self._used[number][1]
         if used is not None and not used:  # no gradient ever comes
-            self.calls.append(None)
+            self.calls.append(_Seen(region, None, key, used))
             return region.plain.forward(*args)
         with _compat.modes_set_aside():
-            variant = region.variant(args, self._names, self.target, used)
-        if variant.captured is None:
-            return region.plain.forward(*args)
-        seen = _Seen(region, variant, region.slots(args, self._names)[1])
+            variant = region.variant(key, args, self._names, self.target, used)
+            if variant.captured is None:
+                self.calls.append(_Seen(region, None, key, frozenset()))
+                return region.plain.forward(*args)
+            steps, turn = (place.steps, place.turn) if place is not None else variant.lightest
+            step = variant.program(steps, turn, self.budget_bytes)
+        base = region.slots(args, self._names)[1] if self.recorder is not None else ""
+        seen = _Seen(region, variant, key, used, base, {}, tuple(steps), turn)
         self.calls.append(seen)
-        place = self.places[number] if self.stage == "plan" and number < len(self.places) else None
-        if place is not None and place.variant is variant:
-            seen.steps, seen.turn = place.steps, place.turn
-        else:
-            steps, seen.turn = variant.lightest
-            seen.steps = tuple(steps)
-        with _compat.modes_set_aside():
-            step = variant.program(seen.steps, seen.turn, self.budget_bytes)
         given = variant.given(args)
         if self.recorder is not None:
             self._takes(self.recorder, seen, given, number)
@@ -232,12 +262,24 @@ class Session:
             args=args if self.stage == "look" else None,
         )
         flat, call = run_step(step, given, pending)
+        if self._keys is not None and not self._pending:
+            weakref.finalize(call, self.settle).atexit = False
         self._pending.append(weakref.ref(call))  # type: ignore[arg-type]
         if self.recorder is not None:
             for i, tensor in enumerate(flat):
                 self._note(self.recorder, seen.gives, ("output", i), tensor)
             self.recorder.leave()
         return step.template.rebuild(flat)
+
+    def _place(self, number: int, region: Region, key: Any) -> Place | None:
+        """What is planned for the call, by the first plan whose calls are those of this step so far."""
+        if self.stage != "plan":
+            return None
+        self._open = [p for p in self._open if number < len(p) and p[number].is_of(region, key)]
+        if not self._open:
+            self.strayed = True
+            return None
+        return self._open[0][number]
 
     def _takes(self, recorder: Recorder, seen: _Seen, given: dict[Argument, Any], number: int) -> None:
         for argument, value in given.items():
@@ -256,7 +298,6 @@ class Session:
     def backward_begins(self, call: Pending, tangents: tuple[Any, ...]) -> None:
         """The first node of a call runs, for these gradients of its outputs."""
         seen = self.calls[call.number]
-        assert seen is not None
         present = frozenset(i for i, t in zip(call.tracked, tangents, strict=True) if t is not None)
         seen.present = present if seen.present is None else seen.present | present
         if self.recorder is not None:
@@ -270,24 +311,71 @@ class Session:
         if recorder is None:
             return
         seen = self.calls[call.number]
-        assert seen is not None
         for name, gradient in zip(call.names[index], gradients, strict=True):
             if isinstance(name, int):
                 self._note(recorder, seen.gives, ("gradient", name), gradient)
         if index == len(call.names) - 1:
             recorder.leave()
+            if not self.waits:
+                _compat.after_backward(recorder.finish)
 
-    def follow(self, parts: Sequence[tuple[Sequence[int], int]]) -> None:
-        """From here on each call runs its part of a plan: steps in its own graph, and how many are the forward's."""
+    # -- from step to step -------------------------------------------------------------------------
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the last step was recorded to its end."""
+        return self.stage == "record" and self.recorder is not None and self._is_differentiated
+
+    @property
+    def _is_differentiated(self) -> bool:
+        return any(seen.present is not None for seen in self.calls)
+
+    def next_stage(self) -> Stage:
+        """What is done with the next step."""
+        if self.stage == "look" and self._is_differentiated:
+            again = self.eager != self._was_eager
+            self._was_eager = self.eager
+            self.learned()
+            return "look" if again else "record"
+        if (self.stage == "plan" and self.strayed) or not self.plans:
+            return "look"
+        return "plan"
+
+    def watch(self, there: Iterable[torch.Tensor]) -> None:
+        """Record the step that begins, which finds ``there``, until its backward is through."""
+        if _compat.watching_modes():
+            raise PlannerError(
+                "a step in regions is recorded by a mode of torch's, and another is active here: let the first "
+                "training steps run without it"
+            )
+        recorder = Recorder(next(t.device for t in there))
+        recorder.register(*there)
+        recorder.__enter__()
+        self.recorder, self._thread = recorder, threading.get_ident()
+        self._keys = _compat.dispatch_state()
+
+    def settle(self) -> None:
+        """Take a recorder off that has seen its step."""
+        recorder = self.recorder
+        if recorder is None or self._keys is None or threading.get_ident() != self._thread:
+            return
+        if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != self._keys:
+            return
+        self._keys = None
+        recorder.finish()
+        recorder.__exit__(None, None, None)
+
+    def follow(self, parts: Parts) -> None:
+        """Plan for steps such as the recorded one: of each call its own steps, and how many are the
+        forward's.
+        """
         rest = iter(parts)
-        places: list[Place | None] = []
+        places = []
         for seen in self.calls:
-            if seen is None:
-                places.append(None)
-                continue
-            steps, turn = next(rest)
-            places.append(Place(seen.region, seen.variant, tuple(steps), turn))
-        self.places = tuple(places)
+            steps, turn = ((), 0) if seen.variant is None else next(rest)
+            places.append(Place(seen.region, seen.key, seen.used, tuple(steps), turn))
+        self.plans = [tuple(places), *self.plans][:MOST_PLANS]
+        self.stage, self.recorder, self.strayed = "plan", None, False
 
     # -- what was seen -----------------------------------------------------------------------------
 
@@ -295,9 +383,9 @@ class Session:
         """A step that was looked at is over."""
         self._used = {}
         for number, seen in enumerate(self.calls):
-            if seen is None:
+            if seen.variant is None or seen.variant.captured is None:
                 continue
-            template = seen.variant.captured.joint.template  # type: ignore[union-attr]
+            template = seen.variant.captured.joint.template
             able = frozenset(i for i, leaf in enumerate(template.leaves) if leaf.requires_grad)
             if seen.present != able:
                 self._used[number] = seen.region, seen.present or frozenset()
@@ -306,19 +394,19 @@ class Session:
         """What the recorded step did."""
         recorder = self.recorder
         assert recorder is not None
-        ran = [(k, seen) for k, seen in enumerate(self.calls) if seen is not None]
+        ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
+        index = {number: k for k, (number, _) in enumerate(ran)}
         numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
         lives = recorder.crossings(order)
         calls = []
-        for k, seen in ran:
-            captured, costs = seen.variant.captured, seen.variant.costs
-            assert captured is not None and costs is not None
+        for k, (_, seen) in enumerate(ran):
+            assert seen.variant is not None and seen.variant.costs is not None
             calls.append(
                 record.RegionCall(
                     f"r{k}",
                     seen.variant.graph_at(seen.base),
-                    costs,
+                    seen.variant.costs,
                     "",
                     seen.args,
                     {key: order[n] for key, n in seen.crossings.items()},
@@ -328,7 +416,9 @@ class Session:
                 )
             )
         found = recorder.live_bytes - recorder.made_bytes
-        return record.Record(tuple(recorder.events), tuple(calls), tuple(lives.values()), found)
+        cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks)
+        events = [e if e.call is None else replace(e, call=index[e.call]) for e in recorder.events]
+        return record.Record(tuple(events), tuple(calls), tuple(lives.values()), found, cuts)
 
 
 def _tracked(x: Any) -> bool:

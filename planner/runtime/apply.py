@@ -12,7 +12,7 @@ from planner.runtime.forward import PlanAgain, PlannedForward, planned_forward_o
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["CheckpointedModule", "applied", "restored"]
+__all__ = ["CheckpointedModule", "applied", "put", "restored"]
 
 
 def applied(
@@ -28,21 +28,25 @@ def applied(
     Raises ``StalePlanError``, with nothing changed, for a model that is not the one captured.
     """
     standing = planned_forward_of(model)
-    if standing is not None:
-        if standing.given is step:
-            return model
-        restored(model)
-    before = model.__dict__.get("forward")
+    if standing is not None and standing.given is step:
+        return model
+    restored(model)
     stand_in = PlannedForward(model, step)  # raises before anything is changed
-    stand_in.before, stand_in.outputs, stand_in.again = before, outputs, again
+    stand_in.outputs, stand_in.again = outputs, again
+    return put(model, stand_in)
+
+
+def put(model: nn.Module, stand_in: Any) -> nn.Module:
+    """Let ``stand_in`` be the forward of ``model``, with ``before``, what was there.  Returns the model."""
+    stand_in.before = model.__dict__.get("forward")
     model.__dict__["forward"] = stand_in
     return model
 
 
 def restored(model: nn.Module) -> nn.Module:
     """Undo :func:`applied`, whatever was applied; a no-op if nothing was.  Returns the model."""
-    standing = planned_forward_of(model)
-    if standing is not None:
+    standing: Any = model.__dict__.get("forward")
+    if hasattr(standing, "before") and hasattr(standing, "original"):
         if standing.before is None:
             del model.__dict__["forward"]
         else:

@@ -60,11 +60,11 @@ class _Pass:
     segments: tuple[Segment, ...]
     present: frozenset[int]
     keep: bool
-    made: dict[str | int, torch.Tensor] | None = None
+    made: dict[str | int, Any] | None = None
     mail: dict[str, Any] = field(default_factory=dict)
 
 
-def pass_of(present: frozenset[int], made: dict[str | int, torch.Tensor]) -> _Pass:
+def pass_of(present: frozenset[int], made: dict[str | int, Any]) -> _Pass:
     """A backward for the outputs ``present`` whose gradients are ``made`` already."""
     return _Pass((), present, True, made)
 

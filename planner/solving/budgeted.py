@@ -1,8 +1,8 @@
 """A step with its costs: any number of plans for any number of budgets are made from it.
 
 What is the same for a step of one graph (:class:`planner.solving.priced.PricedStep`) and one in regions
-(:class:`planner.regions.priced.JoinedStep`): from the step as ops and storages to a problem, from a budget to
-a schedule that fits it, from that to a plan.
+(:class:`planner.solving.in_regions.JoinedStep`): from the step as ops and storages to a problem, from a
+budget to a schedule that fits it, from that to a plan.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from planner.memory.resident import Resident
 from planner.memory.static import StaticMemory
 from planner.options import OutputsMode, Search
 from planner.plan import Plan, Whole
+from planner.plans.lowering import lower
 from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.solving.fit import Answer, fitted, fitted_each
-from planner.solving.lowering import lower
 from planner.units import bytes_text
 from solvers import Problem, Schedule, minimum_peak
 from solvers.bounds.lower_bounds import peak_floor
@@ -111,6 +111,10 @@ class BudgetedStep:
     def whole(self) -> Whole | None:
         """The same where it is one graph, which has a program of its own."""
         return None
+
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """``plan.apply(model)`` of a step in regions."""
+        return plan.apply(model)
 
     @property
     def lightest(self) -> BudgetedStep:

@@ -32,11 +32,11 @@ from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
 from planner.options import OutputsMode, Search
 from planner.plan import Plan, Whole
+from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.runtime.variants import MATTERS, OnLarger, Varying
 from planner.solving.budgeted import BudgetedStep, gb_enough
 from planner.solving.fit import Answer
-from planner.solving.lowering import steps_of
 from planner.units import bytes_text
 from solvers import Schedule
 

@@ -1,0 +1,231 @@
+"""A step in regions with its costs: plans for any budget are made from it, as from a step of one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from planner.capture.inputs import Inputs
+from planner.capture.module import unwrapped
+from planner.capture.outputs import LossFn
+from planner.costs.target import CostSource, Target, target_for
+from planner.errors import PlannerError, TraceError
+from planner.memory.execution import Execution
+from planner.memory.lifetimes import copies_of
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import Resident, resident_of
+from planner.memory.static import StaticMemory
+from planner.options import CaptureMode, Search
+from planner.plan import Plan
+from planner.plans.plan_data import RegionSummary
+from planner.regions.forward import RegionsForward, apply_plan
+from planner.regions.joined import Joined, RecordedStep, join, parts
+from planner.regions.observe import observe
+from planner.regions.record import Record
+from planner.regions.session import Parts, Session
+from planner.runtime.apply import put, restored
+from planner.solving.budgeted import BudgetedStep
+from planner.solving.fit import Answer
+from planner.solving.priced import PricedStep
+from solvers import Schedule
+
+__all__ = ["JoinedStep", "captured_as", "step_in_regions"]
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedStep(BudgetedStep):
+    """A recorded step in regions with its costs."""
+
+    captured: RecordedStep
+    session: Session | None = None  # that recorded it
+
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        model: nn.Module,
+        inputs: Inputs,
+        resident: Resident,
+        target: Target,
+        *,
+        loss_fn: LossFn | None = None,
+        least_limit_s: float = 30.0,
+        session: Session | None = None,
+    ) -> JoinedStep:
+        """The step of ``record``; ``resident``: what it finds on the device and leaves there.
+
+        Raises ``ValueError`` for a record in which something is read before it is made.
+        """
+        joined = join(record)
+        captured = RecordedStep(model, inputs, joined)
+        memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
+        return cls(
+            captured,
+            joined.costs,
+            memory,
+            target,
+            loss_fn=loss_fn,
+            least_limit_s=least_limit_s,
+            session=session,
+        )
+
+    @property
+    def joined(self) -> Joined:
+        """The step as one graph, and the way back to its regions."""
+        return self.captured.joined
+
+    @property
+    def record(self) -> Record:
+        """What the step was seen to do."""
+        return self.joined.record
+
+    def steps_of(self, schedule: Schedule) -> list[int]:
+        """Op positions of a solver's schedule, each where its region can run it."""
+        return self.joined.normal(schedule.steps(self.problem))
+
+    def parts(self, plan: Plan) -> list[tuple[list[int], int]]:
+        """What each call runs of a plan for this step: positions in its own graph, and its turn."""
+        position = {op.name: i for i, op in enumerate(self.graph.ops)}
+        return parts(self.joined, [position[name] for name in plan.sequence])
+
+    def plan_of(self, answer: Answer) -> Plan:
+        """The plan that runs the schedule of ``answer``; ``ValueError`` where there is none."""
+        plan = super().plan_of(answer)
+        assert answer.execution is not None
+        return dataclasses.replace(plan, regions=self._summaries(answer.execution), cuts=self.record.cuts)
+
+    def _summaries(self, ran: Execution) -> tuple[RegionSummary, ...]:
+        """What the plan that runs so does with each call."""
+        problem, joined, line = self.problem, self.joined, self.baseline.timeline
+        peak = line.peak_step
+        copies = copies_of(self.graph, self.baseline.problem, line)
+        there = [c for c in copies if c.born <= peak <= c.died]
+        added_bytes = int(line.live_bytes[peak]) - problem.resident_bytes
+        again = Counter(ran.timeline.steps.tolist())
+        kept = copies_of(self.graph, ran.problem, ran.timeline)
+        owned = zip(self.graph.ops, joined.owners, strict=True)
+        call_of = {v: owner[0] for op, owner in owned if owner is not None for v in op.outputs}
+        found = []
+        for number, call in enumerate(self.record.calls):
+            own = [i for i, owner in enumerate(joined.owners) if owner is not None and owner[0] == number]
+            of = [c for c in kept if call_of.get(c.value) == number]
+            peak_bytes = sum(c.bytes for c in there if call_of.get(c.value) == number)
+            seconds = math.fsum(problem.ops[i].seconds for i in own)
+            found.append(
+                RegionSummary(
+                    call.name,
+                    call.path,
+                    len(own),
+                    seconds,
+                    _share(seconds, problem.total_seconds),
+                    peak_bytes,
+                    _share(peak_bytes, added_bytes),
+                    sum(c.bytes for c in of if c.kind == "saved"),
+                    sum({c.value: c.bytes for c in of if c.kind == "recomputed"}.values()),
+                    math.fsum(problem.ops[i].again_s * (again[i] - 1) for i in own),
+                )
+            )
+        return tuple(found)
+
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """Make ``model`` train as ``plan``, one of this step, says; other kinds of steps are planned as they
+        come.
+        """
+        session = self.session
+        if session is None or session.model is not model:
+            return apply_plan(plan, model)
+        session.plans = []
+        session.follow(self.parts(plan))
+        return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))
+
+    def _again(self, plan: Plan, record: Record) -> Parts:
+        """Another kind of step is planned for the same budget."""
+        resident = dataclasses.replace(self.resident, inputs_bytes=0, gradients_bytes=0)
+        other = JoinedStep.of(
+            record, self.model, self.captured.inputs, resident, self.target,
+            loss_fn=self.loss_fn, least_limit_s=self.least_limit_s, session=self.session,
+        )  # fmt: skip
+        known = resident.parameters_bytes + resident.buffers_bytes
+        other = other.with_margin(max(0, record.found_bytes - known))
+        made = other.plan_bytes(plan.budget_bytes, Search(time_limit_s=self.least_limit_s))
+        log.info("another kind of step was planned: %r", made)
+        return other.parts(made)
+
+
+def step_in_regions(
+    model: nn.Module,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | None = None,
+    costs: CostSource = "auto",
+    search: Search | None = None,
+) -> JoinedStep:
+    """Cut the forward of ``model`` into regions, run its step and see what it does.  Everything is put back.
+
+    Raises ``PlannerError`` for a model without memory, for a GPU that is elsewhere, and where no region is
+    left to plan.
+    """
+    search = search or Search()
+    model = unwrapped(model)
+    target = target_for(model, costs)
+    name = type(model).__name__
+    if target.elsewhere:
+        raise PlannerError(
+            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of one on "
+            f"the {target.name}. Plan it there, or plan a part of it that is one graph"
+        )
+    given = Inputs.of(model, inputs)
+    given.check(model)
+    search.tell.phase("capture", f"{name} in regions")
+    session = Session(model, target, 0)
+    observe(session, given, loss_fn)
+    record = session.record()
+    arguments = given.args, given.kwargs
+    resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
+    return JoinedStep.of(
+        record, model, given, resident, target,
+        loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
+    )  # fmt: skip
+
+
+def captured_as(
+    capture: CaptureMode, whole: Callable[[], PricedStep], regions: Callable[[], JoinedStep]
+) -> PricedStep | JoinedStep:
+    """The step as ``capture`` says; "auto": as one graph, and in regions where that is refused.
+
+    Raises ``TraceError`` where neither can be had, for both reasons.
+    """
+    if capture == "regions":
+        return regions()
+    try:
+        return whole()
+    except TraceError as error:
+        if capture == "one graph":
+            raise
+        refused = error
+    try:
+        step = regions()
+    except PlannerError as error:
+        raise TraceError(f"{refused}\nNor can it be planned in regions: {error}") from error
+    log.info(
+        "%s is planned in %d regions, not as one graph: %s",
+        type(step.model).__name__,
+        len(step.record.calls),
+        refused,
+    )
+    return step
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / whole) if whole else 0.0
