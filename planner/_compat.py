@@ -745,7 +745,10 @@ def dynamo_as_eager() -> Iterator[None]:
         answers[function] = False
     try:
         with config.patch(
-            recompile_limit=RECOMPILES, accumulated_recompile_limit=64 * RECOMPILES, optimize_ddp=False
+            recompile_limit=RECOMPILES,
+            accumulated_recompile_limit=64 * RECOMPILES,
+            optimize_ddp=False,
+            suppress_errors=True,
         ):
             yield
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -271,7 +272,8 @@ class Plan(PlanData):
         model, origin = self._model(model), self._origin
         if loss_fn is None and origin is not None:
             loss_fn = origin.loss_fn
-        return verify(self, self.executable(model), model, inputs, loss_fn=loss_fn, seed=seed)
+        step = partial(self.apply, model) if self.regions else self.executable(model)
+        return verify(self, step, model, inputs, loss_fn=loss_fn, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`planner.load` reads it."""

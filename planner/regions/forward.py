@@ -7,7 +7,7 @@ steps of the training loop itself, and planned before the third.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from planner.runtime.tracing import is_traced
 
 __all__ = ["RegionsForward", "apply_plan", "regions_forward_of"]
 
+CHECKS = 2  # planned steps that are counted
+
 # A recorded step -> what each of its calls is to run.
 Solve = Callable[[Record], Parts]
 
@@ -34,10 +36,23 @@ class RegionsForward:
     """``model.forward`` in regions; evaluation, ``no_grad`` and compilers get the original.
 
     ``solve``  plans a recorded step of a kind that has no plan.
+    ``over``   hears what each of the first planned steps took (CPU), and may say what to run instead.
+    ``root``   the model that ``model`` is a part of.
     """
 
-    def __init__(self, model: nn.Module, session: Session, solve: Solve) -> None:
-        self.model, self.session, self.solve = model, session, solve
+    def __init__(
+        self,
+        model: nn.Module,
+        session: Session,
+        solve: Solve,
+        *,
+        root: nn.Module | None = None,
+        over: Callable[[int], Parts | None] | None = None,
+    ) -> None:
+        self.model, self.session, self.solve, self.over = model, session, solve, over
+        self.root = model if root is None else root
+        self.gradients_bytes = 0  # that the recorded step found
+        self._checks = CHECKS
         self.original = session.original
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
@@ -60,15 +75,23 @@ class RegionsForward:
         session.settle()
         if session.is_recorded:
             session.follow(self.solve(session.record()))
+            self._checks = CHECKS
+        elif session.is_counted and self.over is not None:
+            self._checks -= 1
+            instead = self.over(session.counted_bytes)
+            if instead is not None:
+                session.follow(instead)
         stage = session.next_stage()
         session.begin(stage)
-        if stage == "record":
-            session.watch(self._there(inputs))
+        counts = stage == "plan" and self.over is not None and self._checks and session.device.type == "cpu"
+        if stage == "record" or counts:
+            session.watch(self._there(inputs), must=stage == "record")
 
-    def _there(self, inputs: Any) -> Iterable[torch.Tensor]:
+    def _there(self, inputs: Any) -> list[torch.Tensor]:
         """What a step finds on the device."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return [*held(self.model, None), *gradients, *tensors_in(inputs)]
+        gradients = [p.grad for p in self.root.parameters() if p.grad is not None]
+        self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
+        return [*held(self.root, None), *gradients, *tensors_in(inputs)]
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -99,8 +122,8 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
             raise StalePlanError(
                 f"the plan was made for another step in regions than that of this {type(model).__name__} "
                 f"(fingerprint {plan.fingerprint[:12]} with torch {plan.torch_version}, here "
-                f"{step.fingerprint[:12]} with torch {torch.__version__}): the model, its sizes, what the loop "
-                "does, or the versions of its libraries differ; make a new plan"
+                f"{step.fingerprint[:12]} with torch {torch.__version__}): the model, its sizes, what the "
+                "loop does, or the versions of its libraries differ; make a new plan"
             )
         position = {op.name: i for i, op in enumerate(step.graph.ops)}
         return parts(step.joined, [position[name] for name in plan.sequence])

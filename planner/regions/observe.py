@@ -68,7 +68,7 @@ def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:
     for where, tensors in (("the model", held(model, None)), ("the batch", inputs.tensors())):
         if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
             raise PlannerError(
-                f"{name} cannot be captured as one graph, and planning it in regions runs one step, for which "
-                f"{where} has no memory: give it real tensors (model.to_empty(device=...), then its weights), or "
-                "plan a part of it that is one graph"
+                f"{name} cannot be captured as one graph, and planning it in regions runs a step, for which "
+                f"{where} has no memory: give it real tensors (model.to_empty(device=...), then weights), "
+                "or plan a part of it that is one graph"
             )

@@ -132,7 +132,7 @@ def told_apart(graph: fx.GraphModule, homes: Mapping[int, str]) -> tuple[fx.Grap
 
 
 def _read_by(node: fx.Node) -> list[fx.Node]:
-    """Who reads ``node``, as often as it does, in the order in which autograd comes by: the last one first."""
+    """Who reads ``node``, as often as it does, as autograd comes by: the last first."""
     found: list[fx.Node] = []
     for reader in reversed(list(node.graph.nodes)):
         if reader.op != "output":

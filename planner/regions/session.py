@@ -27,7 +27,7 @@ from planner import _compat
 from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.errors import PlannerError
-from planner.measure.step import tensors_in
+from planner.measure.step import device_of, tensors_in
 from planner.regions import record
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
@@ -160,6 +160,7 @@ class Session:
 
     def __init__(self, model: nn.Module, target: Target, budget_bytes: int) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
+        self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
         self.plans: list[tuple[Place, ...]] = []
@@ -330,6 +331,23 @@ class Session:
     def _is_differentiated(self) -> bool:
         return any(seen.present is not None for seen in self.calls)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the last step ran as planned, and was counted to its end."""
+        return (
+            self.stage == "plan"
+            and self.recorder is not None
+            and not self.strayed
+            and self._is_differentiated
+        )
+
+    @property
+    def counted_bytes(self) -> int:
+        """What the last step took."""
+        recorder = self.recorder
+        assert recorder is not None
+        return recorder.live_bytes - recorder.made_bytes + max(e.peak_bytes for e in recorder.events)
+
     def next_stage(self) -> Stage:
         """What is done with the next step."""
         if self.stage == "look" and self._is_differentiated:
@@ -341,14 +359,19 @@ class Session:
             return "look"
         return "plan"
 
-    def watch(self, there: Iterable[torch.Tensor]) -> None:
-        """Record the step that begins, which finds ``there``, until its backward is through."""
+    def watch(self, there: Iterable[torch.Tensor], *, must: bool = True) -> None:
+        """Record the step that begins, which finds ``there``, until its backward is through.
+
+        Raises ``PlannerError`` under another mode, if it ``must``.
+        """
         if _compat.watching_modes():
+            if not must:
+                return
             raise PlannerError(
-                "a step in regions is recorded by a mode of torch's, and another is active here: let the first "
-                "training steps run without it"
+                "a step in regions is recorded by a mode of torch's, and another is active here: let the "
+                "first training steps run without it"
             )
-        recorder = Recorder(next(t.device for t in there))
+        recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
         self.recorder, self._thread = recorder, threading.get_ident()

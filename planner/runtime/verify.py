@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,6 +20,9 @@ from planner.runtime.apply import applied, restored
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["Report", "verify"]
+
+# Of a plan in regions from a file two steps are looked at before one runs as planned.
+_FIRST_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Report:
 
 def verify(
     plan: PlanData,
-    step: ExecutableStep,
+    step: ExecutableStep | Callable[[], object],
     model: nn.Module,
     inputs: object = None,
     *,
@@ -91,10 +95,15 @@ def verify(
 ) -> Report:
     """Run ``model``'s step as it is and as ``step``, from the same seed.  The model is left as it was.
 
+    ``step``  where it is in regions: what makes the model run so.
+
     Raises ``PlannerError`` if the plan knows no inputs and none are given, or if gradients are not None.
     """
-    leaves = [leaf.name for leaf in step.template.leaves]
+    whole = step if isinstance(step, ExecutableStep) else None
+    leaves = [] if whole is None else [leaf.name for leaf in whole.template.leaves]
+    consumed = frozenset() if whole is None else whole.program.consumed
     kept = [i for i, name in enumerate(leaves) if name not in plan.released]
+    held: bool | list[int] = True if whole is None else kept
     beside = [i for i, name in enumerate(leaves) if name in plan.kept]
     if inputs is not None:
         given = Inputs.of(model, inputs)
@@ -112,13 +121,18 @@ def verify(
         del vars(model)["forward"]
     try:
         eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        with dropping(model, step.program.consumed):
-            eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
+        with dropping(model, consumed):
+            eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         eager_flops = step_flops(model, given, loss_fn=loss_fn)
-        applied(model, step)
+        if whole is not None:
+            applied(model, whole)
+        elif callable(step):
+            step()
+            for _ in range(_FIRST_STEPS):
+                run_step(model, given, loss_fn=loss_fn, seed=seed)
         ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        with dropping(model, step.program.consumed):
-            peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=kept, beside=beside)
+        with dropping(model, consumed):
+            peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
     finally:
         restored(model)

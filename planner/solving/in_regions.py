@@ -182,8 +182,8 @@ def step_in_regions(
     name = type(model).__name__
     if target.elsewhere:
         raise PlannerError(
-            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of one on "
-            f"the {target.name}. Plan it there, or plan a part of it that is one graph"
+            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of "
+            f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
         )
     given = Inputs.of(model, inputs)
     given.check(model)

@@ -19,7 +19,7 @@ from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import GradientsMode, OutputsMode, Search
+from planner.options import CaptureMode, GradientsMode, OutputsMode, Search
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -47,6 +47,7 @@ def enable(
     calls_per_step: int | None = None,
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "auto",
+    capture: CaptureMode = "auto",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -80,6 +81,11 @@ def enable(
     ``gradients``  "auto": as the first backward shows, where parameters have hooks that may use them up (an
                    optimizer's step in the backward); "held" or "consumed" as for :func:`planner.plan`.
 
+    ``capture``    "one graph", "regions" or "auto" as for :func:`planner.plan`; in regions the first step of
+                   a
+                   kind of batches is looked at and the second recorded, both with next to nothing saved, and
+                   from the third on they run as planned.
+
     ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside
@@ -93,7 +99,7 @@ def enable(
     search = Search(solver, time_limit_s, progress)
     settings = Settings(
         budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search, outputs,
-        gradients,
+        gradients, capture,
     )  # fmt: skip
     root = unwrapped(model)
     switch = vars(root).get(_KEY)

@@ -9,9 +9,11 @@ from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
+    CaptureMode,
     GradientsMode,
     OutputsMode,
     Search,
+    checked_capture,
     checked_gradients,
     checked_outputs,
 )
@@ -38,10 +40,12 @@ class Settings:
     search: Search = field(default_factory=Search)
     outputs: OutputsMode = "auto"
     gradients: GradientsMode = "auto"
+    capture: CaptureMode = "auto"
 
     def __post_init__(self) -> None:
         checked_outputs(self.outputs)
         checked_gradients(self.gradients)
+        checked_capture(self.capture)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}

@@ -25,11 +25,12 @@ from torch import nn
 
 from planner.capture.inputs import Inputs
 from planner.capture.module import home_of
-from planner.errors import PlannerError
+from planner.errors import PlannerError, TraceError
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
 from planner.training import huggingface, unplanned
 from planner.training.calls import Call, Signature
+from planner.training.in_regions import InRegions
 from planner.training.ondemand import OnDemand
 from planner.training.settings import Settings
 
@@ -51,6 +52,7 @@ class Switch:
         self._watch()
 
     def _watch(self) -> None:
+        self._regions: InRegions | None = None  # where the step is not one graph
         self._flagged: list[nn.Module] = []  # modules whose own checkpointing serves calls without a plan
         self._running = 0  # calls without a plan that have begun
         self._told: set[str] = set()
@@ -68,7 +70,7 @@ class Switch:
     @property
     def plan(self) -> Plan | None:
         """The plan of the last training call, ``None`` before the first."""
-        return self._plans.last
+        return self._plans.last if self._regions is None else self._regions.last
 
     @property
     def calls(self) -> int | None:
@@ -111,6 +113,10 @@ class Switch:
     def change(self, settings: Settings) -> None:
         """From the next training call on."""
         self._plans.change(settings)
+        if self._regions is not None and settings.capture != "one graph":
+            self._regions.change(settings)
+        else:
+            self._regions = None
 
     # -- as a forward ------------------------------------------------------------------------------
 
@@ -135,21 +141,35 @@ class Switch:
             args = args[1:]
         if not self._trains(args, kwargs):
             self._plans.settle()
+            if self._regions is not None:
+                self._regions.settle()
             return self.original(*args, **kwargs)
         if not self.planned.training and not self._is_known_to_train(args, kwargs):
             return self._unplanned(args, kwargs)
         asked = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
+        if self._regions is None and self.settings.capture == "regions":
+            self._cut("so it was asked for")
+        if self._regions is not None:
+            return self._regions(*args, **asked)
         call = self._plans.arrived(args, asked)
         if call.fake:
             return self.original(*args, **kwargs)
         try:
             kept = self._plans.find(call) or self._plans.make(call, self.original)
         except PlannerError as error:
+            if isinstance(error, TraceError) and self.settings.capture == "auto":
+                return self._cut(str(error))(*args, **asked)
             if self.planned.training:
                 raise
             self._refuse(args, kwargs, error)
             return self._unplanned(args, kwargs)
         return self._plans.run(kept, call)
+
+    def _cut(self, why: str) -> InRegions:
+        """From here on in regions."""
+        unplanned.take_hooks(self.planned)  # Dynamo would look into them
+        self._regions = InRegions(self.root, self.planned, self.settings, why)
+        return self._regions
 
     def _trains(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return (

@@ -1,0 +1,146 @@
+"""Plans for a model whose step is not one graph, made as its training steps come.
+
+The first step of a kind is looked at, the second recorded, both with next to nothing saved; from the third on
+it runs as planned (:mod:`planner.regions.forward`).  All that the step holds was measured then, whatever
+holds it: parts of the model around the planned module, a loss outside, several calls before one backward.
+
+The first planned steps are counted too, on the CPU.  What they take beyond the budget is said once, with its
+bytes, and set aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from planner._compat import modes_set_aside
+from planner.capture.inputs import Inputs
+from planner.costs.target import target_for
+from planner.errors import InfeasibleBudgetError
+from planner.memory.live_optimizers import found_optimizer_bytes
+from planner.memory.resident import Resident, resident_of
+from planner.plan import Plan
+from planner.regions.forward import RegionsForward
+from planner.regions.record import Record
+from planner.regions.session import Parts, Session
+from planner.solving.in_regions import JoinedStep
+from planner.training.settings import Settings
+from planner.units import bytes_text
+
+__all__ = ["InRegions"]
+
+log = logging.getLogger(__name__)
+
+
+class InRegions:
+    """The training steps of ``planned``, a part of ``root`` or all of it, in regions.
+
+    ``why``   it is not one graph.
+    ``last``  the plan made last.
+    """
+
+    def __init__(self, root: nn.Module, planned: nn.Module, settings: Settings, why: str) -> None:
+        self.root, self.planned, self.settings, self.why = root, planned, settings, why
+        self.last: Plan | None = None
+        self._step: JoinedStep | None = None
+        self._began = 0.0
+        self._restart()
+
+    def change(self, settings: Settings) -> None:
+        """From the next step on."""
+        if settings != self.settings:
+            self.settings = settings
+            self._restart()
+
+    def _restart(self) -> None:
+        assert self.settings.budget_bytes is not None
+        session = Session(
+            self.planned, target_for(self.planned, self.settings.costs), self.settings.budget_bytes
+        )
+        self.session = session
+        self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, over=self._over)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a call that trains."""
+        return self._forward(*args, **kwargs)
+
+    def settle(self) -> None:
+        """Another call than a training one comes: a recorder that is still on has done its work."""
+        self.session.settle()
+
+    # -- planning ----------------------------------------------------------------------------------
+
+    def _resident(self, record: Record) -> Resident:
+        """What the step found: of parameters and buffers it is known what they are, the rest is counted as
+        inputs.
+        """
+        chosen, device = self.settings.optimizer, self.session.device
+        found = resident_of(self.root, None, None if chosen == "find" else chosen, device=device)
+        if chosen == "find":
+            taken = found_optimizer_bytes(self.root, device)
+            found = replace(
+                found,
+                optimizer_state_bytes=taken.state_bytes,
+                optimizer_step_bytes=taken.step_transient_bytes,
+            )
+        gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes)
+        known = found.parameters_bytes + found.buffers_bytes + gradients_bytes
+        inputs_bytes = max(0, record.found_bytes - known)
+        return replace(found, gradients_bytes=gradients_bytes, inputs_bytes=inputs_bytes)
+
+    def _solved(self, record: Record) -> Parts:
+        """Plan a recorded step."""
+        began, s = time.perf_counter(), self.settings
+        with s.search.reporting() as search, modes_set_aside():
+            self._step = JoinedStep.of(
+                record, self.root, Inputs((), {}), self._resident(record), self.session.target,
+                least_limit_s=search.time_limit_s, session=self.session,
+            )  # fmt: skip
+            return self._planned(self._step, began)
+
+    def _planned(self, step: JoinedStep, began: float) -> Parts:
+        assert self.settings.budget_bytes is not None
+        with self.settings.search.reporting() as search:
+            try:
+                plan = step.plan_bytes(self.settings.budget_bytes, search)
+            except InfeasibleBudgetError as error:
+                raise error.saying(f"{error}. Within this budget the step runs out of memory.") from None
+        level = logging.DEBUG if self.last is not None else logging.INFO
+        self.last = plan
+        memory, share = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
+        log.log(
+            level,
+            "%s planned to %.4g GB in %d regions, which hold %.0f%% of its memory and %.0f%% of its time: "
+            "peak %.4g GB (nothing recomputed: %.4g GB), overhead %.2f%% (proved >= %.2f%%), %.1f s to plan. "
+            "It is not one graph: %s",
+            plan.model_name, plan.budget_bytes / 1e9, len(plan.regions), 100 * memory, 100 * share,
+            plan.peak_bytes / 1e9, plan.baseline_peak_bytes / 1e9, 100 * plan.overhead,
+            100 * plan.overhead_bound, time.perf_counter() - began, self.why,
+        )  # fmt: skip
+        return step.parts(plan)
+
+    def _over(self, peak_bytes: int) -> Parts | None:
+        """A planned step took so much, without the optimizer's state; what is to be run instead, if it is too
+        much.
+        """
+        step, budget_bytes = self._step, self.settings.budget_bytes
+        assert step is not None and budget_bytes is not None and self.last is not None
+        state_bytes = step.resident.optimizer_state_bytes
+        over = peak_bytes + state_bytes - budget_bytes
+        if over <= 0:
+            return None
+        log.warning(
+            "a step of %s took %s, %s over its budget: it holds more than the one that it was planned by. "
+            "That is set aside from here on",
+            type(self.root).__name__, bytes_text(peak_bytes + state_bytes), bytes_text(over),
+        )  # fmt: skip
+        self._step = step.with_margin(step.memory.margin_bytes + over)
+        try:
+            return self._planned(self._step, time.perf_counter())
+        except InfeasibleBudgetError as error:
+            log.warning("%s; it trains on over its budget", error)
+            return None
