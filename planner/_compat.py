@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch._functorch.config as _functorch_config  # settings of the tracer
 import torch.optim.optimizer as _optimizer
+import torch.utils._python_dispatch as _python_dispatch  # the modes that are on; 1.13+
 import torch.utils._pytree as pytree  # public-to-be container flattening; 2.0+
 import torch.utils.checkpoint as _checkpoint
 from torch import fx, nn
@@ -65,6 +66,7 @@ __all__ = [
     "dp_knapsack",
     "dynamo_as_eager",
     "dynamo_breaks",
+    "dynamo_stands_aside",
     "evaluated",
     "export_joint",
     "expression_of",
@@ -623,7 +625,10 @@ def pieces_of(func: object) -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def flop_counter_sees_pieces() -> Iterator[None]:
-    """Let torch's FLOP counter count what :func:`pieces_of` finds, where it would raise; put back."""
+    """Let torch's FLOP counter count what :func:`pieces_of` finds, where it would raise; put back.
+
+    And what Dynamo compiled runs under it as without it (2.10+): it only looks on.
+    """
     higher: Any = torch.ops.higher_order
 
     def seen(op: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
@@ -636,9 +641,12 @@ def flop_counter_sees_pieces() -> Iterator[None]:
     ops = [op for op in ops if _FlopCounterMode not in op.python_key_table]
     for op in ops:
         op.python_key_table[_FlopCounterMode] = functools.partial(seen, op)  # 2.5+
+    looks_on: Any = classmethod(lambda _: True)
+    _FlopCounterMode.ignore_compile_internals = looks_on
     try:
         yield
     finally:
+        del _FlopCounterMode.ignore_compile_internals
         for op in ops:
             del op.python_key_table[_FlopCounterMode]
 
@@ -722,6 +730,12 @@ _COMPILER_QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting", "_
 def is_checkpoint(target: Any) -> bool:
     """Whether a call in one of Dynamo's graphs is ``torch.utils.checkpoint`` of a function; 2.1+."""
     return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def dynamo_stands_aside() -> bool:
+    """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+, before under any."""
+    asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)
+    return bool(watching_modes()) if asked is None else bool(asked())
 
 
 def cut_by_dynamo(

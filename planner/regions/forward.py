@@ -7,12 +7,14 @@ steps of the training loop itself, and planned before the third.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.costs.target import target_for
 from planner.errors import PlannerError, StalePlanError
@@ -25,6 +27,8 @@ from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 
 __all__ = ["RegionsForward", "apply_plan", "regions_forward_of"]
+
+log = logging.getLogger(__name__)
 
 CHECKS = 2  # planned steps that are counted
 
@@ -53,6 +57,7 @@ class RegionsForward:
         self.root = model if root is None else root
         self.gradients_bytes = 0  # that the recorded step found
         self._checks = CHECKS
+        self._told = False
         self.original = session.original
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
@@ -65,9 +70,22 @@ class RegionsForward:
         ):
             return self.original(*args, **kwargs)
         session = self.session
+        if _compat.dynamo_stands_aside():
+            self._tell_of_mode()
+            return self.original(*args, **kwargs)
         if not session.waits:
             self._begin((args, kwargs))
         return session.call(*args, **kwargs)
+
+    def _tell_of_mode(self) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%s was called under a dispatch mode (a counter of FLOPs, a tracker of memory), under which "
+                "Dynamo runs code as it is: such a step runs without its plan. A mode of your own that only looks "
+                "on can say so: ignore_compile_internals = classmethod(lambda cls: True)",
+                type(self.model).__name__,
+            )
 
     def _begin(self, inputs: Any) -> None:
         """A step begins: what the last one showed is acted upon."""
