@@ -623,6 +623,9 @@ def pieces_of(func: object) -> Callable[..., Any] | None:
     return None
 
 
+_LOOKS_ON = "ignore_compile_internals"  # what a mode says that Dynamo may compile under; 2.10+
+
+
 @contextlib.contextmanager
 def flop_counter_sees_pieces() -> Iterator[None]:
     """Let torch's FLOP counter count what :func:`pieces_of` finds, where it would raise; put back.
@@ -642,11 +645,11 @@ def flop_counter_sees_pieces() -> Iterator[None]:
     for op in ops:
         op.python_key_table[_FlopCounterMode] = functools.partial(seen, op)  # 2.5+
     looks_on: Any = classmethod(lambda _: True)
-    _FlopCounterMode.ignore_compile_internals = looks_on
+    setattr(_FlopCounterMode, _LOOKS_ON, looks_on)
     try:
         yield
     finally:
-        del _FlopCounterMode.ignore_compile_internals
+        delattr(_FlopCounterMode, _LOOKS_ON)
         for op in ops:
             del op.python_key_table[_FlopCounterMode]
 
@@ -733,7 +736,7 @@ def is_checkpoint(target: Any) -> bool:
 
 
 def dynamo_stands_aside() -> bool:
-    """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+, before under any."""
+    """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+."""
     asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)
     return bool(watching_modes()) if asked is None else bool(asked())
 

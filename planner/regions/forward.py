@@ -81,9 +81,9 @@ class RegionsForward:
         if not self._told:
             self._told = True
             log.warning(
-                "%s was called under a dispatch mode (a counter of FLOPs, a tracker of memory), under which "
-                "Dynamo runs code as it is: such a step runs without its plan. A mode of your own that only looks "
-                "on can say so: ignore_compile_internals = classmethod(lambda cls: True)",
+                "%s was called under a dispatch mode (a counter of FLOPs, a tracker of memory), under "
+                "which Dynamo runs code as it is: such a step runs without its plan. A mode of your own that "
+                "only looks on can say so: ignore_compile_internals = classmethod(lambda cls: True)",
                 type(self.model).__name__,
             )
 
