@@ -45,8 +45,12 @@ def checkpoints_itself(model_name: str, how: str) -> TraceError:
     )
 
 
-def refuse_unplannable(model: nn.Module, inputs: Sequence[torch.Tensor] = ()) -> None:
+def refuse_unplannable(
+    model: nn.Module, inputs: Sequence[torch.Tensor] = (), *, in_regions: bool = False
+) -> None:
     """Raise for models and inputs whose graph would not be a training step.
+
+    ``in_regions``  what stands against one graph only, a ``TraceError``, is no reason.
 
     ``TypeError`` for what is no module; else the first of ``_CHECKS`` that has something to say.
     """
@@ -54,7 +58,7 @@ def refuse_unplannable(model: nn.Module, inputs: Sequence[torch.Tensor] = ()) ->
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     for check in _CHECKS:
         error = check(model, inputs)
-        if error is not None:
+        if error is not None and not (in_regions and isinstance(error, TraceError)):
             raise error
     _warn_of_fused(model)
 
@@ -114,7 +118,7 @@ def _sparse_gradients(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerErr
     for name, module in model.named_modules():
         bag = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if bag and module.sparse and module.weight.requires_grad:
-            return PlannerError(
+            return TraceError(
                 f"{name or 'the model'} makes sparse gradients (sparse=True), whose size is known only when "
                 "they are made; build it with sparse=False"
             )
@@ -133,7 +137,7 @@ def _sparse_tensors(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Planner
     given = ((f"input {i}", t) for i, t in enumerate(inputs))
     for name, t in (*model.named_parameters(), *model.named_buffers(), *given):
         if t.layout != torch.strided:
-            return PlannerError(
+            return TraceError(
                 f"{name} is {str(t.layout).removeprefix('torch.')}; a plan is for dense tensors. "
                 "Keep it outside what is planned, or make it dense (a sparse adjacency: index_add)"
             )
@@ -163,7 +167,7 @@ def _hooks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     hooked = hooks_on_submodules(model)
     if not hooked:
         return None
-    return PlannerError(
+    return TraceError(
         f"{type(model).__name__} has hooks on submodules ({', '.join(hooked[:3])}"
         f"{', ...' if len(hooked) > 3 else ''}); a planned step runs one graph and would skip them. "
         "Remove them, or register them on the model itself (torch.nn.utils.prune, spectral_norm "

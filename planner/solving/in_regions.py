@@ -15,6 +15,7 @@ from torch import nn
 from planner.capture.inputs import Inputs
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
+from planner.capture.refusals import refuse_unplannable
 from planner.costs.target import CostSource, Target, target_for
 from planner.errors import PlannerError, TraceError
 from planner.memory.execution import Execution
@@ -186,6 +187,7 @@ def step_in_regions(
             f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
         )
     given = Inputs.of(model, inputs)
+    refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
     search.tell.phase("capture", f"{name} in regions")
     session = Session(model, target, 0)

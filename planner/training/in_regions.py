@@ -19,6 +19,7 @@ from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.capture.inputs import Inputs
+from planner.capture.refusals import refuse_unplannable
 from planner.costs.target import target_for
 from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import found_optimizer_bytes
@@ -57,6 +58,7 @@ class InRegions:
             self._restart()
 
     def _restart(self) -> None:
+        refuse_unplannable(self.planned, in_regions=True)
         assert self.settings.budget_bytes is not None
         session = Session(
             self.planned, target_for(self.planned, self.settings.costs), self.settings.budget_bytes
