@@ -56,6 +56,7 @@ def plan(arguments: Namespace) -> Outcome:
             costs=arguments.costs,
             solver=arguments.solver,
             outputs=arguments.outputs,
+            capture=arguments.capture,
             time_limit_s=arguments.time_limit,
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
@@ -141,6 +142,7 @@ def frontier(arguments: Namespace) -> Outcome:
         costs=arguments.costs,
         solver=arguments.solver,
         outputs=arguments.outputs,
+        capture=arguments.capture,
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )
