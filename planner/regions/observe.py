@@ -52,9 +52,16 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
 
 
 def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
-    """One step."""
-    passed = passed_on(session.call(*inputs.args, **inputs.kwargs), loss_fn)
-    backward(passed, tangents_for(passed, None))
+    """One step.  ``PlannerError`` for whatever the model's own code raises in it."""
+    try:
+        passed = passed_on(session.call(*inputs.args, **inputs.kwargs), loss_fn)
+        backward(passed, tangents_for(passed, None))
+    except PlannerError:
+        raise
+    except Exception as error:
+        raise PlannerError(
+            f"a step of {type(session.model).__name__} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager
