@@ -211,6 +211,43 @@ def _python_forms(on_cpu: bool = True) -> tuple[tuple[Any, Any], ...]:
     return tuple((op, key) for op in ops for key in _FORM_KEYS if key in op.py_kernels)
 
 
+class _Remembered(dict[Any, Any]):
+    """What ops give on fakes, as torch remembers it.
+
+    Without ops of whole graphs: those are known by ids, and torch forgets them in its own table only.
+    """
+
+    def __setitem__(self, key: Any, entry: Any) -> None:
+        if isinstance(key.key[0], OpOverload):
+            super().__setitem__(key, entry)
+
+
+_MOST_REMEMBERED = 4096  # entries; a model of thousands of ops has a few hundred different ones
+
+
+@functools.cache
+def _remembered(*settings: bool) -> _Remembered:
+    return _Remembered()
+
+
+def _fakes_remembered(on_cpu: bool) -> _Remembered:
+    """What is remembered from one trace to the next, under settings that choose kernels; 2.6+."""
+    cuda = torch.backends.cuda
+    found = _remembered(
+        on_cpu,
+        torch.are_deterministic_algorithms_enabled(),
+        bool(torch.backends.mkldnn.enabled),
+        bool(torch.backends.cudnn.enabled),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
+    if len(found) > _MOST_REMEMBERED:
+        found.clear()
+    return found
+
+
 @contextlib.contextmanager
 def kernels_as_eager(
     gru: Callable[..., Any], lstm_gradients: Callable[..., Any], on_cpu: bool = True
@@ -237,6 +274,7 @@ def kernels_as_eager(
     forms += [(dropout, key, dropout.py_kernels[key]) for key in _FORM_KEYS]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
+    remembered = FakeTensorMode.cache
     try:
         for op, key, _ in forms:
             del op.py_kernels[key]
@@ -247,7 +285,7 @@ def kernels_as_eager(
         dropout.py_kernels.update(dict.fromkeys(_FORM_KEYS, _dropout))
         dropout._dispatch_cache.clear()
         fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default] = lstm_gradients
-        FakeTensorMode.cache_clear()  # it remembers layouts
+        FakeTensorMode.cache = _fakes_remembered(on_cpu)  # torch's own remembers other layouts
         effects.register(None)  # else the check would come with tokens, in and out of the graph
         fx.node.has_side_effect(checks)  # and without either it would be swept away
         yield
@@ -257,7 +295,7 @@ def kernels_as_eager(
             fx.node._side_effectful_functions.discard(checks)
         formulas.update(before)
         fakes.pop(torch.ops.aten.mkldnn_rnn_layer_backward.default, None)
-        FakeTensorMode.cache_clear()
+        FakeTensorMode.cache = remembered
         for op, key, formula in forms:
             op.py_kernels[key] = formula
             op._dispatch_cache.clear()
@@ -311,10 +349,10 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     Called inside :func:`kernels_as_eager`.
 
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
-    ``node.meta["nn_module_stack"]`` names the module; ``node.meta["val"]`` is a fake tensor.
+    ``node.meta["val"]`` is a fake tensor.
     """
     with _tracing_flags(), contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, _record_nn_module_stack=True)
+        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
         return joint.graph_module
 
 

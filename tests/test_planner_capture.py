@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner._compat import FakeTensorMode
+from planner.capture import meta
 from planner.capture.joint_graph import capture
 from planner.options import Search
 from planner.solving.priced import prepare
@@ -514,6 +515,37 @@ def test_a_fake_model_is_planned_and_a_real_one_rewritten() -> None:
     module = plan.rewrite(real)
     assert isinstance(module, CheckpointedModule)
     tiny.assert_same_bits(tiny.run(module, given), tiny.run(tiny.seeded(tiny.Mlp), given))
+
+
+def test_what_a_trace_remembers_of_ops_serves_the_next_one_alone() -> None:
+    """torch keeps a table of what ops give on fakes, and a trace has other layouts than torch outside."""
+    x = torch.randn(8, 4, 6).transpose(0, 1).requires_grad_()
+    op = torch.ops.aten.mse_loss_backward.default
+
+    class Distance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("wanted", torch.zeros(8, 4, 6).transpose(0, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.mse_loss(x, self.wanted)
+
+    def of_torch() -> tuple[int, ...]:
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(model.wanted)
+            made: Tensor = op(torch.ones(()), fake, fake, 1)
+            return made.stride()
+
+    model = Distance()
+    outside = of_torch()
+    table = dict(FakeTensorMode.cache)
+    first = capture(model, (x,))
+    assert FakeTensorMode.cache == table and of_torch() == outside
+    misses = FakeTensorMode.cache_misses
+    assert capture(model, (x,)).code == first.code
+    assert FakeTensorMode.cache_misses == misses
+    (gradient,) = torch.autograd.grad(model(x), x)
+    assert meta.tensor(first.step.input_gradients[0]).stride() == gradient.stride() != outside
 
 
 def test_one_capture_serves_many_budgets() -> None:

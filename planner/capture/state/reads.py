@@ -214,11 +214,11 @@ class Reads:
         for inner in code.co_consts:
             if isinstance(inner, types.CodeType):
                 self._code(inner, namespace)
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in _GLOBAL and instruction.argval in namespace:
-                self._of_namespace(namespace, instruction.argval, names, code)
-            elif instruction.opname == "IMPORT_NAME":
-                self._named(sys.modules.get(str(instruction.argval)), names, code)
+        for is_global, name in _looked_up(code):
+            if not is_global:
+                self._named(sys.modules.get(name), names, code)
+            elif name in namespace:
+                self._of_namespace(namespace, name, names, code)
 
     def _of_namespace(
         self, namespace: dict[str, Any], name: str, names: set[str], code: types.CodeType
@@ -349,6 +349,13 @@ def _cells(function: types.FunctionType) -> Iterator[Any]:
 
 def _is_code(value: object) -> bool:
     return isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
+
+
+@functools.lru_cache(maxsize=4096)  # the same code is met at every capture
+def _looked_up(code: types.CodeType) -> tuple[tuple[bool, str], ...]:
+    """(is a global, name) of each global and module that ``code`` looks up, in order, once each."""
+    steps = [i for i in dis.get_instructions(code) if i.opname in (*_GLOBAL, "IMPORT_NAME")]
+    return tuple(dict.fromkeys((i.opname in _GLOBAL, str(i.argval)) for i in steps))
 
 
 def _constant_keys(code: types.CodeType, name: str) -> set[Any] | None:
