@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -94,63 +94,87 @@ def from_seeds(make: Callable[[random.Random], Problem]) -> st.SearchStrategy[Pr
     return st.binary(min_size=8, max_size=8).map(lambda seed: make(random.Random(seed)))
 
 
-State = tuple[int, int, int, frozenset[int]]
+State = tuple[int, int, int, int]
 
 
-def _moves(problem: Problem, passes: int | None, state: State) -> Iterator[tuple[State, int, float, int]]:
-    """``(next state, bytes needed, seconds, op or -1)``: run an op, or let one value go.
+class _Moves:
+    """``(next state, bytes needed, seconds, op or -1)`` from a state: run an op, or let one value go.
 
-    A state is (ops begun, last op rerun in this pass, pass, counted values alive that are not final).
+    A state is (ops begun, last op rerun in this pass, pass, counted values alive that are not final); sets
+    of values are the bits of a number.
     """
-    begun, last, done, alive = state
-    for v in alive:
-        yield (begun, last, done, alive - {v}), 0, 0.0, -1
-    finals = {v for op in problem.ops[:begun] for v in op.outputs if problem.values[v].final}
-    at_hand = alive | finals | {v for v, value in enumerate(problem.values) if value.producer is None}
-    for i in range(min(begun + 1, len(problem))):
-        op = problem.ops[i]
-        first = i == begun
-        if not at_hand.issuperset(op.inputs) or not (first or op.recomputable):
-            continue
-        place = (begun + 1, -1, 0) if first else (begun, i, done)
-        if passes is not None and not first and i <= last:
-            if done + 1 >= passes:
+
+    def __init__(self, problem: Problem, passes: int | None) -> None:
+        values = problem.values
+        self.problem, self.passes = problem, passes
+        self.reads = [_bits(op.inputs) for op in problem.ops]
+        self.makes = [_bits(op.outputs) for op in problem.ops]
+        self.finals = [_bits(v for v in op.outputs if values[v].final) for op in problem.ops]
+        self.given = _bits(v for v, value in enumerate(values) if value.producer is None)
+        self._bytes = {0: 0}
+
+    def __call__(self, state: State) -> Iterator[tuple[State, int, float, int]]:
+        begun, last, done, alive = state
+        rest = alive
+        while rest:
+            yield (begun, last, done, alive & ~(rest & -rest)), 0, 0.0, -1
+            rest &= rest - 1
+        ops, passes = self.problem.ops, self.passes
+        held = alive
+        for final in self.finals[:begun]:
+            held |= final
+        at_hand = held | self.given
+        for i in range(min(begun + 1, len(ops))):
+            op, final = ops[i], self.finals[i]
+            first = i == begun
+            if self.reads[i] & ~at_hand or not (first or op.recomputable):
                 continue
-            place = (begun, i, done + 1)
-        if passes is None:
-            place = (place[0], -1, 0)
-        made = set(op.outputs)
-        size = [value.bytes for value in problem.values]
-        need = problem.resident_bytes + op.workspace_bytes + sum(size[v] for v in alive | finals | made)
-        if not first:
-            need += sum(size[v] for v in made & finals)
-        kept = alive | {v for v in made if not problem.values[v].final}
-        yield (*place, frozenset(kept)), need, op.seconds if first else op.again_s, i
+            place = (begun + 1, -1, 0) if first else (begun, i, done)
+            if passes is not None and not first and i <= last:
+                if done + 1 >= passes:
+                    continue
+                place = (begun, i, done + 1)
+            if passes is None:
+                place = (place[0], -1, 0)
+            need = self.problem.resident_bytes + op.workspace_bytes + self.bytes_of(held | self.makes[i])
+            if not first:
+                need += self.bytes_of(final)
+            yield (*place, alive | self.makes[i] & ~final), need, op.seconds if first else op.again_s, i
+
+    def bytes_of(self, some: int) -> int:
+        if some not in self._bytes:
+            size = self.problem.values[(some & -some).bit_length() - 1].bytes
+            self._bytes[some] = size + self.bytes_of(some & (some - 1))
+        return self._bytes[some]
+
+
+def _bits(positions: Iterable[int]) -> int:
+    return sum({1 << v for v in positions})
 
 
 def _search(problem: Problem, passes: int | None, budget: int | None) -> tuple[float, list[int]] | None:
     """Least seconds within ``budget``, or least peak if ``budget`` is ``None``, with a sequence."""
-    start: State = (0, -1, 0, frozenset())
+    start: State = (0, -1, 0, 0)
     best: dict[State, float] = {start: 0.0 if budget is not None else problem.resident_bytes}
     back: dict[State, tuple[State, int]] = {}
     heap = [(best[start], 0, start)]
-    ties = 0
+    ties, moves, ops = 0, _Moves(problem, passes), len(problem)
     while heap:
         cost, _, state = heapq.heappop(heap)
         if cost > best[state]:
             continue
-        if state[0] == len(problem):
+        if state[0] == ops:
             steps = []
             while state in back:
                 state, i = back[state]
                 if i >= 0:
                     steps.append(i)
             return cost, steps[::-1]
-        for after, need, seconds, i in _moves(problem, passes, state):
+        for after, need, seconds, i in moves(state):
             if budget is not None and need > budget:
                 continue
             total = cost + seconds if budget is not None else max(cost, need)
-            if total < best.get(after, float("inf")):
+            if total < best.get(after, math.inf):
                 best[after] = total
                 back[after] = (state, i)
                 ties += 1
