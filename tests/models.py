@@ -55,14 +55,14 @@ def _random(seed: int) -> torch.Generator:
 
 
 def _gpt2() -> nn.Module:
-    return zoo.gpt2(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128)
+    return zoo.gpt2(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=128)
 
 
 def _llama() -> nn.Module:
     config = hf.LlamaConfig(
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=160,
@@ -76,7 +76,7 @@ def _bert() -> nn.Module:
     config = hf.BertConfig(
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
         num_labels=3,
@@ -92,7 +92,7 @@ def _bert_batch(seed: int) -> Batch:
 def _vit() -> nn.Module:
     config = hf.ViTConfig(
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
         image_size=64,
@@ -131,8 +131,8 @@ def _unet_batch(seed: int) -> Batch:
 
 
 def _internvl() -> nn.Module:
-    vision = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-    text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     text |= {"num_key_value_heads": 2, "vocab_size": 512}
     return zoo.internvl(image=64, patch=8, vision=vision, text=text)
 
@@ -148,7 +148,7 @@ class _Translator(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.transformer = nn.Transformer(
-            width, 4, num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=256, batch_first=True
+            width, 4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=256, batch_first=True
         )
         self.head = nn.Linear(width, vocabulary)
 
@@ -175,7 +175,7 @@ def _t5() -> nn.Module:
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=3,
+        num_layers=2,
         num_heads=4,
         decoder_start_token_id=0,
         use_cache=False,

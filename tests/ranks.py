@@ -115,7 +115,7 @@ class Block(nn.Module):
         return out
 
 
-def blocks(count: int = 4, width: int = 16) -> nn.Module:
+def blocks(count: int = 2, width: int = 16) -> nn.Module:
     return tiny.seeded(lambda: nn.Sequential(*(Block(width) for _ in range(count))))
 
 

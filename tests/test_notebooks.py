@@ -31,7 +31,7 @@ MOST_BYTES = 600_000
 # What the tests put behind a notebook's cell of parameters (tagged so), by its name.
 SMALL: Mapping[str, str] = {
     "01_plan_and_inspect": """
-LAYERS, WIDTH, ROWS, SEARCH_S = 2, 96, 8, 1
+LAYERS, WIDTH, ROWS, SEARCH_S = 2, 96, 8, 0.5
 BUDGET_GB, TOO_LITTLE_GB, CURVE_GB = 0.020, 0.009, [0.017, 0.020]""",
     "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 2, 32, 80, 40, 1",
     "03_internvl2": """

@@ -195,7 +195,7 @@ def test_the_table_has_a_row_per_placement(gpt2: Plan) -> None:
         assert sorted([made, freed, *again, *freed_again]) == [t for span in p.spans for t in span]
     assert table["recompute_s"].sum() == pytest.approx(gpt2.recompute_s, rel=1e-9)
     assert (table.loc[table["decision"] != "recompute", "recompute_s"] == 0).all()
-    assert set(table["layer"]) >= {f"transformer.h.{i}" for i in range(3)}
+    assert set(table["layer"]) >= {f"transformer.h.{i}" for i in range(2)}
 
 
 # -- HTML -----------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from planner.measure import run_step
 from tests.models import PEERS_EAGER_MB
 from tests.peer_steps import Measured, Peer, by_hand, measured_plan, peer
 
-SOLVE_S = 5.0
+SOLVE_S = 3.0
 
 
 @pytest.fixture(scope="module", params=sorted(PEERS_EAGER_MB))
 def case(request: pytest.FixtureRequest) -> Peer:
-    return peer(request.param, least_s=3.0)
+    return peer(request.param, least_s=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        limit_s = 4.0 if any(self.case is CASES[family] for family in COMPARED) else 1.0
+        limit_s = 2.0 if any(self.case is CASES[family] for family in COMPARED) else 1.0
         return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=limit_s))
 
     def check(self, plan: planner.Plan) -> None:
@@ -142,7 +142,7 @@ def test_less_memory_never_costs_less_time(family: str) -> None:
     budgets = [b for f in FRACTIONS if (b := s.budget_bytes(f)) >= s.prepared.minimum_peak_bytes]
     bounds = [s.plan(b).overhead_bound for b in budgets]
     assert bounds == sorted(bounds)
-    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=4.0))
+    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=2.0))
     overheads = [p.overhead for p in curve.points]
     assert overheads == sorted(overheads, reverse=True)
 

@@ -92,14 +92,14 @@ def gpt2_batch(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def bert() -> nn.Module:
-    """Two layers of Hugging Face's BERT with a classifier of three labels."""
+def bert(layers: int = 2) -> nn.Module:
+    """Hugging Face's BERT with a classifier of three labels."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=64,
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
