@@ -7,7 +7,9 @@ meter, the outputs held to the end of the step; FLOPs are counted while the step
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +25,7 @@ from planner.plan import Plan
 from planner.solving.priced import PricedStep, prepare
 from tests.models import PEERS, Case
 
-__all__ = ["Measured", "Peer", "by_hand", "measured", "measured_plan", "peer"]
+__all__ = ["Measured", "Peer", "applied", "by_hand", "measured", "measured_plan", "peer"]
 
 # Blocks to wrap, by class name, where the family has no flag of its own.
 BLOCKS = {"peers-resnet": Bottleneck.__name__, "peers-convnext": "ConvNextLayer"}
@@ -113,12 +115,19 @@ def peer(name: str, *, costs: Any = "roofline", least_s: float = 10.0) -> Peer:
     )
 
 
-def measured_plan(case: Peer, plan: Plan) -> Measured:
-    """One planned step; ``AssertionError`` if it leaves anything else behind than the eager one."""
+@contextlib.contextmanager
+def applied(case: Peer, plan: Plan) -> Iterator[None]:
+    """The model as planned; ``AssertionError`` if a step leaves anything else behind than the eager one."""
     plan.apply(case.model)
     try:
         found = compare(case.eager_record, run_step(case.model, case.inputs))
         assert found.equal, f"{case.name}: {found}"
-        return measured(case.model, case.inputs, case.eager_flops)
+        yield
     finally:
         plan.restore(case.model)
+
+
+def measured_plan(case: Peer, plan: Plan) -> Measured:
+    """One planned step; raises as :func:`applied`."""
+    with applied(case, plan):
+        return measured(case.model, case.inputs, case.eager_flops)
