@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -435,7 +436,9 @@ def cuda_driver_version() -> int:
 
 
 def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
-    """Meters and counters that watch ops see none of those inside; 2.0+."""
+    """Meters and counters that watch ops see none of those inside; 2.1+."""
+    if not watching_modes() and not torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return contextlib.nullcontext()  # what a training step goes through at every call
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
@@ -786,29 +789,86 @@ def cut_by_dynamo(
     return torch.compile(forward, backend=backend)
 
 
-@contextlib.contextmanager
-def dynamo_as_eager() -> Iterator[None]:
-    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times;
-    2.7+.
-    """
-    from torch._dynamo import config
-    from torch._dynamo.variables.torch import tracing_state_functions
+class _DynamoAsEager:
+    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often."""
 
-    answers = tracing_state_functions()
-    asked = [f for f, answer in answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS]
-    for function in asked:
-        answers[function] = False
-    try:
-        with config.patch(
-            recompile_limit=RECOMPILES,
-            accumulated_recompile_limit=64 * RECOMPILES,
-            optimize_ddp=False,
-            suppress_errors=True,
-        ):
-            yield
-    finally:
-        for function in asked:
-            answers[function] = True
+    def __init__(self) -> None:
+        from torch._dynamo import config
+        from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, tracing_state_functions
+
+        self._config, self._answers = config, tracing_state_functions()
+        self._handlers = TorchInGraphFunctionVariable._get_handlers()
+        self._asked = [
+            f for f, answer in self._answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS
+        ]
+        # a question of transformers', which ends a graph; who captures a step is told elsewhere
+        capturing = torch.cuda.is_current_stream_capturing
+        self._unasked = [] if capturing in self._handlers else [capturing]
+        self._here = threading.local()  # settings are a thread's, answers the process's
+        self._lock, self._inside = threading.Lock(), 0
+        self._hf: tuple[Any, Any] | None = None
+
+    def __enter__(self) -> None:
+        depth = getattr(self._here, "depth", 0)
+        self._here.depth = depth + 1
+        if not depth:
+            self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
+                recompile_limit=RECOMPILES,
+                accumulated_recompile_limit=64 * RECOMPILES,
+                optimize_ddp=False,
+                suppress_errors=True,
+            )
+            self._here.patch.__enter__()
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._answer()
+
+    def __exit__(self, *raised: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._take_back()
+        self._here.depth -= 1
+        if not self._here.depth:
+            self._here.patch.__exit__(*raised)
+
+    def _answer(self) -> None:
+        for function in self._asked:
+            self._answers[function] = False
+        for function in self._unasked:
+            self._answers[function] = False
+            self._handlers[function] = self._handlers[torch.jit.is_tracing]
+        module = sys.modules.get("transformers.utils.output_capturing")
+        was = getattr(module, _HF_QUESTION, None)
+        if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
+            self._hf = module, was
+            setattr(module, _HF_QUESTION, _yes)
+
+    def _take_back(self) -> None:
+        if self._hf is not None:
+            setattr(self._hf[0], _HF_QUESTION, self._hf[1])
+            self._hf = None
+        for function in self._asked:
+            self._answers[function] = True
+        for function in self._unasked:
+            self._answers.pop(function, None)
+            self._handlers.pop(function, None)
+
+
+_HF_QUESTION = "is_torchdynamo_compiling"  # of transformers 5.3+, where it collects outputs
+
+
+def _yes() -> bool:
+    return True
+
+
+@functools.cache
+def dynamo_as_eager() -> contextlib.AbstractContextManager[None]:
+    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times;
+    2.7+.  May be entered by several threads, and again inside.
+    """
+    return _DynamoAsEager()
 
 
 def dynamo_breaks() -> list[tuple[str, str]]:

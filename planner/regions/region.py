@@ -104,18 +104,22 @@ class Variant:
             values=tuple(replace(value, module=moved(value.module)) for value in graph.values),
         )
 
+    @cached_property
+    def arguments(self) -> tuple[tuple[Argument, int], ...]:
+        """A program's arguments, and the position of each among those of Dynamo's graph."""
+        found: list[tuple[Argument, int]] = []
+        inputs = 0
+        for position, slot in enumerate(self.slots):
+            if slot.kind in ("parameter", "buffer"):
+                found.append((Argument(slot.kind, slot.name), position))
+            elif slot.kind == "input":
+                found += [(Argument("input", inputs + k), position) for k in range(slot.uses)]
+                inputs += slot.uses
+        return tuple(found)
+
     def given(self, args: Sequence[Any]) -> dict[Argument, Any]:
         """A program's arguments, of those of Dynamo's graph."""
-        out: dict[Argument, Any] = {}
-        inputs = 0
-        for slot, value in zip(self.slots, args, strict=True):
-            if slot.kind in ("parameter", "buffer"):
-                out[Argument(slot.kind, slot.name)] = value
-            elif slot.kind == "input":
-                for _ in range(slot.uses):
-                    out[Argument("input", inputs)] = value
-                    inputs += 1
-        return out
+        return {argument: args[position] for argument, position in self.arguments}
 
 
 class Region:
