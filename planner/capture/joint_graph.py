@@ -43,6 +43,7 @@ from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.inputs import Inputs
 from planner.capture.module import original_forward
 from planner.capture.outputs import LossFn, OutputTemplate, template_of
+from planner.capture.pieces import ReadsOf, summands
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
@@ -51,7 +52,7 @@ from planner.capture.state.reads import Reads
 from planner.capture.state.watched import Watched, watched
 from planner.errors import PlannerError, TraceError
 
-__all__ = ["JointGraph", "Traced", "capture"]
+__all__ = ["JointGraph", "Traced", "capture", "capture_piece"]
 
 EVERY = frozenset(range(1 << 12))  # outputs, whatever their number
 
@@ -188,15 +189,11 @@ def capture(
     *,
     used: frozenset[int] | None = None,
     dims: Dims | None = None,
-    is_piece: bool = False,
 ) -> JointGraph:
     """Trace one training step of ``model`` at ``inputs``.
 
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
-    ``is_piece``: a graph that Dynamo cut, which watches what was read and does what was done on the side;
-    none of its outputs is the loss.
-
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
     While it traces it changes settings that are the whole process's (the tracer's registries, an environment
@@ -206,27 +203,40 @@ def capture(
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
-        given = Inputs.of(model, inputs)
-        if is_piece:
-            return _captured_piece(model, given, used)
-        return _captured(model, given, loss_fn, used, dims)
+        return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
 
 
-def _captured_piece(model: nn.Module, given: Inputs, used: frozenset[int] | None) -> JointGraph:
+def capture_piece(
+    model: nn.Module, given: Inputs, used: frozenset[int] | None
+) -> tuple[JointGraph, dict[str | int, list[fx.Node]]]:
+    """As :func:`capture`, of a graph that Dynamo cut, which watches what was read and does what was done on
+    the side; none of its outputs is the loss.
+
+    And by name of a parameter, or position of an input, that autograd reads more than once: the gradients
+    that it adds up, in its order.  Other readers of that tensor have gradients of their own, which come
+    before or after each of these.
+    """
     flat, in_spec = given.flatten()
-    _, fake, _ = fake_inputs(model, flat, None)
-    with torch.inference_mode(False), torch.enable_grad(), explained(model):
-        step = _FlatModel(model, flat, fake, in_spec, EVERY if used is None else used, records=False)
-        with fx_traceback.preserve_node_meta():
-            try:
-                module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
-            finally:
-                step.installed.remove()
-    traced = _sort_out(module, step.names, tuple(step.rebound))
+    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
+        _, fake, _ = fake_inputs(model, flat, None)
+        reads = ReadsOf()
+        with torch.inference_mode(False), torch.enable_grad(), explained(model):
+            every = EVERY if used is None else used
+            step = _FlatModel(model, flat, fake, in_spec, every, records=False, watch=reads)
+            with fx_traceback.preserve_node_meta():
+                try:
+                    module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+                finally:
+                    step.installed.remove()
+                    reads.forget()
+        traced = _sort_out(module, step.names, tuple(step.rebound))
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
     assert step.template is not None
-    return JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
+    whole: dict[str | int, fx.Node] = {**traced.gradients, **traced.input_gradients}
+    terms = {key: summands(node, reads.counts.get(key, 1)) for key, node in whole.items()}
+    joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
+    return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}
 
 
 def _captured(
@@ -348,9 +358,10 @@ class _FlatModel(nn.Module):
         used: frozenset[int] | None,
         *,
         records: bool = True,
+        watch: ReadsOf | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.records = model, records
+        self.model, self.records, self.watch = model, records, watch
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
         self.installed = Installed(model)
@@ -408,6 +419,8 @@ class _FlatModel(nn.Module):
                     "buffer's values"
                 )
             results.append(new.detach())
+        if self.watch is not None:
+            self.watch.watch({**state, **dict(enumerate(tensors))}, results)
         return tuple(map(_apart, results))
 
 

@@ -4,28 +4,28 @@ Dynamo hands a graph all it reads as arguments: parameters, buffers, activations
 and buffers become those of a module again, under names that hold wherever the same code runs (``attn.weight``
 for every block), and the rest its arguments.
 
-Two things about gradients.  An argument that the graph reads k times becomes k arguments on one storage, last
-use first: the engine then adds their gradients one by one to what comes from elsewhere, in the order of
-eager; one sum made inside would be rounded otherwise.  And of a checkpoint in the author's code only the
-function is kept: what is recomputed is the plan's to say.
+Two things about gradients.  A tensor that autograd reads k times in the graph becomes k arguments of its
+program, on one storage (:func:`apart`): the engine then adds their gradients one by one to what comes from
+elsewhere, in the order of eager; one sum made inside would be rounded otherwise.  And of a checkpoint in the
+author's code only the function is kept: what is recomputed is the plan's to say.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.capture import meta
+from planner.capture.joint_graph import JointGraph
+from planner.graph import kernels
 
-__all__ = ["Piece", "Slot", "told_apart"]
-
-# Uses of one argument that are told apart; of more, the gradients are added inside.
-MOST_USES = 8
+__all__ = ["Piece", "Slot", "apart", "with_homes"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Slot:
 
     ``kind``  "parameter", "buffer", "input" (a tensor) or "constant" (a number).
     ``name``  of a parameter or buffer, within the module.
-    ``uses``  how many arguments of the graph with uses told apart it is; an input is passed as so many.
+    ``uses``  how often autograd reads it; an input is passed as so many, a parameter as one less.
     """
 
     kind: str
@@ -45,7 +45,6 @@ class Slot:
 class Piece(nn.Module):
     """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments.
 
-    ``graph``  with the uses of its inputs told apart (:func:`told_apart`).
     """
 
     def __init__(self, graph: fx.GraphModule, slots: Sequence[Slot], given: Sequence[Any]) -> None:
@@ -71,21 +70,21 @@ class Piece(nn.Module):
         return home, leaf
 
     def forward(self, *args: Any) -> Any:
-        """The graph's outputs; an input of several uses is as many arguments."""
+        """The graph's outputs, of its arguments that are no parameters or buffers."""
         rest = iter(args)
         given: list[Any] = []
         for slot in self.slots:
             if slot.kind in ("parameter", "buffer"):
                 home, leaf = self._home(slot.name)
-                given += [getattr(home, leaf)] * slot.uses
+                given.append(getattr(home, leaf))
             else:
-                given += [next(rest) for _ in range(slot.uses)]
+                given.append(next(rest))
         return _Run(self.graph_of[0]).run(*given)
 
     def arguments(self, given: Sequence[Any]) -> list[Any]:
         """What :meth:`forward` takes, of the arguments of Dynamo's graph."""
         pairs = zip(self.slots, given, strict=True)
-        return [x for slot, x in pairs if slot.kind in ("input", "constant") for _ in range(slot.uses)]
+        return [x for slot, x in pairs if slot.kind in ("input", "constant")]
 
 
 class _Run(fx.Interpreter):
@@ -98,48 +97,75 @@ class _Run(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def told_apart(graph: fx.GraphModule, homes: Mapping[int, str]) -> tuple[fx.GraphModule, list[int]]:
-    """A copy whose inputs are read once each, and how many there are now for each that there was.
+def apart(
+    joint: JointGraph, terms: Mapping[str | int, Sequence[fx.Node]], slots: Sequence[Slot]
+) -> tuple[JointGraph, tuple[Slot, ...]]:
+    """``joint`` with an argument for each use of a tensor, and the slots with their uses.
 
-    ``homes``: path of each module of the model, by its identity; each call is given that of the innermost.
+    ``terms``  the gradients of what is used more than once, by name of a parameter or position of an input
+               (:func:`planner.capture.joint_graph.capture_piece`).
+    """
+    step = joint.step
+    position = {node: i for i, node in enumerate(step.module.graph.nodes)}
+    inputs: dict[int, fx.Node] = {}
+    gradients: dict[str, fx.Node] = dict(step.gradients)
+    input_gradients: dict[int, fx.Node] = {}
+    out: list[Slot] = []
+    number = 0
+    for slot in slots:
+        key: str | int = slot.name if slot.kind == "parameter" else number
+        if slot.kind == "input":
+            number += 1
+        elif slot.kind != "parameter":
+            out.append(slot)
+            continue
+        own = _one_by_one(list(terms.get(key, ())), position)
+        out.append(replace(slot, uses=max(1, len(own))))
+        if isinstance(key, int):
+            whole = step.input_gradients.get(key)
+            inputs[len(inputs)] = placeholder = step.inputs[key]
+            if own or whole is not None:
+                input_gradients[len(inputs) - 1] = own[0] if own else whole  # type: ignore[assignment]
+        elif own:
+            placeholder, gradients[key] = step.parameters[key], own[0]
+        for term in own[1:]:
+            with step.module.graph.inserting_after(placeholder):
+                use = step.module.graph.placeholder(f"{placeholder.name}_use")
+            use.meta = dict(placeholder.meta)
+            input_gradients[len(inputs)], inputs[len(inputs)] = term, use
+    moved = replace(step, inputs=inputs, gradients=gradients, input_gradients=input_gradients)
+    return replace(joint, step=moved), tuple(out)
+
+
+def _one_by_one(terms: list[fx.Node], position: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """``terms``, each made behind the one before: one that was there already is copied there."""
+    for k in range(1, len(terms)):
+        before, term = terms[k - 1], terms[k]
+        if _at(term, position) < _at(before, position):
+            with term.graph.inserting_after(before):
+                terms[k] = term.graph.call_function(kernels.gradient_like, (term, term))
+            terms[k].meta = dict(term.meta)
+            with _compat.fake_mode_of(meta.tensor(term)):
+                meta.set_value(terms[k], torch.empty_like(meta.tensor(term)))
+    return terms
+
+
+def _at(node: fx.Node, position: Mapping[fx.Node, int]) -> int:
+    """Where ``node`` is made; of a copy, where the term before it is."""
+    while node not in position:
+        node = node.prev
+    return position[node]
+
+
+def with_homes(graph: fx.GraphModule, homes: Mapping[int, str]) -> fx.GraphModule:
+    """A copy whose calls know the path of the innermost module that they are of.
+
+    ``homes``: path of each module of the model, by its identity.
     """
     twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    uses: list[int] = []
     for node in twin.graph.nodes:
         node.meta["custom"] = {**node.meta.get("custom", {}), "module": _home_of(node, homes)}
-    for node in list(twin.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("example_value")
-        found = _read_by(node)
-        tracked = isinstance(value, torch.Tensor) and value.requires_grad
-        if not tracked or isinstance(value, nn.Parameter) or not 1 < len(found) <= MOST_USES:
-            uses.append(1)
-            continue
-        uses.append(len(found))
-        names = [node]
-        for k in range(1, len(found)):
-            with twin.graph.inserting_after(names[-1]):
-                names.append(twin.graph.placeholder(f"{node.name}_use_{k}"))
-            names[-1].meta = dict(node.meta)
-        for reader in dict.fromkeys(found):
-            mine = iter([name for name, of in zip(names, found, strict=True) if of is reader])
-
-            def told(x: fx.Node, node: fx.Node = node, mine: Any = mine) -> fx.Node:
-                return next(mine) if x is node else x
-
-            reader.args, reader.kwargs = fx.map_arg(reader.args, told), fx.map_arg(reader.kwargs, told)
-    twin.recompile()
-    return twin, uses
-
-
-def _read_by(node: fx.Node) -> list[fx.Node]:
-    """Who reads ``node``, as often as it does, as autograd comes by: the last first."""
-    found: list[fx.Node] = []
-    for reader in reversed(list(node.graph.nodes)):
-        if reader.op != "output":
-            given: list[fx.Node] = []
-            fx.map_arg((reader.args, reader.kwargs), given.append)
-            found += [reader] * given.count(node)
-    return found
+    return twin
 
 
 def _home_of(node: fx.Node, homes: Mapping[int, str]) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import fx, nn
 
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import capture
+from planner.capture.joint_graph import capture_piece
 from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph, training_graph
-from planner.regions.piece import Piece, Slot, told_apart
+from planner.regions.piece import Piece, Slot, apart, with_homes
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
@@ -110,11 +110,14 @@ class Variant:
         found: list[tuple[Argument, int]] = []
         inputs = 0
         for position, slot in enumerate(self.slots):
-            if slot.kind in ("parameter", "buffer"):
+            if slot.kind == "constant":
+                continue
+            named = slot.kind != "input"
+            if named:
                 found.append((Argument(slot.kind, slot.name), position))
-            elif slot.kind == "input":
-                found += [(Argument("input", inputs + k), position) for k in range(slot.uses)]
-                inputs += slot.uses
+            more = slot.uses - named
+            found += [(Argument("input", inputs + k), position) for k in range(more)]
+            inputs += more
         return tuple(found)
 
     def given(self, args: Sequence[Any]) -> dict[Argument, Any]:
@@ -130,7 +133,7 @@ class Region:
 
     def __init__(self, number: int, graph: fx.GraphModule, homes: Names) -> None:
         self.number = number
-        self.graph, self.uses = told_apart(graph, homes)
+        self.graph = with_homes(graph, homes)
         self.plain = graph
         self.writes = [_is_written(node) for node in graph.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
@@ -165,13 +168,13 @@ class Region:
                 out.append(Slot("constant"))
             elif isinstance(x, nn.Parameter):
                 local = f"parameter_{position}" if name is None else name[len(base) :].lstrip(".")
-                out.append(Slot("parameter", local, self.uses[position]))
+                out.append(Slot("parameter", local))
             elif name is not None and not x.requires_grad:
-                out.append(Slot("buffer", name[len(base) :].lstrip("."), self.uses[position]))
+                out.append(Slot("buffer", name[len(base) :].lstrip(".")))
             elif not x.requires_grad and self.writes[position]:
-                out.append(Slot("buffer", f"written_{position}", self.uses[position]))
+                out.append(Slot("buffer", f"written_{position}"))
             else:
-                out.append(Slot("input", "", self.uses[position]))
+                out.append(Slot("input"))
         return out, base
 
     def variant(
@@ -192,12 +195,13 @@ class Region:
         slots, base = self.slots(args, names)
         piece = Piece(self.graph, slots, args)
         try:
-            joint = capture(piece, Inputs(tuple(piece.arguments(args)), {}), used=used, is_piece=True)
+            joint, terms = capture_piece(piece, Inputs(tuple(piece.arguments(args)), {}), used)
         except PlannerError as error:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             return Variant(tuple(slots), base, why=str(error))
+        joint, told = apart(joint, terms, slots)
         graph, costs, _ = target.price(training_graph(joint))
-        return Variant(tuple(slots), base, CapturedStep.of(piece, joint, graph), costs)
+        return Variant(told, base, CapturedStep.of(piece, joint, graph), costs)
 
 
 def _is_written(node: fx.Node) -> bool:

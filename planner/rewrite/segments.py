@@ -53,7 +53,7 @@ def segment_of(
     for node in part:
         new[node] = graph.node_copy(node, new.__getitem__)
         new[node].meta = node.meta
-    results = [n for n in part if n in gradients]
+    results = sorted((n for n in part if n in gradients), key=lambda n: _place(gradients[n]))
     mail = [n for n in part if last_use.get(n, k) > k]
     mail += [n for n in outside if (n in home or arguments[n].kind in ONCE) and last_use[n] > k]
     graph.output([new[n] for n in (*results, *mail)])
@@ -64,6 +64,13 @@ def segment_of(
         tuple(n.name for n in mail),
         frozenset(_overwritten(part, dict(zip(outside, sources, strict=True)))),
     )
+
+
+def _place(name: str | int) -> int:
+    """Parameters in the order in which their gradients are made; inputs by number: those of the uses of one
+    tensor are added up in that order.
+    """
+    return name if isinstance(name, int) else -1
 
 
 def _overwritten(part: list[fx.Node], given: dict[fx.Node, Argument]) -> Iterator[Argument]:
