@@ -41,8 +41,8 @@ class ReadsOf:
                 edge = get_gradient_edge(tensor)
                 edges[edge.node, edge.output_nr] = key
         ends = {node for node, _ in edges}
-        waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-        seen = set(waiting)
+        seen = {root.grad_fn for root in roots if root.grad_fn is not None}
+        waiting = list(seen)
         while waiting:
             node = waiting.pop()
             reads = {}

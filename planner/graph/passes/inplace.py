@@ -100,6 +100,8 @@ def _overwritable(node: fx.Node) -> list[fx.Node]:
     places: tuple[int, ...] = ()
     if node.target in IN_PLACE and not node.kwargs:
         places = IN_PLACE[node.target][1]
+        if node.target is aten.mul.Tensor and meta.tensor(node).is_complex():
+            places = (0,)  # the imaginary part is a sum of two products, and fused with the second only
     elif node.target in OUT or (node.target in OUT_ON_CPU and meta.tensor(node).device.type == "cpu"):
         places = (0,)
     operands = [n for p in places if isinstance(n := node.args[p], fx.Node)]
