@@ -1,15 +1,19 @@
 """Stands in for ``model.forward`` where a step is planned in regions.
 
 Each call goes through Dynamo's cut of the original forward, whose pieces the session runs.  A step begins
-where no call waits for its backward.  A kind of step that has no plan yet is looked at and recorded, in two
-steps of the training loop itself, and planned before the third.
+where no call waits for its backward.  The first step is looked at; of each kind one is recorded, in the
+training loop itself, and planned before the next.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,31 +21,47 @@ from torch import nn
 from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.costs.target import target_for
-from planner.errors import PlannerError, StalePlanError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.record import Record
-from planner.regions.session import Parts, Session
+from planner.regions.session import Kept, Parts, Session
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 
-__all__ = ["RegionsForward", "apply_plan", "regions_forward_of"]
+__all__ = ["RegionsForward", "Solved", "apply_plan", "regions_forward_of"]
 
 log = logging.getLogger(__name__)
 
 CHECKS = 2  # planned steps that are counted
+TRIES = 3  # records of one kind before it is said that there is none
 
-# A recorded step -> what each of its calls is to run.
-Solve = Callable[[Record], Parts]
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What is to be run from here on.
+
+    ``parts``  of each call of the recorded step.
+    ``over``   hears what a planned step took (CPU), and may say what to run instead.
+    ``plan``   that this is, for whoever asks.
+    """
+
+    parts: Parts
+    over: Callable[[int], Solved | None] | None = None
+    plan: Any = None
+
+
+# A recorded step -> what its calls are to run.
+Solve = Callable[[Record], Solved]
 
 
 class RegionsForward:
     """``model.forward`` in regions; evaluation, ``no_grad`` and compilers get the original.
 
-    ``solve``  plans a recorded step of a kind that has no plan.
-    ``over``   hears what each of the first planned steps took (CPU), and may say what to run instead.
-    ``root``   the model that ``model`` is a part of.
+    ``solve``     plans a recorded step of a kind that has no plan.
+    ``root``      the model that ``model`` is a part of.
+    ``any_mode``  whether calls in evaluation mode are planned too.
     """
 
     def __init__(
@@ -51,13 +71,17 @@ class RegionsForward:
         solve: Solve,
         *,
         root: nn.Module | None = None,
-        over: Callable[[int], Parts | None] | None = None,
+        any_mode: bool = False,
     ) -> None:
-        self.model, self.session, self.solve, self.over = model, session, solve, over
+        self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
         self.gradients_bytes = 0  # that the recorded step found
-        self._checks = CHECKS
-        self._told = False
+        self.any_mode = any_mode
+        self._checks: WeakKeyDictionary[Solved, int] = WeakKeyDictionary()
+        self._refused: dict[Hashable, InfeasibleBudgetError] = {}
+        self._failed: Counter[Hashable] = Counter()
+        self._told: set[str] = set()
+        self._thread = threading.get_ident()
         self.original = session.original
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
@@ -65,51 +89,110 @@ class RegionsForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             not torch.is_grad_enabled()
-            or self.model.training is not self.training
+            or not (self.any_mode or self.model.training is self.training)
             or is_traced(type(self.model).__name__)
         ):
+            self.session.settle()
             return self.original(*args, **kwargs)
         session = self.session
         if _compat.dynamo_stands_aside():
-            self._tell_of_mode()
+            self._tell(
+                "mode",
+                "was called under a dispatch mode (a counter of FLOPs, a tracker of memory), under which "
+                "Dynamo runs code as it is: such a step runs without its plan. A mode of your own that "
+                "only looks on can say so: ignore_compile_internals = classmethod(lambda cls: True)",
+            )
+            return self.original(*args, **kwargs)
+        if session.waits and threading.get_ident() != self._thread:
+            self._tell(
+                "thread",
+                "was called by a second thread while a step of the first is under way: such a call runs "
+                "without a plan. Give each thread a copy of the model",
+            )
             return self.original(*args, **kwargs)
         if not session.waits:
             self._begin((args, kwargs))
         return session.call(*args, **kwargs)
 
-    def _tell_of_mode(self) -> None:
-        if not self._told:
-            self._told = True
-            log.warning(
-                "%s was called under a dispatch mode (a counter of FLOPs, a tracker of memory), under "
-                "which Dynamo runs code as it is: such a step runs without its plan. A mode of your own that "
-                "only looks on can say so: ignore_compile_internals = classmethod(lambda cls: True)",
-                type(self.model).__name__,
-            )
+    def _tell(self, what: str, message: str, *values: object) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.warning(f"%s {message}", type(self.model).__name__, *values)
+
+    @property
+    def plan(self) -> Any:
+        """That of the step that runs, or ran last; ``None`` where it has none."""
+        of = self.session.runs
+        return None if of is None or of.of is None else of.of.plan
 
     def _begin(self, inputs: Any) -> None:
         """A step begins: what the last one showed is acted upon."""
         session = self.session
+        self._thread = threading.get_ident()
         session.settle()
-        if session.is_recorded:
-            session.follow(self.solve(session.record()))
-            self._checks = CHECKS
-        elif session.is_counted and self.over is not None:
-            self._checks -= 1
-            instead = self.over(session.counted_bytes)
-            if instead is not None:
-                session.follow(instead)
-        stage = session.next_stage()
-        session.begin(stage)
-        counts = stage == "plan" and self.over is not None and self._checks and session.device.type == "cpu"
-        if stage == "record" or counts:
-            session.watch(self._there(inputs), must=stage == "record")
-
-    def _there(self, inputs: Any) -> list[torch.Tensor]:
-        """What a step finds on the device."""
+        self._act()
         gradients = [p.grad for p in self.root.parameters() if p.grad is not None]
-        self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
-        return [*held(self.root, None), *gradients, *tensors_in(inputs)]
+        kind = self._kind(inputs, bool(gradients))
+        if kind in self._refused:
+            raise self._refused[kind]
+        stage = session.next_stage(kind)
+        if stage == "record" and not session.may_watch:
+            stage = "look"
+        session.begin(stage, kind)
+        if stage == "record" or (self._counts(session.runs) and session.may_watch):
+            self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
+            session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
+
+    def _counts(self, kept: Kept | None) -> bool:
+        """Whether a step of this plan is counted."""
+        of = None if kept is None else kept.of
+        return (
+            isinstance(of, Solved)
+            and of.over is not None
+            and self.session.device.type == "cpu"
+            and self._checks.get(of, CHECKS) > 0
+        )
+
+    def _act(self) -> None:
+        session = self.session
+        session.ended()
+        kept = session.runs
+        if session.is_recorded:
+            self._plan()
+        elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
+            self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1
+            instead = kept.of.over(session.counted_bytes)
+            if instead is not None:
+                session.follow(instead.parts, instead)
+        session.recorder = None
+
+    def _plan(self) -> None:
+        """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
+        session, kind = self.session, self.session.kind
+        try:
+            solved = self.solve(session.record())
+        except InfeasibleBudgetError as error:
+            self._refused[kind] = error
+            return
+        except ValueError as error:
+            self._failed[kind] += 1
+            if self._failed[kind] >= TRIES:
+                session.give_up(kind)
+                whys = dict.fromkeys(v.why for r in session.regions for v in r.variants.values() if v.why)
+                self._tell(
+                    str(error),
+                    "trains without a plan, with next to nothing saved where it can be cut: %s%s",
+                    error,
+                    "".join(f"\n{why}" for why in whys),
+                )
+            return
+        session.follow(solved.parts, solved)
+
+    def _kind(self, inputs: Any, has_gradients: bool) -> Hashable:
+        """What tells steps apart that need plans of their own, as far as the first call shows it."""
+        given = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors_in(inputs))
+        trains = tuple(p.requires_grad for p in self.root.parameters())
+        return has_gradients, given, trains, self.model.training
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -134,7 +217,7 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
     """
     session = Session(model, target_for(model, "roofline"), plan.budget_bytes)
 
-    def follow(record: Record) -> Parts:
+    def follow(record: Record) -> Solved:
         step = RecordedStep(model, Inputs((), {}), join(record))
         if step.fingerprint != plan.fingerprint:
             raise StalePlanError(
@@ -144,7 +227,7 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
                 "loop does, or the versions of its libraries differ; make a new plan"
             )
         position = {op.name: i for i, op in enumerate(step.graph.ops)}
-        return parts(step.joined, [position[name] for name in plan.sequence])
+        return Solved(parts(step.joined, [position[name] for name in plan.sequence]), plan=plan)
 
     return put(restored(model), RegionsForward(model, session, follow))
 

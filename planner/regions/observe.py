@@ -37,7 +37,7 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
         session.begin("look")
         with _apart(model, inputs):
             backward_of(session, inputs, loss_fn)
-        session.learned()
+        session.ended()
         if session.eager == eager:
             break
     session.begin("record")

@@ -7,15 +7,15 @@ the last event are glue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 from planner.costs.op_costs import Costs
 from planner.graph.training_graph import TrainingGraph
 
-__all__ = ["Crossing", "Event", "Record", "RegionCall"]
+__all__ = ["Crossing", "Event", "Record", "RegionCall", "last_backwards"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,26 @@ class Record:
             f"Record({len(self.calls)} calls of regions, {len(self.events)} events, peak {peak} bytes over "
             f"what was found, {self.found_bytes} bytes)"
         )
+
+
+def last_backwards(events: Sequence[Event]) -> tuple[list[Event], list[int]]:
+    """Of a call with several backwards (``retain_graph=True``) the last is its backward, others are glue.
+
+    The events then, and the place of each that there was.
+    """
+    last = {event.call: e for e, event in enumerate(events) if event.kind == "backward"}
+    out: list[Event] = []
+    moved: list[int] = []
+    for e, event in enumerate(events):
+        if event.kind == "backward" and last[event.call] != e:
+            event = replace(event, kind="glue", call=None)
+        if out and event.kind == out[-1].kind == "glue":
+            event = replace(
+                event,
+                peak_bytes=max(event.peak_bytes, out[-1].peak_bytes),
+                seconds=event.seconds + out[-1].seconds,
+                is_forward=out.pop().is_forward,
+            )
+        out.append(event)
+        moved.append(len(out) - 1)
+    return out, moved

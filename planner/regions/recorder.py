@@ -30,12 +30,16 @@ class _Life:
 
 
 class Recorder(StorageMeter):
-    """Counts while ``counts``; ``events`` are those that have ended."""
+    """Counts while ``counts``; ``events`` are those that have ended.
+
+    ``seen``  the events of the step up to where it was last said to be over.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.counts = True
         self.events: list[Event] = []
+        self.seen: tuple[Event, ...] = ()
         self.lives: list[_Life] = []
         self._numbers: dict[int, int] = {}  # of live storages that the step made
         self._now: tuple[Kind, int | None] = ("glue", None)
@@ -69,14 +73,19 @@ class Recorder(StorageMeter):
         self._glue_s = 0.0
         self._now = (kind, call)
 
-    def finish(self) -> None:
-        """The step is over."""
+    def close(self) -> None:
+        """The step is over, unless more of it comes."""
         if self.counts:
-            self.counts = False
             if self._now[0] != "glue":
                 self.leave()
             self._mark("forward", -1)
             self._now = ("glue", None)
+            self.seen = tuple(self.events)
+
+    def finish(self) -> None:
+        """The step is over."""
+        self.close()
+        self.counts = False
 
     # -- storages ----------------------------------------------------------------------------------
 

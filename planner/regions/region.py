@@ -6,9 +6,10 @@ of its own.  Graphs of one structure share what was captured, whichever layers t
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -65,6 +66,8 @@ class Variant:
     costs: Costs | None = None
     why: str = ""
     made: dict[tuple[int, ...], ExecutableStep] = field(default_factory=dict)
+    again: Callable[[nn.Module, Inputs, frozenset[int]], Variant] | None = None
+    _served: dict[int, bool] = field(default_factory=dict)
 
     @cached_property
     def lightest(self) -> tuple[list[int], int]:
@@ -84,8 +87,26 @@ class Variant:
                 self.captured.expected,
                 graph.device,
                 budget_bytes,
+                replan=functools.partial(self._for_others, budget_bytes),
             )
         return self.made[key]
+
+    def _for_others(
+        self, budget_bytes: int, piece: nn.Module, inputs: Inputs, used: frozenset[int]
+    ) -> ExecutableStep:
+        """What runs where gradients came for outputs that it does not differentiate."""
+        assert self.again is not None
+        other = self.again(piece, inputs, used)
+        if other.captured is None:
+            raise PlannerError(other.why)
+        return other.program(*other.lightest, budget_bytes)
+
+    def serves(self, smaller: Variant) -> bool:
+        """Whether ``smaller``, the region at other sizes, can run a schedule of it, and takes no more."""
+        known = self._served.get(id(smaller))
+        if known is None:
+            known = self._served[id(smaller)] = _is_within(smaller, self)
+        return known
 
     def graph_at(self, base: str) -> TrainingGraph:
         """Its step where the same code runs below another path."""
@@ -186,22 +207,41 @@ class Region:
         """
         found = self.variants.get((key, used))
         if found is None:
-            found = self.variants[key, used] = self._captured(args, names, target, used)
+            slots, base = self.slots(args, names)
+            piece = Piece(self.graph, slots, args)
+            inputs = Inputs(tuple(piece.arguments(args)), {})
+            found = self._captured(key, piece, inputs, base, target, used)
         return found
 
     def _captured(
-        self, args: Sequence[Any], names: Names, target: Target, used: frozenset[int] | None
+        self, key: Any, piece: Piece, inputs: Inputs, base: str, target: Target, used: frozenset[int] | None
     ) -> Variant:
-        slots, base = self.slots(args, names)
-        piece = Piece(self.graph, slots, args)
+        found = self.variants.get((key, used))
+        if found is not None:
+            return found
         try:
-            joint, terms = capture_piece(piece, Inputs(tuple(piece.arguments(args)), {}), used)
+            joint, terms = capture_piece(piece, inputs, used)
         except PlannerError as error:
             log.info("region %d runs as eager runs it: %s", self.number, error)
-            return Variant(tuple(slots), base, why=str(error))
-        joint, told = apart(joint, terms, slots)
-        graph, costs, _ = target.price(training_graph(joint))
-        return Variant(told, base, CapturedStep.of(piece, joint, graph), costs)
+            made = Variant(piece.slots, base, why=str(error))
+        else:
+            joint, told = apart(joint, terms, piece.slots)
+            graph, costs, _ = target.price(training_graph(joint))
+            made = Variant(told, base, CapturedStep.of(piece, joint, graph), costs)
+            made.again = lambda _, inputs, used: self._captured(key, piece, inputs, base, target, used)
+        self.variants[key, used] = made
+        return made
+
+
+def _is_within(smaller: Variant, larger: Variant) -> bool:
+    if smaller.captured is None or larger.captured is None:
+        return False
+    mine, its = smaller.captured.graph, larger.captured.graph
+    if [(op.name, op.inputs, op.outputs) for op in mine.ops] != [
+        (op.name, op.inputs, op.outputs) for op in its.ops
+    ]:
+        return False
+    return all(a.bytes <= b.bytes for a, b in zip(mine.values, its.values, strict=True))
 
 
 def _is_written(node: fx.Node) -> bool:

@@ -7,7 +7,9 @@ no place yet by a schedule of its own that saves next to nothing
 
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
-learned.
+learned.  Plans are for kinds of steps (what comes in, whether gradients are held); within a kind the calls
+themselves tell which plan a step is of.  A step that is of none runs what has no place with next to nothing
+saved, and the next of its kind is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -26,17 +29,17 @@ from torch import fx, nn
 from planner import _compat
 from planner.capture.module import original_forward
 from planner.costs.target import Target
-from planner.errors import PlannerError
+from planner.graph import kernels
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
+from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
 from planner.rewrite.program import Argument
-from planner.runtime.autograd import PendingCall, pass_of
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import OutputSets, Start
 
-__all__ = ["Place", "Session"]
+__all__ = ["ANY", "Kept", "Place", "Session"]
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +48,50 @@ Stage = Literal["look", "record", "plan"]
 # What each call of a recorded step is to run: steps in its own graph, and how many are the forward's.
 Parts: TypeAlias = Sequence[tuple[Sequence[int], int]]
 
-MOST_PLANS = 16  # kinds of steps for which one is kept
+ANY: Hashable = None  # the kind of a step where nobody tells kinds apart
+
+MOST_PLANS = 16  # of one kind
+MOST_KINDS = 64  # for which plans are kept
+MOST_RECORDS = 8  # of one kind: beyond that its calls differ from step to step
+REMEMBERED = 32  # steps after which a plan that none was of is forgotten
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
     """What one call of a step is planned to run.
 
-    ``key``   the signature that the region is called with.
-    ``used``  its outputs that get gradients, ``None``: all that can; where none does, eager runs it.
+    ``variant``  of the region, ``None`` where eager runs it; ``key``: the signature that it is called with.
+    ``used``     its outputs that get gradients, ``None``: all that can; where none does, eager runs it.
     """
 
     region: Region
     key: Any
     used: frozenset[int] | None
+    variant: Variant | None = None
     steps: tuple[int, ...] = ()
     turn: int = 0
 
-    def is_of(self, region: Region, key: Any) -> bool:
-        """Whether it is for such a call."""
-        return self.region is region and self.key == key
+
+@dataclass(eq=False)
+class Kept:
+    """A plan for steps of one kind.
+
+    ``places``  what its calls run; ``of``: what whoever made it wants to know again.
+    ``idle``    steps of its kind since one was of it.
+    """
+
+    places: tuple[Place, ...]
+    of: Any = None
+    idle: int = 0
+
+    def is_like(self, other: Kept) -> bool:
+        """Whether it is for the same calls."""
+        mine, its = ([(p.region, p.key) for p in kept.places] for kept in (self, other))
+        return mine == its
+
+
+class _Step:
+    """One step; its calls hold it."""
 
 
 @dataclass(eq=False)
@@ -72,10 +99,14 @@ class _Seen:
     """What one call of a region gave and took.
 
     ``variant``  that ran; ``None`` where eager did.
+    ``turn_of``  how often the region had been called in the step before.
     ``present``  the outputs that got gradients; ``None`` before its backward.
     """
 
+    step: _Step
+    number: int
     region: Region
+    turn_of: int
     variant: Variant | None
     key: Any
     used: frozenset[int] | None
@@ -87,75 +118,19 @@ class _Seen:
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
-
-class Pending(PendingCall):
-    """One call of a region, and what its backward still needs.
-
-    ``args``  what the region was given, in a step that is looked at: a backward that is itself differentiated
-              runs the region again from it, as eager runs it, and from then on it always does.
-    """
-
-    def __init__(
-        self,
-        *given: Any,
-        session: Session,
-        number: int,
-        region: Region,
-        args: Sequence[Any] | None,
-        **more: Any,
-    ) -> None:
-        super().__init__(*given, **more)
-        self.session, self.number, self.region, self.args = session, number, region, args
-        self.before = given[1] if args is not None else {}
-
-    def differentiated_twice(self) -> None:
-        """Allowed in a step that is looked at."""
-        if self.args is None:
-            super().differentiated_twice()
-
-    def begin(self, tangents: tuple[Any, ...]) -> None:
-        """The first of its nodes runs."""
-        self.session.backward_begins(self, tangents)
-        if torch.is_grad_enabled():
-            self._as_eager(tangents)
-        else:
-            super().begin(tangents)
-
-    def run(
-        self, index: int, held: Callable[[], tuple[torch.Tensor, ...]], tangents: tuple[Any, ...]
-    ) -> list[Any]:
-        """One of its nodes."""
-        gradients = super().run(index, held, tangents)
-        self.session.gave(self, index, gradients)
-        return gradients
-
-    def _as_eager(self, tangents: tuple[Any, ...]) -> None:
-        assert self.args is not None
-        self.region.is_eager = True
-        present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
-        names = [name for of in self.names for name in of]
-        given = self.before
-        leaves = [given[Argument("parameter" if isinstance(n, str) else "input", n)] for n in names]
-        buffers = [(t, t.clone()) for a, t in given.items() if a.kind == "buffer"]
-        with torch.enable_grad():
-            made = tensors_in(self.region.plain.forward(*self.args))
-            roots = [made[i] for i in sorted(present)]
-            seeds = [t for t in tangents if t is not None]
-            unique = list({id(t): t for t in leaves}.values())
-            found = torch.autograd.grad(roots, unique, seeds, create_graph=True, allow_unused=True)
-        with torch.no_grad():
-            for buffer, was in buffers:
-                buffer.copy_(was)
-        by_leaf = dict(zip(map(id, unique), found, strict=True))
-        gradients = {name: by_leaf.pop(id(leaf), None) for name, leaf in zip(names, leaves, strict=True)}
-        self.now = pass_of(present, gradients)
+    @property
+    def able(self) -> frozenset[int]:
+        """The outputs that can get gradients, where that is known."""
+        if self.variant is None or self.variant.captured is None:
+            return frozenset()
+        leaves = self.variant.captured.joint.template.leaves
+        return frozenset(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
 
 
 class Session:
     """A model whose forward runs in regions.
 
     ``stage``  what is done with the step that runs.
-    ``plans``  for each kind of step what its calls run, the last one made first.
     """
 
     def __init__(self, model: nn.Module, target: Target, budget_bytes: int) -> None:
@@ -163,34 +138,42 @@ class Session:
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
-        self.plans: list[tuple[Place, ...]] = []
-        self._open: list[tuple[Place, ...]] = []  # those that the step that runs may still be of
+        self.kind: Hashable = ANY
         self.strayed = False  # from what is planned
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | None = None  # that has seen the step, or sees it
         self.calls: list[_Seen] = []
-        self._used: dict[int, tuple[Region, frozenset[int]]] = {}
+        self._plans: dict[Hashable, list[Kept]] = {}
+        self._open: list[Kept] = []  # those that the step that runs may still be of
+        self._wanted: set[Hashable] = set()  # kinds to be recorded again
+        self._records: Counter[Hashable] = Counter()
+        self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
+        self._full: set[tuple[int, int]] = set()  # where these are all that can
+        self._is_looked = False
+        self._eager_before: frozenset[int] = frozenset()
+        self._step = _Step()
         self._pending: list[weakref.ref[Pending]] = []
-        self._last: dict[int, int] = {}
-        self._names: dict[int, str] = {}
-        self._homes: dict[int, str] = {}
-        self._was_eager: frozenset[int] = frozenset()
+        self._times: Counter[int] = Counter()  # calls of each region in this step
+        self._inside = 0  # calls of the model that are running
+        self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
+        self._on: Recorder | None = None  # that is on in a training loop
         self._thread = 0
-        self._keys: tuple[int, int] | None = (
-            None  # the dispatcher's, where a recorder is on in a training loop
-        )
-        self._know()
+        self._keys: tuple[int, int] | None = None  # the dispatcher's, where that was entered
+        self._known: dict[int, str] | None = None
         self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
         self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
 
-    def _know(self) -> None:
-        model = self.model
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        self._names = {id(t): n for n, t in tensors}
-        self._homes = {id(m): n for n, m in model.named_modules()}
+    @property
+    def _names(self) -> dict[int, str]:
+        """Of the model's tensors, by identity; as they are in this step."""
+        if self._known is None:
+            tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+            self._known = {id(t): n for n, t in tensors}
+        return self._known
 
     def _cut(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-        region = Region(len(self.regions), graph, self._homes)
+        homes = {id(m): n for n, m in self.model.named_modules()}
+        region = Region(len(self.regions), graph, homes)
         self.regions.append(region)
         return functools.partial(self.run, region)
 
@@ -198,20 +181,27 @@ class Session:
 
     @property
     def waits(self) -> bool:
-        """Whether the backward of a call is still to come."""
-        return any((call := ref()) is not None and call.waits for ref in self._pending)
+        """Whether the first backward of a call is still to come."""
+        return any((call := ref()) is not None and call.waits and not call.began for ref in self._pending)
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: Stage, kind: Hashable = ANY) -> None:
         """A step begins."""
-        self._open = list(self.plans)
-        self.stage = stage
+        kept = [k for of in dict.fromkeys((kind, ANY)) for k in self._plans.get(of, ())]
+        # a step with fewer calls is within what one with more of them was planned to
+        self._open = sorted(kept, key=lambda plan: -len(plan.places))
+        self.stage, self.kind, self.strayed = stage, kind, False
         self.calls, self._pending, self.recorder = [], [], None
-        self._know()
+        self._step, self._times, self._known = _Step(), Counter(), None
+        self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in regions."""
-        with _compat.dynamo_as_eager():
-            return self._compiled(*args, **kwargs)
+        self._inside += 1
+        try:
+            with _compat.dynamo_as_eager():
+                return self._compiled(*args, **kwargs)
+        finally:
+            self._inside -= 1
 
     @property
     def breaks(self) -> list[tuple[str, str]]:
@@ -223,72 +213,127 @@ class Session:
         """Numbers of the regions that run as eager runs them."""
         return frozenset(region.number for region in self.regions if region.is_eager)
 
+    @property
+    def runs(self) -> Kept | None:
+        """The plan that the step is of so far."""
+        return self._open[0] if self.stage == "plan" and self._open and not self.strayed else None
+
     def run(self, region: Region, *args: Any) -> Any:
         """A region is called."""
         if region.is_eager or not torch.is_grad_enabled() or not any(map(_tracked, args)):
             return region.plain.forward(*args)
         number, key = len(self.calls), region.signature(args)
-        place = self._place(number, region, key)
-        used = None if place is None else place.used
-        if self.stage == "record" and number in self._used and self._used[number][0] is region:
-            used = self._used[number][1]
-        if used is not None and not used:  # no gradient ever comes
-            self.calls.append(_Seen(region, None, key, used))
-            return region.plain.forward(*args)
+        turn_of = self._times[region.number]
+        self._times[region.number] += 1
         with _compat.modes_set_aside():
-            variant = region.variant(key, args, self._names, self.target, used)
-            if variant.captured is None:
-                self.calls.append(_Seen(region, None, key, frozenset()))
-                return region.plain.forward(*args)
+            place = self._place(number, region, key, args)
+            used = self._used(region, turn_of) if place is None else place.used
+            seen = _Seen(self._step, number, region, turn_of, None, key, used)
+            if used is None or used:
+                variant = region.variant(key, args, self._names, self.target, used)
+                seen.variant = None if variant.captured is None else variant
+        self.calls.append(seen)
+        variant = seen.variant  # type: ignore[assignment]
+        if variant is None:
+            return self._plain(seen, args)
+        assert variant.captured is not None
+        with _compat.modes_set_aside():
             steps, turn = (place.steps, place.turn) if place is not None else variant.lightest
             step = variant.program(steps, turn, self.budget_bytes)
-        base = region.slots(args, self._names)[1] if self.recorder is not None else ""
-        seen = _Seen(region, variant, key, used, base, {}, tuple(steps), turn)
-        self.calls.append(seen)
+        seen.steps, seen.turn = tuple(steps), turn
+        recorder = self.recorder if self.recorder is not None and self.recorder.counts else None
         given = variant.given(args)
-        if self.recorder is not None:
-            self._takes(self.recorder, seen, given, number)
+        if recorder is not None:
+            seen.base = region.slots(args, self._names)[1]
+            self._takes(recorder, seen, given)
         piece = variant.captured.model
         leaves = piece.arguments(args)  # type: ignore[operator]
         several = sum(leaf.requires_grad for leaf in step.template.leaves) > 1
         in_spec = variant.captured.joint.in_spec
-        start = Start(step, given, leaves, in_spec, hold=self.stage == "look") if several else None
+        looks = (region.number, turn_of) not in self._came
+        hold = looks or used is not None
+        start = Start(step, given, leaves, in_spec, hold=hold) if several else None
+        state = None
+        if looks and step.program.draws and not kernels.is_capturing(step.device):
+            with _compat.modes_set_aside():
+                state = kernels.rng_state(str(step.device))
         pending = functools.partial(
             Pending,
             sets=OutputSets(piece, step),
             start=start,
             session=self,
-            number=number,
+            seen=seen,
+            step_of=self._holder(),
             region=region,
-            args=args if self.stage == "look" else None,
+            args=args,
+            hold=looks,
+            state=state,
         )
         flat, call = run_step(step, given, pending)
-        if self._keys is not None and not self._pending:
-            weakref.finalize(call, self.settle).atexit = False
         self._pending.append(weakref.ref(call))  # type: ignore[arg-type]
-        if self.recorder is not None:
+        if recorder is not None:
             for i, tensor in enumerate(flat):
-                self._note(self.recorder, seen.gives, ("output", i), tensor)
-            self.recorder.leave()
+                self._note(recorder, seen.gives, ("output", i), tensor)
+            recorder.leave()
         return step.template.rebuild(flat)
 
-    def _place(self, number: int, region: Region, key: Any) -> Place | None:
-        """What is planned for the call, by the first plan whose calls are those of this step so far."""
-        if self.stage != "plan":
-            return None
-        self._open = [p for p in self._open if number < len(p) and p[number].is_of(region, key)]
-        if not self._open:
-            self.strayed = True
-            return None
-        return self._open[0][number]
+    def _holder(self) -> _Step:
+        """What the calls of this step hold: a recorder is taken off when they are gone."""
+        holder = None if self._alive is None else self._alive()
+        if holder is None:
+            holder = _Step()
+            self._alive = weakref.ref(holder)
+            if self._on is not None:
+                weakref.finalize(holder, self.settle, self._on).atexit = False
+        return holder
 
-    def _takes(self, recorder: Recorder, seen: _Seen, given: dict[Argument, Any], number: int) -> None:
+    def _plain(self, seen: _Seen, args: Sequence[Any]) -> Any:
+        """As eager runs it; a gradient that comes nevertheless is learned of."""
+        outputs = seen.region.plain.forward(*args)
+        if seen.used is not None:
+            for i, made in enumerate(tensors_in(outputs)):
+                if made.grad_fn is not None:
+                    made.grad_fn.register_prehook(functools.partial(self._came_for, seen, i))
+        return outputs
+
+    def _came_for(self, seen: _Seen, output: int, _: Any) -> None:
+        seen.present = (seen.present or frozenset()) | {output}
+        if seen.step is not self._step:
+            self._learn(seen)
+
+    def _used(self, region: Region, turn_of: int) -> frozenset[int] | None:
+        """The outputs that are to be differentiated, as far as is known; ``None``: all that can."""
+        at = region.number, turn_of
+        return None if not self._is_looked or at in self._full else self._came.get(at)
+
+    def _place(self, number: int, region: Region, key: Any, args: Sequence[Any]) -> Place | None:
+        """What is planned for the call, by the first plan whose calls are those of this step so far."""
+        if self.stage != "plan" or self.strayed:
+            return None
+        near = [k for k in self._open if number < len(k.places) and k.places[number].region is region]
+        exact = [kept for kept in near if kept.places[number].key == key]
+        if exact:
+            self._open = exact
+            return exact[0].places[number]
+        for kept in near:
+            place = kept.places[number]
+            if place.variant is None:
+                self._open = near
+                return replace(place, key=key)
+            smaller = region.variant(key, args, self._names, self.target, place.used)
+            if place.variant.serves(smaller):
+                self._open = [k for k in near if k.places[number].key == place.key]
+                return replace(place, key=key, variant=smaller)
+        self.strayed = True
+        return None
+
+    def _takes(self, recorder: Recorder, seen: _Seen, given: dict[Argument, Any]) -> None:
         for argument, value in given.items():
             if argument.kind == "input":
                 self._note(recorder, seen.crossings, (argument.kind, argument.key), value)
             elif argument.kind in ("parameter", "buffer"):
                 seen.args[str(argument.key)] = self._names.get(id(value), str(argument.key))
-        recorder.enter("forward", number)
+        recorder.enter("forward", seen.number)
 
     @staticmethod
     def _note(recorder: Recorder, into: dict[tuple[str, str | int], int], key: Any, tensor: Any) -> None:
@@ -296,49 +341,65 @@ class Session:
         if number is not None:
             into[key] = number
 
+    def _recorder_of(self, seen: _Seen) -> Recorder | None:
+        """Where it is noted what the backward of a call does."""
+        recorder = self.recorder
+        return recorder if seen.step is self._step and recorder is not None and recorder.counts else None
+
     def backward_begins(self, call: Pending, tangents: tuple[Any, ...]) -> None:
         """The first node of a call runs, for these gradients of its outputs."""
-        seen = self.calls[call.number]
+        seen: _Seen = call.seen
         present = frozenset(i for i, t in zip(call.tracked, tangents, strict=True) if t is not None)
         seen.present = present if seen.present is None else seen.present | present
-        if self.recorder is not None:
+        if seen.step is not self._step:
+            self._learn(seen)
+        recorder = self._recorder_of(seen)
+        if recorder is not None:
             for i, tangent in zip(call.tracked, tangents, strict=True):
-                self._note(self.recorder, seen.crossings, ("tangent", i), tangent)
-            self.recorder.enter("backward", call.number)
+                self._note(recorder, seen.crossings, ("tangent", i), tangent)
+            recorder.enter("backward", seen.number)
 
     def gave(self, call: Pending, index: int, gradients: list[Any]) -> None:
         """A node of a call has run."""
-        recorder = self.recorder
+        seen: _Seen = call.seen
+        recorder = self._recorder_of(seen)
         if recorder is None:
             return
-        seen = self.calls[call.number]
         for name, gradient in zip(call.names[index], gradients, strict=True):
-            if isinstance(name, int):
-                self._note(recorder, seen.gives, ("gradient", name), gradient)
+            self._note(recorder, seen.gives, ("gradient", name), gradient)
         if index == len(call.names) - 1:
             recorder.leave()
             if not self.waits:
-                _compat.after_backward(recorder.finish)
+                _compat.after_backward(functools.partial(self._through, recorder))
+
+    def _through(self, recorder: Recorder) -> None:
+        """A backward is through, and no call waits for its first one."""
+        if any((call := ref()) is not None and call.waits for ref in self._pending):
+            recorder.close()  # another may follow through what is kept
+        else:
+            recorder.finish()
 
     # -- from step to step -------------------------------------------------------------------------
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether the last step was recorded to its end."""
-        return self.stage == "record" and self.recorder is not None and self._is_differentiated
+    def is_differentiated(self) -> bool:
+        """Whether a backward came through the last step."""
+        return any(seen.present is not None for seen in self.calls)
 
     @property
-    def _is_differentiated(self) -> bool:
-        return any(seen.present is not None for seen in self.calls)
+    def is_recorded(self) -> bool:
+        """Whether the last step was recorded to its end, and is as those that were looked at."""
+        return self.stage == "record" and self.recorder is not None and self.is_differentiated
 
     @property
     def is_counted(self) -> bool:
         """Whether the last step ran as planned, and was counted to its end."""
-        return (
+        return bool(
             self.stage == "plan"
             and self.recorder is not None
-            and not self.strayed
-            and self._is_differentiated
+            and self.recorder.seen
+            and self.runs is not None
+            and self.is_differentiated
         )
 
     @property
@@ -346,82 +407,147 @@ class Session:
         """What the last step took."""
         recorder = self.recorder
         assert recorder is not None
-        return recorder.live_bytes - recorder.made_bytes + max(e.peak_bytes for e in recorder.events)
+        return recorder.live_bytes - recorder.made_bytes + max(e.peak_bytes for e in recorder.seen)
 
-    def next_stage(self) -> Stage:
-        """What is done with the next step."""
-        if self.stage == "look" and self._is_differentiated:
-            again = self.eager != self._was_eager
-            self._was_eager = self.eager
-            self.learned()
-            return "look" if again else "record"
-        if (self.stage == "plan" and self.strayed) or not self.plans:
+    def ended(self) -> None:
+        """The last step is over: what it showed is kept."""
+        if not self.is_differentiated:
+            return
+        self.learned()
+        if self.stage == "look":
+            self._is_looked = self.eager == self._eager_before
+        elif self.stage == "plan":
+            self._note_plan()
+
+    def _note_plan(self) -> None:
+        of, count = self.runs, len(self.calls)
+        exact = [kept for kept in self._open if len(kept.places) == count]
+        for kept in self._plans.get(self.kind, ()):
+            kept.idle = 0 if kept in exact or kept is of else kept.idle + 1
+        if self.kind in self._plans:
+            self._plans[self.kind] = [k for k in self._plans[self.kind] if k.idle <= REMEMBERED]
+        if of is None or not exact:
+            self._want(self.kind)
+
+    def _want(self, kind: Hashable) -> None:
+        if self._records[kind] < MOST_RECORDS:
+            self._wanted.add(kind)
+        elif self._records[kind] == MOST_RECORDS:
+            self._records[kind] += 1
+            log.warning(
+                "steps of %s differ from one to the next in what they call: %d of them were planned, others "
+                "run with next to nothing saved where none of these serves them",
+                type(self.model).__name__,
+                MOST_RECORDS,
+            )
+
+    def next_stage(self, kind: Hashable = ANY) -> Stage:
+        """What is done with the next step, one of ``kind``."""
+        if not self._is_looked and not self._plans:
             return "look"
+        known = self._plans.get(kind) or self._plans.get(ANY)
+        if kind in self._wanted or (not known and self._records[kind] < MOST_RECORDS):
+            return "record"
         return "plan"
 
-    def watch(self, there: Iterable[torch.Tensor], *, must: bool = True) -> None:
-        """Record the step that begins, which finds ``there``, until its backward is through.
+    @property
+    def may_watch(self) -> bool:
+        """Whether a step that begins now can be recorded."""
+        return not _compat.watching_modes() and self._on is None
 
-        Raises ``PlannerError`` under another mode, if it ``must``.
-        """
-        if _compat.watching_modes():
-            if not must:
-                return
-            raise PlannerError(
-                "a step in regions is recorded by a mode of torch's, and another is active here: let the "
-                "first training steps run without it"
-            )
+    def watch(self, there: Iterable[torch.Tensor]) -> None:
+        """Record the step that begins, which finds ``there``, until its backward is through."""
         recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
-        self.recorder, self._thread = recorder, threading.get_ident()
-        self._keys = _compat.dispatch_state()
+        self.recorder = self._on = recorder
+        self._thread, self._keys, self._alive = threading.get_ident(), _compat.dispatch_state(), None
 
-    def settle(self) -> None:
-        """Take a recorder off that has seen its step."""
-        recorder = self.recorder
-        if recorder is None or self._keys is None or threading.get_ident() != self._thread:
+    def settle(self, only: Recorder | None = None) -> None:
+        """Take a recorder off that has seen its step; ``only``: this one."""
+        recorder = self._on
+        if recorder is None or only not in (None, recorder) or self._inside:
+            return
+        if threading.get_ident() != self._thread or _compat.current_backward() != -1:
             return
         if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != self._keys:
             return
-        self._keys = None
-        recorder.finish()
+        self._on = None
+        recorder.counts = False
         recorder.__exit__(None, None, None)
 
-    def follow(self, parts: Parts) -> None:
+    def follow(self, parts: Parts, of: Any = None) -> None:
         """Plan for steps such as the recorded one: of each call its own steps, and how many are the
         forward's.
         """
         rest = iter(parts)
         places = []
         for seen in self.calls:
-            steps, turn = ((), 0) if seen.variant is None else next(rest)
-            places.append(Place(seen.region, seen.key, seen.used, tuple(steps), turn))
-        self.plans = [tuple(places), *self.plans][:MOST_PLANS]
-        self.stage, self.recorder, self.strayed = "plan", None, False
+            if seen.variant is None:
+                places.append(Place(seen.region, seen.key, seen.used))
+                continue
+            steps, turn = next(rest)
+            if seen.present is None:  # it has no backward to be planned; if one comes, there is one
+                steps, turn = seen.variant.lightest
+            places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn))
+        made = Kept(tuple(places), of)
+        others = [kept for kept in self._plans.pop(self.kind, []) if not kept.is_like(made)]
+        self._plans[self.kind] = [made, *others][:MOST_PLANS]
+        while len(self._plans) > MOST_KINDS:
+            del self._plans[next(iter(self._plans))]
+        self._wanted.discard(self.kind)
+        self.recorder = None
+
+    def give_up(self, kind: Hashable) -> None:
+        """Record no step of ``kind`` again."""
+        self._records[kind] = MOST_RECORDS + 1
+        self._wanted.discard(kind)
+
+    def forget(self) -> None:
+        """Every plan."""
+        self._plans.clear()
 
     # -- what was seen -----------------------------------------------------------------------------
 
     def learned(self) -> None:
-        """A step that was looked at is over."""
-        self._used = {}
-        for number, seen in enumerate(self.calls):
-            if seen.variant is None or seen.variant.captured is None:
-                continue
-            template = seen.variant.captured.joint.template
-            able = frozenset(i for i, leaf in enumerate(template.leaves) if leaf.requires_grad)
-            if seen.present != able:
-                self._used[number] = seen.region, seen.present or frozenset()
+        """A step is over, through which a backward came."""
+        for seen in self.calls:
+            self._learn(seen)
+
+    def _learn(self, seen: _Seen) -> None:
+        if seen.variant is None and seen.used is None:
+            return
+        at = seen.region.number, seen.turn_of
+        known = self._came.get(at, frozenset())
+        came = known | (seen.present or frozenset())
+        if at in self._came and came == known:
+            return
+        self._came[at] = came
+        if came == seen.able:
+            self._full.add(at)
+        if seen.used is not None and not came <= seen.used:
+            self._want(self.kind)
 
     def record(self) -> record.Record:
-        """What the recorded step did."""
+        """What the recorded step did.
+
+        Raises ``ValueError`` for one that was interrupted, or is no step that can be planned.
+        """
         recorder = self.recorder
         assert recorder is not None
+        self._records[self.kind] += 1
+        if not recorder.seen or self.eager != self._eager_before:
+            raise ValueError("its step was not seen to its end")
         ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
+        for seen in self.calls:
+            wanted = seen.able if seen.used is None else seen.used
+            if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
+                raise ValueError("gradients come for other outputs in each of its steps")
         index = {number: k for k, (number, _) in enumerate(ran)}
         numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
-        lives = recorder.crossings(order)
+        events, moved = record.last_backwards(recorder.seen)
+        crossings = [_moved(of, moved) for of in recorder.crossings(order).values()]
         calls = []
         for k, (_, seen) in enumerate(ran):
             assert seen.variant is not None and seen.variant.costs is not None
@@ -440,8 +566,18 @@ class Session:
             )
         found = recorder.live_bytes - recorder.made_bytes
         cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks)
-        events = [e if e.call is None else replace(e, call=index[e.call]) for e in recorder.events]
-        return record.Record(tuple(events), tuple(calls), tuple(lives.values()), found, cuts)
+        events = [e if e.call is None else replace(e, call=index[e.call]) for e in events]
+        return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+
+
+def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
+    """With its events where they are now; what dies behind the last one outlives the step."""
+    died = crossing.died
+    return replace(
+        crossing,
+        born=to[crossing.born],
+        died=None if died is None or died >= len(to) else to[died],
+    )
 
 
 def _tracked(x: Any) -> bool:

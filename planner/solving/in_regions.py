@@ -26,11 +26,11 @@ from planner.memory.static import StaticMemory
 from planner.options import CaptureMode, Search
 from planner.plan import Plan
 from planner.plans.plan_data import RegionSummary
-from planner.regions.forward import RegionsForward, apply_plan
+from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
 from planner.regions.observe import observe
 from planner.regions.record import Record
-from planner.regions.session import Parts, Session
+from planner.regions.session import Session
 from planner.runtime.apply import put, restored
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
@@ -145,11 +145,11 @@ class JoinedStep(BudgetedStep):
         session = self.session
         if session is None or session.model is not model:
             return apply_plan(plan, model)
-        session.plans = []
-        session.follow(self.parts(plan))
+        session.forget()
+        session.follow(self.parts(plan), Solved(self.parts(plan), plan=plan))
         return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))
 
-    def _again(self, plan: Plan, record: Record) -> Parts:
+    def _again(self, plan: Plan, record: Record) -> Solved:
         """Another kind of step is planned for the same budget."""
         resident = dataclasses.replace(self.resident, inputs_bytes=0, gradients_bytes=0)
         other = JoinedStep.of(
@@ -160,7 +160,7 @@ class JoinedStep(BudgetedStep):
         other = other.with_margin(max(0, record.found_bytes - known))
         made = other.plan_bytes(plan.budget_bytes, Search(time_limit_s=self.least_limit_s))
         log.info("another kind of step was planned: %r", made)
-        return other.parts(made)
+        return Solved(other.parts(made), plan=made)
 
 
 def step_in_regions(

@@ -10,6 +10,7 @@ bytes, and set aside.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import replace
@@ -25,9 +26,9 @@ from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import found_optimizer_bytes
 from planner.memory.resident import Resident, resident_of
 from planner.plan import Plan
-from planner.regions.forward import RegionsForward
+from planner.regions.forward import RegionsForward, Solved
 from planner.regions.record import Record
-from planner.regions.session import Parts, Session
+from planner.regions.session import Session
 from planner.solving.in_regions import JoinedStep
 from planner.training.settings import Settings
 from planner.units import bytes_text
@@ -41,14 +42,11 @@ class InRegions:
     """The training steps of ``planned``, a part of ``root`` or all of it, in regions.
 
     ``why``   it is not one graph.
-    ``last``  the plan made last.
     """
 
     def __init__(self, root: nn.Module, planned: nn.Module, settings: Settings, why: str) -> None:
         self.root, self.planned, self.settings, self.why = root, planned, settings, why
-        self.last: Plan | None = None
-        self._step: JoinedStep | None = None
-        self._began = 0.0
+        self._last: Plan | None = None
         self._restart()
 
     def change(self, settings: Settings) -> None:
@@ -64,11 +62,16 @@ class InRegions:
             self.planned, target_for(self.planned, self.settings.costs), self.settings.budget_bytes
         )
         self.session = session
-        self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, over=self._over)
+        self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, any_mode=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
         return self._forward(*args, **kwargs)
+
+    @property
+    def last(self) -> Plan | None:
+        """The plan of the last step, or the one made last."""
+        return self._forward.plan or self._last
 
     def settle(self) -> None:
         """Another call than a training one comes: a recorder that is still on has done its work."""
@@ -94,25 +97,25 @@ class InRegions:
         inputs_bytes = max(0, record.found_bytes - known)
         return replace(found, gradients_bytes=gradients_bytes, inputs_bytes=inputs_bytes)
 
-    def _solved(self, record: Record) -> Parts:
+    def _solved(self, record: Record) -> Solved:
         """Plan a recorded step."""
         began, s = time.perf_counter(), self.settings
         with s.search.reporting() as search, modes_set_aside():
-            self._step = JoinedStep.of(
+            step = JoinedStep.of(
                 record, self.root, Inputs((), {}), self._resident(record), self.session.target,
                 least_limit_s=search.time_limit_s, session=self.session,
             )  # fmt: skip
-            return self._planned(self._step, began)
+            return self._planned(step, began)
 
-    def _planned(self, step: JoinedStep, began: float) -> Parts:
+    def _planned(self, step: JoinedStep, began: float) -> Solved:
         assert self.settings.budget_bytes is not None
         with self.settings.search.reporting() as search:
             try:
                 plan = step.plan_bytes(self.settings.budget_bytes, search)
             except InfeasibleBudgetError as error:
                 raise error.saying(f"{error}. Within this budget the step runs out of memory.") from None
-        level = logging.DEBUG if self.last is not None else logging.INFO
-        self.last = plan
+        level = logging.DEBUG if self._last is not None else logging.INFO
+        self._last = plan
         memory, share = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
         log.log(
             level,
@@ -123,14 +126,14 @@ class InRegions:
             plan.peak_bytes / 1e9, plan.baseline_peak_bytes / 1e9, 100 * plan.overhead,
             100 * plan.overhead_bound, time.perf_counter() - began, self.why,
         )  # fmt: skip
-        return step.parts(plan)
+        return Solved(step.parts(plan), functools.partial(self._over, step), plan)
 
-    def _over(self, peak_bytes: int) -> Parts | None:
+    def _over(self, step: JoinedStep, peak_bytes: int) -> Solved | None:
         """A planned step took so much, without the optimizer's state; what is to be run instead, if it is too
         much.
         """
-        step, budget_bytes = self._step, self.settings.budget_bytes
-        assert step is not None and budget_bytes is not None and self.last is not None
+        budget_bytes = self.settings.budget_bytes
+        assert budget_bytes is not None
         state_bytes = step.resident.optimizer_state_bytes
         over = peak_bytes + state_bytes - budget_bytes
         if over <= 0:
@@ -140,9 +143,8 @@ class InRegions:
             "That is set aside from here on",
             type(self.root).__name__, bytes_text(peak_bytes + state_bytes), bytes_text(over),
         )  # fmt: skip
-        self._step = step.with_margin(step.memory.margin_bytes + over)
         try:
-            return self._planned(self._step, time.perf_counter())
+            return self._planned(step.with_margin(step.memory.margin_bytes + over), time.perf_counter())
         except InfeasibleBudgetError as error:
             log.warning("%s; it trains on over its budget", error)
             return None
