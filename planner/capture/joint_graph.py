@@ -230,6 +230,7 @@ def capture_piece(
                     step.installed.remove()
                     reads.forget()
         traced = _sort_out(module, step.names, tuple(step.rebound))
+    _note_what_goes_on(traced, given)
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
     assert step.template is not None
@@ -273,6 +274,7 @@ def _captured(
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
+    _note_what_goes_on(traced, given)
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
@@ -302,6 +304,12 @@ def _captured(
     bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
     loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
     return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+
+
+def _note_what_goes_on(traced: Traced, given: Inputs) -> None:
+    for i, tensor in enumerate(given.tensors()):
+        if i in traced.inputs and tensor.requires_grad and not tensor.is_leaf:
+            meta.note_goes_on(traced.inputs[i])
 
 
 def _refuse_side_effects(

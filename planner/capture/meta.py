@@ -24,6 +24,8 @@ _acc``         here
 ``over``       the operand on whose storage it lies     passes/inplace              training_graph
 ``instead_of`` the call that makes the same apart from  rewrite/emit                rewrite/prune, segments
                its first operand, which it writes over
+``goes_on``    whether an input is what other code  capture/joint_graph         passes/gradients
+               made, into which its gradient goes on
 ``recompute``  whether it is a further execution        rewrite/emit                whoever reads the program
 =============  =======================================  ==========================  =========================
 
@@ -44,10 +46,12 @@ __all__ = [
     "draw",
     "forget_symbolic",
     "formula",
+    "goes_on",
     "instead_of",
     "module",
     "note_again",
     "note_draw",
+    "note_goes_on",
     "note_instead_of",
     "note_over",
     "note_recompute",
@@ -139,6 +143,16 @@ def formula(node: fx.Node) -> int | None:
 def sums_gradients(node: fx.Node) -> bool:
     """Whether the call is the engine's own, which adds up the gradients of a tensor that is read twice."""
     return bool(node.meta.get("is_gradient_acc", False))
+
+
+def goes_on(node: fx.Node) -> bool:
+    """Whether other code made this input, so that its gradient goes on into the backward of that."""
+    return bool(node.meta.get("goes_on", False))
+
+
+def note_goes_on(node: fx.Node) -> None:
+    """Other code made this input, and waits for its gradient."""
+    node.meta["goes_on"] = True
 
 
 def again(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:

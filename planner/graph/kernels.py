@@ -19,6 +19,7 @@ __all__ = [
     "dropout_mask",
     "dropout_mask_again",
     "dropout_scale",
+    "gradient_apart",
     "gradient_like",
     "is_capturing",
     "lstm_layer",
@@ -102,6 +103,13 @@ def lstm_layer(*args: Any) -> tuple[torch.Tensor, ...]:
 def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     """A copy of a gradient in its leaf's layout and dtype, as autograd would make on accumulation."""
     return torch.empty_like(leaf, requires_grad=False).copy_(gradient)
+
+
+def gradient_apart(gradient: torch.Tensor) -> torch.Tensor:
+    """A copy of a gradient on a storage of its own, laid out as it is: whoever reads it adds up by that."""
+    steps = gradient.stride()
+    once = gradient.as_strided([n if s else min(n, 1) for n, s in zip(gradient.shape, steps, strict=True)], steps)
+    return once.clone().expand(gradient.shape)
 
 
 def written(

@@ -143,10 +143,9 @@ def _one_by_one(terms: list[fx.Node], position: Mapping[fx.Node, int]) -> list[f
         before, term = terms[k - 1], terms[k]
         if _at(term, position) < _at(before, position):
             with term.graph.inserting_after(before):
-                terms[k] = term.graph.call_function(kernels.gradient_like, (term, term))
-            terms[k].meta = dict(term.meta)
+                terms[k] = term.graph.call_function(kernels.gradient_apart, (term,))
             with _compat.fake_mode_of(meta.tensor(term)):
-                meta.set_value(terms[k], torch.empty_like(meta.tensor(term)))
+                meta.describe(terms[k], kernels.gradient_apart(meta.tensor(term)), term)
     return terms
 
 
