@@ -1,9 +1,16 @@
 """A step in regions: captured pieces in order, with the user's own code between them, under one budget.
 
-    forward -> Dynamo's graphs -> regions -> Record of a step -> Joined graph -> JoinedStep -> Plan
+In: a model whose step is not one graph, and steps of it that run.  Out: ``Record`` of a step, the ``Joined``
+graph of it, and a forward that runs as a plan of that says.  Raises ``PlannerError`` where there is no region
+to plan or nothing to run, ``StalePlanError`` for a plan of another step.
 
-The files, in that order: :mod:`~planner.regions.cut` lets Dynamo cut the forward,
-:mod:`~planner.regions.region` captures each piece, :mod:`~planner.regions.record` sees a step run,
-:mod:`~planner.regions.joined` makes one graph of it, of which :mod:`~planner.solving.in_regions` makes plans,
-:mod:`~planner.regions.runs` runs what was planned.
+    forward -> Dynamo's graphs -> Region, Variant -> Record -> Joined -> (planner.solving.in_regions) -> Plan
+
+In that order: ``piece`` makes a module of a graph of Dynamo's, ``region`` captures it at each signature that it
+is called with, ``session`` runs the calls of a step and ``pending`` their backwards, ``recorder`` sees them run,
+``record`` is what was seen, ``joined`` makes one graph of it and parts its schedules again, ``observe`` runs a
+step as if it had not been, ``forward`` stands in for the model's.
+
+Dynamo (Ansel et al., "PyTorch 2", ASPLOS 2024, https://doi.org/10.1145/3620665.3640366) cuts and guards; what is
+saved and recomputed within a piece is decided here, for all pieces at once.
 """
