@@ -794,9 +794,15 @@ class _DynamoAsEager:
 
     def __init__(self) -> None:
         from torch._dynamo import config
+        from torch._dynamo.trace_rules import get_legacy_mod_inlinelist
         from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, tracing_state_functions
 
         self._config, self._answers = config, tracing_state_functions()
+        # Where a loop in the model's own code is cut, the layers that it calls are graphs of their own; those
+        # of torch's that are made of others too, whose code Dynamo would otherwise leave alone.
+        folder = os.path.dirname(torch.nn.modules.__file__)
+        self._own = get_legacy_mod_inlinelist()
+        self._layers = {f"{folder}/{name}.py" for name in _LAYERS}
         self._handlers = TorchInGraphFunctionVariable._get_handlers()
         self._asked = [
             f for f, answer in self._answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS
@@ -836,6 +842,7 @@ class _DynamoAsEager:
     def _answer(self) -> None:
         for function in self._asked:
             self._answers[function] = False
+        self._own |= self._layers
         for function in self._unasked:
             self._answers[function] = False
             self._handlers[function] = self._handlers[torch.jit.is_tracing]
@@ -849,12 +856,16 @@ class _DynamoAsEager:
         if self._hf is not None:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
+        self._own -= self._layers
         for function in self._asked:
             self._answers[function] = True
         for function in self._unasked:
             self._answers.pop(function, None)
             self._handlers.pop(function, None)
 
+
+# Files of torch.nn.modules with modules made of others.
+_LAYERS = ("activation", "container", "rnn", "transformer")
 
 _HF_QUESTION = "is_torchdynamo_compiling"  # of transformers 5.3+, where it collects outputs
 

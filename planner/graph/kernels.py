@@ -108,7 +108,9 @@ def gradient_like(gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 def gradient_apart(gradient: torch.Tensor) -> torch.Tensor:
     """A copy of a gradient on a storage of its own, laid out as it is: whoever reads it adds up by that."""
     steps = gradient.stride()
-    once = gradient.as_strided([n if s else min(n, 1) for n, s in zip(gradient.shape, steps, strict=True)], steps)
+    once = gradient.as_strided(
+        [n if s else min(n, 1) for n, s in zip(gradient.shape, steps, strict=True)], steps
+    )
     return once.clone().expand(gradient.shape)
 
 

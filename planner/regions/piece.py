@@ -43,9 +43,7 @@ class Slot:
 
 
 class Piece(nn.Module):
-    """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments.
-
-    """
+    """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments."""
 
     def __init__(self, graph: fx.GraphModule, slots: Sequence[Slot], given: Sequence[Any]) -> None:
         super().__init__()

@@ -49,6 +49,7 @@ class JoinedStep(BudgetedStep):
 
     captured: RecordedStep
     session: Session | None = None  # that recorded it
+    why: str = ""  # it is not one graph
 
     @classmethod
     def of(
@@ -103,7 +104,11 @@ class JoinedStep(BudgetedStep):
         """The plan that runs the schedule of ``answer``; ``ValueError`` where there is none."""
         plan = super().plan_of(answer)
         assert answer.execution is not None
-        return dataclasses.replace(plan, regions=self._summaries(answer.execution), cuts=self.record.cuts)
+        return dataclasses.replace(
+            plan,
+            regions=self._summaries(answer.execution),
+            cuts=self.record.cuts or ((self.why,) if self.why else ()),
+        )
 
     def _summaries(self, ran: Execution) -> tuple[RegionSummary, ...]:
         """What the plan that runs so does with each call."""
@@ -220,6 +225,7 @@ def captured_as(
         step = regions()
     except PlannerError as error:
         raise TraceError(f"{refused}\nNor can it be planned in regions: {error}") from error
+    step = dataclasses.replace(step, why=str(refused).split(". ")[0])
     log.info(
         "%s is planned in %d regions, not as one graph: %s",
         type(step.model).__name__,

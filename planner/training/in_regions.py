@@ -105,7 +105,7 @@ class InRegions:
                 record, self.root, Inputs((), {}), self._resident(record), self.session.target,
                 least_limit_s=search.time_limit_s, session=self.session,
             )  # fmt: skip
-            return self._planned(step, began)
+            return self._planned(replace(step, why=self.why.split(". ")[0]), began)
 
     def _planned(self, step: JoinedStep, began: float) -> Solved:
         assert self.settings.budget_bytes is not None
