@@ -528,7 +528,7 @@ def is_data_dependent(error: BaseException) -> bool:
 
 def size_hint(size: int | torch.SymInt) -> int:
     """The size as an int; of a symbolic one, what it was traced with, and no guard is made; 2.0+."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, (int, float)) else int(size.node.hint)
 
 
 def symbolic_mode() -> FakeTensorMode:
@@ -823,6 +823,7 @@ class _DynamoAsEager:
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,
+                allow_unspec_int_on_nn_module=True,  # a counter on a module is a number that changes
             )
             self._here.patch.__enter__()
         with self._lock:

@@ -41,6 +41,11 @@ class Slot:
     name: str = ""
     uses: int = 1
 
+    @property
+    def places(self) -> range:
+        """As how many arguments of the module it is passed."""
+        return range(1 if self.kind in ("input", "constant") else 0)
+
 
 class Piece(nn.Module):
     """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments."""

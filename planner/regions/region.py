@@ -18,12 +18,13 @@ import torch
 from torch import fx, nn
 
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import capture_piece
+from planner.capture.joint_graph import JointGraph, capture_piece
 from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
 from planner.regions.piece import Piece, Slot, apart, with_homes
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
@@ -67,6 +68,7 @@ class Variant:
     why: str = ""
     made: dict[tuple[int, ...], ExecutableStep] = field(default_factory=dict)
     again: Callable[[nn.Module, Inputs, frozenset[int]], Variant] | None = None
+    scalars: Sequence[Scalar] = ()
     _served: dict[int, bool] = field(default_factory=dict)
 
     @cached_property
@@ -143,20 +145,27 @@ class Variant:
 
     def given(self, args: Sequence[Any]) -> dict[Argument, Any]:
         """A program's arguments, of those of Dynamo's graph."""
-        return {argument: args[position] for argument, position in self.arguments}
+        out = {argument: args[position] for argument, position in self.arguments}
+        for scalar in self.scalars:
+            out[Argument("size", str(scalar))] = scalar.of(args)
+        return out
 
 
 class Region:
     """One of Dynamo's graphs.
 
-    ``number``  in the order in which Dynamo handed them over.
+    ``number``   in the order in which Dynamo handed them over.
+    ``numbers``  what it computes of Python's numbers; ``plain``: the rest, which is what is meant elsewhere.
+    ``scalars``  arguments that may be another number at each call, within one capture.
     """
 
     def __init__(self, number: int, graph: fx.GraphModule, homes: Names) -> None:
         self.number = number
-        self.graph = with_homes(graph, homes)
-        self.plain = graph
-        self.writes = [_is_written(node) for node in graph.graph.find_nodes(op="placeholder")]
+        self.numbers = Numbers.of(graph)
+        self.plain = graph if self.numbers is None else self.numbers.rest
+        self.scalars = scalars_of(self.plain)
+        self.graph = with_homes(self.plain, homes)
+        self.writes = [_is_written(node) for node in self.plain.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
         self.is_eager = False  # runs as eager runs it
 
@@ -166,7 +175,7 @@ class Region:
         tensors = []
         for position, x in enumerate(args):
             if not isinstance(x, torch.Tensor):
-                tensors.append(x)
+                tensors.append(class_of(x) if position in self.scalars else (type(x), x))
                 continue
             same = seen.setdefault(id(x), position)
             tensors.append(
@@ -221,16 +230,35 @@ class Region:
             return found
         try:
             joint, terms = capture_piece(piece, inputs, used)
+            scalars = self._scalars(joint, piece, inputs, used)
         except PlannerError as error:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             made = Variant(piece.slots, base, why=str(error))
         else:
-            joint, told = apart(joint, terms, piece.slots)
+            joint, slots = apart(joint, terms, piece.slots)
             graph, costs, _ = target.price(training_graph(joint))
-            made = Variant(told, base, CapturedStep.of(piece, joint, graph), costs)
+            made = Variant(slots, base, CapturedStep.of(piece, joint, graph), costs)
+            made.scalars = scalars
             made.again = lambda _, inputs, used: self._captured(key, piece, inputs, base, target, used)
         self.variants[key, used] = made
         return made
+
+    def _scalars(
+        self, joint: JointGraph, piece: Piece, inputs: Inputs, used: frozenset[int] | None
+    ) -> list[Scalar]:
+        """The numbers that the captured step is to be given; what they are in it is replaced there."""
+        positions = [k for k, slot in enumerate(piece.slots) for _ in slot.places]
+        while True:
+            at = frozenset(i for i, k in enumerate(positions) if k in self.scalars)
+            others = other_values(inputs.args, at)
+            if all(a is b for a, b in zip(inputs.args, others, strict=True)):
+                return []
+            other, _ = capture_piece(piece, Inputs(tuple(others), {}), used)
+            graphs = joint.step.module.graph, other.step.module.graph
+            found, fixed = told(*graphs, inputs.args, others, positions)
+            if not fixed:
+                return found
+            self.scalars -= fixed  # each value of these has a capture of its own
 
 
 def _is_within(smaller: Variant, larger: Variant) -> bool:

@@ -220,6 +220,12 @@ class Session:
 
     def run(self, region: Region, *args: Any) -> Any:
         """A region is called."""
+        if region.numbers is None:
+            return self._run(region, args)
+        rest, numbers = region.numbers.split(args)
+        return region.numbers.joined(self._run(region, rest), numbers)
+
+    def _run(self, region: Region, args: Sequence[Any]) -> Any:
         if region.is_eager or not torch.is_grad_enabled() or not any(map(_tracked, args)):
             return region.plain.forward(*args)
         number, key = len(self.calls), region.signature(args)
