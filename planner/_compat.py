@@ -846,7 +846,7 @@ class _DynamoAsEager:
         self._own |= self._layers
         for function in self._unasked:
             self._answers[function] = False
-            self._handlers[function] = self._handlers[torch.jit.is_tracing]
+            self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
         module = sys.modules.get("transformers.utils.output_capturing")
         was = getattr(module, _HF_QUESTION, None)
         if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles

@@ -234,7 +234,9 @@ def capture_piece(
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
     assert step.template is not None
-    whole: dict[str | int, fx.Node] = {**traced.gradients, **traced.input_gradients}
+    whole: dict[str | int, fx.Node] = {}
+    whole.update(traced.gradients)
+    whole.update(traced.input_gradients)
     terms = {key: summands(node, reads.counts.get(key, 1)) for key, node in whole.items()}
     joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
     return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}
@@ -428,7 +430,10 @@ class _FlatModel(nn.Module):
                 )
             results.append(new.detach())
         if self.watch is not None:
-            self.watch.watch({**state, **dict(enumerate(tensors))}, results)
+            watched_tensors: dict[str | int, torch.Tensor] = {}
+            watched_tensors.update(state)
+            watched_tensors.update(enumerate(tensors))
+            self.watch.watch(watched_tensors, results)
         return tuple(map(_apart, results))
 
 

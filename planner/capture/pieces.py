@@ -1,8 +1,8 @@
 """How often autograd reads a tensor, and the gradients that it adds up for it.
 
-The engine runs formulas in reverse order of their calls, whichever part of the step they are of, and adds each
-gradient of a tensor to what came before.  So where several parts of a step read one tensor, a part hands out
-its gradients one by one: one sum made inside would be rounded otherwise.
+The engine runs formulas in reverse order of their calls, whichever part of the step they are of, and adds
+each gradient of a tensor to what came before.  So where several parts of a step read one tensor, a part hands
+out its gradients one by one: one sum made inside would be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ReadsOf:
             node = waiting.pop()
             reads = {}
             for i, (following, number) in enumerate(node.next_functions):
-                key = edges.get((following, number))
+                key = None if following is None else edges.get((following, number))
                 if key is not None:
                     reads[i] = key
                 elif following is not None and following not in seen and following not in ends:
@@ -80,8 +80,8 @@ def summands(gradient: fx.Node, count: int) -> list[fx.Node]:
         alone = k == 0 or len(node.users) == 1
         if not (meta.sums_gradients(node) and len(node.all_input_nodes) <= 2 and alone):
             raise TraceError(
-                f"the {count} gradients that are added up for {gradient.name} cannot be told apart in the trace"
+                f"the {count} gradients that are added up for {gradient.name} cannot be told apart"
             )
         node, last = node.args[:2]  # type: ignore[assignment]
-        behind.append(last)
+        behind.append(last)  # type: ignore[arg-type]
     return [node, *reversed(behind)]

@@ -262,8 +262,8 @@ def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--capture", choices=("auto", "one graph", "regions"), default="auto",
-        help="the step as one graph, or in regions with the model's own code between them, for which it is run "
-        "twice and put back; auto: regions where it is not one graph (default: %(default)s)",
+        help="the step as one graph, or in regions with the model's own code between them, for which it is "
+        "run twice and put back; auto: regions where it is not one graph (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--time-limit", type=float, default=time_limit_s, metavar="S",

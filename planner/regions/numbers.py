@@ -120,7 +120,8 @@ class Numbers:
 
     def split(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """The arguments of ``rest``, and the numbers that go out again."""
-        rest, numbers = [], []
+        rest: list[Any] = []
+        numbers: list[Any] = []
         for x, takes in zip(args, self._takes, strict=True):
             (rest if takes else numbers).append(x)
         made = self._of(*numbers)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import html as markup
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -148,13 +150,20 @@ def _regions(plan: PlanData) -> list[tuple[str, str, str]]:
         return []
     memory, time = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
     within = f"{memory:.1%} of the step's memory and {time:.1%} of its time in them"
-    cuts = [("cut at", cut, "") for cut in plan.cuts[:_CUTS]]
+    cuts = [("cut at", *_place_of(cut)) for cut in plan.cuts[:_CUTS]]
     more = len(plan.cuts) - len(cuts)
     return [
         ("regions", f"{len(plan.regions)} regions", within),
         *cuts,
         *([("cut at", f"{more} more places", "")] if more else []),
     ]
+
+
+def _place_of(cut: str) -> tuple[str, str]:
+    """Where and why, of one of a plan's cuts."""
+    found = re.search(r"(\S+:\d+):? (.*)", cut)
+    where, why = (found[1].rpartition("/")[2], found[2]) if found else ("", cut)
+    return where, textwrap.shorten(why, 100, placeholder=" ...")
 
 
 def _filled(plan: PlanData) -> list[tuple[str, int]]:
