@@ -235,8 +235,8 @@ def capture_piece(
         raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
     assert step.template is not None
     whole: dict[str | int, fx.Node] = {}
-    whole.update(traced.gradients)
-    whole.update(traced.input_gradients)
+    whole.update(traced.gradients.items())
+    whole.update(traced.input_gradients.items())
     terms = {key: summands(node, reads.counts.get(key, 1)) for key, node in whole.items()}
     joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
     return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}

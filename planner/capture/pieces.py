@@ -47,9 +47,9 @@ class ReadsOf:
             node = waiting.pop()
             reads = {}
             for i, (following, number) in enumerate(node.next_functions):
-                key = None if following is None else edges.get((following, number))
-                if key is not None:
-                    reads[i] = key
+                found = None if following is None else edges.get((following, number))
+                if found is not None:
+                    reads[i] = found
                 elif following is not None and following not in seen and following not in ends:
                     seen.add(following)
                     waiting.append(following)
