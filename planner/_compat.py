@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -793,16 +794,13 @@ class _DynamoAsEager:
     """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often."""
 
     def __init__(self) -> None:
-        from torch._dynamo import config
-        from torch._dynamo.trace_rules import get_legacy_mod_inlinelist
+        from torch._dynamo import config, trace_rules
         from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, tracing_state_functions
 
+        # torch's own modules of several others: cut where a loop that cannot be followed calls them
+        self._followed, nn = trace_rules.get_legacy_mod_inlinelist(), Path(torch.nn.modules.__file__).parent
+        self._followed_here = {(nn / name).as_posix() for name in _MODULES_OF_SEVERAL} - self._followed
         self._config, self._answers = config, tracing_state_functions()
-        # Where a loop in the model's own code is cut, the layers that it calls are graphs of their own; those
-        # of torch's that are made of others too, whose code Dynamo would otherwise leave alone.
-        folder = os.path.dirname(torch.nn.modules.__file__)
-        self._own = get_legacy_mod_inlinelist()
-        self._layers = {f"{folder}/{name}.py" for name in _LAYERS}
         self._handlers = TorchInGraphFunctionVariable._get_handlers()
         self._asked = [
             f for f, answer in self._answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS
@@ -843,10 +841,10 @@ class _DynamoAsEager:
     def _answer(self) -> None:
         for function in self._asked:
             self._answers[function] = False
-        self._own |= self._layers
         for function in self._unasked:
             self._answers[function] = False
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
+        self._followed |= self._followed_here
         module = sys.modules.get("transformers.utils.output_capturing")
         was = getattr(module, _HF_QUESTION, None)
         if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
@@ -857,7 +855,7 @@ class _DynamoAsEager:
         if self._hf is not None:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
-        self._own -= self._layers
+        self._followed -= self._followed_here
         for function in self._asked:
             self._answers[function] = True
         for function in self._unasked:
@@ -865,8 +863,7 @@ class _DynamoAsEager:
             self._handlers.pop(function, None)
 
 
-# Files of torch.nn.modules with modules made of others.
-_LAYERS = ("activation", "container", "rnn", "transformer")
+_MODULES_OF_SEVERAL = ("activation.py", "container.py", "rnn.py", "transformer.py")
 
 _HF_QUESTION = "is_torchdynamo_compiling"  # of transformers 5.3+, where it collects outputs
 

@@ -197,6 +197,8 @@ def step_in_regions(
     search.tell.phase("capture", f"{name} in regions")
     session = Session(model, target, 0)
     observe(session, given, loss_fn)
+    if all(seen.variant is None for seen in session.calls):
+        raise _nothing_to_plan(name, session)
     record = session.record()
     arguments = given.args, given.kwargs
     resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
@@ -204,6 +206,19 @@ def step_in_regions(
         record, model, given, resident, target,
         loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
     )  # fmt: skip
+
+
+def _nothing_to_plan(name: str, session: Session) -> PlannerError:
+    whys = [v.why for region in session.regions for v in region.variants.values() if v.why]
+    cuts = "; ".join(f"{where}: {why}" if where else why for where, why in session.breaks)
+    cut = f" (cut at {cuts})" if cuts else ""
+    because = f" Its pieces run as eager runs them: {'; '.join(dict.fromkeys(whys))}." if whys else ""
+    return PlannerError(
+        f"no part of a step of {name} can be planned: Dynamo found no piece of its forward that gets "
+        f"gradients{cut}.{because} Where a loop is cut, all of the function that "
+        "it stands in runs as eager: make the loop's body a function or a module of its own, or plan a part "
+        "of the model that is one graph"
+    )
 
 
 def captured_as(
