@@ -777,6 +777,13 @@ def is_checkpoint(target: Any) -> bool:
     return target is torch.ops.higher_order.tag_activation_checkpoint
 
 
+def is_autograd_function(target: Any) -> bool:
+    """Whether a call in one of Dynamo's graphs is an ``autograd.Function``, of graphs of its methods; 2.5+."""
+    from torch._functorch.autograd_function import autograd_function_apply
+
+    return target is autograd_function_apply
+
+
 def dynamo_stands_aside() -> bool:
     """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+."""
     asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)

@@ -26,6 +26,7 @@ from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
 from planner.regions.piece import Piece, Slot, apart, with_homes
+from planner.regions.plain import as_eager
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep
@@ -162,10 +163,11 @@ class Region:
     def __init__(self, number: int, graph: fx.GraphModule, homes: Names) -> None:
         self.number = number
         self.numbers = Numbers.of(graph)
-        self.plain = graph if self.numbers is None else self.numbers.rest
-        self.scalars = scalars_of(self.plain)
-        self.graph = with_homes(self.plain, homes)
-        self.writes = [_is_written(node) for node in self.plain.graph.find_nodes(op="placeholder")]
+        rest = graph if self.numbers is None else self.numbers.rest
+        self.plain = as_eager(rest)
+        self.scalars = scalars_of(rest)
+        self.graph = with_homes(rest, homes)
+        self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
         self.is_eager = False  # runs as eager runs it
 

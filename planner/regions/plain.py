@@ -1,0 +1,86 @@
+"""A graph of Dynamo's that runs as eager runs the code it was made from.
+
+What Dynamo puts for ``torch.utils.checkpoint`` keeps everything where no compiler takes it up, and draws other
+random numbers where it makes something again; what it puts for an ``autograd.Function`` holds what it saves
+until Python collects it.  Here the first checkpoints, as its author wrote, and the second saves on ``ctx``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from planner import _compat
+
+__all__ = ["as_eager"]
+
+
+def as_eager(graph: fx.GraphModule) -> fx.GraphModule:
+    """``graph``, or a copy of it where something in it is to run otherwise."""
+    replaced: dict[fx.Node, Any] = {}
+    inner: dict[str, fx.GraphModule] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(part := getattr(graph, node.target, None), fx.GraphModule):
+            plain = as_eager(part)
+            if plain is not part:
+                inner[node.target] = plain
+        elif _compat.is_checkpoint(node.target):
+            replaced[node] = _checkpointed
+        elif _compat.is_autograd_function(node.target) and "saved_for_backward_idx" in node.kwargs:
+            replaced[node] = _applied
+    if not replaced and not inner:
+        return graph
+    new: dict[fx.Node, fx.Node] = {}
+    twin = fx.Graph()
+    for node in graph.graph.nodes:
+        new[node] = twin.node_copy(node, new.__getitem__)
+        new[node].target = replaced.get(node, node.target)
+    module = fx.GraphModule(graph, twin)
+    for name, plain in inner.items():
+        setattr(module, name, plain)
+    module.meta = graph.meta
+    return module
+
+
+def _checkpointed(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    contexts = inner.meta.get("_checkpoint_context_fn")
+    if contexts is not None:
+        kwargs["context_fn"] = contexts
+    return checkpoint(inner, *args, **{**kwargs, "use_reentrant": False})  # as Dynamo takes either kind
+
+
+def _applied(fwd: fx.GraphModule, bwd: fx.GraphModule, *args: Any, **given: Any) -> Any:
+    return _Applied.apply(fwd, bwd, given, *args)
+
+
+class _Applied(torch.autograd.Function):
+    """A user's ``autograd.Function``, of whose methods Dynamo made graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, fwd: fx.GraphModule, bwd: fx.GraphModule, given: dict[str, Any], *args: Any) -> Any:
+        output, saved = fwd(*args)
+        made = output if isinstance(output, (tuple, list)) else (output,)
+        if dirty := given.get("dirty_idx"):
+            ctx.mark_dirty(*_chosen(made, dirty))
+        if apart := given.get("non_differentiable_idx"):
+            ctx.mark_non_differentiable(*_chosen(made, apart))
+        checked = set(given["saved_for_backward_idx"])
+        ctx.save_for_backward(*_chosen(saved, checked))
+        ctx.bwd, ctx.count, ctx.checked = bwd, len(saved), checked
+        ctx.others = {i: value for i, value in enumerate(saved) if i not in checked}
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        checked = iter(ctx.saved_tensors)
+        saved = [next(checked) if i in ctx.checked else ctx.others[i] for i in range(ctx.count)]
+        made = ctx.bwd(*gradients, *saved)
+        return None, None, None, *(made if isinstance(made, (tuple, list)) else (made,))
+
+
+def _chosen(values: Sequence[Any], which: Any) -> list[Any]:
+    return [value for i, value in enumerate(values) if i in which]
