@@ -1,8 +1,9 @@
 """A graph of Dynamo's that runs as eager runs the code it was made from.
 
-What Dynamo puts for ``torch.utils.checkpoint`` keeps everything where no compiler takes it up, and draws other
-random numbers where it makes something again; what it puts for an ``autograd.Function`` holds what it saves
-until Python collects it.  Here the first checkpoints, as its author wrote, and the second saves on ``ctx``.
+What Dynamo puts for ``torch.utils.checkpoint`` keeps everything where no compiler takes it up, and draws
+other random numbers where it makes something again; what it puts for an ``autograd.Function`` holds what it
+saves until Python collects it.  Here the first checkpoints, as its author wrote, and the second saves on
+``ctx``.
 """
 
 from __future__ import annotations
