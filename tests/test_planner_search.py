@@ -15,7 +15,7 @@ import planner
 from planner.memory.execution import Execution
 from planner.options import Search
 from planner.progress import Event, Reporter
-from planner.solving import fit, priced
+from planner.solving import budgeted, fit, priced
 from planner.solving.calibrate import StepBytes, calibrated
 from planner.solving.fit import Answer, fitted, fitted_each
 from planner.solving.priced import PricedStep, prepare
@@ -161,8 +161,8 @@ def test_a_stop_before_anything_fits_says_so_and_looks_no_further(
         tell.heed(True)
         return Answer(budget_bytes, None, problem.total_seconds, 0, interrupted=True)
 
-    monkeypatch.setattr(priced, "fitted", ended)
-    monkeypatch.setattr(priced, "minimum_peak", None)  # a call would raise TypeError
+    monkeypatch.setattr(budgeted, "fitted", ended)
+    monkeypatch.setattr(budgeted, "minimum_peak", None)  # a call would raise TypeError
     with pytest.raises(planner.PlannerError, match=r"was stopped before a plan for .* was found"):
         fresh.plan_bytes(budget, Search("auto", 20.0, tell))
 
