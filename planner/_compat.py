@@ -76,6 +76,7 @@ __all__ = [
     "flop_counter_sees_pieces",
     "foreach_takes_fakes",
     "generator_key",
+    "gone",
     "graph_is_kept",
     "guards_of",
     "is_checkpoint",
@@ -98,6 +99,7 @@ __all__ = [
     "storage_uses",
     "symbolic_fake",
     "symbolic_mode",
+    "tensors_on",
     "values_unchecked",
     "watching_modes",
     "weak_storage",
@@ -516,6 +518,23 @@ def weak_storage(tensor: torch.Tensor) -> tuple[Any, int]:
 def storage_uses(ref: Any) -> int:
     """How many tensors (and Python objects) hold the storage of :func:`weak_storage`; 0: it is gone."""
     return int(torch._C._storage_Use_Count(ref.cdata))  # as the CUDA graph trees of inductor; 2.1+
+
+
+@functools.cache
+def _uses_by_python() -> int:
+    """What Python's object of a storage adds to its uses: differs from version to version."""
+    tensor = torch.empty(1)
+    return storage_uses(weak_storage(tensor)[0]) - 1
+
+
+def tensors_on(ref: Any) -> int:
+    """How many tensors lie on the storage of :func:`weak_storage`, which Python has seen."""
+    return storage_uses(ref) - _uses_by_python()
+
+
+def gone(tensor: torch.Tensor) -> Callable[[], bool]:
+    """Whether nothing holds ``tensor`` any more, to be asked later; autograd's holding counts; 2.0+."""
+    return torch._C._WeakTensorRef(tensor).expired  # type: ignore[attr-defined,no-any-return]
 
 
 def is_data_dependent(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ class Pending(PendingCall):
     ``args``  what the region was given, and ``state`` of the generator then, in a step that is looked at: a
               backward that is itself differentiated runs the region again from them, as eager runs it, and
               from then on it always does.  Later only what is there anyway is known.
+    ``kept``  what is kept instead of each tensor, in a step that is recorded.
     ``step``  lives as long as any call of its step.
     """
 
@@ -44,9 +45,12 @@ class Pending(PendingCall):
         args: Sequence[Any],
         hold: bool,
         state: torch.Tensor | None,
+        kept: Callable[[Any], Any] | None,
         **more: Any,
     ) -> None:
         super().__init__(*given, **more)
+        if kept is not None:
+            self.keep = [[kept(x) for x in of] for of in self.keep]
         self.session, self.seen, self.step_of, self.region = session, seen, step_of, region
         self.hold, self.state = hold, state
         self.began = False  # a backward came

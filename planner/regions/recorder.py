@@ -2,16 +2,20 @@
 
 Each storage that the step makes has a number, the event in which it was born and that in which it died, so
 that what one region gives and another takes is known by its storage, whoever holds it in between.
+
+How long a region keeps what it took or gave depends on the schedule it runs.  So that is kept as a tensor of
+its own on the same storage, and a storage counts as dead from when no other tensor lies on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from planner._compat import gone, tensors_on, weak_storage
 from planner.costs.profiler import device_for
 from planner.costs.roofline import call_seconds
 from planner.measure.meter import StorageMeter
@@ -42,6 +46,7 @@ class Recorder(StorageMeter):
         self.seen: tuple[Event, ...] = ()
         self.lives: list[_Life] = []
         self._numbers: dict[int, int] = {}  # of live storages that the step made
+        self._kept: dict[int, tuple[Any, list[Callable[[], bool]]]] = {}  # what regions keep, by number
         self._now: tuple[Kind, int | None] = ("glue", None)
         self._glue_s = 0.0
         self._turned = False
@@ -58,13 +63,19 @@ class Recorder(StorageMeter):
         """It has ended."""
         self._mark("glue", None)
 
-    def _mark(self, kind: Kind, call: int | None) -> None:
-        if self._now == (kind, call):
+    def returned(self) -> None:
+        """The forward has: what its variables held is gone, whatever the glue behind it takes."""
+        if self._now[0] == "glue":
+            self._mark("glue", None, part=True)
+
+    def _mark(self, kind: Kind, call: int | None, *, part: bool = False) -> None:
+        if self._now == (kind, call) and not part:
             return
         was, of = self._now
         if was != "glue" and kind != "glue":
             self._mark("glue", None)
             was, of = self._now
+        self._see_who_holds()
         over = self.live_bytes - self._base_bytes
         self.events.append(
             Event(was, of, max(self._peak_over_base, over), over, self._glue_s, not self._turned)
@@ -94,6 +105,24 @@ class Recorder(StorageMeter):
         self._see(tensor, there_before=False)
         return self._numbers.get(id(tensor.untyped_storage()))
 
+    def kept(self, tensor: Any) -> Any:
+        """What a region keeps for its backward instead of ``tensor``."""
+        number = self.number_of(tensor) if isinstance(tensor, torch.Tensor) else None
+        if number is None:
+            return tensor
+        alias = tensor.detach()
+        self._kept.setdefault(number, (weak_storage(tensor)[0], []))[1].append(gone(alias))
+        return alias
+
+    def _see_who_holds(self) -> None:
+        """Storages that regions alone still hold died in the event that ends."""
+        for number, (storage, aliases) in list(self._kept.items()):
+            ours = sum(not is_gone() for is_gone in aliases)
+            if ours and tensors_on(storage) <= ours:
+                self.lives[number].died = len(self.events)
+            if not ours or self.lives[number].died is not None:
+                del self._kept[number]
+
     def crossings(self, numbers: Iterable[int]) -> dict[int, Crossing]:
         """The storages of these numbers."""
         return {n: Crossing(self.lives[n].bytes, self.lives[n].born, self.lives[n].died) for n in numbers}
@@ -108,7 +137,7 @@ class Recorder(StorageMeter):
 
     def _forget(self, ref: Any) -> None:
         number = self._numbers.pop(ref.key, None)
-        if number is not None and self.counts:
+        if number is not None and self.counts and self.lives[number].died is None:
             self.lives[number].died = len(self.events)
         super()._forget(ref)
 

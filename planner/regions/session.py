@@ -199,9 +199,12 @@ class Session:
         self._inside += 1
         try:
             with _compat.dynamo_as_eager():
-                return self._compiled(*args, **kwargs)
+                result = self._compiled(*args, **kwargs)
         finally:
             self._inside -= 1
+        if self.recorder is not None and self.recorder.counts:
+            self.recorder.returned()
+        return result
 
     @property
     def breaks(self) -> list[tuple[str, str]]:
@@ -274,6 +277,7 @@ class Session:
             args=args,
             hold=looks,
             state=state,
+            kept=None if recorder is None else recorder.kept,
         )
         flat, call = run_step(step, given, pending)
         self._pending.append(weakref.ref(call))  # type: ignore[arg-type]
