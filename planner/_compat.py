@@ -534,7 +534,7 @@ def tensors_on(ref: Any) -> int:
 
 def gone(tensor: torch.Tensor) -> Callable[[], bool]:
     """Whether nothing holds ``tensor`` any more, to be asked later; autograd's holding counts; 2.0+."""
-    return torch._C._WeakTensorRef(tensor).expired  # type: ignore[attr-defined,no-any-return]
+    return torch._C._WeakTensorRef(tensor).expired  # type: ignore[attr-defined]
 
 
 def is_data_dependent(error: BaseException) -> bool:

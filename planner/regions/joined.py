@@ -32,7 +32,7 @@ from planner.graph.captured import fingerprint_of
 from planner.graph.step_graph import GLUE, GRADIENT_SUM
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.plans.lowering import lower
-from planner.regions.record import Record, RegionCall
+from planner.regions.record import Crossing, Record, RegionCall
 from solvers.core.simulate import simulate_steps
 
 __all__ = ["BETWEEN_REGIONS", "Joined", "join", "parts"]
@@ -198,6 +198,7 @@ class _Table:
             self._add_op(what.call, position, event)
         if not forward:
             self._collect_gradients(what.call)
+        self._end_region(what.call, event)
 
     def _add(self, op: GraphOp, event: int, owner: tuple[int, int] | None = None) -> int:
         self.ops.append(op)
@@ -217,7 +218,7 @@ class _Table:
         born = [  # a region's events begin with the glue before them, as what no region says it made
             k
             for k, crossing in enumerate(self.record.crossings)
-            if k not in self._givers and self._glue_before(crossing.born) == event
+            if k not in self._givers and not self._is_sum(crossing) and self._before(crossing.born) == event
         ]
         index, name = len(self.ops), f"{GLUE}/{len(self.glue)}"
         for k in born:
@@ -238,7 +239,15 @@ class _Table:
             return "output" if final else "activation"
         return "gradient" if final else "backward"
 
-    def _glue_before(self, event: int) -> int:
+    def _is_sum(self, crossing: Crossing) -> bool:
+        """Whether it is made where a region's backward ends (:meth:`_end_region`)."""
+        what = self.record.events[crossing.born]
+        if what.kind != "backward" or what.call is None:
+            return False
+        given = self._given[what.call].values()
+        return any(self.record.crossings[k].died == crossing.born for k in given)
+
+    def _before(self, event: int) -> int:
         """The last glue that is no later than ``event``."""
         return next(e for e in range(event, -1, -1) if self.record.events[e].call is None)
 
@@ -325,6 +334,32 @@ class _Table:
         )
         self._price(joined.name, *of)
 
+    def _end_region(self, number: int, event: int) -> None:
+        """What a region gave and nobody had when it had ended.
+
+        Of a backward that are gradients of one tensor that was given twice: autograd adds them up while the
+        region still runs, at the latest when it ends.
+        """
+        crossings = self.record.crossings
+        gone = [self._crossing[k] for k in self._given[number].values() if crossings[k].died == event]
+        if not gone:
+            return
+        if self.record.events[event].kind == "forward":
+            self._loose += [(v, event) for v in gone]
+            return
+        name, index = f"{GRADIENT_SUM}/{event}", len(self.ops)
+        for k, crossing in enumerate(crossings):
+            if k not in self._givers and crossing.born == event:
+                final = crossing.died is None
+                kind = self._kind(event, final=final)
+                made = GraphValue(f"{name}/{k}", crossing.bytes, kind, index, None, final, BETWEEN_REGIONS)
+                self._crossing[k] = self._value(made)
+        outputs = tuple(v for v, value in enumerate(self.values) if value.producer == index)
+        reads = tuple(dict.fromkeys(gone))
+        op = GraphOp(name, None, "backward", BETWEEN_REGIONS, reads, outputs, recomputable=False)
+        self._add(op, event)
+        self._price(name)
+
     # -- gradients ---------------------------------------------------------------------------------
 
     def _collect_gradients(self, number: int) -> None:
@@ -373,7 +408,7 @@ class _Table:
         for k, index in self._crossing.items():
             died = self.record.crossings[k].died
             if died is not None:
-                reads.append((index, self._glue_before(died)))
+                reads.append((index, self._before(died)))
         for index, event in reads:
             self._read(index, event)
 
@@ -413,8 +448,9 @@ class _Table:
                 ran += [(i, event) for i in between[event]]
                 continue
             call = self.record.calls[what.call]
+            behind = [(i, event) for i in between[event]]
             steps = call.steps[: call.turn] if what.kind == "forward" else call.steps[call.turn :]
-            ran += [(place[what.call, position], event) for position in steps]
+            ran += [(place[what.call, position], event) for position in steps] + behind
         return ran
 
     def graph(self) -> TrainingGraph:
