@@ -18,6 +18,7 @@ import torch
 from planner._compat import gone, tensors_on, weak_storage
 from planner.costs.profiler import device_for
 from planner.costs.roofline import call_seconds
+from planner.devices.state import allocation_grain
 from planner.measure.meter import StorageMeter
 from planner.regions.record import Crossing, Event
 
@@ -40,7 +41,7 @@ class Recorder(StorageMeter):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+        super().__init__(device, grain=allocation_grain(device))
         self.counts = True
         self.events: list[Event] = []
         self.seen: tuple[Event, ...] = ()
