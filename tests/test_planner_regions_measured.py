@@ -53,3 +53,27 @@ def test_to_the_byte(keeps: bool) -> None:
         report = plan.verify()
         assert report.equal, str(report)
         assert report.peak_bytes == report.predicted_peak_bytes <= plan.budget_bytes
+
+
+@torch._dynamo.disable
+def _aside(layer: nn.Module, x: Tensor) -> Tensor:
+    out = layer(x)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class Aside(nn.Module):
+    """All that trains runs where Dynamo may not look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _aside(self.of, x)
+
+
+def test_where_no_region_is_left_the_error_says_so() -> None:
+    with pytest.raises(planner.PlannerError, match="no part of its forward") as caught:
+        planner.plan(Aside(), 1.0, (torch.randn(2, WIDTH),), costs="roofline", capture="regions")
+    assert "Plan a submodule" in str(caught.value)

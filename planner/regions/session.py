@@ -549,6 +549,8 @@ class Session:
         if not recorder.seen or self.eager != self._eager_before:
             raise ValueError("its step was not seen to its end")
         ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
+        if not ran:
+            raise ValueError("no part of its forward that trains is a graph that can be captured")
         for seen in self.calls:
             wanted = seen.able if seen.used is None else seen.used
             if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):

@@ -199,7 +199,15 @@ def step_in_regions(
     observe(session, given, loss_fn)
     if all(seen.variant is None for seen in session.calls):
         raise _nothing_to_plan(name, session)
-    record = session.record()
+    try:
+        record = session.record()
+    except ValueError as error:
+        cuts = "".join(f"\n  {where}: {why}" for where, why in session.breaks)
+        raise PlannerError(
+            f"{name} cannot be planned in regions: {error}."
+            + (f" It was cut at{cuts}\n" if cuts else " ")
+            + "Plan a submodule that is one graph, and train the rest as it is"
+        ) from None
     arguments = given.args, given.kwargs
     resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
     return JoinedStep.of(
