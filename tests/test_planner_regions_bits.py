@@ -1,0 +1,276 @@
+"""Training in regions gives eager's bits: sums of gradients, their layouts, draws, checkpoints, functions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from planner.measure.meter import StorageMeter
+from planner.regions.plain import as_eager
+from planner.regions.session import Session
+from planner.solving.in_regions import step_in_regions
+
+cut = torch._dynamo.graph_break
+
+
+def mean_square(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def _trained(model: nn.Module, batch: Callable[[], Any], loss: Callable[[Any], Tensor]) -> list[list[Any]]:
+    """What two steps make: loss, gradients, buffers, and the random states behind them."""
+    found = []
+    for k in range(2):
+        torch.manual_seed(k)
+        random.seed(k)
+        args = batch()
+        model.zero_grad()
+        out = loss(model(*args))
+        out.backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        states = [torch.get_rng_state(), torch.tensor(random.random())]
+        found.append([out.detach(), *gradients, *(b.clone() for b in model.buffers()), *states])
+    return found
+
+
+def same_bits(
+    build: Callable[[], nn.Module],
+    batch: Callable[[], Any] = lambda: (torch.randn(4, 8),),
+    loss: Callable[[Any], Tensor] = mean_square,
+) -> Session:
+    """Train in eager and by the plan that holds least, compare every number; what ran in regions."""
+    torch._dynamo.reset()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        models.append(build())
+    wanted = _trained(models[0], batch, loss)
+    step = step_in_regions(models[1], batch(), costs="roofline")
+    step.applied(step.least_plan(), models[1])
+    got = _trained(models[1], batch, loss)
+    for number, (one, other) in enumerate(zip(wanted, got, strict=True)):
+        for i, (x, y) in enumerate(zip(one, other, strict=True)):
+            assert (x is None) == (y is None), (number, i)
+            assert x is None or torch.equal(x, y), (number, i)
+    assert step.session is not None
+    return step.session
+
+
+def captured(session: Session) -> int:
+    return sum(v.captured is not None for region in session.regions for v in region.variants.values())
+
+
+# -- sums of gradients -------------------------------------------------------------------------------
+
+
+class Aliased(nn.Module):
+    """Llama's norm: a cast that changes nothing, and two reads behind it, beside a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut()
+        h = x.to(torch.float32)
+        return x + self.linear(self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+
+class Shared(nn.Module):
+    """One weight, several times in each of two regions, and in the code between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(torch.tanh(self.linear(x)))
+        cut()
+        x = self.linear(torch.tanh(self.linear(torch.tanh(self.linear(x)))))
+        cut()
+        return self.linear(x) + self.linear.weight.sum()
+
+
+class Composite(nn.Module):
+    """Functions that read their argument several times, and views of one that lie in two regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        cut()
+        y = F.local_response_norm(h[None], 2)[0] + F.cosine_similarity(h, h.detach() + 1, dim=0) + F.normalize(h)
+        y = y + self.attention(h[None], h[None], h[None], need_weights=False)[0][0] + (h + h)
+        u, v = h.chunk(2, -1)
+        w = h.view(-1)
+        cut()
+        return (u * v).repeat(1, 2) + w.view(4, 8) * y + h * h
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Sequential(nn.Linear(8, 8), Aliased(), Aliased()), Shared, Composite],
+    ids=["aliased", "shared", "composite"],
+)  # fmt: skip
+def test_gradients_of_what_several_regions_read_are_added_up_in_eagers_order(build: Any) -> None:
+    session = same_bits(build)
+    assert captured(session) == len(session.regions)
+
+
+def test_a_gradient_keeps_its_layout_where_other_code_adds_up_by_it() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(3, 8, 3), nn.LSTM(8, 6, batch_first=True)
+            self.gamma = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            cut()
+            h = (self.gamma * h.transpose(1, -1)).transpose(1, -1)
+            cut()
+            return self.second(h.transpose(1, -1).reshape(-1, 11, 8))[0].sum((0, 2))
+
+    session = same_bits(Folded, lambda: (torch.randn(4, 3, 35),))
+    assert captured(session) >= 2
+
+
+def test_complex_products_keep_the_order_of_their_factors() -> None:
+    class Fourier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.linear = nn.Parameter(torch.randn(8, 5, dtype=torch.cfloat)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            cut()
+            f = torch.einsum("bi,oi->bi", torch.fft.rfft(h), self.weight)
+            return torch.fft.irfft(f) + h
+
+    assert captured(same_bits(Fourier)) == 2
+
+
+# -- draws ---------------------------------------------------------------------------------------------
+
+
+def test_draws_in_regions_are_those_of_eager() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.generator = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + F.dropout(torch.tanh(layer(x)), 0.3)
+            x = x[torch.randperm(4)] * torch.rand(4, 1) + torch.rand(8, generator=self.generator)
+            return self.layers[0](x) * random.random()
+
+    session = same_bits(Draws)
+    assert captured(session) >= 1
+
+
+# -- what authors checkpoint ---------------------------------------------------------------------------
+
+
+class Checkpoints(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.third = nn.Linear(width, width)
+
+    def inner(self, layer: nn.Module, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(layer(x))
+        return F.dropout(x, 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + checkpoint(self.inner, self.second, h, use_reentrant=False)
+        cut()
+        return h + checkpoint(self.inner, self.third, h, use_reentrant=True)
+
+
+def test_a_checkpoint_of_the_author_is_planned_through() -> None:
+    session = same_bits(Checkpoints)
+    assert captured(session) == len(session.regions)
+    ops = [op for r in session.regions for v in r.variants.values() for op in v.captured.graph.ops]  # type: ignore[union-attr]
+    assert any(op.target == "aten.tanh" and op.recomputable for op in ops)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        made = x.exp()
+        ctx.save_for_backward(made, w)
+        ctx.factor = 2.0
+        return made * w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        made, w = ctx.saved_tensors
+        return gradient * w * made * ctx.factor, (gradient * made).sum((0, 1))
+
+
+class Functions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        h = Doubled.apply(h[None], self.weight)[0] + h
+        cut()
+        return Doubled.apply(h[None], self.weight)[0]
+
+
+def test_a_function_of_the_author_is_planned_through() -> None:
+    session = same_bits(Functions)
+    assert captured(session) == len(session.regions)
+
+
+def _held(model: nn.Module, batch: tuple[Tensor]) -> tuple[int, list[Any]]:
+    """Bytes alive between forward and backward, and the step's numbers."""
+    torch.manual_seed(5)
+    meter = StorageMeter(torch.device("cpu"))
+    meter.register(*model.parameters(), *batch)
+    model.zero_grad()
+    with meter:
+        out = model(*batch)
+        held_bytes = meter.live_bytes
+        mean_square(out).backward()
+    return held_bytes, [out.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("build", [Checkpoints, Functions])
+def test_a_graph_left_to_eager_holds_what_eager_holds(build: Any) -> None:
+    """And draws what eager draws where it makes something again."""
+    torch._dynamo.reset()
+    batch = (torch.randn(64, 8),)
+    model = build()
+    held_bytes, wanted = _held(model, batch)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(as_eager(graph))
+        return graphs[-1].forward
+
+    model.__dict__["forward"] = torch.compile(model.forward, backend=kept)
+    model(*batch)  # compiles
+    bytes_now, got = _held(model, batch)
+    assert len(graphs) == 2
+    assert all(map(torch.equal, got, wanted))
+    assert bytes_now <= held_bytes
+
+
+def test_a_graph_that_needs_nothing_else_is_left_as_it_is() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    assert as_eager(graph) is graph
