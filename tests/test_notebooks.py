@@ -37,6 +37,7 @@ BUDGET_GB, TOO_LITTLE_GB, CURVE_GB = 0.020, 0.009, [0.017, 0.020]""",
     "03_internvl2": """
 LAYERS, TILES, TEXT, SEARCH_S, TRAIN_ROWS = 1, 2, 64, 1, 4
 BUDGETS_GB, BUDGET_GB = [3.65], 3.7""",
+    "06_graph_network": "NODES, EDGES, WIDTH, LAYERS, SEARCH_S = 600, 3000, 48, 2, 1",
     "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.9], 2, 4",
 }
 
