@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
+import logging
 import os
 import sys
 import threading
@@ -812,7 +814,13 @@ def dynamo_stands_aside() -> bool:
 def cut_by_dynamo(
     forward: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """``forward`` with each graph that Dynamo finds in it run by what ``backend`` makes of it; 2.0+."""
+    """``forward`` with each graph that Dynamo finds in it run by what ``backend`` makes of it; 2.0+.
+
+    Other models that run the same code do not count among its compiles (2.13+).
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        apart: dict[str, Any] = {"isolate_recompiles": True}
+        return torch.compile(forward, backend=backend, **apart)
     return torch.compile(forward, backend=backend)
 
 
@@ -834,6 +842,7 @@ class _DynamoAsEager:
         # a question of transformers', which ends a graph; who captures a step is told elsewhere
         capturing = torch.cuda.is_current_stream_capturing
         self._unasked = [] if capturing in self._handlers else [capturing]
+        self._advises = logging.getLogger("torch._dynamo.variables.tensor")  # of each cut how to have none
         self._here = threading.local()  # settings are a thread's, answers the process's
         self._lock, self._inside = threading.Lock(), 0
         self._hf: tuple[Any, Any] | None = None
@@ -871,6 +880,7 @@ class _DynamoAsEager:
             self._answers[function] = False
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
         self._followed |= self._followed_here
+        self._advises.addFilter(_is_no_advice)
         module = sys.modules.get("transformers.utils.output_capturing")
         was = getattr(module, _HF_QUESTION, None)
         if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
@@ -882,6 +892,7 @@ class _DynamoAsEager:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
         self._followed -= self._followed_here
+        self._advises.removeFilter(_is_no_advice)
         for function in self._asked:
             self._answers[function] = True
         for function in self._unasked:
@@ -904,6 +915,10 @@ def dynamo_as_eager() -> contextlib.AbstractContextManager[None]:
     2.7+.  May be entered by several threads, and again inside.
     """
     return _DynamoAsEager()
+
+
+def _is_no_advice(said: logging.LogRecord) -> bool:
+    return not str(said.msg).startswith("Graph break from")
 
 
 def dynamo_breaks() -> list[tuple[str, str]]:

@@ -159,12 +159,34 @@ class RegionsForward:
         kept = session.runs
         if session.is_recorded:
             self._plan()
+        elif session.stage != "look" and session.regions and not session.calls:
+            self._none_ran()
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
             self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1
             instead = kept.of.over(session.counted_bytes)
             if instead is not None:
                 session.follow(instead.parts, instead)
         session.recorder = None
+
+    def _none_ran(self) -> None:
+        session = self.session
+        eager = len(session.eager)
+        if eager == len(session.regions):
+            self._tell(
+                "eager",
+                "trains without a plan: each of its %d regions is differentiated twice, and runs as eager "
+                "runs it",
+                eager,
+            )
+        else:
+            self._tell(
+                "none",
+                "ran a step in which none of its %d regions was called, so without a plan: another path "
+                "through its code, or Dynamo has given up on one that changes with every call (it says so "
+                "itself, with the line and what changed; more than %d compiles of one place are not made)",
+                len(session.regions),
+                _compat.RECOMPILES,
+            )
 
     def _plan(self) -> None:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture_piece
@@ -29,6 +30,7 @@ from planner.regions.piece import Piece, Slot, apart, with_homes
 from planner.regions.plain import as_eager
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
+from planner.runtime.output_sets import OutputSets
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["Region", "Variant", "recomputing_all"]
@@ -53,6 +55,13 @@ def recomputing_all(graph: TrainingGraph) -> tuple[list[int], int]:
     return forward + sorted(again) + behind, len(forward)
 
 
+class Sets(OutputSets):
+    """What a region has learned of its outputs' gradients."""
+
+    def tell_kept(self, step: ExecutableStep) -> None:
+        """What ``retain_graph=True`` holds was measured in the recorded step."""
+
+
 @dataclass(eq=False)
 class Variant:
     """A region at one signature.
@@ -70,6 +79,7 @@ class Variant:
     made: dict[tuple[int, ...], ExecutableStep] = field(default_factory=dict)
     again: Callable[[nn.Module, Inputs, frozenset[int]], Variant] | None = None
     scalars: Sequence[Scalar] = ()
+    _sets: dict[tuple[int, ...], Sets] = field(default_factory=dict)
     _served: dict[int, bool] = field(default_factory=dict)
 
     @cached_property
@@ -103,6 +113,14 @@ class Variant:
         if other.captured is None:
             raise PlannerError(other.why)
         return other.program(*other.lightest, budget_bytes)
+
+    def sets_of(self, steps: Sequence[int], step: ExecutableStep) -> Sets:
+        """What is known of its outputs' gradients where it runs ``steps``."""
+        key = tuple(steps)
+        if key not in self._sets:
+            assert self.captured is not None
+            self._sets[key] = Sets(self.captured.model, step)
+        return self._sets[key]
 
     def serves(self, smaller: Variant) -> bool:
         """Whether ``smaller``, the region at other sizes, can run a schedule of it, and takes no more."""
@@ -167,9 +185,42 @@ class Region:
         self.plain = as_eager(rest)
         self.scalars = scalars_of(rest)
         self.graph = with_homes(rest, homes)
+        self.written = _written(rest.graph)
         self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
         self.is_eager = False  # runs as eager runs it
+
+    def run_as_checkpoint(self, args: Sequence[Any]) -> Any:
+        """As eager runs it, with its own graph, but nothing held from the forward to the backward.
+
+        Where it writes over an argument that has a gradient all is held.
+        """
+        given = list(args)
+        if any(given[i].requires_grad for i in self.written):
+            return self.plain.forward(*given)
+        before = {i: given[i].detach().clone() for i in self.written}
+        buffers = [x for x in given if isinstance(x, torch.Tensor) and not x.requires_grad]
+        versions: list[int] = []
+        tracked = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def forward(*leaves: Any) -> Any:
+            now = list(given)  # what has no gradient is not given to autograd, which would count writes to it
+            for i, leaf in zip(tracked, leaves, strict=True):
+                now[i] = leaf
+            if not versions:  # the first time
+                counts = [x._version for x in buffers]
+                outputs = self.plain.forward(*now)
+                versions.extend(x._version - was for x, was in zip(buffers, counts, strict=True))
+                return outputs
+            changed = [x for x, by in zip(buffers, versions, strict=True) if by]
+            kept = [(x, x.detach().clone()) for x in changed]  # running statistics: once is enough
+            outputs = self.plain.forward(*(before.get(i, x) for i, x in enumerate(now)))
+            with torch.no_grad():
+                for x, value in kept:
+                    x.copy_(value)
+            return outputs
+
+        return checkpoint(forward, *(given[i] for i in tracked), use_reentrant=False)
 
     def signature(self, args: Sequence[Any]) -> Any:
         """What a capture depends on."""
@@ -272,6 +323,40 @@ def _is_within(smaller: Variant, larger: Variant) -> bool:
     ]:
         return False
     return all(a.bytes <= b.bytes for a, b in zip(mine.values, its.values, strict=True))
+
+
+_VIEWS = frozenset(
+    {
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "getattr",
+        "getitem",
+        "imag",
+    }
+    | {"movedim", "narrow", "permute", "real", "reshape", "select", "split", "squeeze", "swapaxes", "t"}
+    | {"transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
+)
+
+
+def _written(graph: fx.Graph) -> frozenset[int]:
+    """Positions of the arguments that a call of the graph may write into, by themselves or by a view."""
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    found = set()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        in_place = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
+        base = node.args[0] if in_place and node.args else node.kwargs.get("out")
+        while isinstance(base, fx.Node) and base.op != "placeholder":
+            name = getattr(base.target, "__name__", str(base.target))
+            base = base.args[0] if name.strip("_") in _VIEWS and base.args else None
+        if isinstance(base, fx.Node):
+            found.add(places[base])
+    return frozenset(found)
 
 
 def _is_written(node: fx.Node) -> bool:

@@ -29,7 +29,6 @@ from torch import fx, nn
 from planner import _compat
 from planner.capture.module import original_forward
 from planner.costs.target import Target
-from planner.graph import kernels
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
 from planner.regions.pending import Pending
@@ -37,7 +36,7 @@ from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
-from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.output_sets import Start
 
 __all__ = ["ANY", "Kept", "Place", "Session"]
 
@@ -100,7 +99,7 @@ class _Seen:
 
     ``variant``  that ran; ``None`` where eager did.
     ``turn_of``  how often the region had been called in the step before.
-    ``present``  the outputs that got gradients; ``None`` before its backward.
+    ``present``  the outputs that got gradients; ``None`` before its backward; ``able``: those that can.
     """
 
     step: _Step
@@ -115,16 +114,10 @@ class _Seen:
     steps: tuple[int, ...] = ()
     turn: int = 0
     present: frozenset[int] | None = None
+    able: frozenset[int] = frozenset()
+    looked: bool = False
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
-
-    @property
-    def able(self) -> frozenset[int]:
-        """The outputs that can get gradients, where that is known."""
-        if self.variant is None or self.variant.captured is None:
-            return frozenset()
-        leaves = self.variant.captured.joint.template.leaves
-        return frozenset(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
 
 
 class Session:
@@ -152,6 +145,7 @@ class Session:
         self._eager_before: frozenset[int] = frozenset()
         self._step = _Step()
         self._pending: list[weakref.ref[Pending]] = []
+        self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
@@ -181,8 +175,9 @@ class Session:
 
     @property
     def waits(self) -> bool:
-        """Whether the first backward of a call is still to come."""
-        return any((call := ref()) is not None and call.waits and not call.began for ref in self._pending)
+        """Whether a backward of the step is still to come: none has begun since its last call."""
+        alive = self._alive is not None and self._alive() is not None
+        return alive and self._last_turn == self._backwards
 
     def begin(self, stage: Stage, kind: Hashable = ANY) -> None:
         """A step begins."""
@@ -191,7 +186,7 @@ class Session:
         self._open = sorted(kept, key=lambda plan: -len(plan.places))
         self.stage, self.kind, self.strayed = stage, kind, False
         self.calls, self._pending, self.recorder = [], [], None
-        self._step, self._times, self._known = _Step(), Counter(), None
+        self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
         self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -232,8 +227,13 @@ class Session:
         if region.is_eager or not torch.is_grad_enabled() or not any(map(_tracked, args)):
             return region.plain.forward(*args)
         number, key = len(self.calls), region.signature(args)
+        self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
+        if self.stage == "look" or (region.number, turn_of) not in self._came:
+            seen = _Seen(self._step, number, region, turn_of, None, key, None)
+            self.calls.append(seen)
+            return self._looked_at(seen, args)
         with _compat.modes_set_aside():
             place = self._place(number, region, key, args)
             used = self._used(region, turn_of) if place is None else place.used
@@ -256,27 +256,20 @@ class Session:
             seen.base = region.slots(args, self._names)[1]
             self._takes(recorder, seen, given)
         piece = variant.captured.model
+        seen.able = frozenset(i for i, leaf in enumerate(step.template.leaves) if leaf.requires_grad)
         leaves = piece.arguments(args)  # type: ignore[operator]
         several = sum(leaf.requires_grad for leaf in step.template.leaves) > 1
         in_spec = variant.captured.joint.in_spec
-        looks = (region.number, turn_of) not in self._came
-        hold = looks or used is not None
-        start = Start(step, given, leaves, in_spec, hold=hold) if several else None
-        state = None
-        if looks and step.program.draws and not kernels.is_capturing(step.device):
-            with _compat.modes_set_aside():
-                state = kernels.rng_state(str(step.device))
+        start = Start(step, given, leaves, in_spec, hold=used is not None) if several else None
         pending = functools.partial(
             Pending,
-            sets=OutputSets(piece, step),
+            sets=variant.sets_of(steps, step),
             start=start,
             session=self,
             seen=seen,
-            step_of=self._holder(),
+            holder=self._holder(),
             region=region,
-            args=args,
-            hold=looks,
-            state=state,
+            turn=self._backwards,
             kept=None if recorder is None else recorder.kept,
         )
         flat, call = run_step(step, given, pending)
@@ -297,16 +290,33 @@ class Session:
                 weakref.finalize(holder, self.settle, self._on).atexit = False
         return holder
 
+    def _looked_at(self, seen: _Seen, args: Sequence[Any]) -> Any:
+        """As eager runs it, which may be differentiated twice, with nothing held but the arguments."""
+        seen.looked = True
+        if self.stage == "plan":
+            self.strayed = True
+        return self._watched(seen, seen.region.run_as_checkpoint(args))
+
+    def _watched(self, seen: _Seen, outputs: Any) -> Any:
+        """Learn which of these outputs of a call that runs as eager runs it get gradients."""
+        made = tensors_in(outputs)
+        seen.able = frozenset(i for i, t in enumerate(made) if t.grad_fn is not None)
+        holder = self._holder() if seen.able else None
+        for i in seen.able:
+            node: Any = made[i].grad_fn
+            node.register_prehook(functools.partial(self._came_for, holder, seen, i, made[i].output_nr))
+        return outputs
+
     def _plain(self, seen: _Seen, args: Sequence[Any]) -> Any:
         """As eager runs it; a gradient that comes nevertheless is learned of."""
         outputs = seen.region.plain.forward(*args)
-        if seen.used is not None:
-            for i, made in enumerate(tensors_in(outputs)):
-                if made.grad_fn is not None:
-                    made.grad_fn.register_prehook(functools.partial(self._came_for, seen, i))
-        return outputs
+        return outputs if seen.used is None else self._watched(seen, outputs)
 
-    def _came_for(self, seen: _Seen, output: int, _: Any) -> None:
+    def _came_for(self, _: Any, seen: _Seen, output: int, place: int, gradients: Any) -> None:
+        self._backwards += 1
+        if gradients[place] is None:
+            return
+        seen.region.is_eager |= torch.is_grad_enabled()
         seen.present = (seen.present or frozenset()) | {output}
         if seen.step is not self._step:
             self._learn(seen)
@@ -361,6 +371,7 @@ class Session:
         seen: _Seen = call.seen
         present = frozenset(i for i, t in zip(call.tracked, tangents, strict=True) if t is not None)
         seen.present = present if seen.present is None else seen.present | present
+        self._backwards += 1
         if seen.step is not self._step:
             self._learn(seen)
         recorder = self._recorder_of(seen)
@@ -379,7 +390,7 @@ class Session:
             self._note(recorder, seen.gives, ("gradient", name), gradient)
         if index == len(call.names) - 1:
             recorder.leave()
-            if not self.waits:
+            if not any((other := ref()) is not None and not other.began for ref in self._pending):
                 _compat.after_backward(functools.partial(self._through, recorder))
 
     def _through(self, recorder: Recorder) -> None:
@@ -471,7 +482,7 @@ class Session:
         recorder.register(*there)
         recorder.__enter__()
         self.recorder = self._on = recorder
-        self._thread, self._keys, self._alive = threading.get_ident(), _compat.dispatch_state(), None
+        self._thread, self._keys = threading.get_ident(), _compat.dispatch_state()
 
     def settle(self, only: Recorder | None = None) -> None:
         """Take a recorder off that has seen its step; ``only``: this one."""
@@ -525,7 +536,7 @@ class Session:
             self._learn(seen)
 
     def _learn(self, seen: _Seen) -> None:
-        if seen.variant is None and seen.used is None:
+        if seen.variant is None and seen.used is None and not seen.looked:
             return
         at = seen.region.number, seen.turn_of
         known = self._came.get(at, frozenset())
@@ -552,6 +563,8 @@ class Session:
         if not ran:
             raise ValueError("no part of its forward that trains is a graph that can be captured")
         for seen in self.calls:
+            if seen.looked:
+                raise ValueError("its steps call other parts of it each time")
             wanted = seen.able if seen.used is None else seen.used
             if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
                 raise ValueError("gradients come for other outputs in each of its steps")
