@@ -799,7 +799,7 @@ def is_checkpoint(target: Any) -> bool:
 
 
 def is_autograd_function(target: Any) -> bool:
-    """Whether a call in one of Dynamo's graphs is an ``autograd.Function``, of graphs of its methods; 2.5+."""
+    """Whether a call in one of Dynamo's graphs is an ``autograd.Function``, of its methods' graphs; 2.5+."""
     from torch._functorch.autograd_function import autograd_function_apply
 
     return target is autograd_function_apply
