@@ -189,6 +189,7 @@ class Region:
         self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
         self.is_eager = False  # runs as eager runs it
+        self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
     def run_as_checkpoint(self, args: Sequence[Any]) -> Any:
         """As eager runs it, with its own graph, but nothing held from the forward to the backward.
@@ -223,10 +224,15 @@ class Region:
         return checkpoint(forward, *(given[i] for i in tracked), use_reentrant=False)
 
     def signature(self, args: Sequence[Any]) -> Any:
-        """What a capture depends on."""
+        """What a capture depends on, beside what one graph of Dynamo's guards: all there is to know of
+        parameters.
+        """
+        if self._varying is None:
+            self._varying = [i for i, x in enumerate(args) if type(x) is not nn.Parameter]
         seen: dict[int, int] = {}
         tensors = []
-        for position, x in enumerate(args):
+        for position in self._varying:
+            x = args[position]
             if not isinstance(x, torch.Tensor):
                 tensors.append(class_of(x) if position in self.scalars else (type(x), x))
                 continue
