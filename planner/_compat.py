@@ -805,6 +805,19 @@ def is_autograd_function(target: Any) -> bool:
     return target is autograd_function_apply
 
 
+def switches_gradients(node: fx.Node) -> bool | None:
+    """Whether a call in one of Dynamo's graphs switches gradients on, or off; ``None``: neither; 2.0+."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def split_graph(graph: fx.GraphModule, part_of: Callable[[fx.Node], int]) -> fx.GraphModule:
+    """``graph`` in parts, each a module ``submod_<number>`` of the result; 2.6+ for modes that span parts."""
+    from torch.fx.passes.split_module import split_module
+
+    whole: fx.GraphModule = split_module(graph, graph, part_of, keep_original_order=True)
+    return whole
+
+
 def dynamo_stands_aside() -> bool:
     """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+."""
     asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)

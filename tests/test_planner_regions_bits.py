@@ -274,3 +274,70 @@ def test_a_graph_left_to_eager_holds_what_eager_holds(build: Any) -> None:
 def test_a_graph_that_needs_nothing_else_is_left_as_it_is() -> None:
     graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
     assert as_eager(graph) is graph
+
+
+# -- what no plan carries ------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Its author checkpoints a batch norm, whose statistics move again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = h + checkpoint(lambda t: torch.tanh(self.norm(self.second(t))), h, use_reentrant=False)
+        return torch.tanh(h) * h
+
+
+class Prototypes(nn.Module):
+    """Weights that the forward normalizes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.heads = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        with torch.no_grad():
+            self.heads.weight.copy_(F.normalize(self.heads.weight.data.clone(), dim=1))
+        return self.heads(torch.tanh(h)) * h
+
+
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.linear = nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x)
+        return torch.tanh(self.linear(h)) * h
+
+
+@pytest.mark.parametrize("build", [Normed, Prototypes, Renormed])
+def test_a_graph_is_torn_around_what_no_plan_carries(build: Any) -> None:
+    of_words = build is Renormed
+    session = same_bits(build, lambda: (torch.randint(0, 10, (4,)),) if of_words else (torch.randn(4, 8),))
+    kept = [region for region in session.regions if region.why]
+    assert len(kept) == 1
+    assert captured(session) == len(session.regions) - 1
+
+
+def test_a_norm_outside_checkpoints_and_writes_without_gradients_are_planned_whole() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = checkpoint(lambda t: torch.tanh(self.linear(t)), self.norm(x), use_reentrant=False)
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(h.mean(0))
+            return h.mul(2).add_(1.0) * self.mean
+
+    session = same_bits(Plain)
+    assert [region.why for region in session.regions] == [""]
+    assert captured(session) == 1

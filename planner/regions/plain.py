@@ -51,7 +51,14 @@ def _checkpointed(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     contexts = inner.meta.get("_checkpoint_context_fn")
     if contexts is not None:
         kwargs["context_fn"] = contexts
-    return checkpoint(inner, *args, **{**kwargs, "use_reentrant": False})  # as Dynamo takes either kind
+    trained = [isinstance(x, torch.Tensor) and x.requires_grad for x in args]
+
+    def run(*given: Any) -> Any:  # a buffer may be written to before this runs again
+        rest = iter(given)
+        return inner(*(next(rest) if is_given else x for is_given, x in zip(trained, args, strict=True)))
+
+    given = [x for is_given, x in zip(trained, args, strict=True) if is_given]
+    return checkpoint(run, *given, **{**kwargs, "use_reentrant": False})  # as Dynamo takes either kind
 
 
 def _applied(fwd: fx.GraphModule, bwd: fx.GraphModule, *args: Any, **given: Any) -> Any:

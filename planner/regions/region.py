@@ -174,12 +174,13 @@ class Region:
     """One of Dynamo's graphs.
 
     ``number``   in the order in which Dynamo handed them over.
+    ``why``      it runs as eager runs it; "": it does not.
     ``numbers``  what it computes of Python's numbers; ``plain``: the rest, which is what is meant elsewhere.
     ``scalars``  arguments that may be another number at each call, within one capture.
     """
 
-    def __init__(self, number: int, graph: fx.GraphModule, homes: Names) -> None:
-        self.number = number
+    def __init__(self, number: int, graph: fx.GraphModule, homes: Names, why: str = "") -> None:
+        self.number, self.why = number, why
         self.numbers = Numbers.of(graph)
         rest = graph if self.numbers is None else self.numbers.rest
         self.plain = as_eager(rest)
@@ -188,7 +189,7 @@ class Region:
         self.written = _written(rest.graph)
         self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
-        self.is_eager = False  # runs as eager runs it
+        self.is_eager = bool(why)
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
     def run_as_checkpoint(self, args: Sequence[Any]) -> Any:

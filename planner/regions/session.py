@@ -34,6 +34,7 @@ from planner.regions import record
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
+from planner.regions.torn import torn
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
@@ -120,6 +121,14 @@ class _Seen:
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
 
+class _Runs(nn.Module):
+    """Stands for a part of a graph that was torn."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = run  # type: ignore[method-assign]
+
+
 class Session:
     """A model whose forward runs in regions.
 
@@ -166,10 +175,22 @@ class Session:
         return self._known
 
     def _cut(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        apart = torn(graph)
+        if apart is None:
+            return functools.partial(self.run, self._region(graph))
+        whole, eager = apart
+        for name, part in list(whole.named_children()):
+            if isinstance(part, fx.GraphModule) and name.startswith("submod_"):
+                run = functools.partial(self.run, self._region(part, eager.get(name, "")))
+                setattr(whole, name, _Runs(run))
+        forward: Callable[..., Any] = whole.forward
+        return forward
+
+    def _region(self, graph: fx.GraphModule, why_eager: str = "") -> Region:
         homes = {id(m): n for n, m in self.model.named_modules()}
-        region = Region(len(self.regions), graph, homes)
+        region = Region(len(self.regions), graph, homes, why_eager)
         self.regions.append(region)
-        return functools.partial(self.run, region)
+        return region
 
     # -- a step ------------------------------------------------------------------------------------
 
