@@ -126,7 +126,7 @@ class _Runs(nn.Module):
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.forward = run  # type: ignore[method-assign]
+        self.forward = run
 
 
 class Session:

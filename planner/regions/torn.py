@@ -1,8 +1,8 @@
 """A graph of Dynamo's torn around what no plan can carry, so that the rest of it is planned.
 
 Two kinds of calls run as eager runs them: a write into a parameter, or into what has a gradient (prototypes
-that are normalized in the forward, an embedding's ``max_norm``), and a checkpoint of the author's within which buffers are written to: a
-batch norm there updates its statistics again when it is recomputed.
+that are normalized in the forward, an embedding's ``max_norm``), and a checkpoint of the author's within
+which buffers are written to: a batch norm there updates its statistics again when it is recomputed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def torn(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]] | None:
     reasons = _reasons(graph)
     for node in graph.graph.nodes:
         reason = reasons.get(node, "")
-        if node.target is operator.getitem and place.get(node.args[0]) == now:  # type: ignore[arg-type]
+        if node.target is operator.getitem and place.get(node.args[0]) == now:
             reason = last  # a part hands on tensors
         if node.op.startswith("call") and reason != last:
             now, last = now + 1, reason
