@@ -52,7 +52,9 @@ from planner.capture.state.reads import Reads
 from planner.capture.state.watched import Watched, watched
 from planner.errors import PlannerError, TraceError
 
-__all__ = ["JointGraph", "Traced", "capture", "capture_piece"]
+__all__ = ["NO_GRADIENT", "JointGraph", "Traced", "capture", "capture_piece"]
+
+NO_GRADIENT = "no gradient reaches any parameter or input of this region from its outputs"
 
 EVERY = frozenset(range(1 << 12))  # outputs, whatever their number
 
@@ -232,7 +234,7 @@ def capture_piece(
         traced = _sort_out(module, step.names, tuple(step.rebound))
     _note_what_goes_on(traced, given)
     if not traced.gradients and not traced.input_gradients:
-        raise PlannerError("no gradient reaches any parameter or input of this region from its outputs")
+        raise PlannerError(NO_GRADIENT)
     assert step.template is not None
     whole: dict[str | int, fx.Node] = {}
     whole.update(traced.gradients.items())

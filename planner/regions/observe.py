@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from planner import _compat
-from planner._compat import FakeTensor
+from planner._compat import FakeTensor, TorchDispatchMode
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.capture.state.effects import attributes_kept
@@ -66,8 +68,45 @@ def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> Non
 
 @contextlib.contextmanager
 def _apart(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    with undone(model, inputs), attributes_kept(model), _compat.modes_set_aside():
-        yield
+    held_by = (value for module in model.modules() for value in vars(module).values())
+    states = [(x, x.get_state()) for x in held_by if isinstance(x, torch.Generator)]
+    try:
+        with undone(model, inputs), attributes_kept(model), _compat.modes_set_aside(), _WritesUndone(model):
+            yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+class _WritesUndone(TorchDispatchMode):
+    """Puts back what is written into parameters: each is copied before its first write."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._there = {_compat.storage_key(p): p for p in model.parameters() if not p.is_sparse}
+        self._was: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """It only looks on: Dynamo may compile under it."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _compat.writes_arguments(func):
+            for x in (*args, *(kwargs or {}).values()):
+                key = _compat.storage_key(x) if type(x) in (torch.Tensor, nn.Parameter) else None
+                if key in self._there and key not in self._was:
+                    self._was[key] = self._there[key].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        with torch.no_grad():
+            for key, was in self._was.items():
+                if not torch.equal(self._there[key], was):
+                    self._there[key].copy_(was)
 
 
 def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.capture.joint_graph import NO_GRADIENT
 from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.measure.step import device_of, tensors_in
@@ -226,6 +227,21 @@ class Session:
     def breaks(self) -> list[tuple[str, str]]:
         """Where (file:line) and why the forward was cut, each once."""
         return list(dict.fromkeys(_compat.dynamo_breaks()[self._before :]))
+
+    @property
+    def left_to_eager(self) -> tuple[str, ...]:
+        """Which regions run as eager runs them, though gradients come by there, and why."""
+        found: dict[str, list[int]] = {}
+        for region in self.regions:
+            whys = {variant.why for variant in region.variants.values() if variant.captured is None}
+            if region.is_eager:
+                whys = {region.why or "a gradient of it is differentiated itself"}
+            for why in whys - {NO_GRADIENT, ""}:
+                found.setdefault(why, []).append(region.number)
+        return tuple(
+            f"{'regions' if len(of) > 1 else 'region'} {', '.join(map(str, of))}: as eager runs it, for {why}"
+            for why, of in found.items()
+        )
 
     @property
     def eager(self) -> frozenset[int]:
@@ -611,7 +627,7 @@ class Session:
                 )
             )
         found = recorder.live_bytes - recorder.made_bytes
-        cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks)
+        cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks) + self.left_to_eager
         events = [e if e.call is None else replace(e, call=index[e.call]) for e in events]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
 

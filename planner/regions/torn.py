@@ -1,7 +1,7 @@
 """A graph of Dynamo's torn around what no plan can carry, so that the rest of it is planned.
 
-Two kinds of calls run as eager runs them: a write into a parameter, or into what has a gradient (prototypes
-that are normalized in the forward, an embedding's ``max_norm``), and a checkpoint of the author's within
+Two kinds of calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
+that are normalized in the forward, an embedding's ``max_norm``.  And a checkpoint of the author's within
 which buffers are written to: a batch norm there updates its statistics again when it is recomputed.
 """
 
