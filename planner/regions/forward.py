@@ -26,7 +26,7 @@ from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.record import Record
-from planner.regions.session import Kept, Parts, Session
+from planner.regions.session import Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 
@@ -35,6 +35,7 @@ __all__ = ["RegionsForward", "Solved", "apply_plan", "regions_forward_of"]
 log = logging.getLogger(__name__)
 
 CHECKS = 2  # planned steps that are counted
+PATIENCE = 4  # steps that cannot be recorded before that is said
 TRIES = 3  # records of one kind before it is said that there is none
 
 
@@ -80,6 +81,7 @@ class RegionsForward:
         self._checks: WeakKeyDictionary[Solved, int] = WeakKeyDictionary()
         self._refused: dict[Hashable, InfeasibleBudgetError] = {}
         self._failed: Counter[Hashable] = Counter()
+        self._waited = 0  # steps that could not be recorded
         self._told: set[str] = set()
         self._thread = threading.get_ident()
         self.original = session.original
@@ -138,6 +140,14 @@ class RegionsForward:
         stage = session.next_stage(kind)
         if stage == "record" and not session.may_watch:
             stage = "look"
+            self._waited += 1
+            if self._waited == PATIENCE:
+                self._tell(
+                    "waits",
+                    "is not planned yet: the step that shows what to plan is watched by a mode of torch, and "
+                    "in each of %d steps another mode was on (a meter, a counter). Let a step run without it",
+                    PATIENCE,
+                )
         session.begin(stage, kind)
         if stage == "record" or (self._counts(session.runs) and session.may_watch):
             self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
@@ -210,11 +220,12 @@ class RegionsForward:
             return
         session.follow(solved.parts, solved)
 
-    def _kind(self, inputs: Any, has_gradients: bool) -> Hashable:
-        """What tells steps apart that need plans of their own, as far as the first call shows it."""
-        given = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors_in(inputs))
+    def _kind(self, inputs: Any, has_gradients: bool) -> Kind:
+        given = tensors_in(inputs)
+        specs = tuple((t.dim(), t.dtype, t.requires_grad) for t in given)
         trains = tuple(p.requires_grad for p in self.root.parameters())
-        return has_gradients, given, trains, self.model.training
+        structure = has_gradients, specs, trains, self.model.training
+        return Kind(structure, tuple(t.numel() for t in given))
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

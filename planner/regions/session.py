@@ -21,7 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -40,7 +40,7 @@ from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
 
-__all__ = ["ANY", "Kept", "Place", "Session"]
+__all__ = ["ANY", "Kept", "Kind", "Place", "Session"]
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,28 @@ Stage = Literal["look", "record", "plan"]
 # What each call of a recorded step is to run: steps in its own graph, and how many are the forward's.
 Parts: TypeAlias = Sequence[tuple[Sequence[int], int]]
 
-ANY: Hashable = None  # the kind of a step where nobody tells kinds apart
+
+class Kind(NamedTuple):
+    """What tells steps apart that need plans of their own, as far as their first call shows it.
+
+    ``sizes``  elements of each tensor that comes in: a plan for larger ones may serve.
+    """
+
+    structure: Hashable = None
+    sizes: tuple[int, ...] = ()
+
+    def is_within(self, larger: Kind) -> bool:
+        """Whether ``larger`` is for the same step, at sizes that are no smaller."""
+        return self.structure == larger.structure and all(
+            a <= b for a, b in zip(self.sizes, larger.sizes, strict=True)
+        )
+
+
+ANY = Kind()  # that of a step where nobody tells kinds apart
 
 MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
-MOST_RECORDS = 8  # of one kind: beyond that its calls differ from step to step
+MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
 
 
@@ -141,14 +158,14 @@ class Session:
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
-        self.kind: Hashable = ANY
+        self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
         self.calls: list[_Seen] = []
-        self._plans: dict[Hashable, list[Kept]] = {}
+        self._plans: dict[Kind, list[Kept]] = {}
         self._open: list[Kept] = []  # those that the step that runs may still be of
-        self._wanted: set[Hashable] = set()  # kinds to be recorded again
-        self._records: Counter[Hashable] = Counter()
+        self._wanted: set[Kind] = set()  # kinds to be recorded again
+        self._records: Counter[Hashable] = Counter()  # by structure
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
         self._is_looked = False
@@ -201,9 +218,10 @@ class Session:
         alive = self._alive is not None and self._alive() is not None
         return alive and self._last_turn == self._backwards
 
-    def begin(self, stage: Stage, kind: Hashable = ANY) -> None:
+    def begin(self, stage: Stage, kind: Kind = ANY) -> None:
         """A step begins."""
-        kept = [k for of in dict.fromkeys((kind, ANY)) for k in self._plans.get(of, ())]
+        larger = sorted((of for of in self._plans if kind.is_within(of)), key=lambda of: sum(of.sizes))
+        kept = [k for of in dict.fromkeys((kind, *larger, ANY)) for k in self._plans.get(of, ())]
         # a step with fewer calls is within what one with more of them was planned to
         self._open = sorted(kept, key=lambda plan: -len(plan.places))
         self.stage, self.kind, self.strayed = stage, kind, False
@@ -487,24 +505,24 @@ class Session:
         if of is None or not exact:
             self._want(self.kind)
 
-    def _want(self, kind: Hashable) -> None:
-        if self._records[kind] < MOST_RECORDS:
+    def _want(self, kind: Kind) -> None:
+        if self._records[kind.structure] < MOST_RECORDS:
             self._wanted.add(kind)
-        elif self._records[kind] == MOST_RECORDS:
-            self._records[kind] += 1
+        elif self._records[kind.structure] == MOST_RECORDS:
+            self._records[kind.structure] += 1
             log.warning(
-                "steps of %s differ from one to the next in what they call: %d of them were planned, others "
-                "run with next to nothing saved where none of these serves them",
+                "steps of %s differ from one to the next in what they call, or in sizes: %d of them were "
+                "planned; what none of these serves runs with next to nothing saved",
                 type(self.model).__name__,
                 MOST_RECORDS,
             )
 
-    def next_stage(self, kind: Hashable = ANY) -> Stage:
+    def next_stage(self, kind: Kind = ANY) -> Stage:
         """What is done with the next step, one of ``kind``."""
         if not self._is_looked and not self._plans:
             return "look"
-        known = self._plans.get(kind) or self._plans.get(ANY)
-        if kind in self._wanted or (not known and self._records[kind] < MOST_RECORDS):
+        known = self._plans.get(kind) or self._plans.get(ANY) or any(map(kind.is_within, self._plans))
+        if kind in self._wanted or (not known and self._records[kind.structure] < MOST_RECORDS):
             return "record"
         return "plan"
 
@@ -556,9 +574,9 @@ class Session:
         self._wanted.discard(self.kind)
         self.recorder = None
 
-    def give_up(self, kind: Hashable) -> None:
+    def give_up(self, kind: Kind) -> None:
         """Record no step of ``kind`` again."""
-        self._records[kind] = MOST_RECORDS + 1
+        self._records[kind.structure] = MOST_RECORDS + 1
         self._wanted.discard(kind)
 
     def forget(self) -> None:
@@ -593,7 +611,7 @@ class Session:
         """
         recorder = self.recorder
         assert recorder is not None
-        self._records[self.kind] += 1
+        self._records[self.kind.structure] += 1
         if not recorder.seen or self.eager != self._eager_before:
             raise ValueError("its step was not seen to its end")
         ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
