@@ -278,7 +278,7 @@ class Region:
         if found is None:
             slots, base = self.slots(args, names)
             piece = Piece(self.graph, slots, args)
-            inputs = Inputs(tuple(piece.arguments(args)), {})
+            inputs = Inputs(tuple(piece.arguments(args)), {}).apart().without_data()
             found = self._captured(key, piece, inputs, base, target, used)
         return found
 
