@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from planner.capture.joint_graph import capture
+from planner.errors import TraceError
 from planner.measure.meter import StorageMeter
 from planner.regions.plain import as_eager
 from planner.regions.session import Session
@@ -320,7 +322,27 @@ class Renormed(nn.Module):
         return torch.tanh(self.linear(h)) * h
 
 
-@pytest.mark.parametrize("build", [Normed, Prototypes, Renormed])
+class Product(nn.Module):
+    """Eager divides by values that are not zero; a trace, which sees none, cannot."""
+
+    def __init__(self, of_batch: bool = False) -> None:
+        super().__init__()
+        self.linear, self.of_batch = nn.Linear(8, 8), of_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.linear(x))
+        y = x.prod(0) * h.detach().prod(0) if self.of_batch else h.prod(0)
+        return torch.tanh(h * y) * y
+
+
+def test_a_product_whose_gradient_depends_on_values_is_refused_in_one_graph() -> None:
+    batch = (torch.rand(4, 8),)
+    with pytest.raises(TraceError, match="gradient of a product"):
+        capture(Product(), batch)
+    assert capture(Product(of_batch=True), batch).step.gradients
+
+
+@pytest.mark.parametrize("build", [Normed, Prototypes, Renormed, Product])
 def test_a_graph_is_torn_around_what_no_plan_carries(build: Any) -> None:
     of_words = build is Renormed
     session = same_bits(build, lambda: (torch.randint(0, 10, (4,)),) if of_words else (torch.randn(4, 8),))

@@ -233,6 +233,7 @@ def capture_piece(
                     reads.forget()
         traced = _sort_out(module, step.names, tuple(step.rebound))
     _note_what_goes_on(traced, given)
+    _refuse_formulas_of_values(traced)
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError(NO_GRADIENT)
     assert step.template is not None
@@ -279,6 +280,7 @@ def _captured(
         generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
     _note_what_goes_on(traced, given)
+    _refuse_formulas_of_values(traced)
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
@@ -308,6 +310,36 @@ def _captured(
     bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
     loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
     return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+
+
+# Where no value is zero, eager divides by each; a trace, which sees no values, makes products of the others.
+_DIVIDES = ("aten.prod", "aten.cumprod")
+
+
+def _refuse_formulas_of_values(traced: Traced) -> None:
+    """Raise where a gradient is made by one formula or another, as values are."""
+    trained = {traced.parameters[name] for name in traced.gradients}
+    trained |= {traced.inputs[i] for i in traced.input_gradients}
+    behind = set(traced.tangents.values())
+    backward: set[int | None] = set()
+    products = []
+    for node in traced.module.graph.nodes:
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+            backward.add(meta.formula(node))
+        elif node.target is not torch.ops.aten.detach.default and not trained.isdisjoint(
+            node.all_input_nodes
+        ):
+            trained.add(node)
+            if str(getattr(node.target, "overloadpacket", "")) in _DIVIDES:
+                products.append(node)
+    for node in products:
+        if meta.formula(node) in backward - {None}:
+            raise TraceError(
+                "eager makes the gradient of a product (prod, cumprod) by one formula or another, as values "
+                "are zero or not, and a trace by another still, with other last bits. Multiply two halves, or "
+                "plan the parts of the model around it"
+            )
 
 
 def _note_what_goes_on(traced: Traced, given: Inputs) -> None:

@@ -1,8 +1,9 @@
 """A graph of Dynamo's torn around what no plan can carry, so that the rest of it is planned.
 
-Two kinds of calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
+Some calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
 that are normalized in the forward, an embedding's ``max_norm``.  And a checkpoint of the author's within
-which buffers are written to: a batch norm there updates its statistics again when it is recomputed.
+which buffers are written to: a batch norm there updates its statistics again when it is recomputed.  And a
+product, whose gradient eager makes by a formula that depends on values.
 """
 
 from __future__ import annotations
@@ -94,11 +95,18 @@ def _why_eager(graph: fx.GraphModule, node: fx.Node) -> str:
         )
     if _name(node) in _EMBEDDINGS and _given(node, _EMBEDDINGS[_name(node)], "max_norm") is not None:
         return "it renormalizes its weights where it reads them (max_norm)"
+    if _name(node) in ("prod", "cumprod") and _is_tracked(node):
+        return f"its gradient ({_name(node)}'s) is made by one formula or another, as values are zero or not"
     if _compat.is_checkpoint(node.target) and isinstance(node.args[0], fx.Node):
         inner = getattr(graph, str(node.args[0].target), None)
         if isinstance(inner, fx.GraphModule) and _updates_buffers(inner):
             return "its author checkpoints it, and it writes to buffers again when it is recomputed"
     return ""
+
+
+def _is_tracked(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _updates_buffers(graph: fx.GraphModule) -> bool:
