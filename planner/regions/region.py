@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
 
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture_piece
@@ -25,6 +24,8 @@ from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.plans.lowering import lower
+from planner.regions.checkpointed import Checkpointed
 from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
 from planner.regions.piece import Piece, Slot, apart, with_homes
 from planner.regions.plain import as_eager
@@ -32,10 +33,14 @@ from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.output_sets import OutputSets
 from planner.runtime.step import ExecutableStep
+from solvers import Problem, minimum_peak
+from solvers.core.simulate import simulate_steps
 
 __all__ = ["Region", "Variant", "recomputing_all"]
 
 log = logging.getLogger(__name__)
+
+LEAST_S = 3.0  # of search for a region's lowest peak
 
 Names = Mapping[int, str]  # of the model's tensors, or modules, by identity
 
@@ -79,14 +84,32 @@ class Variant:
     made: dict[tuple[int, ...], ExecutableStep] = field(default_factory=dict)
     again: Callable[[nn.Module, Inputs, frozenset[int]], Variant] | None = None
     scalars: Sequence[Scalar] = ()
+    _light: tuple[list[int], int] | None = None
+    _problem: Problem | None = None
     _sets: dict[tuple[int, ...], Sets] = field(default_factory=dict)
     _served: dict[int, bool] = field(default_factory=dict)
 
-    @cached_property
-    def lightest(self) -> tuple[list[int], int]:
-        """A schedule that saves next to nothing."""
-        assert self.captured is not None
-        return recomputing_all(self.captured.graph)
+    def lightest(self, room_bytes: int | None = None) -> tuple[list[int], int]:
+        """A schedule that saves next to nothing; of more than ``room_bytes``, the one of the lowest
+        peak that is found.
+        """
+        assert self.captured is not None and self.costs is not None
+        if self._light is None:
+            self._light = recomputing_all(self.captured.graph)
+            self._problem = lower(self.captured.graph, self.costs, resident_bytes=0)
+        steps, turn = self._light
+        problem = self._problem
+        if room_bytes is None or problem is None:
+            return steps, turn
+        self._problem = None  # it is asked once
+        peak_bytes = simulate_steps(problem.as_run(steps), steps).peak_bytes
+        if peak_bytes > room_bytes:
+            least = minimum_peak(problem, time_limit_s=LEAST_S).schedule.steps(problem)
+            if simulate_steps(problem.as_run(least), least).peak_bytes < peak_bytes:
+                forward = [i for i, op in enumerate(self.captured.graph.ops) if op.phase == "forward"]
+                turn = 1 + max((least.index(i) for i in forward), default=-1)
+                self._light = least, turn
+        return self._light
 
     def program(self, steps: Sequence[int], turn: int, budget_bytes: int) -> ExecutableStep:
         """What runs ``steps``."""
@@ -112,7 +135,7 @@ class Variant:
         other = self.again(piece, inputs, used)
         if other.captured is None:
             raise PlannerError(other.why)
-        return other.program(*other.lightest, budget_bytes)
+        return other.program(*other.lightest(), budget_bytes)
 
     def sets_of(self, steps: Sequence[int], step: ExecutableStep) -> Sets:
         """What is known of its outputs' gradients where it runs ``steps``."""
@@ -186,43 +209,15 @@ class Region:
         self.plain = as_eager(rest)
         self.scalars = scalars_of(rest)
         self.graph = with_homes(rest, homes)
-        self.written = _written(rest.graph)
         self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
-    def run_as_checkpoint(self, args: Sequence[Any]) -> Any:
-        """As eager runs it, with its own graph, but nothing held from the forward to the backward.
-
-        Where it writes over an argument that has a gradient all is held.
-        """
-        given = list(args)
-        if any(given[i].requires_grad for i in self.written):
-            return self.plain.forward(*given)
-        before = {i: given[i].detach().clone() for i in self.written}
-        buffers = [x for x in given if isinstance(x, torch.Tensor) and not x.requires_grad]
-        versions: list[int] = []
-        tracked = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad]
-
-        def forward(*leaves: Any) -> Any:
-            now = list(given)  # what has no gradient is not given to autograd, which would count writes to it
-            for i, leaf in zip(tracked, leaves, strict=True):
-                now[i] = leaf
-            if not versions:  # the first time
-                counts = [x._version for x in buffers]
-                outputs = self.plain.forward(*now)
-                versions.extend(x._version - was for x, was in zip(buffers, counts, strict=True))
-                return outputs
-            changed = [x for x, by in zip(buffers, versions, strict=True) if by]
-            kept = [(x, x.detach().clone()) for x in changed]  # running statistics: once is enough
-            outputs = self.plain.forward(*(before.get(i, x) for i, x in enumerate(now)))
-            with torch.no_grad():
-                for x, value in kept:
-                    x.copy_(value)
-            return outputs
-
-        return checkpoint(forward, *(given[i] for i in tracked), use_reentrant=False)
+    @cached_property
+    def checkpointed(self) -> Checkpointed:
+        """As eager runs it, with nothing held."""
+        return Checkpointed(self.plain)
 
     def signature(self, args: Sequence[Any]) -> Any:
         """What a capture depends on, beside what one graph of Dynamo's guards: all there is to know of
@@ -330,40 +325,6 @@ def _is_within(smaller: Variant, larger: Variant) -> bool:
     ]:
         return False
     return all(a.bytes <= b.bytes for a, b in zip(mine.values, its.values, strict=True))
-
-
-_VIEWS = frozenset(
-    {
-        "as_strided",
-        "chunk",
-        "detach",
-        "diagonal",
-        "expand",
-        "expand_as",
-        "flatten",
-        "getattr",
-        "getitem",
-        "imag",
-    }
-    | {"movedim", "narrow", "permute", "real", "reshape", "select", "split", "squeeze", "swapaxes", "t"}
-    | {"transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
-)
-
-
-def _written(graph: fx.Graph) -> frozenset[int]:
-    """Positions of the arguments that a call of the graph may write into, by themselves or by a view."""
-    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    found = set()
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", str(node.target))
-        in_place = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
-        base = node.args[0] if in_place and node.args else node.kwargs.get("out")
-        while isinstance(base, fx.Node) and base.op != "placeholder":
-            name = getattr(base.target, "__name__", str(base.target))
-            base = base.args[0] if name.strip("_") in _VIEWS and base.args else None
-        if isinstance(base, fx.Node):
-            found.add(places[base])
-    return frozenset(found)
 
 
 def _is_written(node: fx.Node) -> bool:

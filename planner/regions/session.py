@@ -302,7 +302,7 @@ class Session:
             return self._plain(seen, args)
         assert variant.captured is not None
         with _compat.modes_set_aside():
-            steps, turn = (place.steps, place.turn) if place is not None else variant.lightest
+            steps, turn = (place.steps, place.turn) if place is not None else variant.lightest(self._room)
             step = variant.program(steps, turn, self.budget_bytes)
         seen.steps, seen.turn = tuple(steps), turn
         recorder = self.recorder if self.recorder is not None and self.recorder.counts else None
@@ -335,6 +335,14 @@ class Session:
             recorder.leave()
         return step.template.rebuild(flat)
 
+    @property
+    def _room(self) -> int | None:
+        """Bytes that a region may take by itself; ``None`` where no budget is known."""
+        if not self.budget_bytes:
+            return None
+        there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return self.budget_bytes - sum(t.nbytes for t in there.values())
+
     def _holder(self) -> _Step:
         """What the calls of this step hold: a recorder is taken off when they are gone."""
         holder = None if self._alive is None else self._alive()
@@ -350,7 +358,7 @@ class Session:
         seen.looked = True
         if self.stage == "plan":
             self.strayed = True
-        return self._watched(seen, seen.region.run_as_checkpoint(args))
+        return self._watched(seen, seen.region.checkpointed(args))
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -564,7 +572,7 @@ class Session:
                 continue
             steps, turn = next(rest)
             if seen.present is None:  # it has no backward to be planned; if one comes, there is one
-                steps, turn = seen.variant.lightest
+                steps, turn = seen.variant.lightest()
             places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn))
         made = Kept(tuple(places), of)
         others = [kept for kept in self._plans.pop(self.kind, []) if not kept.is_like(made)]

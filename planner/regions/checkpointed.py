@@ -1,0 +1,172 @@
+"""Runs one of Dynamo's graphs as eager runs it, with its own autograd graph, and holds next to nothing.
+
+The step that is looked at runs so: which gradients come, and whether one is differentiated itself, shows in
+it, and whatever comes has eager's bits.  The graph is run in parts, cut where little is alive, each of which
+torch runs again when its backward comes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from planner import _compat
+
+__all__ = ["Checkpointed", "written"]
+
+_VIEWS = frozenset(
+    {"as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem"}
+    | {"imag", "movedim", "narrow", "permute", "real", "reshape", "select", "split", "squeeze", "swapaxes"}
+    | {"t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
+)
+_SMALL = 16  # calls that are not worth cutting
+
+
+def _base_written(node: fx.Node) -> Any:
+    """What ``node`` writes into, ``None`` if nothing."""
+    name = getattr(node.target, "__name__", str(node.target))
+    in_place = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
+    base = node.args[0] if in_place and node.args else node.kwargs.get("out")
+    while isinstance(base, fx.Node) and base.op != "placeholder":
+        name = getattr(base.target, "__name__", str(base.target))
+        if name.strip("_") not in _VIEWS or not base.args:
+            break
+        base = base.args[0]
+    return base
+
+
+def written(graph: fx.Graph) -> frozenset[int]:
+    """Positions of the arguments that a call of the graph may write into, by themselves or by a view."""
+    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    bases = map(_base_written, graph.nodes)
+    return frozenset(places[base] for base in bases if isinstance(base, fx.Node) and base in places)
+
+
+class Checkpointed:
+    """``plain`` in parts."""
+
+    def __init__(self, plain: fx.GraphModule) -> None:
+        self.plain, self.written = plain, written(plain.graph)
+        nodes = [n for n in plain.graph.nodes if n.op not in ("placeholder", "output")]
+        at = {n: i for i, n in enumerate(nodes)}
+        cuts = _cuts(nodes, at)
+        self._parts = [_part(plain, nodes[a:b]) for a, b in zip([0, *cuts], [*cuts, len(nodes)], strict=True)]
+        (output,) = plain.graph.find_nodes(op="output")
+        self._results = output.args[0]
+        self._given = plain.graph.find_nodes(op="placeholder")
+        last = {n: max((at[u] for u in n.users if u in at), default=-1) for n in nodes}
+        kept = set(output.all_input_nodes)
+        ends = [*cuts, len(nodes)]
+        self._gone = [[n for n in nodes if n not in kept and last[n] < end] for end in ends]
+
+    def __call__(self, args: Sequence[Any]) -> Any:
+        """Its outputs.  Where it writes over an argument that has a gradient all is held."""
+        if any(args[i].requires_grad for i in self.written):
+            return self.plain.forward(*args)
+        before = {self._given[i]: args[i].detach().clone() for i in self.written}
+        values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
+        for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
+            again = _again(run, {k: before[n] for k, n in enumerate(takes) if n in before})
+            made = _checkpointed(again, [values[n] for n in takes])
+            values.update(zip(makes, made, strict=True))
+            del made
+            for node in gone:
+                values.pop(node, None)
+        return fx.map_arg(self._results, values.__getitem__)
+
+
+def _checkpointed(run: Callable[..., Any], given: Sequence[Any]) -> Any:
+    """``run`` on ``given``.  What has no gradient is not autograd's to hold, which would count writes to it."""
+    tracked = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad]
+    others = [None if i in tracked else x for i, x in enumerate(given)]
+
+    def forward(*leaves: torch.Tensor) -> Any:
+        now = list(others)
+        for i, leaf in zip(tracked, leaves, strict=True):
+            now[i] = leaf
+        return run(*now)
+
+    return checkpoint(forward, *(given[i] for i in tracked), use_reentrant=False)
+
+
+def _again(run: Callable[..., Any], before: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
+    """``run``, which the second time does to arguments without gradient what it did the first: nothing more.
+
+    ``before``: what those were that it reads and writes, by position.
+    """
+    changes: list[int] | None = None
+
+    def forward(*given: Any) -> Any:
+        nonlocal changes
+        others = [x for x in given if isinstance(x, torch.Tensor) and not x.requires_grad]
+        if changes is None:
+            counts = [x._version for x in others]
+            outputs = run(*given)
+            changes = [i for i, (x, was) in enumerate(zip(others, counts, strict=True)) if x._version != was]
+            return outputs
+        kept = [(others[i], others[i].detach().clone()) for i in changes]  # running statistics
+        outputs = run(*(before[i].clone() if i in before else x for i, x in enumerate(given)))
+        with torch.no_grad():
+            for x, value in kept:
+                x.copy_(value)
+        return outputs
+
+    return forward
+
+
+def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
+    """Where to cut, so that about the root of the calls is in each part and little is alive in between."""
+    count = len(nodes)
+    if count < _SMALL or any(isinstance(_base_written(n), fx.Node) for n in nodes):
+        return []
+    alive = [0] * (count + 1)
+    for node in nodes:
+        last = max((at[u] for u in node.users if u in at), default=-1)
+        size = _bytes_of(node.meta.get("example_value"))
+        for k in range(at[node] + 1, last + 1):
+            alive[k] += size
+    parts = math.isqrt(count)
+    found: list[int] = []
+    for k in range(1, parts):
+        middle, reach = count * k // parts, count // (2 * parts)
+        low = max(middle - reach, (found[-1] if found else 0) + 1)
+        window = range(low, min(middle + reach + 1, count))
+        if window:
+            found.append(min(window, key=lambda i: (alive[i], abs(i - middle))))
+    return found
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(map(_bytes_of, value))
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return math.prod(_compat.size_hint(n) for n in value.shape) * value.element_size()
+
+
+def _part(
+    plain: fx.GraphModule, nodes: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+    """A stretch of the graph: what runs it, what it takes and what it makes for others."""
+    own = set(nodes)
+    takes = list(
+        dict.fromkeys(x for n in nodes for x in n.all_input_nodes if x not in own and x.op != "get_attr")
+    )
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for n in takes:
+        new[n] = graph.placeholder(n.name)
+    for n in nodes:
+        for x in n.all_input_nodes:
+            if x.op == "get_attr" and x not in new:
+                new[x] = graph.node_copy(x)
+        if n not in new:
+            new[n] = graph.node_copy(n, new.__getitem__)
+    makes = [n for n in nodes if n.op != "get_attr" and any(u not in own for u in n.users)]
+    graph.output(tuple(new[n] for n in makes))
+    return fx.GraphModule(plain, graph), takes, makes
