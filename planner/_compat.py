@@ -455,11 +455,19 @@ def watching_modes() -> int:
 
 
 def dispatch_state() -> tuple[int, int]:
-    """The dispatch keys that this thread adds and leaves out, which guards of C++ put back; 1.12+."""
+    """The dispatch keys that this thread adds and leaves out, which guards of C++ put back; 1.12+.
+
+    But for those of autocast, which come and go by themselves.
+    """
     keys: Any = torch._C
+    names = ("AutocastCPU", "AutocastCUDA")
+    autocast = [getattr(keys.DispatchKey, name) for name in names if hasattr(keys.DispatchKey, name)]
+    mask = 0
+    for key in autocast:
+        mask |= keys.DispatchKeySet(key).raw_repr()
     return (
-        keys._dispatch_tls_local_include_set().raw_repr(),
-        keys._dispatch_tls_local_exclude_set().raw_repr(),
+        keys._dispatch_tls_local_include_set().raw_repr() & ~mask,
+        keys._dispatch_tls_local_exclude_set().raw_repr() & ~mask,
     )
 
 

@@ -7,18 +7,19 @@ torch runs again when its backward comes.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from planner import _compat
 
-__all__ = ["Checkpointed", "written"]
+__all__ = ["Checkpointed", "as_written", "written"]
 
 _VIEWS = frozenset(
     {"as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem"}
@@ -26,6 +27,7 @@ _VIEWS = frozenset(
     | {"t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
 _SMALL = 16  # calls that are not worth cutting
+SMALL_BYTES = 1 << 20  # of a tensor that is copied rather than relied upon
 
 
 def _base_written(node: fx.Node) -> Any:
@@ -46,6 +48,24 @@ def written(graph: fx.Graph) -> frozenset[int]:
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     bases = map(_base_written, graph.nodes)
     return frozenset(places[base] for base in bases if isinstance(base, fx.Node) and base in places)
+
+
+def as_written(graph: fx.GraphModule) -> fx.GraphModule:
+    """``graph``, where a checkpoint of its author's is one: outside of a trace Dynamo's own forgets random
+    states.
+    """
+    if not any(_compat.is_checkpoint(node.target) for node in graph.graph.nodes):
+        return graph
+    twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in twin.graph.nodes:
+        if _compat.is_checkpoint(node.target):
+            node.target, node.kwargs = _as_author, {}
+    twin.recompile()
+    return twin
+
+
+def _as_author(inner: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(inner, *args, use_reentrant=False)
 
 
 class Checkpointed:
@@ -69,11 +89,13 @@ class Checkpointed:
         """Its outputs.  Where it writes over an argument that has a gradient all is held."""
         if any(args[i].requires_grad for i in self.written):
             return self.plain.forward(*args)
-        before = {self._given[i]: args[i].detach().clone() for i in self.written}
+        writes = {self._given[i] for i in self.written}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
         for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
-            again = _again(run, {k: before[n] for k, n in enumerate(takes) if n in before})
-            made = _checkpointed(again, [values[n] for n in takes])
+            given = [values[n] for n in takes]
+            tracked = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+            again = _again(run, given, [n in writes for n in takes])
+            made = checkpoint(again, *tracked, use_reentrant=False)
             values.update(zip(makes, made, strict=True))
             del made
             for node in gone:
@@ -81,40 +103,42 @@ class Checkpointed:
         return fx.map_arg(self._results, values.__getitem__)
 
 
-def _checkpointed(run: Callable[..., Any], given: Sequence[Any]) -> Any:
-    """``run`` on ``given``.  What has no gradient is not autograd's to hold, which would count writes to it."""
-    tracked = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.requires_grad]
-    others = [None if i in tracked else x for i, x in enumerate(given)]
+def _again(run: Callable[..., Any], given: Sequence[Any], writes: Sequence[bool]) -> Callable[..., Any]:
+    """``run`` on ``given``, as a function of those that have gradients, whose second call is as the first.
 
-    def forward(*leaves: torch.Tensor) -> Any:
-        now = list(others)
-        for i, leaf in zip(tracked, leaves, strict=True):
-            now[i] = leaf
-        return run(*now)
-
-    return checkpoint(forward, *(given[i] for i in tracked), use_reentrant=False)
-
-
-def _again(run: Callable[..., Any], before: Mapping[int, torch.Tensor]) -> Callable[..., Any]:
-    """``run``, which the second time does to arguments without gradient what it did the first: nothing more.
-
-    ``before``: what those were that it reads and writes, by position.
+    What it writes, and anything small, is copied for that; what is large must not change in between.
     """
-    changes: list[int] | None = None
+    copies: list[Any] = [None] * len(given)
+    versions = [0] * len(given)
+    first = True
 
-    def forward(*given: Any) -> Any:
-        nonlocal changes
-        others = [x for x in given if isinstance(x, torch.Tensor) and not x.requires_grad]
-        if changes is None:
-            counts = [x._version for x in others]
-            outputs = run(*given)
-            changes = [i for i, (x, was) in enumerate(zip(others, counts, strict=True)) if x._version != was]
-            return outputs
-        kept = [(others[i], others[i].detach().clone()) for i in changes]  # running statistics
-        outputs = run(*(before[i].clone() if i in before else x for i, x in enumerate(given)))
-        with torch.no_grad():
-            for x, value in kept:
-                x.copy_(value)
+    def forward(*tracked: Any) -> Any:
+        nonlocal first
+        rest = iter(tracked)
+        now: list[Any] = []
+        for i, (x, is_written) in enumerate(zip(given, writes, strict=True)):
+            if not isinstance(x, torch.Tensor):
+                now.append(x)
+            elif x.requires_grad:
+                now.append(next(rest))
+            elif first:
+                if is_written or (x.nbytes <= SMALL_BYTES and not isinstance(x, nn.Parameter)):
+                    copies[i] = x.detach().clone()
+                now.append(x)
+            elif copies[i] is not None:
+                now.append(copies[i].clone() if is_written else copies[i])
+            elif x._version != versions[i]:
+                raise RuntimeError(
+                    f"a tensor {tuple(x.shape)} that the forward read was modified by an inplace operation "
+                    "before its backward, which reads it again: in the first step of training in regions the "
+                    "forward runs once more in the backward"
+                )
+            else:
+                now.append(x)
+        outputs = run(*now)
+        if first:
+            versions[:] = [x._version if isinstance(x, torch.Tensor) else 0 for x in given]
+        first = False
         return outputs
 
     return forward

@@ -140,7 +140,7 @@ class RegionsForward:
         stage = session.next_stage(kind)
         if stage == "record" and not session.may_watch:
             stage = "look"
-            self._waited += 1
+            self._waited += session.is_watched
             if self._waited == PATIENCE:
                 self._tell(
                     "waits",

@@ -71,6 +71,8 @@ ANY = Kind()  # that of a step where nobody tells kinds apart
 MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
 MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
+_RECORDERS: weakref.WeakSet[Recorder] = weakref.WeakSet()  # of this process, that are on
+
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
 
 
@@ -539,12 +541,18 @@ class Session:
         """Whether a step that begins now can be recorded."""
         return not _compat.watching_modes() and self._on is None
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a mode is on that records no other model's step, which will be over soon."""
+        return bool(_compat.watching_modes()) and not any(map(_compat.is_top_mode, list(_RECORDERS)))
+
     def watch(self, there: Iterable[torch.Tensor]) -> None:
         """Record the step that begins, which finds ``there``, until its backward is through."""
         recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
         self.recorder = self._on = recorder
+        _RECORDERS.add(recorder)
         self._thread, self._keys = threading.get_ident(), _compat.dispatch_state()
 
     def settle(self, only: Recorder | None = None) -> None:
@@ -557,6 +565,7 @@ class Session:
         if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != self._keys:
             return
         self._on = None
+        _RECORDERS.discard(recorder)
         recorder.counts = False
         recorder.__exit__(None, None, None)
 
@@ -620,14 +629,17 @@ class Session:
         recorder = self.recorder
         assert recorder is not None
         self._records[self.kind.structure] += 1
+        if any(seen.looked for seen in self.calls):
+            raise ValueError(
+                "each of its steps runs code that was not seen before (for a number in it that changes with "
+                "every step, say)"
+            )
         if not recorder.seen or self.eager != self._eager_before:
             raise ValueError("its step was not seen to its end")
         ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
         if not ran:
             raise ValueError("no part of its forward that trains is a graph that can be captured")
         for seen in self.calls:
-            if seen.looked:
-                raise ValueError("its steps call other parts of it each time")
             wanted = seen.able if seen.used is None else seen.used
             if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
                 raise ValueError("gradients come for other outputs in each of its steps")
