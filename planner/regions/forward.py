@@ -81,7 +81,8 @@ class RegionsForward:
         self._checks: WeakKeyDictionary[Solved, int] = WeakKeyDictionary()
         self._refused: dict[Hashable, InfeasibleBudgetError] = {}
         self._failed: Counter[Hashable] = Counter()
-        self._waited = 0  # steps that could not be recorded
+        self._waited = 0  # steps that could not be recorded for somebody else's mode
+        self._behind = 0  # or for that of another model's record
         self._told: set[str] = set()
         self._thread = threading.get_ident()
         self.original = session.original
@@ -138,8 +139,9 @@ class RegionsForward:
         if kind in self._refused:
             raise self._refused[kind]
         stage = session.next_stage(kind)
-        if stage == "record" and not session.may_watch:
+        if stage == "record" and not session.may_watch(must=self._behind >= PATIENCE):
             stage = "look"
+            self._behind += 1
             self._waited += session.is_watched
             if self._waited == PATIENCE:
                 self._tell(
@@ -149,7 +151,7 @@ class RegionsForward:
                     PATIENCE,
                 )
         session.begin(stage, kind)
-        if stage == "record" or (self._counts(session.runs) and session.may_watch):
+        if stage == "record" or (self._counts(session.runs) and session.may_watch()):
             self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
             session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
 
@@ -181,6 +183,7 @@ class RegionsForward:
     def _none_ran(self) -> None:
         session = self.session
         eager = len(session.eager)
+        session.tried()
         if eager == len(session.regions):
             self._tell(
                 "eager",

@@ -71,7 +71,8 @@ ANY = Kind()  # that of a step where nobody tells kinds apart
 MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
 MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
-_RECORDERS: weakref.WeakSet[Recorder] = weakref.WeakSet()  # of this process, that are on
+# Recorders of this process that are on: the thread, and the dispatcher's keys, where each was entered.
+_RECORDERS: weakref.WeakKeyDictionary[Recorder, tuple[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
 
@@ -179,8 +180,6 @@ class Session:
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
         self._on: Recorder | None = None  # that is on in a training loop
-        self._thread = 0
-        self._keys: tuple[int, int] | None = None  # the dispatcher's, where that was entered
         self._known: dict[int, str] | None = None
         self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
@@ -497,6 +496,8 @@ class Session:
 
     def ended(self) -> None:
         """The last step is over: what it showed is kept."""
+        if self.stage == "look" and self.regions and len(self.eager) == len(self.regions):
+            self._is_looked = True
         if not self.is_differentiated:
             return
         self.learned()
@@ -536,9 +537,13 @@ class Session:
             return "record"
         return "plan"
 
-    @property
-    def may_watch(self) -> bool:
-        """Whether a step that begins now can be recorded."""
+    def may_watch(self, *, must: bool = False) -> bool:
+        """Whether a step that begins now can be recorded; ``must``: although another model's is."""
+        for recorder in list(_RECORDERS):
+            if must or not recorder.counts:
+                _take_off(recorder)
+        if self._on is not None and self._on not in _RECORDERS:
+            self._on = None
         return not _compat.watching_modes() and self._on is None
 
     @property
@@ -552,22 +557,15 @@ class Session:
         recorder.register(*there)
         recorder.__enter__()
         self.recorder = self._on = recorder
-        _RECORDERS.add(recorder)
-        self._thread, self._keys = threading.get_ident(), _compat.dispatch_state()
+        _RECORDERS[recorder] = threading.get_ident(), _compat.dispatch_state()
 
     def settle(self, only: Recorder | None = None) -> None:
         """Take a recorder off that has seen its step; ``only``: this one."""
         recorder = self._on
         if recorder is None or only not in (None, recorder) or self._inside:
             return
-        if threading.get_ident() != self._thread or _compat.current_backward() != -1:
-            return
-        if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != self._keys:
-            return
-        self._on = None
-        _RECORDERS.discard(recorder)
-        recorder.counts = False
-        recorder.__exit__(None, None, None)
+        if recorder not in _RECORDERS or _take_off(recorder):
+            self._on = None
 
     def follow(self, parts: Parts, of: Any = None) -> None:
         """Plan for steps such as the recorded one: of each call its own steps, and how many are the
@@ -590,6 +588,10 @@ class Session:
             del self._plans[next(iter(self._plans))]
         self._wanted.discard(self.kind)
         self.recorder = None
+
+    def tried(self) -> None:
+        """A step that was to be recorded ran nothing that can be planned."""
+        self._records[self.kind.structure] += 1
 
     def give_up(self, kind: Kind) -> None:
         """Record no step of ``kind`` again."""
@@ -668,6 +670,19 @@ class Session:
         cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks) + self.left_to_eager
         events = [e if e.call is None else replace(e, call=index[e.call]) for e in events]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+
+
+def _take_off(recorder: Recorder) -> bool:
+    """End its record, if this is the place to take it off."""
+    thread, keys = _RECORDERS[recorder]
+    if threading.get_ident() != thread or _compat.current_backward() != -1:
+        return False
+    if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != keys:
+        return False
+    del _RECORDERS[recorder]
+    recorder.counts = False
+    recorder.__exit__(None, None, None)
+    return True
 
 
 def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
