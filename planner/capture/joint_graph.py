@@ -337,8 +337,8 @@ def _refuse_formulas_of_values(traced: Traced) -> None:
         if meta.formula(node) in backward - {None}:
             raise TraceError(
                 "eager makes the gradient of a product (prod, cumprod) by one formula or another, as values "
-                "are zero or not, and a trace by another still, with other last bits. Multiply two halves, or "
-                "plan the parts of the model around it"
+                "are zero or not, and a trace by another still, with other last bits. Multiply two halves, "
+                "or plan the parts of the model around it"
             )
 
 

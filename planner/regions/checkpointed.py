@@ -7,7 +7,6 @@ torch runs again when its backward comes.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planner import _compat
 
-__all__ = ["Checkpointed", "as_written", "written"]
+__all__ = ["Checkpointed", "written"]
 
 _VIEWS = frozenset(
     {"as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem"}
@@ -48,24 +47,6 @@ def written(graph: fx.Graph) -> frozenset[int]:
     places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     bases = map(_base_written, graph.nodes)
     return frozenset(places[base] for base in bases if isinstance(base, fx.Node) and base in places)
-
-
-def as_written(graph: fx.GraphModule) -> fx.GraphModule:
-    """``graph``, where a checkpoint of its author's is one: outside of a trace Dynamo's own forgets random
-    states.
-    """
-    if not any(_compat.is_checkpoint(node.target) for node in graph.graph.nodes):
-        return graph
-    twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in twin.graph.nodes:
-        if _compat.is_checkpoint(node.target):
-            node.target, node.kwargs = _as_author, {}
-    twin.recompile()
-    return twin
-
-
-def _as_author(inner: Callable[..., Any], *args: Any) -> Any:
-    return checkpoint(inner, *args, use_reentrant=False)
 
 
 class Checkpointed:

@@ -20,6 +20,7 @@ from torch import nn
 
 from planner import _compat
 from planner.capture.inputs import Inputs
+from planner.capture.state.effects import Before
 from planner.costs.target import target_for
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
@@ -115,7 +116,16 @@ class RegionsForward:
             return self.original(*args, **kwargs)
         if not session.waits:
             self._begin((args, kwargs))
-        return session.call(*args, **kwargs)
+        if session.stage != "look" or session.calls:
+            return session.call(*args, **kwargs)
+        before = Before(self.model)
+        outputs = session.call(*args, **kwargs)
+        if session.is_spoilt():
+            del outputs
+            before.put_back()
+            session.begin("look", session.kind)
+            outputs = session.call(*args, **kwargs)
+        return outputs
 
     def _tell(self, what: str, message: str, *values: object) -> None:
         if what not in self._told:

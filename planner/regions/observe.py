@@ -56,7 +56,11 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
 def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     """One step.  ``PlannerError`` for whatever the model's own code raises in it."""
     try:
-        passed = passed_on(session.call(*inputs.args, **inputs.kwargs), loss_fn)
+        outputs = session.call(*inputs.args, **inputs.kwargs)
+        if session.stage == "look" and session.is_spoilt():
+            return
+        passed = passed_on(outputs, loss_fn)
+        del outputs
         backward(passed, tangents_for(passed, None))
     except PlannerError:
         raise

@@ -138,6 +138,7 @@ class _Seen:
     present: frozenset[int] | None = None
     able: frozenset[int] = frozenset()
     looked: bool = False
+    read: list[tuple[Any, int]] = field(default_factory=list)
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
@@ -357,6 +358,8 @@ class Session:
     def _looked_at(self, seen: _Seen, args: Sequence[Any]) -> Any:
         """As eager runs it, which may be differentiated twice, with nothing held but the arguments."""
         seen.looked = True
+        tensors = (x for x in args if _tracked(x))
+        seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
         return self._watched(seen, seen.region.checkpointed(args))
@@ -470,6 +473,18 @@ class Session:
     def is_differentiated(self) -> bool:
         """Whether a backward came through the last step."""
         return any(seen.present is not None for seen in self.calls)
+
+    def is_spoilt(self) -> bool:
+        """Whether the forward that was looked at wrote over what a region had read, which no region keeps: those
+        run as eager runs them from here on."""
+        found = False
+        for seen in self.calls:
+            now = ((ref(), version) for ref, version in seen.read)
+            if any(x is not None and x._version != version for x, version in now):
+                seen.region.is_eager = found = True
+                seen.region.why = seen.region.why or "code behind it writes over what it reads"
+            seen.read = []
+        return found
 
     @property
     def is_recorded(self) -> bool:

@@ -43,7 +43,7 @@ from planner import _compat
 from planner.capture.as_eager.places import is_users, line_of, users_place
 from planner.errors import TraceError
 
-__all__ = ["Generators", "global_states", "global_states_kept", "seed_all"]
+__all__ = ["Generators", "global_sources", "global_states", "global_states_kept", "seed_all"]
 
 _DRAWS = (
     "the forward of {0} draws from {1} at {2}; a planned step would use what was drawn while planning at "
@@ -140,7 +140,7 @@ def _of_torch(generator: torch.Generator) -> _Source:
 
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
-    yield from _global()
+    yield from global_sources()
     numpys = _kinds(*_numpys())
     pythons = _kinds(random.Random) - _kinds(random.SystemRandom)
     things = gc.get_objects()  # hundreds of thousands: no Python between one and the next
@@ -165,7 +165,8 @@ def _torchs() -> Iterator[_Source]:
         yield from map(_of_torch, torch.cuda.default_generators)
 
 
-def _global() -> list[_Source]:
+def global_sources() -> list[_Source]:
+    """The global generators of Python and numpy, with their states as of now."""
     numpy_random = _numpy_random()
     numpys = [] if numpy_random is None else [_of_numpy(numpy_random.random.__self__)]
     return [_of_python(_pythons()), *numpys]
@@ -174,7 +175,7 @@ def _global() -> list[_Source]:
 @contextlib.contextmanager
 def global_states_kept() -> Iterator[None]:
     """The global generators of Python and numpy are afterwards what they were."""
-    sources = _global()
+    sources = global_sources()
     try:
         yield
     finally:
@@ -195,7 +196,7 @@ def global_states() -> dict[str, torch.Tensor]:
     """The states of Python's and numpy's global generators, as bytes (uint8), by name."""
     return {
         source.name: torch.frombuffer(bytearray(pickle.dumps(source.state)), dtype=torch.uint8)
-        for source in _global()
+        for source in global_sources()
     }
 
 
@@ -253,7 +254,7 @@ class Generators:
         with (
             _default_generators_watched(handled),
             _entropy_watched(unseeded),
-            _set_again_watched(_global(), set_again),
+            _set_again_watched(global_sources(), set_again),
         ):
             yield
 

@@ -27,10 +27,12 @@ import torch
 from torch import nn
 
 from planner._compat import TorchDispatchMode, pytree, storage_key
+from planner.capture.as_eager.generators import global_sources
 from planner.capture.state.reads import OWN, Slot, is_plain_object
 from planner.errors import TraceError
 
 __all__ = [
+    "Before",
     "Effects",
     "Marks",
     "attributes_kept",
@@ -181,6 +183,33 @@ def attributes_kept(model: nn.Module, others: Iterable[tuple[str, Any]] = ()) ->
         for held, was in hooks:
             for key in held.keys() - was.keys():
                 del held[key]
+
+
+class Before:
+    """A model before its forward runs: attributes, buffers, random states, put back if it has to run again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = _Kept()
+        for path, module in model.named_modules():
+            self._kept.look(f"{path}." if path else "", module)
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        self._states = global_sources()
+        self._torch = torch.get_rng_state()
+        devices = sorted({b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"})
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def put_back(self) -> None:
+        """As it was."""
+        self._kept.put_back(Effects())
+        with torch.no_grad():
+            for buffer, was in self._buffers:
+                if not torch.equal(buffer, was):
+                    buffer.copy_(was)
+        for source in self._states:
+            source.restore()
+        torch.set_rng_state(self._torch)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextlib.contextmanager
