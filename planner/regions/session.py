@@ -475,8 +475,9 @@ class Session:
         return any(seen.present is not None for seen in self.calls)
 
     def is_spoilt(self) -> bool:
-        """Whether the forward that was looked at wrote over what a region had read, which no region keeps: those
-        run as eager runs them from here on."""
+        """Whether the forward that was looked at wrote over what a region had read, which no region keeps:
+        those run as eager runs them from here on.
+        """
         found = False
         for seen in self.calls:
             now = ((ref(), version) for ref, version in seen.read)
