@@ -71,8 +71,18 @@ ANY = Kind()  # that of a step where nobody tells kinds apart
 MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
 MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
-# Recorders of this process that are on: the thread, and the dispatcher's keys, where each was entered.
-_RECORDERS: weakref.WeakKeyDictionary[Recorder, tuple[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+class _Entered(NamedTuple):
+    """Where a recorder was entered: by whom, in which thread, under which of the dispatcher's keys."""
+
+    owner: weakref.ref[Session]
+    thread: int
+    keys: tuple[int, int]
+
+
+# Those of this process that are on.
+_RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
 
@@ -217,8 +227,16 @@ class Session:
     @property
     def waits(self) -> bool:
         """Whether a backward of the step is still to come: none has begun since its last call."""
-        alive = self._alive is not None and self._alive() is not None
-        return alive and self._last_turn == self._backwards
+        return self._is_held and self._last_turn == self._backwards
+
+    @property
+    def _is_held(self) -> bool:
+        return self._alive is not None and self._alive() is not None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a call of the step runs, or may yet have a backward."""
+        return bool(self._inside) or self._is_held
 
     def begin(self, stage: Stage, kind: Kind = ANY) -> None:
         """A step begins."""
@@ -548,6 +566,8 @@ class Session:
         """What is done with the next step, one of ``kind``."""
         if not self._is_looked and not self._plans:
             return "look"
+        if self.regions and len(self.eager) == len(self.regions):
+            return "plan"  # nothing is
         known = self._plans.get(kind) or self._plans.get(ANY) or any(map(kind.is_within, self._plans))
         if kind in self._wanted or (not known and self._records[kind.structure] < MOST_RECORDS):
             return "record"
@@ -555,8 +575,9 @@ class Session:
 
     def may_watch(self, *, must: bool = False) -> bool:
         """Whether a step that begins now can be recorded; ``must``: although another model's is."""
-        for recorder in list(_RECORDERS):
-            if must or not recorder.counts:
+        for recorder, entered in list(_RECORDERS.items()):
+            owner = entered.owner()
+            if must or not recorder.counts or owner is None or not owner.is_under_way:
                 _take_off(recorder)
         if self._on is not None and self._on not in _RECORDERS:
             self._on = None
@@ -573,7 +594,7 @@ class Session:
         recorder.register(*there)
         recorder.__enter__()
         self.recorder = self._on = recorder
-        _RECORDERS[recorder] = threading.get_ident(), _compat.dispatch_state()
+        _RECORDERS[recorder] = _Entered(weakref.ref(self), threading.get_ident(), _compat.dispatch_state())
 
     def settle(self, only: Recorder | None = None) -> None:
         """Take a recorder off that has seen its step; ``only``: this one."""
@@ -690,7 +711,7 @@ class Session:
 
 def _take_off(recorder: Recorder) -> bool:
     """End its record, if this is the place to take it off."""
-    thread, keys = _RECORDERS[recorder]
+    _, thread, keys = _RECORDERS[recorder]
     if threading.get_ident() != thread or _compat.current_backward() != -1:
         return False
     if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != keys:
