@@ -22,8 +22,8 @@ from planner.checks import zoo
 from planner.graph.training_graph import training_graph
 from planner.measure import step_peak
 from planner.options import Search
+from planner.solving import budgeted
 from planner.solving import fit as search
-from planner.solving import priced
 from planner.solving.priced import prepare
 from tests import tiny
 
@@ -107,7 +107,7 @@ def rows_of(rows: int, length: int, width: int = 16) -> Batch:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the tracer and the solvers were entered, counted from outside."""
     seen: Counter[str] = Counter()
-    for module, name in ((_compat, "export_joint"), (search, "solve"), (priced, "minimum_peak")):
+    for module, name in ((_compat, "export_joint"), (search, "solve"), (budgeted, "minimum_peak")):
         original = getattr(module, name)
 
         def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -385,7 +385,7 @@ def test_what_cannot_be_symbolic_is_planned_by_shape(caplog: pytest.LogCaptureFi
     assert "Sized" in caplog.text
     assert seen(plan)[0] == 3
     with pytest.raises(TraceError, match="rows"):
-        planner.plan(model, 1.0, rows_of(8, 12), dynamic={"x": (0,)})
+        planner.plan(model, 1.0, rows_of(8, 12), dynamic={"x": (0,)}, capture="one graph")
 
 
 def test_other_arguments_are_still_refused() -> None:

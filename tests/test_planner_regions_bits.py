@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -367,3 +369,44 @@ def test_a_norm_outside_checkpoints_and_writes_without_gradients_are_planned_who
     session = same_bits(Plain)
     assert [region.why for region in session.regions] == [""]
     assert captured(session) == 1
+
+
+def test_running_statistics_move_once_in_a_step_that_is_looked_at() -> None:
+    """Which runs in parts, each made again in its backward, until all is there again."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return lambda *args: Checkpointed(graph)(args)
+
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 8)
+    mean_square(torch.compile(model, backend=kept)(x)).backward()
+    mean_square(twin(x)).backward()
+    assert len(graphs) == 1
+    pairs = zip((*model.buffers(), *model.parameters()), (*twin.buffers(), *twin.parameters()), strict=True)
+    for one, other in pairs:
+        assert torch.equal(one, other)
+        assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+
+
+def test_a_products_gradient_is_eagers_where_a_mode_watches() -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.prod(x, 0) + x.prod(0) + x.cumprod(0).sum(0)
+
+    x = torch.rand(5, 7)
+
+    def gradient(run: Callable[[Tensor], Tensor], *, watched: bool) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        with StorageMeter(torch.device("cpu")) if watched else contextlib.nullcontext():
+            run(leaf).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    plain = as_eager(torch.fx.symbolic_trace(Products()))
+    wanted = gradient(Products(), watched=False)
+    assert torch.equal(gradient(plain, watched=True), wanted)
+    assert torch.equal(gradient(plain, watched=False), wanted)

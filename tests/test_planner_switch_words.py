@@ -20,6 +20,8 @@ from planner.capture.refusals import _INSIDE
 from tests import tiny
 from tests.hf import FAST, QUIET, losses_of
 
+ONE: dict[str, Any] = {"capture": "one graph"}
+
 # -- an infeasible budget is out of memory to a trainer -------------------------------------------
 
 
@@ -66,7 +68,7 @@ def test_other_refusals_do_not() -> None:
     @find_executable_batch_size(starting_batch_size=8)
     def run(batch_size: int) -> None:
         tried.append(batch_size)
-        planner.enable(Odd(lambda layer, x: layer(x) * x.sum().item()), 1, **FAST, now=True)(X)
+        planner.enable(Odd(lambda layer, x: layer(x) * x.sum().item()), 1, **FAST, **ONE, now=True)(X)
 
     with pytest.raises(planner.TraceError):
         run()
@@ -155,7 +157,7 @@ class Odd(nn.Module):
 )
 def test_they_quote_nothing_of_the_tracers_insides(odd: Any, said: str) -> None:
     with pytest.raises(planner.TraceError, match=f"Odd could not be captured: .*{said}") as caught:
-        planner.plan(Odd(odd), 1, (X,), **FAST)
+        planner.plan(Odd(odd), 1, (X,), capture="one graph", **FAST)
     assert not _INSIDE.search(str(caught.value).split("(", 1)[-1].rpartition(") ")[-1])
     assert caught.value.__cause__ is not None  # what the tracer said is still there
 
@@ -175,4 +177,4 @@ def test_a_tensor_that_wraps_others_is_named_as_such() -> None:
     model = Odd(lambda layer, x: layer(x))
     model.layer.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
     with pytest.raises(planner.TraceError, match="a tensor that wraps others"):
-        planner.plan(model, 1, (X,), **FAST)
+        planner.plan(model, 1, (X,), capture="one graph", **FAST)

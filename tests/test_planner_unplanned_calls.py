@@ -136,7 +136,7 @@ def test_what_cannot_be_planned_in_eval_mode_goes_on_and_says_why(caplog: pytest
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * x.sum().item()
 
-    model = planner.enable(Odd(nn.Linear(32, 8)), 1, now=True, **FAST).eval()
+    model = planner.enable(Odd(nn.Linear(32, 8)), 1, now=True, capture="one graph", **FAST).eval()
     for _ in range(3):
         model(given(wants=False)).sum().backward()
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 2

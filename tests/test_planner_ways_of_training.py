@@ -62,8 +62,8 @@ def _seen(way: Way, enable: Enable) -> Seen:
     return seen
 
 
-def _enable(model: nn.Module) -> nn.Module:
-    return planner.enable(model, 1.0, **{**FAST, "solver": "recompute_all"}, now=True)
+def _enable(model: nn.Module, **more: Any) -> nn.Module:
+    return planner.enable(model, 1.0, **{**FAST, "solver": "recompute_all"}, **more, now=True)
 
 
 WAYS: list[Way] = []
@@ -604,7 +604,7 @@ def test_a_pruned_layer_is_refused_by_that_name() -> None:
     model = Small()
     prune.l1_unstructured(model.first, "weight", 0.5)
     with pytest.raises(PlannerError, match=r"first.*torch\.nn\.utils\.prune"):
-        _enable(model)(_x())
+        _enable(model, capture="one graph")(_x())
     prune.remove(model.first, "weight")
     model(_x()).sum().backward()
     assert planner.plan_of(model) is not None
@@ -617,5 +617,5 @@ def test_a_draw_of_pythons_is_refused_with_its_line() -> None:
 
     before = random.getstate()
     with pytest.raises(TraceError, match=r"random\.random\(\) < 0\.5.*Draw it outside"):
-        _enable(Forced())(_x())
+        _enable(Forced(), capture="one graph")(_x())
     assert random.getstate() == before

@@ -3,7 +3,7 @@
 What Dynamo puts for ``torch.utils.checkpoint`` keeps everything where no compiler takes it up, and draws
 other random numbers where it makes something again; what it puts for an ``autograd.Function`` holds what it
 saves until Python collects it.  Here the first checkpoints, as its author wrote, and the second saves on
-``ctx``.
+``ctx``.  A product's gradient is made by the formula that eager takes, where a mode watches too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ def as_eager(graph: fx.GraphModule) -> fx.GraphModule:
             replaced[node] = _checkpointed
         elif _compat.is_autograd_function(node.target) and "saved_for_backward_idx" in node.kwargs:
             replaced[node] = _applied
+        elif node.op == "call_function" and node.target in (torch.prod, torch.cumprod):
+            replaced[node] = _product if node.target is torch.prod else _cumulated
+        elif node.op == "call_method" and node.target in ("prod", "cumprod"):
+            replaced[node] = _product if node.target == "prod" else _cumulated
     if not replaced and not inner:
         return graph
     new: dict[fx.Node, fx.Node] = {}
     twin = fx.Graph()
     for node in graph.graph.nodes:
         new[node] = twin.node_copy(node, new.__getitem__)
-        new[node].target = replaced.get(node, node.target)
+        if node in replaced:
+            new[node].op, new[node].target = "call_function", replaced[node]
     module = fx.GraphModule(graph, twin)
     for name, plain in inner.items():
         setattr(module, name, plain)
@@ -59,6 +64,23 @@ def _checkpointed(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
 
     given = [x for is_given, x in zip(trained, args, strict=True) if is_given]
     return checkpoint(run, *given, **{**kwargs, "use_reentrant": False})  # as Dynamo takes either kind
+
+
+def _product(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _watched(torch.prod, x, *args, **kwargs)
+
+
+def _cumulated(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _watched(torch.cumprod, x, *args, **kwargs)
+
+
+def _watched(call: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``call``, whose gradient autograd makes by another formula where a mode watches: here it does not."""
+    if not (_compat.watching_modes() and x.requires_grad and torch.is_grad_enabled()):
+        made: torch.Tensor = call(x, *args, **kwargs)
+        return made
+    unwatched: torch.Tensor = _Unwatched.apply(lambda t: call(t, *args, **kwargs), x)
+    return unwatched
 
 
 def _applied(fwd: fx.GraphModule, bwd: fx.GraphModule, *args: Any, **given: Any) -> Any:
@@ -88,6 +110,24 @@ class _Applied(torch.autograd.Function):
         saved = [next(checked) if i in ctx.checked else ctx.others[i] for i in range(ctx.count)]
         made = ctx.bwd(*gradients, *saved)
         return None, None, None, *(made if isinstance(made, (tuple, list)) else (made,))
+
+
+class _Unwatched(torch.autograd.Function):
+    """A function of a tensor, differentiated as if no mode watched."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x)
+        made: torch.Tensor = call(x)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with _compat.modes_set_aside(), torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return None, torch.autograd.grad(ctx.call(leaf), leaf, gradient)[0]
 
 
 def _chosen(values: Sequence[Any], which: Any) -> list[Any]:
