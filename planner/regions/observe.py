@@ -17,7 +17,7 @@ from planner.capture.state.effects import attributes_kept
 from planner.errors import PlannerError
 from planner.measure.step import backward, device_of, held, passed_on, tangents_for, undone
 from planner.regions.recorder import Recorder
-from planner.regions.session import Session
+from planner.regions.session import Session, _Seen
 
 __all__ = ["observe"]
 
@@ -42,15 +42,28 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
         session.ended()
         if session.eager == eager:
             break
-    session.begin("record")
-    session.recorder = recorder = Recorder(device_of(model, inputs, None))
-    with _apart(model, inputs):
-        recorder.register(*held(model, inputs))
-        try:
-            with recorder:
-                backward_of(session, inputs, loss_fn)
-        finally:
-            recorder.finish()
+    for _ in range(LOOKS):
+        session.begin("record")
+        session.recorder = recorder = Recorder(device_of(model, inputs, None))
+        with _apart(model, inputs):
+            recorder.register(*held(model, inputs))
+            try:
+                with recorder:
+                    backward_of(session, inputs, loss_fn)
+            finally:
+                recorder.finish()
+        if not any(map(_is_news, session.calls)):
+            break
+        session.learned()  # code that ran for the first time: an attribute was set, a state is there now
+
+
+def _is_news(seen: _Seen) -> bool:
+    """Whether gradients came for other outputs of a call than it was run for."""
+    if seen.variant is None or seen.variant.captured is None:
+        return False
+    leaves = seen.variant.captured.joint.template.leaves
+    able = frozenset(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
+    return (seen.present or frozenset()) != (able if seen.used is None else seen.used)
 
 
 def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -50,6 +51,7 @@ class JoinedStep(BudgetedStep):
     captured: RecordedStep
     session: Session | None = None  # that recorded it
     why: str = ""  # it is not one graph
+    calls: tuple[Any, ...] = ()  # the session's, of the recorded step
 
     @classmethod
     def of(
@@ -79,6 +81,7 @@ class JoinedStep(BudgetedStep):
             loss_fn=loss_fn,
             least_limit_s=least_limit_s,
             session=session,
+            calls=() if session is None else tuple(session.calls),
         )
 
     @property
@@ -150,6 +153,7 @@ class JoinedStep(BudgetedStep):
         session = self.session
         if session is None or session.model is not model:
             return apply_plan(plan, model)
+        session.calls = list(self.calls)  # others may have run since
         session.forget()
         session.follow(self.parts(plan), Solved(self.parts(plan), plan=plan))
         return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))
