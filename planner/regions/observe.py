@@ -54,16 +54,15 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
                 recorder.finish()
         if not any(map(_is_news, session.calls)):
             break
-        session.learned()  # code that ran for the first time: an attribute was set, a state is there now
+        session.ended()  # attributes were set, states are there now: the code has not settled yet
 
 
 def _is_news(seen: _Seen) -> bool:
-    """Whether gradients came for other outputs of a call than it was run for."""
-    if seen.variant is None or seen.variant.captured is None:
-        return False
-    leaves = seen.variant.captured.joint.template.leaves
-    able = frozenset(i for i, leaf in enumerate(leaves) if leaf.requires_grad)
-    return (seen.present or frozenset()) != (able if seen.used is None else seen.used)
+    """Whether a call was of code that ran for the first time, or gradients came for other outputs of it than
+    were planned for.
+    """
+    planned = seen.able if seen.used is None else seen.used
+    return seen.looked or (seen.variant is not None and (seen.present or frozenset()) != planned)
 
 
 def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
