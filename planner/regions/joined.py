@@ -302,8 +302,9 @@ class _Table:
                 if (value.kind, name) not in self._there:
                     self._there[value.kind, name] = self._value(replace(value, name=name))
                 own[v] = self._there[value.kind, name]
-            else:
-                own[v] = self._value(replace(value, name=f"{call.name}/{value.name}"))
+            else:  # a gradient that never came, or one that was there before the step, takes nothing of it
+                there = 0 if value.kind == "tangent" else value.bytes
+                own[v] = self._value(replace(value, name=f"{call.name}/{value.name}", bytes=there))
         return own[v]
 
     def _name_in_model(self, number: int, v: int) -> str:
