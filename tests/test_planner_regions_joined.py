@@ -29,7 +29,8 @@ from planner.plans.lowering import lower
 from planner.regions.joined import Joined, join, parts
 from planner.regions.record import Crossing, Event, Record, RegionCall
 from planner.rewrite.emit import emit
-from planner.solving.in_regions import JoinedStep
+from planner.solving.in_regions import JoinedStep, step_in_regions
+from planner.solving.priced import prepare
 from solvers import Problem, Schedule, minimum_peak, simulate, solve
 from solvers.core.simulate import simulate_steps
 from tests.solver_graphs import best_seconds, least_peak
@@ -427,3 +428,111 @@ def test_the_fingerprint_is_of_what_runs_and_not_of_what_was_measured(step: Join
     assert of(dataclasses.replace(record, events=other)) == of(record)
     swapped = (record.calls[0], dataclasses.replace(record.calls[1], path="elsewhere"), record.calls[2])
     assert of(dataclasses.replace(record, calls=swapped)) != of(record)
+
+
+# -- steps that ran -------------------------------------------------------------------------------
+
+
+class Looped(nn.Module):
+    """One block called over and over, until a number that is read in Python says stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = x + self.block(x)
+            if x.sum().item() > 1e9:
+                break
+        return x.pow(2).mean()
+
+
+RAN: list[str] = []  # is not put back when a step is looked at
+
+
+class Warmed(nn.Module):
+    """Other code runs the first time; and no gradient comes for a part of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.sigmoid(self.inner(x))
+        for _ in range(3):
+            h = torch.tanh(h * h) + h.exp()
+        state = (h * h * len(RAN)).softmax(-1)
+        torch._dynamo.graph_break()
+        if not RAN:
+            RAN.append("warm")
+        return self.out(h), state
+
+
+class Whole(nn.Module):
+    """Nothing to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*PIECES["norm"], *PIECES["dropout"], *PIECES["mlp"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).pow(2).mean()
+
+
+def in_regions(model: nn.Module, x: torch.Tensor) -> JoinedStep:
+    torch.manual_seed(0)
+    RAN.clear()
+    loss_fn = None if not isinstance(model, Warmed) else lambda out: out[0].pow(2).mean()
+    return step_in_regions(model, (x,), loss_fn=loss_fn, costs="roofline", search=Search(time_limit_s=1.0))
+
+
+@pytest.mark.parametrize("build", [Looped, Warmed])
+def test_plans_of_one_step_take_turns_and_what_they_take_is_predicted(build: type[nn.Module]) -> None:
+    step = in_regions(build(), torch.randn(64, 32))
+    least, top = step.minimum_peak_bytes, step.baseline_peak_bytes
+    for budget in (top, (least + top) // 2, least, top):
+        plan = step.plan_bytes(budget, Search(time_limit_s=1.0))
+        report = plan.verify()
+        assert report.equal, str(report)
+        assert report.peak_bytes <= plan.peak_bytes <= budget
+        assert plan.peak_bytes <= 1.01 * report.peak_bytes
+
+
+def test_a_block_that_is_called_over_and_over_is_captured_once() -> None:
+    step = in_regions(Looped(), torch.randn(64, 32))
+    assert step.session is not None and len(step.record.calls) == 4
+    first, *others = (call.graph for call in step.record.calls)
+    assert first is not others[0]  # no gradient goes to the batch
+    assert all(graph is others[0] for graph in others)
+    assert sum(len(region.variants) for region in step.session.regions) == 2
+
+
+def test_a_step_of_one_region_is_planned_as_one_graph_is() -> None:
+    model, x = Whole(), torch.randn(64, WIDTH)
+    torch.manual_seed(0)
+    one = prepare(model, (x,), costs="roofline", search=Search(time_limit_s=1.0))
+    step = in_regions(model, x)
+    assert len(step.record.calls) == 1
+    assert step.baseline_peak_bytes == one.baseline_peak_bytes
+    assert step.minimum_peak_bytes == one.minimum_peak_bytes
+    between = (one.minimum_peak_bytes + one.baseline_peak_bytes) // 2
+    a, b = (of.plan_bytes(between, Search(time_limit_s=1.0)) for of in (one, step))
+    assert b.recompute_s == pytest.approx(a.recompute_s, rel=1e-9)
+    assert b.overhead_bound * b.step_s == pytest.approx(a.overhead_bound * a.step_s, rel=1e-6)
+
+
+def test_where_a_loop_leaves_nothing_to_plan_the_way_out_is_named() -> None:
+    class Within(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = torch.relu(self.layer(x))
+                torch._dynamo.graph_break()
+            return x.sum()
+
+    with pytest.raises(PlannerError, match="make the loop's body a function or a module of its own"):
+        in_regions(Within(), torch.randn(4, 8))
