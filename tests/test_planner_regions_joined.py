@@ -508,6 +508,42 @@ def test_a_block_that_is_called_over_and_over_is_captured_once() -> None:
     assert sum(len(region.variants) for region in step.session.regions) == 2
 
 
+class Apart(nn.Module):
+    """Blocks of one structure, each in a graph of its own; and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.last = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third = self.blocks
+        x = torch.tanh(first(x)).exp()
+        torch._dynamo.graph_break()
+        x = torch.tanh(second(x)).exp()
+        torch._dynamo.graph_break()
+        x = torch.tanh(third(x)).exp()
+        torch._dynamo.graph_break()
+        return torch.tanh(self.last(x)).exp().mean()
+
+
+def test_graphs_of_one_structure_are_captured_once() -> None:
+    step = in_regions(Apart(), torch.randn(64, 32))
+    assert step.session is not None and len(step.session.regions) == 4
+    first, second, third, last = (call.graph for call in step.record.calls)
+    made = {id(v) for region in step.session.regions for v in region.variants.values()}
+    assert len(made) == 3  # to the batch no gradient goes
+    assert {op.module for op in third.ops} != {op.module for op in second.ops}
+    assert first.turn == second.turn == third.turn and [op.name for op in second.ops] != [
+        op.name for op in last.ops
+    ]
+    plan = step.plan_bytes(
+        (step.minimum_peak_bytes + step.baseline_peak_bytes) // 2, Search(time_limit_s=0.5)
+    )
+    report = plan.verify()
+    assert report.equal and report.peak_bytes == plan.peak_bytes, str(report)
+
+
 def test_a_step_of_one_region_is_planned_as_one_graph_is() -> None:
     model, x = Whole(), torch.randn(64, WIDTH)
     torch.manual_seed(0)

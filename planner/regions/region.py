@@ -193,17 +193,30 @@ class Variant:
         return out
 
 
+def _named(names: Mapping[fx.Node, str]) -> Callable[[fx.Node], Any]:
+    return lambda node: names[node]
+
+
 class Region:
     """One of Dynamo's graphs.
 
     ``number``   in the order in which Dynamo handed them over.
     ``why``      it runs as eager runs it; "": it does not.
+    ``shared``   what was captured for graphs of any number.
     ``numbers``  what it computes of Python's numbers; ``plain``: the rest, which is what is meant elsewhere.
     ``scalars``  arguments that may be another number at each call, within one capture.
     """
 
-    def __init__(self, number: int, graph: fx.GraphModule, homes: Names, why: str = "") -> None:
+    def __init__(
+        self,
+        number: int,
+        graph: fx.GraphModule,
+        homes: Names,
+        why: str = "",
+        shared: dict[Any, Variant] | None = None,
+    ) -> None:
         self.number, self.why = number, why
+        self.shared = {} if shared is None else shared
         self.numbers = Numbers.of(graph)
         rest = graph if self.numbers is None else self.numbers.rest
         self.plain = as_eager(rest)
@@ -272,10 +285,48 @@ class Region:
         found = self.variants.get((key, used))
         if found is None:
             slots, base = self.slots(args, names)
+            alike = self._alike(key, slots, args, used)
+            found = self.shared.get(alike)
+            if found is not None:
+                self.variants[key, used] = found
+                return found
             piece = Piece(self.graph, slots, args)
             inputs = Inputs(tuple(piece.arguments(args)), {}).apart().without_data()
             found = self._captured(key, piece, inputs, base, target, used)
+            if alike is not None:
+                self.shared[alike] = found
         return found
+
+    def _alike(
+        self, key: Any, slots: Sequence[Slot], args: Sequence[Any], used: frozenset[int] | None
+    ) -> Any:
+        """What regions have in common that share a capture; ``None``: none does.
+
+        Numbers that vary and constants are a region's own.
+        """
+        if self.scalars or self.code is None:
+            return None
+        parameters = tuple(
+            (i, tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad, id(x) in map(id, args[:i]))
+            for i, x in enumerate(args)
+            if isinstance(x, nn.Parameter)
+        )
+        return self.code, tuple(slots), parameters, key, used
+
+    @cached_property
+    def code(self) -> tuple[Any, ...] | None:
+        """The graph without its names; ``None`` where it has constants or graphs of its own."""
+        names: dict[fx.Node, str] = {}
+        lines: list[Any] = []
+        for number, node in enumerate(self.graph.graph.nodes):
+            names[node] = f"%{number}"
+            if node.op in ("get_attr", "call_module"):
+                return None
+            given = (
+                "" if node.op == "placeholder" else repr(fx.map_arg((node.args, node.kwargs), _named(names)))
+            )
+            lines.append((node.op, None if node.op in ("placeholder", "output") else node.target, given))
+        return tuple(lines)
 
     def _captured(
         self, key: Any, piece: Piece, inputs: Inputs, base: str, target: Target, used: frozenset[int] | None

@@ -172,6 +172,7 @@ class Session:
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
+        self._captures: dict[Any, Variant] = {}  # by structure
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
@@ -218,7 +219,7 @@ class Session:
 
     def _region(self, graph: fx.GraphModule, why_eager: str = "") -> Region:
         homes = {id(m): n for n, m in self.model.named_modules()}
-        region = Region(len(self.regions), graph, homes, why_eager)
+        region = Region(len(self.regions), graph, homes, why_eager, self._captures)
         self.regions.append(region)
         return region
 
