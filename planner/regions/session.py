@@ -315,7 +315,9 @@ class Session:
             used = self._used(region, turn_of) if place is None else place.used
             seen = _Seen(self._step, number, region, turn_of, None, key, used)
             if used is None or used:
-                variant = region.variant(key, args, self._names, self.target, used)
+                variant = region.variants.get((key, used)) or region.variant(
+                    key, args, self._names, self.target, used
+                )
                 seen.variant = None if variant.captured is None else variant
         self.calls.append(seen)
         variant = seen.variant  # type: ignore[assignment]
