@@ -77,6 +77,7 @@ class RegionsForward:
     ) -> None:
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
+        self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
         self._checks: WeakKeyDictionary[Solved, int] = WeakKeyDictionary()
@@ -144,7 +145,7 @@ class RegionsForward:
         self._thread = threading.get_ident()
         session.settle()
         self._act()
-        gradients = [p.grad for p in self.root.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         kind = self._kind(inputs, bool(gradients))
         if kind in self._refused:
             raise self._refused[kind]
@@ -233,10 +234,17 @@ class RegionsForward:
             return
         session.follow(solved.parts, solved)
 
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """Of the root.  Listing them takes long; an edited model is cut anew."""
+        if self._listed[0] != len(self.session.regions):
+            self._listed = len(self.session.regions), list(self.root.parameters())
+        return self._listed[1]
+
     def _kind(self, inputs: Any, has_gradients: bool) -> Kind:
         given = tensors_in(inputs)
         specs = tuple((t.dim(), t.dtype, t.requires_grad) for t in given)
-        trains = tuple(p.requires_grad for p in self.root.parameters())
+        trains = tuple(p.requires_grad for p in self._parameters)
         structure = has_gradients, specs, trains, self.model.training
         return Kind(structure, tuple(t.numel() for t in given))
 

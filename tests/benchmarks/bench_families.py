@@ -6,7 +6,8 @@ Each model's step is captured with its own loss (DPT, which has none here, with 
 depth), planned for half of what the step adds to what is resident, or for the least budget where that is
 more, and verified: outputs, gradients, buffers and random state bit for bit, the measured peak to the byte.
 A family whose step is not one graph is planned in regions, whose peak is to be within a hundredth below the
-predicted one.  The models are tiny: what is shown is whether, not how fast.  Writes ``results/families.json`` and
+predicted one.  The models are tiny: what is shown is whether, not how fast.  Writes ``results/families.json``
+and
 ``results/families.md`` when run for all; exit code 1 if a plan differs from eager or breaks its budget.
 A family that is refused is no failure, and its row says why.
 """

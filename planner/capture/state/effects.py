@@ -186,7 +186,7 @@ def attributes_kept(model: nn.Module, others: Iterable[tuple[str, Any]] = ()) ->
 
 
 class Before:
-    """A model before its forward runs: attributes, buffers, random states, put back if it has to run again."""
+    """A model before its forward runs: attributes, buffers, random states, put back where it runs twice."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = _Kept()
