@@ -3,8 +3,8 @@
 #
 # The backward of a product divides by each factor where none is zero, and multiplies the others where one is;
 # which, eager finds out from the values.  Under a dispatch mode it does not look, and takes a formula that is
-# right for both.  So FlopCounterMode, a memory tracker, or any mode of one's own that changes nothing, changes
-# the gradient, by about one unit in the last place.  Whoever compares a measured step with an unmeasured one
+# right for both.  So FlopCounterMode, a memory tracker, or any mode of one's own that changes nothing,
+# changes the gradient, by about one unit in the last place.  Whoever compares a measured step with an unmeasured one
 # bit for bit sees a difference that no op of theirs made.
 # To do: compare steps that were both measured or both not.
 #
@@ -60,7 +60,9 @@ for name, op in (
         found[name, kind] = again and torch.equal(other, plain), off
         same = "equal" if found[name, kind][0] else f"off by up to {off:.0e} (relative)"
         print(f"{name} under {kind}: {same}")
-told = all(equal == (name == "sum of logs") and off < 1e-4 for (name, _), (equal, off) in found.items())
+told = all(
+    equal == (name == "sum of logs") and off < 1e-4 for (name, _), (equal, off) in found.items()
+)
 print("as told" if told else "NOT as told: something changed")
 sys.exit(not told)
 PYTHON
