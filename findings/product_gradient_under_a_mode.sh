@@ -4,8 +4,8 @@
 # The backward of a product divides by each factor where none is zero, and multiplies the others where one is;
 # which, eager finds out from the values.  Under a dispatch mode it does not look, and takes a formula that is
 # right for both.  So FlopCounterMode, a memory tracker, or any mode of one's own that changes nothing,
-# changes the gradient, by about one unit in the last place.  Whoever compares a measured step with an unmeasured one
-# bit for bit sees a difference that no op of theirs made.
+# changes the gradient, by about one unit in the last place.  Whoever compares a measured step with an
+# unmeasured one bit for bit sees a difference that no op of theirs made.
 # To do: compare steps that were both measured or both not.
 #
 # Run on 2026-11-30, 2 cores, Linux, Python 3.11:
