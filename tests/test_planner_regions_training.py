@@ -341,3 +341,21 @@ def test_a_mode_that_stays_on_is_told_of(caplog: pytest.LogCaptureFixture) -> No
     _loss(model, _x()).backward()
     _loss(model, _x())
     assert planner.plan_of(model) is not None
+
+
+def test_a_loop_that_leaves_nothing_to_cut_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            while x.norm() > 1:
+                x = torch.tanh(self.body(x)) * 0.5
+            return self.out(x).square().mean()
+
+    model = planner.enable(Loop(), 1, now=True, **FAST)
+    for _ in range(3):
+        model(torch.ones(4, 8)).backward()
+    assert planner.plan_of(model) is None
+    assert [r.message for r in caplog.records if "make the loop's body a function" in r.message]

@@ -77,6 +77,7 @@ class RegionsForward:
     ) -> None:
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
+        self._steps = 0
         self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
@@ -162,6 +163,7 @@ class RegionsForward:
                     PATIENCE,
                 )
         session.begin(stage, kind)
+        self._steps += 1
         if stage == "record" or (self._counts(session.runs) and session.may_watch()):
             self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
             session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
@@ -184,6 +186,14 @@ class RegionsForward:
             self._plan()
         elif session.stage != "look" and session.regions and not session.calls:
             self._none_ran()
+        elif self._steps and not session.calls:
+            self._tell(
+                "uncut",
+                "trains without a plan, whatever the budget: Dynamo found no piece of its forward to cut out "
+                "that gets gradients. Where a loop is cut, all of the function that it stands in runs as "
+                "eager: make the loop's body a function or a module of its own, or enable a part of the model "
+                "that is one graph",
+            )
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
             self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1
             instead = kept.of.over(session.counted_bytes)
