@@ -21,7 +21,18 @@ from planner import _compat
 __all__ = ["Checkpointed", "written"]
 
 _VIEWS = frozenset(
-    {"as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem"}
+    {
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "get_data_attr",
+        "getattr",
+    }
+    | {"getitem"}
     | {"imag", "movedim", "narrow", "permute", "real", "reshape", "select", "split", "squeeze", "swapaxes"}
     | {"t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )

@@ -191,8 +191,8 @@ class RegionsForward:
                 "uncut",
                 "trains without a plan, whatever the budget: Dynamo found no piece of its forward to cut out "
                 "that gets gradients. Where a loop is cut, all of the function that it stands in runs as "
-                "eager: make the loop's body a function or a module of its own, or enable a part of the model "
-                "that is one graph",
+                "eager: make the loop's body a function or a module of its own, or enable a part of it that "
+                "is one graph",
             )
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
             self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1

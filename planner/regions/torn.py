@@ -20,6 +20,7 @@ __all__ = ["torn"]
 
 # What names the same memory as its first argument, as Dynamo writes it.
 _VIEWS = (
+    "_get_data_attr",  # tensor.data
     "detach",
     "view",
     "t",
