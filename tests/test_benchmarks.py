@@ -20,6 +20,7 @@ from solvers import Problem, Schedule, simulate
 from solvers.core.simulate import simulate_steps
 from tests.benchmarks import (
     bench_families,
+    bench_packages,
     bench_solvers,
     graphs,
     knapsack,
@@ -28,6 +29,7 @@ from tests.benchmarks import (
     solver_table,
 )
 from tests.benchmarks.bench_solvers import Results
+from tests.benchmarks.packages import Case, Sample, load, squares
 from tests.benchmarks.solver_jobs import Job
 from tests.joint_graphs import keep_all_peak, random_training_graph
 
@@ -348,9 +350,46 @@ def test_all_graphs_of_the_benchmark_are_there() -> None:
     assert solver_jobs.keep_all_bytes("traced/internvl2-1b-2x1792", stated) == 22_918_219_140
 
 
-def test_families_are_planned_or_refused_with_a_reason() -> None:
+def test_families_are_planned_as_one_graph_or_in_regions() -> None:
     assert len(bench_families.FAMILIES) >= 70
-    planned, refused = (bench_families.row_of(name) for name in ("PatchTST", "Wav2Vec2"))
-    assert planned.verdict == "equal" and planned.ops and not planned.note
-    assert refused.verdict == "refused"
-    assert refused.note.startswith("reads a tensor's value: ") and "labels.max()" in refused.note
+    one, several = (bench_families.row_of(name) for name in ("PatchTST", "DebertaV2"))
+    assert one.verdict == several.verdict == "equal" and one.ops and several.ops
+    assert one.regions == 0 and several.regions and not one.note and not several.note
+
+
+class _Reads(nn.Module):
+    """Layers and, between two of them, a line that reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.GELU())
+        self.second = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden if hidden.mean().item() < 2 else -hidden)
+
+
+def test_a_model_of_a_package_is_trained_as_it_is_and_planned() -> None:
+    rows: list[bench_packages.Row] = []
+    case = Case("here/reads", "torch", lambda: Sample(_Reads(), lambda: (torch.randn(512, 16),), squares))
+    bench_packages.measure(case, "auto", rows.append)
+    row = rows[-1]
+    assert row.status == "equal" and row.budget_bytes is not None and row.peak_bytes is not None
+    assert row.regions == 2
+    assert row.peak_bytes <= row.budget_bytes < (row.plain_bytes or 0)
+    broken = Case(
+        "here/broken", "torch", lambda: Sample(nn.Linear(2, 2), lambda: (torch.randn(3, 5),), squares)
+    )
+    bench_packages.measure(broken, "auto", rows.append)
+    assert rows[-1].status == "broken" and "shapes" in rows[-1].words
+
+
+def test_the_page_of_packages_is_that_of_its_rows() -> None:
+    cases = load()
+    assert len(cases) >= 120 and len({case.package for case in cases.values()}) >= 30
+    file = bench_packages.RESULTS / "packages.json"
+    rows = bench_packages.read(file)
+    assert {row.name for row in rows} <= cases.keys()
+    text = bench_packages.page(json.loads(file.read_text(encoding="utf-8")), rows)
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == text
