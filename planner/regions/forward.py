@@ -31,7 +31,7 @@ from planner.regions.session import Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 
-__all__ = ["RegionsForward", "Solved", "apply_plan", "regions_forward_of"]
+__all__ = ["RegionsForward", "Solved", "apply_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -294,9 +294,3 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
         return Solved(parts(step.joined, [position[name] for name in plan.sequence]), plan=plan)
 
     return put(restored(model), RegionsForward(model, session, follow))
-
-
-def regions_forward_of(model: nn.Module) -> RegionsForward | None:
-    """The stand-in on ``model``, if one is applied."""
-    forward = model.__dict__.get("forward")
-    return forward if isinstance(forward, RegionsForward) else None
