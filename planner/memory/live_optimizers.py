@@ -9,15 +9,19 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from planner.errors import PlannerError
-from planner.memory.optimizer_state import OptimizerBytes, optimizer_state_bytes
+from planner.measure.step import Batch
+from planner.memory.optimizer_state import OptimizerBytes, OptimizerLike, optimizer_state_bytes
+from planner.memory.resident import Resident, resident_of
 
-__all__ = ["found_optimizer_bytes", "optimizers_of"]
+__all__ = ["found_optimizer_bytes", "optimizers_of", "resident_in_training"]
 
 log = logging.getLogger(__name__)
 
@@ -70,3 +74,20 @@ def found_optimizer_bytes(model: nn.Module, device: torch.device) -> OptimizerBy
 def _present_bytes(optimizer: Optimizer, device: torch.device) -> int:
     values = [v for state in optimizer.state.values() for v in state.values()]
     return sum(v.nbytes for v in values if isinstance(v, torch.Tensor) and v.device == device)
+
+
+def resident_in_training(
+    model: nn.Module,
+    inputs: Batch,
+    optimizer: OptimizerLike | Literal["find"] | None,
+    device: torch.device,
+) -> Resident:
+    """What a step of ``model`` finds and leaves; "find": with the state of all of :func:`optimizers_of`."""
+    if optimizer != "find":
+        return resident_of(model, inputs, optimizer, device=device)
+    taken = found_optimizer_bytes(model, device)
+    return replace(
+        resident_of(model, inputs, device=device),
+        optimizer_state_bytes=taken.state_bytes,
+        optimizer_step_bytes=taken.step_transient_bytes,
+    )

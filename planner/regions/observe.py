@@ -69,7 +69,7 @@ def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> Non
     """One step.  ``PlannerError`` for whatever the model's own code raises in it."""
     try:
         outputs = session.call(*inputs.args, **inputs.kwargs)
-        if session.stage == "look" and session.is_spoilt():
+        if session.stage == "look" and session.leave_spoilt_to_eager():
             return
         passed = passed_on(outputs, loss_fn)
         del outputs

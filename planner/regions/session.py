@@ -495,7 +495,7 @@ class Session:
         """Whether a backward came through the last step."""
         return any(seen.present is not None for seen in self.calls)
 
-    def is_spoilt(self) -> bool:
+    def leave_spoilt_to_eager(self) -> bool:
         """Whether the forward that was looked at wrote over what a region had read, which no region keeps:
         those run as eager runs them from here on.
         """

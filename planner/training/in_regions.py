@@ -23,8 +23,8 @@ from planner.capture.inputs import Inputs
 from planner.capture.refusals import refuse_unplannable
 from planner.costs.target import target_for
 from planner.errors import InfeasibleBudgetError
-from planner.memory.live_optimizers import found_optimizer_bytes
-from planner.memory.resident import Resident, resident_of
+from planner.memory.live_optimizers import resident_in_training
+from planner.memory.resident import Resident
 from planner.plan import Plan
 from planner.regions.forward import RegionsForward, Solved
 from planner.regions.record import Record
@@ -83,15 +83,7 @@ class InRegions:
         """What the step found: of parameters and buffers it is known what they are, the rest is counted as
         inputs.
         """
-        chosen, device = self.settings.optimizer, self.session.device
-        found = resident_of(self.root, None, None if chosen == "find" else chosen, device=device)
-        if chosen == "find":
-            taken = found_optimizer_bytes(self.root, device)
-            found = replace(
-                found,
-                optimizer_state_bytes=taken.state_bytes,
-                optimizer_step_bytes=taken.step_transient_bytes,
-            )
+        found = resident_in_training(self.root, None, self.settings.optimizer, self.session.device)
         gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes)
         known = found.parameters_bytes + found.buffers_bytes + gradients_bytes
         inputs_bytes = max(0, record.found_bytes - known)

@@ -23,8 +23,8 @@ from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, StalePlanError
 from planner.graph.training_graph import TrainingGraph
 from planner.memory.consumed_gradients import ConsumedGradients
-from planner.memory.live_optimizers import found_optimizer_bytes
-from planner.memory.resident import Resident, resident_of
+from planner.memory.live_optimizers import resident_in_training
+from planner.memory.resident import Resident
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
@@ -155,17 +155,9 @@ class PlanMaker:
 
         ``adds``: the step adds to gradients that are there.
         """
-        chosen = self.settings.optimizer
         arguments = (inputs.args, inputs.kwargs)
         device = graph.device
-        found = resident_of(self.root, arguments, None if chosen == "find" else chosen, device=device)
-        if chosen == "find":
-            taken = found_optimizer_bytes(self.root, device)
-            found = replace(
-                found,
-                optimizer_state_bytes=taken.state_bytes,
-                optimizer_step_bytes=taken.step_transient_bytes,
-            )
+        found = resident_in_training(self.root, arguments, self.settings.optimizer, device)
         named = self.planned.named_parameters()
         inside = {id(p) for name, p in named if not adds or name in self.gradients.names}
         coming = sum(
