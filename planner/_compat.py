@@ -61,6 +61,7 @@ __all__ = [
     "checkpoint_calls",
     "clear_cublas_workspaces",
     "compiled",
+    "compiled_parts_as_eager",
     "compiler_flags",
     "cuda_driver_version",
     "current_backward",
@@ -138,6 +139,26 @@ def _tracing_flags() -> Iterator[None]:
     """
     with values_unchecked(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
         yield
+
+
+@contextlib.contextmanager
+def compiled_parts_as_eager() -> Iterator[None]:
+    """What ``torch.compile`` has wrapped runs as it is written; 2.6+.
+
+    Dynamo would otherwise follow a call into whatever watches it.  Nothing is wrapped where Dynamo was
+    never imported, and nothing is to be done where it is the one that asks.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules or _dynamo_callback() not in (None, False):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _dynamo_callback() -> Any:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback()
 
 
 @contextlib.contextmanager

@@ -155,17 +155,41 @@ def test_a_planned_part_of_a_compiled_model(backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("run_before", [False, True])
-def test_compiled_parts_of_a_model_are_planned_as_what_they_compute(backend: str, run_before: bool) -> None:
-    model = build()
+def compile_in_place(model: nn.Module, backend: str) -> None:
     model.second.compile(backend=backend)
+
+
+def compile_the_method(model: nn.Module, backend: str) -> None:
+    model.second.forward = torch.compile(model.second.forward, backend=backend)
+
+
+def compile_around(model: nn.Module, backend: str) -> None:
+    model.second = torch.compile(model.second, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("run_before", "how"),
+    [
+        (False, compile_in_place),
+        (True, compile_in_place),
+        (True, compile_the_method),
+        (False, compile_around),
+    ],
+)
+def test_compiled_parts_of_a_model_are_planned_as_what_they_compute(
+    backend: str, run_before: bool, how: Callable[[nn.Module, str], None]
+) -> None:
+    model = build()
+    how(model, backend)
     if run_before:
         model(**INPUTS).backward()
         model.zero_grad()
+    compiles = torch._dynamo.utils.counters["frames"]["total"]
     tiny.planned(model, INPUTS).apply(model)
     model(**INPUTS).backward()
     assert ran_as_planned(model)
     assert_right(model)
+    assert torch._dynamo.utils.counters["frames"]["total"] == compiles  # a capture asks for none
 
 
 def test_the_switch_stays_out_of_a_compiled_model(backend: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -519,9 +519,8 @@ def _exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphMo
 def _as_eager_asks(model: nn.Module) -> Iterator[Questions]:
     """What the model asks while it is traced is answered as eager answers it."""
     questions = Questions()
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     try:
-        with questions.answered(compiled_parts=compiled):
+        with _compat.compiled_parts_as_eager(), questions.answered():
             yield questions
     except Exception:
         questions.refuse(type(model).__name__)

@@ -15,8 +15,7 @@ A batch that has an ``attention_mask`` is captured with the mask, whatever it ho
 every mask, and where nothing is padded eager would have used another kernel.
 
 Known weakness: this names three functions of ``transformers.masking_utils``; a version that has others is
-traced as it wants to be, with masks, and so is a model with compiled parts: these are traced through, but
-not while a mode watches every call.
+traced as it wants to be, with masks.
 """
 
 from __future__ import annotations
@@ -51,10 +50,8 @@ _KEEPS = frozenset(
 
 
 def _is_one_of_theirs(model: nn.Module) -> bool:
-    """Whether ``model`` may call what makes transformers' masks, and no part of it is compiled."""
-    modules = [*model.modules()]
-    theirs = any(cls.__module__.startswith("transformers") for m in modules for cls in type(m).__mro__)
-    return theirs and all(m._compiled_call_impl is None for m in modules)
+    """Whether ``model`` may call what makes transformers' masks."""
+    return any(cls.__module__.startswith("transformers") for m in model.modules() for cls in type(m).__mro__)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ trained. So, for code that is neither torch's nor ours,
 
 Known limits: C code asks past all this; ``isinstance(n, int)`` of a size that varies is False;
 parameters that code holds in globals, closures or deeper inside objects are other objects than the
-stand-ins; where parts of a model are compiled, ``type`` and ``id`` stay what they are, since Dynamo
-would not know them.
+stand-ins.
 """
 
 from __future__ import annotations
@@ -147,10 +146,10 @@ class Questions:
             )
 
     @contextlib.contextmanager
-    def answered(self, *, compiled_parts: bool) -> Iterator[None]:
-        """Answer as eager does; ``compiled_parts``: whether Dynamo may have to look at builtins."""
+    def answered(self) -> Iterator[None]:
+        """Answer as eager does."""
         answering = _type("Answering", (torch.Tensor,), self._answers())
-        builtin: dict[str, Any] = {} if compiled_parts else {"type": _Type(), "id": _id_as_eager}
+        builtin: dict[str, Any] = {"type": _Type(), "id": _id_as_eager}
         with (
             _compat.compiler_flags(_asks_as_compiler),
             _compat.stand_ins_derive_from(answering),
