@@ -66,6 +66,7 @@ __all__ = [
     "cuda_driver_version",
     "current_backward",
     "cut_by_dynamo",
+    "dense_parts",
     "descriptors",
     "dispatch_state",
     "dp_knapsack",
@@ -533,6 +534,19 @@ def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata
+
+
+def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that hold the values of ``tensor``: itself, or a sparse one's indices and values; 1.13+."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()  # a kernel library's own, whose storage is out of sight
 
 
 def generator_key(generator: torch.Generator) -> int:
