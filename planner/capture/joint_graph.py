@@ -363,9 +363,8 @@ def _refuse_sparse(traced: Traced) -> None:
 
 
 def _note_what_goes_on(traced: Traced, given: Inputs) -> None:
-    for i, tensor in enumerate(given.tensors()):
-        if i in traced.inputs and tensor.requires_grad and not tensor.is_leaf:
-            meta.note_goes_on(traced.inputs[i])
+    for i in given.of_others & traced.inputs.keys():
+        meta.note_goes_on(traced.inputs[i])
 
 
 def _refuse_side_effects(

@@ -359,7 +359,7 @@ class Region:
             others = other_values(inputs.args, at)
             if all(a is b for a, b in zip(inputs.args, others, strict=True)):
                 return []
-            other, _ = capture_piece(piece, Inputs(tuple(others), {}), used)
+            other, _ = capture_piece(piece, replace(inputs, args=tuple(others)), used)
             graphs = joint.step.module.graph, other.step.module.graph
             found, fixed = told(*graphs, inputs.args, others, positions)
             if not fixed:
