@@ -38,10 +38,14 @@ from planner.solving.fit import Answer
 from planner.solving.priced import PricedStep
 from solvers import Schedule
 
-__all__ = ["JoinedStep", "captured_as", "step_in_regions"]
+__all__ = ["MOST_LEFT", "JoinedStep", "captured_as", "step_in_regions"]
 
 
 log = logging.getLogger(__name__)
+
+# The part of what a step holds that its regions made: where it is less, and Dynamo left functions to eager for
+# their loops, these are followed.
+MOST_LEFT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +150,18 @@ class JoinedStep(BudgetedStep):
             )
         return tuple(found)
 
+    @property
+    def share(self) -> float:
+        """Of what the step holds at its peak if nothing is recomputed, the part that its regions made."""
+        line = self.baseline.timeline
+        made = {
+            v for op, of in zip(self.graph.ops, self.joined.owners, strict=True) if of for v in op.outputs
+        }
+        copies = copies_of(self.graph, self.baseline.problem, line)
+        there = (c for c in copies if c.born <= line.peak_step <= c.died and c.value in made)
+        added_bytes = int(line.live_bytes[line.peak_step]) - self.problem.resident_bytes
+        return _share(sum(c.bytes for c in there), added_bytes)
+
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
         """Make ``model`` train as ``plan``, one of this step, says; other kinds of steps are planned as they
         come.
@@ -199,12 +215,42 @@ def step_in_regions(
     refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
     search.tell.phase("capture", f"{name} in regions")
+    arguments = given.args, given.kwargs
+    resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
+
+    def step_of(session: Session) -> JoinedStep:
+        return JoinedStep.of(
+            _recorded(session, given, loss_fn), model, given, resident, target,
+            loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
+        )  # fmt: skip
+
     session = Session(model, target, 0)
+    try:
+        step = step_of(session)
+    except PlannerError:
+        if not session.loops.are_left:
+            raise
+    else:
+        if not session.loops.are_left or step.share >= MOST_LEFT:
+            return step
+    search.tell.phase("capture", f"{name} in regions, cut in its loops too")
+    session = session.with_loops_turned()
+    try:
+        step = step_of(session)
+    except PlannerError:
+        if not session.loops.are_too_long:
+            raise
+    return step_of(session.with_loops_turned()) if session.loops.are_too_long else step
+
+
+def _recorded(session: Session, given: Inputs, loss_fn: LossFn | None) -> Record:
+    """A step of ``session``; ``PlannerError`` for one that cannot be planned."""
+    name = type(session.model).__name__
     observe(session, given, loss_fn)
     if all(seen.variant is None for seen in session.calls):
         raise _nothing_to_plan(name, session)
     try:
-        record = session.record()
+        return session.record()
     except ValueError as error:
         cuts = "".join(f"\n  {where}: {why}" for where, why in session.breaks)
         raise PlannerError(
@@ -212,12 +258,6 @@ def step_in_regions(
             + (f" It was cut at{cuts}\n" if cuts else " ")
             + "Plan a submodule that is one graph, and train the rest as it is"
         ) from None
-    arguments = given.args, given.kwargs
-    resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
-    return JoinedStep.of(
-        record, model, given, resident, target,
-        loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
-    )  # fmt: skip
 
 
 def _nothing_to_plan(name: str, session: Session) -> PlannerError:
