@@ -26,6 +26,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.proposal import proposal
 from planner.regions.record import Record
 from planner.regions.session import Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
@@ -145,7 +146,7 @@ class RegionsForward:
         """A step begins: what the last one showed is acted upon."""
         self._thread = threading.get_ident()
         self.session.settle()
-        self._act()
+        self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         kind = self._kind(inputs, bool(gradients))
@@ -180,7 +181,7 @@ class RegionsForward:
             and self._checks.get(of, CHECKS) > 0
         )
 
-    def _act(self) -> None:
+    def _act(self, inputs: Any) -> None:
         session = self.session
         session.ended()
         kept = session.runs
@@ -192,13 +193,13 @@ class RegionsForward:
             self._none_ran()
         elif self._steps and not session.calls and session.loops.are_left:
             self._turn_loops()
-        elif self._steps and not session.calls:
+        elif self._steps and not session.calls and "uncut" not in self._told:
             self._tell(
                 "uncut",
                 "trains without a plan, whatever the budget: Dynamo found no piece of its forward to cut out "
                 "that gets gradients. Where a loop is cut, all of the function that it stands in runs as "
-                "eager: make the loop's body a function or a module of its own, or enable a part of it that "
-                "is one graph",
+                "eager: make the loop's body a function or a module of its own.\n%s",
+                proposal(self.model, Inputs(*inputs)),
             )
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
             self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1

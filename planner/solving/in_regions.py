@@ -29,7 +29,8 @@ from planner.plan import Plan
 from planner.plans.plan_data import RegionSummary
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
-from planner.regions.observe import observe
+from planner.regions.observe import NotInRegions, observe
+from planner.regions.proposal import proposal
 from planner.regions.record import Record
 from planner.regions.session import Session
 from planner.runtime.apply import put, restored
@@ -43,8 +44,8 @@ __all__ = ["MOST_LEFT", "JoinedStep", "captured_as", "step_in_regions"]
 
 log = logging.getLogger(__name__)
 
-# The part of what a step holds that its regions made: where it is less, and Dynamo left functions to eager for
-# their loops, these are followed.
+# The part of what a step holds that its regions made: where it is less, and Dynamo left functions to eager
+# for their loops, these are followed.
 MOST_LEFT = 0.5
 
 
@@ -205,26 +206,36 @@ def step_in_regions(
     search = search or Search()
     model = unwrapped(model)
     target = target_for(model, costs)
-    name = type(model).__name__
-    if target.elsewhere:
-        raise PlannerError(
-            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of "
-            f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
-        )
     given = Inputs.of(model, inputs)
     refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
-    search.tell.phase("capture", f"{name} in regions")
-    arguments = given.args, given.kwargs
-    resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
 
     def step_of(session: Session) -> JoinedStep:
+        record = _recorded(session, given, loss_fn)
+        resident = resident_of(
+            model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
+        )
         return JoinedStep.of(
-            _recorded(session, given, loss_fn), model, given, resident, target,
+            record, model, given, resident, target,
             loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
         )  # fmt: skip
 
-    session = Session(model, target, 0)
+    try:
+        return _with_loops(Session(model, target, 0), step_of, search)
+    except NotInRegions as error:
+        search.tell.phase("capture", f"parts of {type(model).__name__}, for one that is one graph")
+        raise PlannerError(f"{error}.\n{proposal(model, given)}") from None
+
+
+def _with_loops(session: Session, step_of: Callable[[Session], JoinedStep], search: Search) -> JoinedStep:
+    """The step as it is cut, or, where little of it lies in regions, cut in its loops too."""
+    name, target = type(session.model).__name__, session.target
+    if target.elsewhere:
+        raise NotInRegions(
+            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of "
+            f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
+        )
+    search.tell.phase("capture", f"{name} in regions")
     try:
         step = step_of(session)
     except PlannerError:
@@ -253,23 +264,20 @@ def _recorded(session: Session, given: Inputs, loss_fn: LossFn | None) -> Record
         return session.record()
     except ValueError as error:
         cuts = "".join(f"\n  {where}: {why}" for where, why in session.breaks)
-        raise PlannerError(
-            f"{name} cannot be planned in regions: {error}."
-            + (f" It was cut at{cuts}\n" if cuts else " ")
-            + "Plan a submodule that is one graph, and train the rest as it is"
+        raise NotInRegions(
+            f"{name} cannot be planned in regions: {error}{f'. It was cut at{cuts}' if cuts else ''}"
         ) from None
 
 
-def _nothing_to_plan(name: str, session: Session) -> PlannerError:
+def _nothing_to_plan(name: str, session: Session) -> NotInRegions:
     whys = [v.why for region in session.regions for v in region.variants.values() if v.why]
     cuts = "; ".join(f"{where}: {why}" if where else why for where, why in session.breaks)
     cut = f" (cut at {cuts})" if cuts else ""
     because = f" Its pieces run as eager runs them: {'; '.join(dict.fromkeys(whys))}." if whys else ""
-    return PlannerError(
+    return NotInRegions(
         f"no part of a step of {name} can be planned: Dynamo found no piece of its forward that gets "
         f"gradients{cut}.{because} Where a loop is cut, all of the function that "
-        "it stands in runs as eager: make the loop's body a function or a module of its own, or plan a part "
-        "of the model that is one graph"
+        "it stands in runs as eager: make the loop's body a function or a module of its own"
     )
 
 
