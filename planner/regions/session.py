@@ -185,8 +185,11 @@ class Session:
     ``stage``  what is done with the step that runs.
     """
 
-    def __init__(self, model: nn.Module, target: Target, budget_bytes: int) -> None:
+    def __init__(
+        self, model: nn.Module, target: Target, budget_bytes: int, loops: _compat.Loops | None = None
+    ) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
+        self.loops = loops or _compat.Loops()
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
@@ -242,6 +245,10 @@ class Session:
         self.regions.append(region)
         return region
 
+    def with_loops_turned(self) -> Session:
+        """The same model cut anew: in its loops too, or, where those are too long, not in them."""
+        return Session(self.model, self.target, self.budget_bytes, self.loops.turned())
+
     # -- a step ------------------------------------------------------------------------------------
 
     @property
@@ -274,7 +281,7 @@ class Session:
         """The model's forward, in regions."""
         self._inside += 1
         try:
-            with _compat.dynamo_as_eager():
+            with _compat.dynamo_as_eager(), self.loops.asked():
                 result = self._compiled(*args, **kwargs)
         finally:
             self._inside -= 1
