@@ -609,7 +609,9 @@ def symbolic_mode() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # 2.0+; the three flags 2.1+
 
     sizes = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+    mode.cache_enabled = False  # 2.2+; an entry whose sizes are symbols takes longer than the op it saves
+    return mode
 
 
 def symbolic_fake(
