@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -172,6 +173,27 @@ def half_precision_with_a_scaler(model: nn.Module, see: See) -> None:
 
 
 @way
+def micro_batches_under_autocast(model: nn.Module, see: See) -> None:
+    optimizer = _sgd(model)
+    for k in range(10):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = _loss(model, _x()) / 2
+        loss.backward()
+        if k % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            see(loss)
+
+
+@way
+def compiled_by_its_user_in_between(model: nn.Module, see: See) -> None:
+    optimizer = _sgd(model)
+    compiled = torch.compile(model, backend="eager")
+    for k in range(8):
+        _step(optimizer, _loss(compiled if k in (0, 4, 5) else model, _x()), see)
+
+
+@way
 def a_layer_replaced_and_weights_assigned(model: nn.Module, see: See) -> None:
     for k in range(8):
         if k == 3:
@@ -330,6 +352,54 @@ def test_copies_plan_for_themselves_and_disabling_gives_the_forward_back() -> No
     assert planner.plan_of(twin) is not None
 
 
+def test_a_part_of_another_model_is_planned_by_itself() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.inner, self.behind = nn.Linear(8, 8), Branches(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = self.inner(torch.tanh(self.before(x)))
+            return self.behind(a), b
+
+    def trained(model: nn.Module, see: See) -> None:
+        optimizer = _sgd(model)
+        for _ in range(4):
+            _step(optimizer, _loss(model, _x()), see)
+
+    with torch.random.fork_rng():
+        model = Outer()
+        twin = copy.deepcopy(model)
+        _enable(model.inner)
+        tiny.assert_same_bits(_run(trained, model), _run(trained, twin))
+    plan = planner.plan_of(model.inner)
+    assert plan is not None and plan.overhead > 0
+
+
+def test_two_models_train_in_two_threads() -> None:
+    def trained(model: nn.Module, into: list[Tensor]) -> None:
+        optimizer, random = _sgd(model), torch.Generator().manual_seed(1)
+        for _ in range(6):
+            loss = _loss(model, torch.randn(32, 8, generator=random))
+            _step(optimizer, loss, lambda *values: into.extend(v.detach() for v in values))
+
+    models = [Branches(), Branches()]
+    for model in models:
+        model.drop.p = 0.0  # the random state is the process's
+    twins = copy.deepcopy(models)
+    wants: list[list[Tensor]] = [[], []]
+    gots: list[list[Tensor]] = [[], []]
+    for twin, want in zip(twins, wants, strict=True):
+        trained(twin, want)
+    threads = [Thread(target=trained, args=pair) for pair in zip(map(_enable, models), gots, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for want, got in zip(wants, gots, strict=True):
+        assert len(got) == 6 and all(map(torch.equal, got, want))
+
+
 def test_a_mode_that_stays_on_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     model = Branches()
     _enable(model)
@@ -341,23 +411,3 @@ def test_a_mode_that_stays_on_is_told_of(caplog: pytest.LogCaptureFixture) -> No
     _loss(model, _x()).backward()
     _loss(model, _x())
     assert planner.plan_of(model) is not None
-
-
-def test_a_loop_that_leaves_nothing_to_cut_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            count = 0
-            while x.norm() > 1 and count < 6:
-                x = torch.tanh(self.body(x)) * 0.9
-                count += 1
-            return self.out(x).square().mean()
-
-    model = planner.enable(Loop(), 1, now=True, **FAST)
-    for _ in range(3):
-        model(torch.ones(4, 8)).backward()
-    assert planner.plan_of(model) is None
-    assert [r.message for r in caplog.records if "make the loop's body a function" in r.message]
