@@ -23,10 +23,12 @@ test: $(VENV)/.ready
 	wait $$types; types=$$?; cat $(TYPES); \
 	test $$tests -eq 0 -a $$types -eq 0
 
-# The solvers' tests with ten times the examples (some 19,000 graphs against all their schedules), and two
-# reports: how well time limits are kept, for which no other work should run, and how often the optimum is found.
+# The solvers' tests with ten times the examples (some 19,000 graphs against all their schedules), the tests that
+# are marked nightly (a race from end to end), and two reports: how well time limits are kept, for which no other
+# work should run, and how often the optimum is found.
 test-nightly: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --hypothesis-profile nightly tests/test_solvers_*.py
+	OMP_NUM_THREADS=1 $(PYTEST) -m nightly
 	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_exactness
 	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_time_limits
 

@@ -70,6 +70,7 @@ __all__ = [
     "cuda_driver_version",
     "current_backward",
     "cut_by_dynamo",
+    "dense_parts",
     "descriptors",
     "dispatch_state",
     "dp_knapsack",
@@ -540,6 +541,19 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that hold the values of ``tensor``: itself, or a sparse one's indices and values; 1.13+."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()  # a kernel library's own, whose storage is out of sight
+
+
 def generator_key(generator: torch.Generator) -> int:
     """Identity of a generator, whichever object of Python's stands for it; 1.7+."""
     return int(generator._cdata)  # type: ignore[attr-defined]
@@ -596,7 +610,9 @@ def symbolic_mode() -> FakeTensorMode:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # 2.0+; the three flags 2.1+
 
     sizes = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+    mode.cache_enabled = False  # 2.2+; an entry whose sizes are symbols takes longer than the op it saves
+    return mode
 
 
 def symbolic_fake(

@@ -61,11 +61,12 @@ class Ranks:
         return [result for _, result in answers]
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        # A fork has imported all that tests and package need; with a GPU, torch's backward survives none.
+        start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.count):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, rank, self.count, store), daemon=True)
+            ours, theirs = start.Pipe()
+            process = start.Process(target=_serve, args=(theirs, rank, self.count, store), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)

@@ -1,13 +1,9 @@
-"""Tiny sentence-transformers models, the texts they are trained on, and their trainers, made on the spot.
-
-``python -m tests.rerankers FOLDER BUDGET_GB`` trains a CrossEncoder in a process of its own and kills it.
-"""
+"""Tiny sentence-transformers models, the texts they are trained on, and their trainers, made on the spot."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +27,17 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 import planner
 from tests.hf import FAST, QUIET, Peaks, losses_of
 
-__all__ = ["TASKS", "Run", "Task", "cross_encoder", "lists", "pairs", "sentence_encoder", "train"]
+__all__ = [
+    "TASKS",
+    "Run",
+    "Task",
+    "cross_encoder",
+    "lists",
+    "pairs",
+    "sentence_encoder",
+    "train",
+    "train_and_die",
+]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = 60
@@ -61,7 +67,7 @@ def cross_encoder(width: int = 32, layers: int = 1) -> CrossEncoder:
         return CrossEncoder(folder, device="cpu", num_labels=1)
 
 
-def sentence_encoder(width: int = 32, layers: int = 2) -> SentenceTransformer:
+def sentence_encoder(width: int = 32, layers: int = 1) -> SentenceTransformer:
     """A BERT with mean pooling."""
     with tempfile.TemporaryDirectory() as folder:
         _saved(folder, BertModel, width, layers)
@@ -73,13 +79,13 @@ def _text(random: torch.Generator, least: int, most: int) -> str:
     return " ".join(f"w{i}" for i in torch.randint(0, WORDS, (length,), generator=random).tolist())
 
 
-def pairs(rows: int = 7, seed: int = 0) -> Dataset:
+def pairs(rows: int = 7, query: tuple[int, int] = (2, 6), passage: tuple[int, int] = (5, 40)) -> Dataset:
     """Queries, passages of 5 to 40 words, a label each: batches of many lengths, the last of fewer rows."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     return Dataset.from_dict(
         {
-            "query": [_text(random, 2, 6) for _ in range(rows)],
-            "passage": [_text(random, 5, 40) for _ in range(rows)],
+            "query": [_text(random, *query) for _ in range(rows)],
+            "passage": [_text(random, *passage) for _ in range(rows)],
             "label": [float(i % 2) for i in range(rows)],
         }
     )
@@ -119,6 +125,13 @@ TASKS: Mapping[str, Task] = {
         cross_encoder,
         cross_losses.BinaryCrossEntropyLoss,
         pairs,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    ),
+    "even": Task(
+        cross_encoder,
+        cross_losses.BinaryCrossEntropyLoss,
+        lambda: pairs(8, (4, 4), (30, 30)),
         CrossEncoderTrainer,
         CrossEncoderTrainingArguments,
     ),
@@ -192,12 +205,6 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":  # FOLDER BUDGET_GB: train and be killed in the third step, after a checkpoint
-    train(
-        "binary",
-        sys.argv[1],
-        float(sys.argv[2]),
-        save_strategy="steps",
-        save_steps=2,
-        callbacks=[Killed(3)],
-    )
+def train_and_die(folder: Path, budget_gb: float) -> None:
+    """Train, be killed in the third step after a checkpoint, and never return."""
+    train("even", folder, budget_gb, save_strategy="steps", save_steps=2, callbacks=[Killed(3)])

@@ -1,4 +1,7 @@
-"""The race's own parts: rows and resumption, turns, budgets, searches, verdicts, pictures; one tiny race."""
+"""The race's own parts: rows and resumption, turns, budgets, searches, verdicts, pictures; one tiny race.
+
+What races is marked ``nightly``: it is the benchmark's harness that it tests, nothing that anybody installs.
+"""
 
 from __future__ import annotations
 
@@ -114,6 +117,7 @@ def unet() -> race_models.Case:
     return race_models.build("unet", CPU, torch.float32, large=False)
 
 
+@pytest.mark.nightly
 def test_peers_by_hand_recompute_and_leave_no_trace(unet: race_models.Case) -> None:
     step = Step(unet.model, unet.model, unet.inputs(2), None, CPU)
     before = {name: dict(vars(module)) for name, module in unet.model.named_modules()}
@@ -186,6 +190,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Worker, Path]:
     return worker, folder / "cuda.jsonl"
 
 
+@pytest.mark.nightly
 def test_a_race_has_every_cell(raced: tuple[Worker, Path]) -> None:
     _, path = raced
     rows = {(row.method, row.label): row for row in read(path)}
@@ -211,6 +216,7 @@ def test_a_race_has_every_cell(raced: tuple[Worker, Path]) -> None:
     assert "at hf" in text and "skipped" in text
 
 
+@pytest.mark.nightly
 def test_what_is_on_file_is_not_measured_again(
     raced: tuple[Worker, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +232,7 @@ def test_what_is_on_file_is_not_measured_again(
     assert len(bench_cuda.missing([worker.job], other, CPU)) == len(race.cells_of("eager"))
 
 
+@pytest.mark.nightly
 def test_pictures_from_the_file(raced: tuple[Worker, Path], tmp_path: Path) -> None:
     written = race_plots.draw(latest(read(raced[1])), tmp_path)
     assert [p.name for p in written] == ["race-time-cpu.png", "race-predicted-cpu.png"]
@@ -233,6 +240,7 @@ def test_pictures_from_the_file(raced: tuple[Worker, Path], tmp_path: Path) -> N
     assert race_plots.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
 
 
+@pytest.mark.nightly
 def test_errors_are_rows_and_the_race_goes_on(
     raced: tuple[Worker, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +267,7 @@ def test_errors_are_rows_and_the_race_goes_on(
         worker.cell("eager", "", no_memory)
 
 
+@pytest.mark.nightly
 def test_largest_batches_under_a_cap(
     raced: tuple[Worker, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +391,7 @@ def test_a_worker_that_dies_is_a_row(tmp_path: Path) -> None:
     assert not bench_cuda._goes_on(bench_cuda.Run(job), machine, 1)  # it died before its first cell
 
 
+@pytest.mark.nightly
 def test_the_command_measures_kernels_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The command on its shortest part, with a worker of its own; a second call has nothing to do."""
     results = tmp_path / "cuda.jsonl"

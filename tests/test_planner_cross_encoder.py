@@ -7,8 +7,8 @@ its own longest text; a smaller last batch.
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
+import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("binary", 0.9), ("list", 0.9), ("negatives", 0.8), ("sentences", 0.8)]
+    ("name", "share", "epochs"),
+    [("binary", 0.9, 2), ("list", 0.9, 2), ("negatives", 0.8, 1), ("sentences", 0.95, 1)],
 )
-def test_training_within_the_budget_bit_for_bit(name: str, share: float, tmp_path: Path) -> None:
-    without = rerankers.train(name, tmp_path / "a", eval_strategy="epoch")
+def test_training_within_the_budget_bit_for_bit(name: str, share: float, epochs: int, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "epoch", "num_train_epochs": epochs}
+    without = rerankers.train(name, tmp_path / "a", **settings)
     budget = share * max(without.peaks) / 1e9
-    ours = rerankers.train(name, tmp_path / "b", budget, eval_strategy="epoch")
-    assert ours.losses == without.losses and len(ours.losses) == 6  # four steps, two evaluations
+    ours = rerankers.train(name, tmp_path / "b", budget, **settings)
+    assert ours.losses == without.losses and len(ours.losses) == 3 * epochs  # two steps and an evaluation
     tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
     assert max(ours.peaks) <= budget * 1e9 < max(without.peaks)
     plan = planner.plan_of(ours.model)
@@ -57,11 +59,11 @@ def test_dynamic_padding_is_traced_a_few_times(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as only:
         only.setattr(BertModel, "forward", forward)
-        without = rerankers.train("many", tmp_path / "a")
+        without = rerankers.train("many", tmp_path / "a", num_train_epochs=1)
     counted(_compat, "export_joint")
     counted(search, "solve")
     budget = 0.7 * max(without.peaks) / 1e9
-    ours = rerankers.train("many", tmp_path / "b", budget)
+    ours = rerankers.train("many", tmp_path / "b", budget, num_train_epochs=1)
     tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
     assert max(ours.peaks) <= budget * 1e9
     shapes = set(seen["token_shapes"])
@@ -72,7 +74,7 @@ def test_dynamic_padding_is_traced_a_few_times(tmp_path: Path, monkeypatch: pyte
 
 
 def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
-    model = rerankers.cross_encoder(width=64, layers=3)
+    model = rerankers.cross_encoder(width=64, layers=2)
     texts = [(f"w{i} w2", " ".join(f"w{j}" for j in range(i, i + 30))) for i in range(8)]
     model.train()
 
@@ -85,23 +87,25 @@ def test_less_memory_and_fewer_flops_than_the_librarys_own_switch() -> None:
     plain_flops = step_flops(step)
     model.gradient_checkpointing_enable()
     stock_bytes, stock_flops = step_peak(step), step_flops(step)
-    planner.enable(model, (stock_bytes - 1) / 1e9, costs="roofline", time_limit_s=2, now=True)
+    planner.enable(model, (stock_bytes - 1) / 1e9, costs="roofline", time_limit_s=1, now=True)
     step()
     assert step_peak(step) < stock_bytes
     assert plain_flops < step_flops(step) < stock_flops
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    without = rerankers.train("binary", tmp_path / "a")
+    without = rerankers.train("even", tmp_path / "a")
     budget = 0.9 * max(without.peaks) / 1e9
     folder = tmp_path / "b"
-    command = [sys.executable, "-m", "tests.rerankers", str(folder), str(budget)]
-    child = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert child.returncode == -9, child.stderr[-2000:]
+    # A fork has imported what takes several times as long as these steps; torch's backward survives none
+    # where there is a GPU.
+    start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    child = start.Process(target=rerankers.train_and_die, args=(folder, budget))
+    child.start()
+    child.join(300)
+    assert child.exitcode == -signal.SIGKILL
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
-    ours = rerankers.train("binary", folder, budget, resume=True)
+    ours = rerankers.train("even", folder, budget, resume=True)
     assert ours.losses[2:] == without.losses[2:] and len(ours.peaks) == 2
     tiny.assert_same_bits(parameters_of(ours.model), parameters_of(without.model))
     assert max(ours.peaks) <= budget * 1e9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import permutations
 from typing import Any
 from unittest import mock
 
@@ -13,13 +12,12 @@ import planner
 from planner.training import making
 from tests import tiny
 
-ROWS = (32, 8, 16)
+# Each first and each last; a larger one after a smaller, and the other way about.
+ROWS = ((32, 8, 16), (8, 16, 32), (16, 32, 8))
 OPTIONS: dict[str, Any] = {"costs": "roofline", "solver": "recompute_all", "time_limit_s": 1.0, "now": True}
 
 
-@pytest.mark.parametrize(
-    ("rows", "max_plans"), [*((rows, 2) for rows in permutations(ROWS)), (ROWS, 1), (ROWS, 3)]
-)
+@pytest.mark.parametrize(("rows", "max_plans"), [*((rows, 2) for rows in ROWS), (ROWS[0], 1), (ROWS[0], 3)])
 def test_three_shapes_in_any_order(rows: tuple[int, ...], max_plans: int) -> None:
     model = tiny.seeded(tiny.Mlp)
     twin = copy.deepcopy(model)

@@ -44,7 +44,7 @@ class Subject:
         self.model: nn.Module = case.build()
         self.inputs: Any = case.make_inputs(0)
         prepared = prepare(self.model, self.inputs, loss_fn=case.loss_fn, costs="roofline")
-        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=1.0)
+        self.prepared: PricedStep = dataclasses.replace(prepared, least_limit_s=0.5)
         self.eager = self.record()
         self.eager_peak_bytes = self.peak()
         self.eager_flops = self.flops()
@@ -65,7 +65,7 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        limit_s = 2.0 if any(self.case is CASES[family] for family in COMPARED) else 1.0
+        limit_s = 2.0 if any(self.case is CASES[family] for family in COMPARED) else 0.5
         return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=limit_s))
 
     def check(self, plan: planner.Plan) -> None:
@@ -227,8 +227,8 @@ def test_a_whole_step_with_its_optimizer_is_predicted_to_the_byte(
     case = CASES["bert"]
     model, inputs = case.build(), case.make_inputs(0)
     prepared = prepare(model, inputs, optimizer=optimizer, costs="roofline")
-    prepared = dataclasses.replace(prepared, least_limit_s=1.0)
-    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, search=Search(time_limit_s=1.0))
+    prepared = dataclasses.replace(prepared, least_limit_s=0.5)
+    plan = prepared.plan_bytes(prepared.minimum_peak_bytes, search=Search(time_limit_s=0.5))
     stepper = optimizer(model.parameters(), lr=1e-3)
     plan.apply()
     meter = StorageMeter(torch.device("cpu"))

@@ -154,7 +154,7 @@ class RegionsForward:
             raise self._refused[kind]
         stage = session.next_stage(kind)
         if stage == "record" and not session.may_watch(must=self._behind >= PATIENCE):
-            stage = "look"
+            stage = session.unwatched_stage
             self._behind += 1
             self._waited += session.is_watched
             if self._waited == PATIENCE:
@@ -167,7 +167,8 @@ class RegionsForward:
         session.begin(stage, kind)
         self._steps += 1
         if stage == "record" or (self._counts(session.runs) and session.may_watch()):
-            self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
+            dense = [part for g in gradients for part in _compat.dense_parts(g)]
+            self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in dense)
             session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
         return session
 
@@ -244,6 +245,9 @@ class RegionsForward:
     def _plan(self) -> None:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
         session, kind = self.session, self.session.kind
+        if session.is_planned:
+            session.found_planned()
+            return
         try:
             solved = self.solve(session.record())
         except InfeasibleBudgetError as error:

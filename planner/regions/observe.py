@@ -104,7 +104,7 @@ class _WritesUndone(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._there = {_compat.storage_key(p): p for p in model.parameters() if not p.is_sparse}
+        self._there = {_compat.storage_key(p): p for p in model.parameters() if p.layout is torch.strided}
         self._was: dict[int, torch.Tensor] = {}
 
     @classmethod
@@ -117,7 +117,8 @@ class _WritesUndone(TorchDispatchMode):
     ) -> Any:
         if _compat.writes_arguments(func):
             for x in (*args, *(kwargs or {}).values()):
-                key = _compat.storage_key(x) if type(x) in (torch.Tensor, nn.Parameter) else None
+                is_dense = type(x) in (torch.Tensor, nn.Parameter) and x.layout is torch.strided
+                key = _compat.storage_key(x) if is_dense else None
                 if key in self._there and key not in self._was:
                     self._was[key] = self._there[key].detach().clone()
         return func(*args, **(kwargs or {}))

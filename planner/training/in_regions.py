@@ -88,8 +88,10 @@ class InRegions:
         inputs.
         """
         found = resident_in_training(self.root, None, self.settings.optimizer, self.session.device)
-        gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes)
-        known = found.parameters_bytes + found.buffers_bytes + gradients_bytes
+        known = found.parameters_bytes + found.buffers_bytes
+        rest = max(0, record.found_bytes - known)
+        gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes, rest)
+        known += gradients_bytes
         inputs_bytes = max(0, record.found_bytes - known)
         return replace(found, gradients_bytes=gradients_bytes, inputs_bytes=inputs_bytes)
 
