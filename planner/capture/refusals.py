@@ -168,8 +168,8 @@ def _wrapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None
         if _compat.wraps_others(t):
             return TraceError(
                 f"{name} is a {type(t).__name__}, a tensor that wraps others, as quantized weights may; a "
-                "plan is for plain tensors. Keep them in a layer that has plain bytes and dequantizes them in "
-                "its forward (as bitsandbytes' do), or plan the parts without them"
+                "plan is for plain tensors. Keep them in a layer that has plain bytes and dequantizes them "
+                "in its forward (as bitsandbytes' do), or plan the parts without them"
             )
     return None
 
