@@ -17,6 +17,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure import StorageMeter
 from tests import tiny
 from tests.hf import FAST
+from tests.ranks import Block
 
 See = Callable[..., None]
 Way = Callable[[nn.Module, See], None]
@@ -374,6 +375,50 @@ def test_a_part_of_another_model_is_planned_by_itself() -> None:
         tiny.assert_same_bits(_run(trained, model), _run(trained, twin))
     plan = planner.plan_of(model.inner)
     assert plan is not None and plan.overhead > 0
+
+
+def test_pictures_of_listed_sizes_before_a_language_model() -> None:
+    class Sees(nn.Module):
+        """Patches of as many pictures as a grid lists, each attended to by itself, put among the words."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.eye = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.words = nn.Embedding(12, 16)
+            self.blocks = nn.Sequential(*(Block(16) for _ in range(3)))
+
+        def forward(self, ids: Tensor, patches: Tensor, grid: Tensor) -> Tensor:
+            parts = patches.split([high * wide for high, wide in grid.tolist()])
+            seen = torch.cat([self.eye(part[None])[0] for part in parts])
+            h = self.words(ids)
+            h = h.masked_scatter((ids == 11)[..., None], seen)
+            return self.blocks(h).square().mean()
+
+    grid = torch.tensor([[2, 3], [1, 2]])
+    ids = torch.randint(0, 11, (2, 48))
+    ids[0, :6], ids[1, :2] = 11, 11
+    batch = ids, torch.randn(8, 16), grid
+
+    def trained(model: nn.Module, see: See) -> None:
+        optimizer = _sgd(model)
+        for _ in range(5):
+            _step(optimizer, model(*batch), see)
+        with StorageMeter() as meter:
+            meter.register(*model.parameters(), *(p.grad for p in model.parameters()), *batch)
+            model(*batch).backward()
+        peaks.append(meter.peak_bytes)
+
+    peaks: list[int] = []
+    with torch.random.fork_rng():
+        model = Sees()
+        twin = copy.deepcopy(model)
+        want = _run(trained, twin)
+        budget = int(0.95 * peaks.pop())
+        _enable(model, budget / 1e9, solver="greedy")
+        tiny.assert_same_bits(_run(trained, model), want)
+    plan = planner.plan_of(model)
+    assert plan is not None and sum(region.memory_share for region in plan.regions) > 0.8
+    assert peaks.pop() <= budget
 
 
 def test_two_models_train_in_two_threads() -> None:
