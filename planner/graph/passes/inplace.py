@@ -9,7 +9,8 @@ backward, of the result's layout, and nothing reads it later, the call is replac
 ``out=`` form, bit for bit the same.
 
 Known limits: softmax derivatives are written in place on the CPU only, where their kernels were read
-and are tested, and over contiguous gradients only: torch writes others wrongly; calls of the forward are left alone, since a plan may repeat them.
+and are tested, and over contiguous gradients only: torch writes others wrongly.  Calls of the forward are
+left alone, since a plan may repeat them.
 """
 
 from __future__ import annotations
