@@ -112,3 +112,37 @@ def test_the_gradient_of_a_language_models_loss_takes_no_second_buffer() -> None
     report = prepared.plan_bytes(prepared.baseline.peak_bytes, search=Search("keep_all")).verify()
     assert report.equal and report.peak_bytes == report.predicted_peak_bytes
     assert report.eager_peak_bytes - resident > 3 * logits_bytes
+
+
+class Mixed(nn.Module):
+    """Attention whose heads are mixed after the softmax: its gradient comes in the order of that sum.
+
+    Of one query, the trace's tensors say that the gradient is contiguous where the real one is not.
+    """
+
+    def __init__(self, queries: int, dropout: float) -> None:
+        super().__init__()
+        self.queries, self.dropout = queries, dropout
+        self.scores, self.mix = nn.Linear(8, 3 * queries * 7), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.scores(x).view(4, 3, self.queries, 7).softmax(-1)
+        a = F.dropout(a, self.dropout) if self.dropout else a * a.detach()
+        return torch.einsum("bhij,hg->bgij", a, self.mix).square().mean()
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_softmax_is_differentiated_in_place_where_its_gradient_is_contiguous_only(
+    queries: int, dropout: float
+) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    model = tiny.seeded(lambda: Mixed(queries, dropout))
+    plan = tiny.planned(model, (x,))
+    found = []
+    for make in (model, plan.rewrite()):
+        torch.manual_seed(1)
+        make.zero_grad()
+        make(x).backward()
+        found.append([p.grad.clone() for p in make.parameters() if p.grad is not None])
+    assert len(found[0]) == 3 and all(map(torch.equal, *found))

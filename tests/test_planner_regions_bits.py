@@ -507,3 +507,31 @@ def test_parts_that_write_over_each_others_arguments_become_one() -> None:
     mean_square(twin(x)).backward()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+
+
+def test_a_batch_of_matrices_times_one_is_eagers_where_a_mode_watches() -> None:
+    class Placed(nn.Module):
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return x @ at + torch.matmul(at, x) + x.matmul(at)
+
+    def made(run: Callable[..., Any], *args: Tensor, watched: bool) -> Tensor:
+        with StorageMeter(torch.device("cpu")) if watched else contextlib.nullcontext():
+            out = run(*args)
+        return out[0] if isinstance(out, tuple) else out
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x, at = torch.randn(5, 48, 48), torch.randn(1, 48, 48)
+    many, trained = torch.randn(5, 48, 48), at.clone().requires_grad_()
+    for args in ((x, at), (at, x), (x, many), (x, trained)):
+        torch._dynamo.reset()
+        torch.compile(Placed(), backend=kept, dynamic=False)(*args)
+        plain = as_eager(graphs[-1])
+        assert (plain is graphs[-1]) == (args[1] is many)
+        wanted = made(Placed(), *args, watched=False)
+        assert torch.equal(made(plain, *args, watched=True), wanted)
+        assert torch.equal(made(plain, *args, watched=False), wanted)

@@ -3,11 +3,13 @@
 What Dynamo puts for ``torch.utils.checkpoint`` keeps everything where no compiler takes it up, and draws
 other random numbers where it makes something again; what it puts for an ``autograd.Function`` holds what it
 saves until Python collects it.  Here the first checkpoints, as its author wrote, and the second saves on
-``ctx``.  A product's gradient is made by the formula that eager takes, where a mode watches too.
+``ctx``.  A product's gradient is made by the formula that eager takes, where a mode watches too, and a batch
+of matrices is multiplied by one matrix in eager's way, which torch folds into another where a mode watches.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from planner import _compat
 
 __all__ = ["as_eager"]
+
+_MATMULS = (torch.matmul, operator.matmul, "matmul", "__matmul__")
 
 
 def as_eager(graph: fx.GraphModule) -> fx.GraphModule:
@@ -37,6 +41,8 @@ def as_eager(graph: fx.GraphModule) -> fx.GraphModule:
             replaced[node] = _product if node.target is torch.prod else _cumulated
         elif node.op == "call_method" and node.target in ("prod", "cumprod"):
             replaced[node] = _product if node.target == "prod" else _cumulated
+        elif node.target in _MATMULS and _may_fold(node):
+            replaced[node] = _multiplied
     if not replaced and not inner:
         return graph
     new: dict[fx.Node, fx.Node] = {}
@@ -64,6 +70,22 @@ def _checkpointed(inner: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
 
     given = [x for is_given, x in zip(trained, args, strict=True) if is_given]
     return checkpoint(run, *given, **{**kwargs, "use_reentrant": False})  # as Dynamo takes either kind
+
+
+def _may_fold(matmul: fx.Node) -> bool:
+    """Whether one of two batches of matrices may be of one matrix only."""
+    values = [n.meta.get("example_value") for n in matmul.args if isinstance(n, fx.Node)]
+    batches = [x.shape[0] for x in values if isinstance(x, torch.Tensor) and x.dim() == 3]
+    return len(batches) == 2 and any(not isinstance(n, int) or n == 1 for n in batches)
+
+
+def _multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b``: one matrix is repeated, unless it is trained, as torch does where no mode watches."""
+    if len(a) == 1 and not a.requires_grad:
+        a = a.expand(len(b), -1, -1)
+    elif len(b) == 1 and not b.requires_grad:
+        b = b.expand(len(a), -1, -1)
+    return torch.matmul(a, b)
 
 
 def _product(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -9,7 +9,8 @@ backward, of the result's layout, and nothing reads it later, the call is replac
 ``out=`` form, bit for bit the same.
 
 Known limits: softmax derivatives are written in place on the CPU only, where their kernels were read
-and are tested; calls of the forward are left alone, since a plan may repeat them.
+and are tested, and over contiguous gradients only: torch writes others wrongly.  Calls of the forward are
+left alone, since a plan may repeat them.
 """
 
 from __future__ import annotations
@@ -104,8 +105,22 @@ def _overwritable(node: fx.Node) -> list[fx.Node]:
             places = (0,)  # the imaginary part is a sum of two products, and fused with the second only
     elif node.target in OUT or (node.target in OUT_ON_CPU and meta.tensor(node).device.type == "cpu"):
         places = (0,)
+    dense = (
+        node.target in OUT_ON_CPU
+    )  # which write rows one after the other, however their result is laid out
     operands = [n for p in places if isinstance(n := node.args[p], fx.Node)]
-    return [n for n in operands if isinstance(meta.value(n), torch.Tensor)]
+    operands = [n for n in operands if isinstance(meta.value(n), torch.Tensor)]
+    return [n for n in operands if not dense or _is_dense(n)]
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether the result is contiguous for certain.
+
+    A fake of a pointwise call may be where the kernel's own result follows an operand that is not.
+    """
+    tensor = meta.tensor(node)
+    alike = [meta.tensor(n) for n in node.all_input_nodes if isinstance(meta.value(n), torch.Tensor)]
+    return tensor.is_contiguous() and all(t.is_contiguous() for t in alike if t.shape == tensor.shape)
 
 
 def _same_place(operand: fx.Node, node: fx.Node) -> bool:
