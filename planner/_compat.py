@@ -7,6 +7,8 @@ torch upgrade is a change to this file.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import copy
 import functools
 import importlib
 import inspect
@@ -14,10 +16,11 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -51,6 +54,7 @@ __all__ = [
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
+    "Loops",
     "OpOverload",
     "TorchDispatchMode",
     "after_backward",
@@ -66,6 +70,7 @@ __all__ = [
     "cuda_driver_version",
     "current_backward",
     "cut_by_dynamo",
+    "dense_parts",
     "descriptors",
     "dispatch_state",
     "dp_knapsack",
@@ -535,6 +540,19 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that hold the values of ``tensor``: itself, or a sparse one's indices and values; 1.13+."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()  # a kernel library's own, whose storage is out of sight
+
+
 def generator_key(generator: torch.Generator) -> int:
     """Identity of a generator, whichever object of Python's stands for it; 1.7+."""
     return int(generator._cdata)  # type: ignore[attr-defined]
@@ -890,6 +908,8 @@ class _DynamoAsEager:
         self._here = threading.local()  # settings are a thread's, answers the process's
         self._lock, self._inside = threading.Lock(), 0
         self._hf: tuple[Any, Any] | None = None
+        self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
+        self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
 
     def __enter__(self) -> None:
         depth = getattr(self._here, "depth", 0)
@@ -925,6 +945,8 @@ class _DynamoAsEager:
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
         self._followed |= self._followed_here
         self._advises.addFilter(_is_no_advice)
+        if self._in_a_loop is not None:
+            setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
         module = sys.modules.get("transformers.utils.output_capturing")
         was = getattr(module, _HF_QUESTION, None)
         if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
@@ -935,6 +957,8 @@ class _DynamoAsEager:
         if self._hf is not None:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
+        if self._in_a_loop is not None:
+            setattr(self._translator, _IN_A_LOOP, self._in_a_loop)
         self._followed -= self._followed_here
         self._advises.removeFilter(_is_no_advice)
         for function in self._asked:
@@ -949,8 +973,105 @@ _MODULES_OF_SEVERAL = ("activation.py", "container.py", "rnn.py", "transformer.p
 _HF_QUESTION = "is_torchdynamo_compiling"  # of transformers 5.3+, where it collects outputs
 
 
+_IN_A_LOOP = "maybe_has_backedge"  # whether a graph ends in a loop; 2.9+
+
+
 def _yes() -> bool:
     return True
+
+
+class Loops:
+    """What Dynamo does with a function that has a loop in which a graph ends; for one cut forward.
+
+    It leaves it to eager, with all of the loop.  ``followed``: it goes on behind the end instead, turn by
+    turn, each with a compile of its own.  Where that are more than ``TURNS_HERE`` in one place, or ``TURNS``
+    in all, ``are_too_long`` says so.  ``may_follow``: nothing has shown that they are.
+    """
+
+    _here: contextvars.ContextVar[Loops | None] = contextvars.ContextVar("loops", default=None)
+
+    def __init__(self, *, followed: bool = False, may_follow: bool = True) -> None:
+        self.followed, self._may_follow = followed, may_follow
+        self._left: dict[CodeType, None] = {}  # functions left to eager
+        self._turns: Counter[CodeType] = Counter()
+
+    @property
+    def are_left(self) -> bool:
+        """Whether there are functions that were left to eager and may be followed."""
+        return bool(self._left) and self._may_follow and not self.followed
+
+    @property
+    def are_too_long(self) -> bool:
+        """Whether following them takes too many compiles."""
+        return self.followed and bool(self._left)
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Meanwhile, in this thread, Dynamo asks here."""
+        token = self._here.set(self)
+        try:
+            yield
+        finally:
+            self._here.reset(token)
+
+    def turned(self) -> Loops:
+        """Those of the same forward cut anew: followed, or, where they are too long, left to eager for good.
+
+        What Dynamo knows of the functions is forgotten.
+        """
+        frames: Any = importlib.import_module("torch._dynamo.eval_frame")
+
+        _make_iterators_go_on()
+        for code in (*self._left, *self._turns):
+            frames.reset_code(code)  # 2.1+
+        return Loops(followed=not self.followed, may_follow=not self.followed)
+
+    def leaves(self, translator: Any) -> bool:
+        """A graph ends in a loop: whether the function is left to eager."""
+        frames = [translator]
+        while frames[-1].parent is not None:
+            frames.append(frames[-1].parent)
+        root = frames[-1].f_code
+        self._turns[root] += 1
+        if self.followed and self._turns[root] <= TURNS_HERE and self._turns.total() <= TURNS:
+            return False
+        self._left.update(dict.fromkeys(frame.f_code for frame in frames))
+        return True
+
+
+TURNS_HERE, TURNS = 3 * RECOMPILES // 4, 3 * RECOMPILES  # some compiles of a place are for what comes later
+
+
+def _asks_loops(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def in_a_loop(translator: Any) -> bool:
+        found = original(translator)
+        loops = Loops._here.get()
+        return found if loops is None or not found else loops.leaves(translator)
+
+    return in_a_loop
+
+
+@functools.cache
+def _make_iterators_go_on() -> None:
+    """An iterator over a dictionary, a ModuleList's among them, goes on behind the end of a graph.
+
+    Dynamo of 2.13 has no code for that (before, they were lists'), and leaves the function to eager.
+    """
+    iterators = importlib.import_module("torch._dynamo.variables.iter")
+    of_dicts = getattr(iterators, "DictViewIterator", None)
+    if of_dicts is None or "reconstruct" in vars(of_dicts):
+        return
+    lists = importlib.import_module("torch._dynamo.variables.lists")
+
+    def reconstruct(self: Any, codegen: Any) -> None:
+        rest = list(copy.copy(self._iter))
+        if self.view_type == "keys":
+            rest = [key.vt for key in rest]
+        elif self.view_type == "items":
+            rest = [lists.TupleVariable([key.vt, value]) for key, value in rest]
+        lists.ListIteratorVariable(rest).reconstruct(codegen)
+
+    of_dicts.reconstruct = reconstruct
 
 
 @functools.cache

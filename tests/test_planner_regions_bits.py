@@ -152,6 +152,37 @@ def test_a_gradient_keeps_its_layout_where_other_code_adds_up_by_it() -> None:
     assert captured(session) >= 2
 
 
+class Turned(nn.Module):
+    """A recurrence over the last dimension, which Dynamo leaves to eager."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(2, 0, 1)
+        return (self.lstm(x)[0] + x).permute(1, 2, 0)
+
+
+class Upward(nn.Module):
+    """Its gradient is dense, its input may not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.ConvTranspose1d(16, 8, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.turned(x)[..., 2:-2]
+
+
+def test_a_gradient_that_goes_on_is_laid_out_as_eagers_not_as_its_input() -> None:
+    session = same_bits(
+        lambda: nn.Sequential(nn.Conv1d(1, 16, 3), Turned(), nn.ELU(), Upward()),
+        lambda: (torch.randn(2, 1, 102),),
+    )
+    assert captured(session) >= 2
+
+
 def test_complex_products_keep_the_order_of_their_factors() -> None:
     class Fourier(nn.Module):
         def __init__(self) -> None:

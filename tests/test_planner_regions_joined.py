@@ -556,19 +556,3 @@ def test_a_step_of_one_region_is_planned_as_one_graph_is() -> None:
     a, b = (of.plan_bytes(between, Search(time_limit_s=1.0)) for of in (one, step))
     assert b.recompute_s == pytest.approx(a.recompute_s, rel=1e-9)
     assert b.overhead_bound * b.step_s == pytest.approx(a.overhead_bound * a.step_s, rel=1e-6)
-
-
-def test_where_a_loop_leaves_nothing_to_plan_the_way_out_is_named() -> None:
-    class Within(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(2):
-                x = torch.relu(self.layer(x))
-                torch._dynamo.graph_break()
-            return x.sum()
-
-    with pytest.raises(PlannerError, match="make the loop's body a function or a module of its own"):
-        in_regions(Within(), torch.randn(4, 8))

@@ -116,6 +116,36 @@ def test_a_planned_part_of_a_larger_model() -> None:
     assert_equal(gradients(whole), gradients(twin))
 
 
+def test_a_gradient_of_another_networks_output_goes_on_as_it_is_laid_out(tmp_path: Path) -> None:
+    """What stands before adds up by that; a plan on disk knows of it too."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm = nn.Linear(16, 16), nn.LSTM(16, 16)
+            self.up = nn.Sequential(nn.ELU(), nn.ConvTranspose1d(16, 8, 8, 4))
+
+        def before(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return (self.lstm(h)[0] + h).permute(1, 2, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.before(x))
+
+    x = torch.randn(100, 2, 16, generator=torch.Generator().manual_seed(0))
+    whole = tiny.seeded(Whole)
+    twin = copy.deepcopy(whole)
+    plan = tiny.planned(whole.up, (whole.before(x),))
+    plan.save(tmp_path / "plan.json")
+    for made in (plan, planner.load(tmp_path / "plan.json")):
+        made.apply(whole.up)
+        for m in (whole, twin):
+            m.zero_grad()
+            m(x).square().mean().backward()
+        assert_equal(gradients(whole), gradients(twin))
+        made.restore(whole.up)
+
+
 # -- what autograd may be asked -------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of ``model.forward`` as flat leaves, with the way back."""
+    """Arguments of ``model.forward`` as flat leaves, with the way back.
+
+    ``made``  positions, among the tensors, of what other code computed and is to go on from with a gradient,
+              where the tensors themselves no longer say so.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    made: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, inputs: object) -> Inputs:
@@ -62,7 +67,13 @@ class Inputs:
         if not any(t.requires_grad and not t.is_leaf for t in self.tensors()):
             return self
         args, kwargs = pytree.tree_map_only(torch.Tensor, _leaf, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return Inputs(args, kwargs, self.of_others)
+
+    @property
+    def of_others(self) -> frozenset[int]:
+        """Positions of the tensors whose gradients go on into the backward of the code that made them."""
+        tensors = enumerate(self.tensors())
+        return self.made | {i for i, t in tensors if t.requires_grad and not t.is_leaf}
 
     def check(self, model: nn.Module) -> None:
         """``TypeError`` unless ``model.forward`` takes these arguments."""
@@ -89,7 +100,7 @@ class Inputs:
             return mode.from_tensor(leaf, static_shapes=True) if real else leaf
 
         args, kwargs = pytree.tree_unflatten([hollow(x) for x in flat], spec)
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""

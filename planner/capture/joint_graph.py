@@ -47,7 +47,14 @@ from planner.capture.pieces import ReadsOf, summands
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
-from planner.capture.state.effects import Effects, attributes_kept, is_cache, settled, tensors_kept
+from planner.capture.state.effects import (
+    Effects,
+    attributes_kept,
+    is_cache,
+    others_kept,
+    settled,
+    tensors_kept,
+)
 from planner.capture.state.reads import Reads
 from planner.capture.state.watched import Watched, watched
 from planner.errors import PlannerError, TraceError
@@ -234,6 +241,7 @@ def capture_piece(
         traced = _sort_out(module, step.names, tuple(step.rebound))
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
+    _refuse_sparse(traced)
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError(NO_GRADIENT)
     assert step.template is not None
@@ -281,6 +289,7 @@ def _captured(
     traced = _sort_out(module, step.names, tuple(step.rebound))
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
+    _refuse_sparse(traced)
     _refuse_loose_parameters(model, module)
     _refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
@@ -342,10 +351,20 @@ def _refuse_formulas_of_values(traced: Traced) -> None:
             )
 
 
+def _refuse_sparse(traced: Traced) -> None:
+    """Raise where a tensor is sparse: what it takes is known only when it is made."""
+    for node in traced.module.graph.nodes:
+        for x in pytree.tree_leaves(meta.value(node) if node.op != "output" else None):
+            if isinstance(x, torch.Tensor) and x.layout != torch.strided:
+                raise TraceError(
+                    f"a tensor of its step is {str(x.layout).removeprefix('torch.')} ({node.name}), whose "
+                    "size is known only when it is made; a plan is for dense ones (embeddings: sparse=False)"
+                )
+
+
 def _note_what_goes_on(traced: Traced, given: Inputs) -> None:
-    for i, tensor in enumerate(given.tensors()):
-        if i in traced.inputs and tensor.requires_grad and not tensor.is_leaf:
-            meta.note_goes_on(traced.inputs[i])
+    for i in given.of_others & traced.inputs.keys():
+        meta.note_goes_on(traced.inputs[i])
 
 
 def _refuse_side_effects(
@@ -490,7 +509,7 @@ def _call(
     named = {f"model.{name}": tensor for name, tensor in state.items()}
     held = dict((*model.named_parameters(), *model.named_buffers()))
     pairs = {name: (tensor, held[name]) for name, tensor in state.items()}
-    with tensors_kept(model), standing_in(model, pairs):
+    with others_kept(model), tensors_kept(model), standing_in(model, pairs):
         output = torch.func.functional_call(_Bare(model), named, args, kwargs)
     state.update({name: named[f"model.{name}"] for name in state})
     return output

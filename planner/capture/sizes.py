@@ -142,7 +142,7 @@ class Sizes:
         args, kwargs = pytree.tree_unflatten(
             [sized(x) if isinstance(x, torch.Tensor) else x for x in flat], spec
         )
-        return Inputs(args, kwargs)
+        return Inputs(args, kwargs, inputs.of_others)
 
     @cached_property
     def _hold(self) -> Any:

@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
-from planner._compat import pytree, size_hint, storage_key, writes_arguments
+from planner._compat import dense_parts, pytree, size_hint, storage_key, writes_arguments
 from planner.capture import meta
 from planner.devices.rates import Device
 from planner.graph import kernels
@@ -143,8 +143,8 @@ def call_seconds(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, device: Device
 ) -> float:
     """:func:`roofline_seconds` of a call that ran, by its real tensors; 0 where it gave views only."""
-    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    made = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    leaves = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(result)
+    given, made = ([t for x in of if isinstance(x, torch.Tensor) for t in dense_parts(x)] for of in leaves)
     theirs = {storage_key(t) for t in given}
     if all(storage_key(t) in theirs for t in made) and not writes_arguments(func):
         return 0.0

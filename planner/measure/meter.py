@@ -6,9 +6,11 @@ full size, until it is freed, whoever holds it: Python, the autograd graph, a cl
 Views cost nothing.  The peak is taken right after each op returns, while its inputs are still alive.
 A storage first met as an *input* was there before the meter looked: it is counted from the start.
 
-It is exact at the granularity of ops.  Known limits: scratch inside a kernel is invisible; storages
-of sparse tensors raise torch's own error; tensor subclasses that wrap others are counted as their
-outer tensor; under inference mode a composite op is one op.
+A sparse tensor is its indices and values.
+
+It is exact at the granularity of ops.  Known limits: scratch inside a kernel is invisible; tensor
+subclasses that wrap others are counted as their outer tensor; under inference mode a composite op is
+one op.
 
 The idea is that of ``torch.distributed._tools.MemTracker``, which needs hooks on modules and
 optimizers to sort bytes by kind; a judge needs only their sum, and so no hooks.
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner._compat import TorchDispatchMode, pieces_of
+from planner._compat import TorchDispatchMode, dense_parts, pieces_of
 from planner.units import rounded_up
 
 __all__ = ["StorageMeter"]
@@ -32,7 +34,7 @@ __all__ = ["StorageMeter"]
 def _op_tensors(value: Any) -> Iterator[Tensor]:
     """Tensors among an op's arguments or results: ops only nest lists and tuples."""
     if isinstance(value, Tensor):
-        yield value
+        yield from dense_parts(value)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _op_tensors(item)
@@ -102,7 +104,7 @@ class StorageMeter(TorchDispatchMode):
 
     def register(self, *tensors: Tensor) -> None:
         """Count these tensors' storages as alive from the start of the measurement."""
-        for tensor in tensors:
+        for tensor in _op_tensors(tensors):
             self._see(tensor, there_before=True)
 
     def _see(self, tensor: Tensor, *, there_before: bool) -> None:

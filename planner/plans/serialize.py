@@ -95,7 +95,10 @@ def to_text(plan: PlanData) -> str:
     outline = plan.outline
     if outline is not None:
         record["outline"] = outline.encode()
-    record["inputs"] = encode((inputs.args, inputs.kwargs)) if isinstance(inputs, Inputs) else inputs
+    if isinstance(inputs, Inputs):
+        made = tuple(sorted(inputs.of_others))
+        inputs = encode((inputs.args, inputs.kwargs, made) if made else (inputs.args, inputs.kwargs))
+    record["inputs"] = inputs
     return json.dumps(record, allow_nan=False)
 
 
@@ -155,7 +158,7 @@ def _read(record: dict[str, Any]) -> PlanData:
     by_kind = {str(k): _unpack(v, length) for k, v in record["timeline_by_kind"].items()}
     placements = tuple(_placement(row) for row in record["placements"])
     inputs = decode(record["inputs"], FakeTensorMode())  # one that cannot be rebuilt is found now
-    if not (isinstance(inputs, tuple) and list(map(type, inputs)) == [tuple, dict]):
+    if not (isinstance(inputs, tuple) and list(map(type, inputs)) in ([tuple, dict], [tuple, dict, tuple])):
         raise ValueError("'inputs' are not positional and keyword arguments")
     return PlanData(
         **plain,
@@ -207,7 +210,7 @@ def _dims(record: Any, inputs: Any) -> Dims | None:
     """Plans of fixed sizes do not have them."""
     if record is None:
         return None
-    tensors = Inputs(*inputs).tensors()
+    tensors = Inputs(*inputs[:2]).tensors()
     dims = tuple(tuple(map(int, of)) for of in record)
     if len(dims) != len(tensors) or any(
         not 0 <= d < t.dim() for of, t in zip(dims, tensors, strict=True) for d in of
@@ -313,5 +316,5 @@ def inputs_of(plan: PlanData, device: torch.device | None = None) -> Inputs:
     if isinstance(plan.inputs, Inputs):
         return plan.inputs
     moved = {} if device is None else {plan.device: str(device)}
-    args, kwargs = decode(plan.inputs, FakeTensorMode(allow_non_fake_inputs=True), moved)
-    return Inputs(args, kwargs)
+    args, kwargs, *made = decode(plan.inputs, FakeTensorMode(allow_non_fake_inputs=True), moved)
+    return Inputs(args, kwargs, frozenset(*made))

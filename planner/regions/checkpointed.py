@@ -8,7 +8,6 @@ torch runs again when its backward comes.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,54 +16,19 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from planner import _compat
+from planner.regions.writes import base_of, positions, written_by
 
-__all__ = ["Checkpointed", "written"]
+__all__ = ["Checkpointed"]
 
-_VIEWS = frozenset(
-    {
-        "as_strided",
-        "chunk",
-        "detach",
-        "diagonal",
-        "expand",
-        "expand_as",
-        "flatten",
-        "get_data_attr",
-        "getattr",
-    }
-    | {"getitem"}
-    | {"imag", "movedim", "narrow", "permute", "real", "reshape", "select", "split", "squeeze", "swapaxes"}
-    | {"t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
-)
 _SMALL = 16  # calls that are not worth cutting
 SMALL_BYTES = 1 << 20  # of a tensor that is copied rather than relied upon
-
-
-def _base_written(node: fx.Node) -> Any:
-    """What ``node`` writes into, ``None`` if nothing."""
-    name = getattr(node.target, "__name__", str(node.target))
-    in_place = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
-    base = node.args[0] if in_place and node.args else node.kwargs.get("out")
-    while isinstance(base, fx.Node) and base.op != "placeholder":
-        name = getattr(base.target, "__name__", str(base.target))
-        if name.strip("_") not in _VIEWS or not base.args:
-            break
-        base = base.args[0]
-    return base
-
-
-def written(graph: fx.Graph) -> frozenset[int]:
-    """Positions of the arguments that a call of the graph may write into, by themselves or by a view."""
-    places = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    bases = map(_base_written, graph.nodes)
-    return frozenset(places[base] for base in bases if isinstance(base, fx.Node) and base in places)
 
 
 class Checkpointed:
     """``plain`` in parts."""
 
     def __init__(self, plain: fx.GraphModule) -> None:
-        self.plain, self.written = plain, written(plain.graph)
+        self.plain, self.written = plain, positions(plain.graph)
         nodes = [n for n in plain.graph.nodes if n.op not in ("placeholder", "output")]
         at = {n: i for i, n in enumerate(nodes)}
         cuts = _cuts(nodes, at)
@@ -139,8 +103,11 @@ def _again(run: Callable[..., Any], given: Sequence[Any], writes: Sequence[bool]
 def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
     """Where to cut, so that about the root of the calls is in each part and little is alive in between."""
     count = len(nodes)
-    if count < _SMALL or any(isinstance(_base_written(n), fx.Node) for n in nodes):
+    if count < _SMALL:
         return []
+    # what is written is written in the part that makes it: another would run again on what is written by then
+    joined = [(at[base_of(x)], at[n]) for n in nodes for x in written_by(n) if base_of(x) in at]
+    within = {k for made, wrote in joined for k in range(made + 1, wrote + 1)}
     alive = [0] * (count + 1)
     for node in nodes:
         last = max((at[u] for u in node.users if u in at), default=-1)
@@ -152,7 +119,7 @@ def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
     for k in range(1, parts):
         middle, reach = count * k // parts, count // (2 * parts)
         low = max(middle - reach, (found[-1] if found else 0) + 1)
-        window = range(low, min(middle + reach + 1, count))
+        window = [i for i in range(low, min(middle + reach + 1, count)) if i not in within]
         if window:
             found.append(min(window, key=lambda i: (alive[i], abs(i - middle))))
     return found

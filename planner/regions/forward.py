@@ -26,6 +26,7 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.proposal import proposal
 from planner.regions.record import Record
 from planner.regions.session import Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
@@ -54,8 +55,9 @@ class Solved:
     plan: Any = None
 
 
-# A recorded step -> what its calls are to run.
-Solve = Callable[[Record], Solved]
+# A recorded step -> what its calls are to run; ``None``: too little of it lies in regions, while Dynamo left
+# loops to eager, which are to be followed first.
+Solve = Callable[[Record], Solved | None]
 
 
 class RegionsForward:
@@ -117,7 +119,7 @@ class RegionsForward:
             )
             return self.original(*args, **kwargs)
         if not session.waits:
-            self._begin((args, kwargs))
+            session = self._begin((args, kwargs))
         if session.stage != "look" or session.calls:
             return session.call(*args, **kwargs)
         before = Before(self.model)
@@ -140,19 +142,19 @@ class RegionsForward:
         of = self.session.runs
         return None if of is None or of.of is None else of.of.plan
 
-    def _begin(self, inputs: Any) -> None:
+    def _begin(self, inputs: Any) -> Session:
         """A step begins: what the last one showed is acted upon."""
-        session = self.session
         self._thread = threading.get_ident()
-        session.settle()
-        self._act()
+        self.session.settle()
+        self._act(inputs)
+        session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         kind = self._kind(inputs, bool(gradients))
         if kind in self._refused:
             raise self._refused[kind]
         stage = session.next_stage(kind)
         if stage == "record" and not session.may_watch(must=self._behind >= PATIENCE):
-            stage = "look"
+            stage = session.unwatched_stage
             self._behind += 1
             self._waited += session.is_watched
             if self._waited == PATIENCE:
@@ -165,8 +167,10 @@ class RegionsForward:
         session.begin(stage, kind)
         self._steps += 1
         if stage == "record" or (self._counts(session.runs) and session.may_watch()):
-            self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in gradients)
+            dense = [part for g in gradients for part in _compat.dense_parts(g)]
+            self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in dense)
             session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
+        return session
 
     def _counts(self, kept: Kept | None) -> bool:
         """Whether a step of this plan is counted."""
@@ -178,21 +182,25 @@ class RegionsForward:
             and self._checks.get(of, CHECKS) > 0
         )
 
-    def _act(self) -> None:
+    def _act(self, inputs: Any) -> None:
         session = self.session
         session.ended()
         kept = session.runs
-        if session.is_recorded:
+        if session.loops.are_too_long:
+            self._turn_loops()
+        elif session.is_recorded:
             self._plan()
         elif session.stage != "look" and session.regions and not session.calls:
             self._none_ran()
-        elif self._steps and not session.calls:
+        elif self._steps and not session.calls and session.loops.are_left:
+            self._turn_loops()
+        elif self._steps and not session.calls and "uncut" not in self._told:
             self._tell(
                 "uncut",
                 "trains without a plan, whatever the budget: Dynamo found no piece of its forward to cut out "
                 "that gets gradients. Where a loop is cut, all of the function that it stands in runs as "
-                "eager: make the loop's body a function or a module of its own, or enable a part of it that "
-                "is one graph",
+                "eager: make the loop's body a function or a module of its own.\n%s",
+                proposal(self.model, Inputs(*inputs)),
             )
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
             self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1
@@ -200,6 +208,18 @@ class RegionsForward:
             if instead is not None:
                 session.follow(instead.parts, instead)
         session.recorder = None
+
+    def _turn_loops(self) -> None:
+        """Begin anew, with the forward cut in its loops too, or, where these are too long, as before."""
+        how = (
+            f"not in its loops, which would take more than {_compat.TURNS_HERE} compiles of one place, or "
+            f"{_compat.TURNS} in all"
+            if self.session.loops.are_too_long
+            else "in its loops too, with a compile for each turn: Dynamo leaves a function with a loop that "
+            "is cut to eager, and little else was left to plan"
+        )
+        log.info("%s is cut anew, %s", type(self.model).__name__, how)
+        self.session = self.session.with_loops_turned()
 
     def _none_ran(self) -> None:
         session = self.session
@@ -225,6 +245,9 @@ class RegionsForward:
     def _plan(self) -> None:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
         session, kind = self.session, self.session.kind
+        if session.is_planned:
+            session.found_planned()
+            return
         try:
             solved = self.solve(session.record())
         except InfeasibleBudgetError as error:
@@ -242,7 +265,10 @@ class RegionsForward:
                     "".join(f"\n{why}" for why in whys),
                 )
             return
-        session.follow(solved.parts, solved)
+        if solved is None:
+            self._turn_loops()
+        else:
+            session.follow(solved.parts, solved)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:

@@ -19,9 +19,13 @@ from planner.measure.step import backward, device_of, held, passed_on, tangents_
 from planner.regions.recorder import Recorder
 from planner.regions.session import Session, _Seen
 
-__all__ = ["observe"]
+__all__ = ["NotInRegions", "apart", "observe"]
 
 LOOKS = 4  # steps that may be looked at until one brings nothing new
+
+
+class NotInRegions(PlannerError):
+    """A step that cannot be planned in regions, though a part of the model may be planned."""
 
 
 def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
@@ -30,14 +34,14 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     Parameters, gradients (required to be None), buffers, attributes of modules and random states are
     afterwards what they were; what the forward does beyond its module (files, globals, printing) it has done.
 
-    Raises ``PlannerError`` for a model or batch without memory.
+    Raises ``NotInRegions`` for a model or batch without memory.
     """
     model = session.model
     _refuse_unreal(model, inputs)
     for _ in range(LOOKS):
         eager = session.eager
         session.begin("look")
-        with _apart(model, inputs):
+        with apart(model, inputs):
             backward_of(session, inputs, loss_fn)
         session.ended()
         if session.eager == eager:
@@ -45,7 +49,7 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     for _ in range(LOOKS):
         session.begin("record")
         session.recorder = recorder = Recorder(device_of(model, inputs, None))
-        with _apart(model, inputs):
+        with apart(model, inputs):
             recorder.register(*held(model, inputs))
             try:
                 with recorder:
@@ -83,7 +87,8 @@ def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> Non
 
 
 @contextlib.contextmanager
-def _apart(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+def apart(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """What runs of ``model`` meanwhile is as if it had not been; ``PlannerError`` if gradients are held."""
     held_by = (value for module in model.modules() for value in vars(module).values())
     states = [(x, x.get_state()) for x in held_by if isinstance(x, torch.Generator)]
     try:
@@ -99,7 +104,7 @@ class _WritesUndone(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._there = {_compat.storage_key(p): p for p in model.parameters() if not p.is_sparse}
+        self._there = {_compat.storage_key(p): p for p in model.parameters() if p.layout is torch.strided}
         self._was: dict[int, torch.Tensor] = {}
 
     @classmethod
@@ -112,7 +117,8 @@ class _WritesUndone(TorchDispatchMode):
     ) -> Any:
         if _compat.writes_arguments(func):
             for x in (*args, *(kwargs or {}).values()):
-                key = _compat.storage_key(x) if type(x) in (torch.Tensor, nn.Parameter) else None
+                is_dense = type(x) in (torch.Tensor, nn.Parameter) and x.layout is torch.strided
+                key = _compat.storage_key(x) if is_dense else None
                 if key in self._there and key not in self._was:
                     self._was[key] = self._there[key].detach().clone()
         return func(*args, **(kwargs or {}))
@@ -129,7 +135,7 @@ def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:
     name = type(model).__name__
     for where, tensors in (("the model", held(model, None)), ("the batch", inputs.tensors())):
         if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
-            raise PlannerError(
+            raise NotInRegions(
                 f"{name} cannot be captured as one graph, and planning it in regions runs a step, for which "
                 f"{where} has no memory: give it real tensors (model.to_empty(device=...), then weights), "
                 "or plan a part of it that is one graph"

@@ -82,7 +82,8 @@ class RegionCall:
 class Record:
     """One step.
 
-    ``found_bytes``  what it found on the device: parameters, buffers, inputs, gradients held.
+    ``found_bytes``  what it found on the device: parameters, buffers, inputs, gradients held; without what
+                     glue freed of it, which counts as glue's.
     ``cuts``         where the forward was cut and why, a line each.
 
     Raises ``ValueError`` if the events are no such row, a call has not exactly one forward before at most one

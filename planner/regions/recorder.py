@@ -37,7 +37,9 @@ class _Life:
 class Recorder(StorageMeter):
     """Counts while ``counts``; ``events`` are those that have ended.
 
-    ``seen``  the events of the step up to where it was last said to be over.
+    ``seen``        the events of the step up to where it was last said to be over.
+    ``gone_bytes``  of what was there before the step, was freed in it, and went through no region: what the
+                    last step left, say.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,6 +48,8 @@ class Recorder(StorageMeter):
         self.events: list[Event] = []
         self.seen: tuple[Event, ...] = ()
         self.lives: list[_Life] = []
+        self.gone_bytes = 0
+        self._through: set[int] = set()  # keys of storages that were there, and that a region took or gave
         self._numbers: dict[int, int] = {}  # of live storages that the step made
         self._kept: dict[int, tuple[Any, list[Callable[[], bool]]]] = {}  # what regions keep, by number
         self._now: tuple[Kind, int | None] = ("glue", None)
@@ -102,9 +106,16 @@ class Recorder(StorageMeter):
     # -- storages ----------------------------------------------------------------------------------
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
-        """Of the storage; ``None`` where it was there before the step, or is on another device."""
-        self._see(tensor, there_before=False)
-        return self._numbers.get(id(tensor.untyped_storage()))
+        """Of the storage; ``None`` where it was there before the step, is on another device, or is several
+        (a sparse tensor's).
+        """
+        if tensor.layout is not torch.strided:
+            return None
+        self._see(tensor, there_before=True)  # what the step makes is seen when it is made
+        key = id(tensor.untyped_storage())
+        if key not in self._numbers:
+            self._through.add(key)
+        return self._numbers.get(key)
 
     def kept(self, tensor: Any) -> Any:
         """What a region keeps for its backward instead of ``tensor``."""
@@ -140,6 +151,8 @@ class Recorder(StorageMeter):
         number = self._numbers.pop(ref.key, None)
         if number is not None and self.counts and self.lives[number].died is None:
             self.lives[number].died = len(self.events)
+        if number is None and self.counts and ref.key not in self._through:
+            self.gone_bytes += ref.nbytes
         super()._forget(ref)
 
     def __torch_dispatch__(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +28,7 @@ from planner.regions.checkpointed import Checkpointed
 from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
 from planner.regions.piece import Piece, Slot, apart, with_homes
 from planner.regions.plain import as_eager
+from planner.regions.writes import positions
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.output_sets import OutputSets
@@ -222,7 +222,7 @@ class Region:
         self.plain = as_eager(rest)
         self.scalars = scalars_of(rest)
         self.graph = with_homes(rest, homes)
-        self.writes = [_is_written(node) for node in rest.graph.find_nodes(op="placeholder")]
+        self.writes = positions(rest.graph)  # of what is written, a buffer is made
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
@@ -269,7 +269,7 @@ class Region:
                 out.append(Slot("parameter", local))
             elif name is not None and not x.requires_grad:
                 out.append(Slot("buffer", name[len(base) :].lstrip(".")))
-            elif not x.requires_grad and self.writes[position]:
+            elif not x.requires_grad and position in self.writes:
                 out.append(Slot("buffer", f"written_{position}"))
             else:
                 out.append(Slot("input"))
@@ -359,7 +359,7 @@ class Region:
             others = other_values(inputs.args, at)
             if all(a is b for a, b in zip(inputs.args, others, strict=True)):
                 return []
-            other, _ = capture_piece(piece, Inputs(tuple(others), {}), used)
+            other, _ = capture_piece(piece, replace(inputs, args=tuple(others)), used)
             graphs = joint.step.module.graph, other.step.module.graph
             found, fixed = told(*graphs, inputs.args, others, positions)
             if not fixed:
@@ -376,18 +376,6 @@ def _is_within(smaller: Variant, larger: Variant) -> bool:
     ]:
         return False
     return all(a.bytes <= b.bytes for a, b in zip(mine.values, its.values, strict=True))
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether a call of the graph may write into this argument: of what is written, a buffer is made."""
-    for reader in node.users:
-        name = getattr(reader.target, "__name__", str(reader.target))
-        in_place = (name.endswith("_") and not name.endswith("__")) or reader.target is operator.setitem
-        if in_place and reader.args and reader.args[0] is node:
-            return True
-        if reader.kwargs.get("out") is node:
-            return True
-    return False
 
 
 def _common(paths: list[list[str]]) -> str:

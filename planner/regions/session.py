@@ -71,6 +71,8 @@ ANY = Kind()  # that of a step where nobody tells kinds apart
 MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
 MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
+LONGEST_KNOWN = 16  # steps for which the longest of them is waited for, to be planned
+ONCE_KNOWN = 4  # likewise where all that came since are alike: it did what is done but once
 
 
 class _Entered(NamedTuple):
@@ -121,6 +123,22 @@ class Kept:
         return mine == its
 
 
+@dataclass(frozen=True)
+class _Longest:
+    """The longest step of a structure: how many calls it made, and those of the steps since."""
+
+    calls: int = 0
+    since: tuple[int, ...] = ()
+
+    def then(self, calls: int) -> _Longest:
+        """After a step of so many calls."""
+        since = *self.since, calls
+        known = ONCE_KNOWN if len(set(since)) == 1 else LONGEST_KNOWN
+        if calls >= self.calls or len(since) > known:
+            return _Longest(max(since) if calls < self.calls else calls)
+        return _Longest(self.calls, since)
+
+
 class _Step:
     """One step; its calls hold it."""
 
@@ -167,8 +185,11 @@ class Session:
     ``stage``  what is done with the step that runs.
     """
 
-    def __init__(self, model: nn.Module, target: Target, budget_bytes: int) -> None:
+    def __init__(
+        self, model: nn.Module, target: Target, budget_bytes: int, loops: _compat.Loops | None = None
+    ) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
+        self.loops = loops or _compat.Loops()
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
         self.regions: list[Region] = []
@@ -181,6 +202,7 @@ class Session:
         self._open: list[Kept] = []  # those that the step that runs may still be of
         self._wanted: set[Kind] = set()  # kinds to be recorded again
         self._records: Counter[Hashable] = Counter()  # by structure
+        self._longest: dict[Hashable, _Longest] = {}  # likewise
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
         self._is_looked = False
@@ -223,6 +245,10 @@ class Session:
         self.regions.append(region)
         return region
 
+    def with_loops_turned(self) -> Session:
+        """The same model cut anew: in its loops too, or, where those are too long, not in them."""
+        return Session(self.model, self.target, self.budget_bytes, self.loops.turned())
+
     # -- a step ------------------------------------------------------------------------------------
 
     @property
@@ -244,7 +270,8 @@ class Session:
         larger = sorted((of for of in self._plans if kind.is_within(of)), key=lambda of: sum(of.sizes))
         kept = [k for of in dict.fromkeys((kind, *larger, ANY)) for k in self._plans.get(of, ())]
         # a step with fewer calls is within what one with more of them was planned to
-        self._open = sorted(kept, key=lambda plan: -len(plan.places))
+        serves = self._serves_longest(kind, kept)
+        self._open = sorted(kept, key=lambda plan: -len(plan.places)) if serves else []
         self.stage, self.kind, self.strayed = stage, kind, False
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
@@ -254,7 +281,7 @@ class Session:
         """The model's forward, in regions."""
         self._inside += 1
         try:
-            with _compat.dynamo_as_eager():
+            with _compat.dynamo_as_eager(), self.loops.asked():
                 result = self._compiled(*args, **kwargs)
         finally:
             self._inside -= 1
@@ -538,6 +565,7 @@ class Session:
         if not self.is_differentiated:
             return
         self.learned()
+        self._note_length()
         if self.stage == "look":
             self._is_looked = self.eager == self._eager_before
         elif self.stage == "plan":
@@ -552,6 +580,25 @@ class Session:
             self._plans[self.kind] = [k for k in self._plans[self.kind] if k.idle <= REMEMBERED]
         if of is None or not exact:
             self._want(self.kind)
+
+    def _serves_longest(self, kind: Kind, kept: Iterable[Kept]) -> bool:
+        """Whether one of these plans is for as many calls as a step of this structure is known to make."""
+        longest = self._longest.get(kind.structure, _Longest())
+        return longest.calls <= max((len(plan.places) for plan in kept), default=0)
+
+    def _note_length(self) -> None:
+        """How many calls the step had.  Where paths differ, none can tell at its beginning how long it will
+        be, so that it is planned as the longest is.
+        """
+        of = self.kind.structure
+        self._longest[of] = self._longest.get(of, _Longest()).then(len(self.calls))
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether there is a plan for just these calls."""
+        calls = [(seen.region, seen.key, seen.used) for seen in self.calls]
+        plans = self._plans.get(self.kind, ())
+        return any([(p.region, p.key, p.used) for p in kept.places] == calls for kept in plans)
 
     def _want(self, kind: Kind) -> None:
         if self._records[kind.structure] < MOST_RECORDS:
@@ -571,10 +618,18 @@ class Session:
             return "look"
         if self.regions and len(self.eager) == len(self.regions):
             return "plan"  # nothing is
-        known = self._plans.get(kind) or self._plans.get(ANY) or any(map(kind.is_within, self._plans))
+        larger = [of for of in self._plans if of in (kind, ANY) or kind.is_within(of)]
+        known = larger and self._serves_longest(kind, (k for of in larger for k in self._plans[of]))
         if kind in self._wanted or (not known and self._records[kind.structure] < MOST_RECORDS):
             return "record"
         return "plan"
+
+    @property
+    def unwatched_stage(self) -> Stage:
+        """What is done with a step that should be recorded, and cannot be: what no plan is for runs with next
+        to nothing saved.
+        """
+        return "plan" if self._is_looked else "look"
 
     def may_watch(self, *, must: bool = False) -> bool:
         """Whether a step that begins now can be recorded; ``must``: although another model's is."""
@@ -628,6 +683,11 @@ class Session:
             del self._plans[next(iter(self._plans))]
         self._wanted.discard(self.kind)
         self.recorder = None
+
+    def found_planned(self) -> None:
+        """The recorded step has a plan already."""
+        self.tried()
+        self._wanted.discard(self.kind)
 
     def tried(self) -> None:
         """A step that was to be recorded ran nothing that can be planned."""
@@ -706,9 +766,18 @@ class Session:
                     seen.turn,
                 )
             )
-        found = recorder.live_bytes - recorder.made_bytes
+        gone = recorder.gone_bytes
+        found = recorder.live_bytes - recorder.made_bytes - gone
         cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks) + self.left_to_eager
-        events = [e if e.call is None else replace(e, call=index[e.call]) for e in events]
+        events = [
+            replace(
+                e,
+                call=None if e.call is None else index[e.call],
+                peak_bytes=e.peak_bytes + gone,
+                live_bytes=e.live_bytes + gone,
+            )
+            for e in events
+        ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
 
 

@@ -3,41 +3,27 @@
 Some calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
 that are normalized in the forward, an embedding's ``max_norm``.  And a checkpoint of the author's within
 which buffers are written to: a batch norm there updates its statistics again when it is recomputed.  And a
-product, whose gradient eager makes by a formula that depends on values.
+product, whose gradient eager makes by a formula that depends on values.  And what is sparse, or makes sparse
+gradients: what that takes is known only when it is made.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.regions.writes import argument, base_of, name_of, updates_statistics, written_by
 
 __all__ = ["torn"]
 
-# What names the same memory as its first argument, as Dynamo writes it.
-_VIEWS = (
-    "_get_data_attr",  # tensor.data
-    "detach",
-    "view",
-    "t",
-    "transpose",
-    "unsqueeze",
-    "squeeze",
-    "getitem",
-    "permute",
-    "narrow",
-    "select",
-)
-
-_NORMS = ("batch_norm", "instance_norm")
-_STATISTICS = ("input", "running_mean", "running_var", "weight", "bias", "training")
 _EMBEDDINGS = {
-    "embedding": ("input", "weight", "padding_idx", "max_norm"),
-    "embedding_bag": ("input", "weight", "offsets", "max_norm"),
+    "embedding": ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    "embedding_bag": (
+        *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
+    ),
 }
 
 
@@ -83,26 +69,29 @@ def _reasons(graph: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _why_eager(graph: fx.GraphModule, node: fx.Node) -> str:
-    base = written(node)
-    if base is not None:
-        while base.op != "placeholder" and _name(base) in _VIEWS and isinstance(base.args[0], fx.Node):
-            base = base.args[0]
+    for base in map(base_of, written_by(node)):
         value = base.meta.get("example_value")
         trained = isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and value.requires_grad)
-        return (
-            f"it writes into {base.name}, which has a gradient"
-            if base.op == "placeholder" and trained
-            else ""
-        )
-    if _name(node) in _EMBEDDINGS and _given(node, _EMBEDDINGS[_name(node)], "max_norm") is not None:
+        if base.op == "placeholder" and trained:
+            return f"it writes into {base.name}, which has a gradient"
+    name = name_of(node)
+    if name in _EMBEDDINGS and argument(node, _EMBEDDINGS[name], "max_norm") is not None:
         return "it renormalizes its weights where it reads them (max_norm)"
-    if _name(node) in ("prod", "cumprod") and _is_tracked(node):
-        return f"its gradient ({_name(node)}'s) is made by one formula or another, as values are zero or not"
+    makes_sparse = name in _EMBEDDINGS and argument(node, _EMBEDDINGS[name], "sparse") is True
+    if makes_sparse or any(map(_is_sparse, (node, *node.all_input_nodes))):
+        return f"what {name} or its gradient makes is sparse, of a size that is known when it is made"
+    if name in ("prod", "cumprod") and _is_tracked(node):
+        return f"its gradient ({name}'s) is made by one formula or another, as values are zero or not"
     if _compat.is_checkpoint(node.target) and isinstance(node.args[0], fx.Node):
         inner = getattr(graph, str(node.args[0].target), None)
         if isinstance(inner, fx.GraphModule) and _updates_buffers(inner):
             return "its author checkpoints it, and it writes to buffers again when it is recomputed"
     return ""
+
+
+def _is_sparse(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.layout != torch.strided
 
 
 def _is_tracked(node: fx.Node) -> bool:
@@ -112,38 +101,9 @@ def _is_tracked(node: fx.Node) -> bool:
 
 def _updates_buffers(graph: fx.GraphModule) -> bool:
     for node in graph.graph.nodes:
-        if _name(node) in _NORMS and _updates_statistics(node):
-            return True
-        base = written(node)
-        if base is not None and base.op == "placeholder":
+        if updates_statistics(node) or any(base.op == "placeholder" for base in written_by(node)):
             return True
         part = getattr(graph, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(part, fx.GraphModule) and _updates_buffers(part):
             return True
     return False
-
-
-def _updates_statistics(node: fx.Node) -> bool:
-    """Whether a call of a batch norm updates running statistics."""
-    trains = node.kwargs.get("use_input_stats", _given(node, _STATISTICS, "training"))
-    return _given(node, _STATISTICS, "running_mean") is not None and trains is not False
-
-
-def _given(node: fx.Node, names: tuple[str, ...], name: str) -> Any:
-    """An argument of a call, by its name; ``names``: of those that may be positional."""
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def written(node: fx.Node) -> fx.Node | None:
-    """What a call writes into, as far as its name says so."""
-    name = _name(node)
-    in_place = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
-    first = node.args[0] if node.args else None
-    if node.op in ("call_function", "call_method") and in_place and isinstance(first, fx.Node):
-        return first
-    out = node.kwargs.get("out")
-    return out if isinstance(out, fx.Node) else None

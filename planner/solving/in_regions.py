@@ -29,7 +29,8 @@ from planner.plan import Plan
 from planner.plans.plan_data import RegionSummary
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
-from planner.regions.observe import observe
+from planner.regions.observe import NotInRegions, observe
+from planner.regions.proposal import proposal
 from planner.regions.record import Record
 from planner.regions.session import Session
 from planner.runtime.apply import put, restored
@@ -38,10 +39,14 @@ from planner.solving.fit import Answer
 from planner.solving.priced import PricedStep
 from solvers import Schedule
 
-__all__ = ["JoinedStep", "captured_as", "step_in_regions"]
+__all__ = ["MOST_LEFT", "JoinedStep", "captured_as", "step_in_regions"]
 
 
 log = logging.getLogger(__name__)
+
+# The part of what a step holds that its regions made: where it is less, and Dynamo left functions to eager
+# for their loops, these are followed.
+MOST_LEFT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +151,18 @@ class JoinedStep(BudgetedStep):
             )
         return tuple(found)
 
+    @property
+    def share(self) -> float:
+        """Of what the step holds at its peak if nothing is recomputed, the part that its regions made."""
+        line = self.baseline.timeline
+        made = {
+            v for op, of in zip(self.graph.ops, self.joined.owners, strict=True) if of for v in op.outputs
+        }
+        copies = copies_of(self.graph, self.baseline.problem, line)
+        there = (c for c in copies if c.born <= line.peak_step <= c.died and c.value in made)
+        added_bytes = int(line.live_bytes[line.peak_step]) - self.problem.resident_bytes
+        return _share(sum(c.bytes for c in there), added_bytes)
+
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
         """Make ``model`` train as ``plan``, one of this step, says; other kinds of steps are planned as they
         come.
@@ -189,47 +206,78 @@ def step_in_regions(
     search = search or Search()
     model = unwrapped(model)
     target = target_for(model, costs)
-    name = type(model).__name__
-    if target.elsewhere:
-        raise PlannerError(
-            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of "
-            f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
-        )
     given = Inputs.of(model, inputs)
     refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
+
+    def step_of(session: Session) -> JoinedStep:
+        record = _recorded(session, given, loss_fn)
+        resident = resident_of(
+            model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
+        )
+        return JoinedStep.of(
+            record, model, given, resident, target,
+            loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
+        )  # fmt: skip
+
+    try:
+        return _with_loops(Session(model, target, 0), step_of, search)
+    except NotInRegions as error:
+        search.tell.phase("capture", f"parts of {type(model).__name__}, for one that is one graph")
+        raise PlannerError(f"{error}.\n{proposal(model, given)}") from None
+
+
+def _with_loops(session: Session, step_of: Callable[[Session], JoinedStep], search: Search) -> JoinedStep:
+    """The step as it is cut, or, where little of it lies in regions, cut in its loops too."""
+    name, target = type(session.model).__name__, session.target
+    if target.elsewhere:
+        raise NotInRegions(
+            f"{name} is planned in regions, for which a step is run on {target.here}: nothing is known of "
+            f"one on the {target.name}. Plan it there, or plan a part of it that is one graph"
+        )
     search.tell.phase("capture", f"{name} in regions")
-    session = Session(model, target, 0)
+    try:
+        step = step_of(session)
+    except PlannerError:
+        if not session.loops.are_left:
+            raise
+    else:
+        if not session.loops.are_left or step.share >= MOST_LEFT:
+            return step
+    search.tell.phase("capture", f"{name} in regions, cut in its loops too")
+    session = session.with_loops_turned()
+    try:
+        step = step_of(session)
+    except PlannerError:
+        if not session.loops.are_too_long:
+            raise
+    return step_of(session.with_loops_turned()) if session.loops.are_too_long else step
+
+
+def _recorded(session: Session, given: Inputs, loss_fn: LossFn | None) -> Record:
+    """A step of ``session``; ``PlannerError`` for one that cannot be planned."""
+    name = type(session.model).__name__
     observe(session, given, loss_fn)
     if all(seen.variant is None for seen in session.calls):
         raise _nothing_to_plan(name, session)
     try:
-        record = session.record()
+        return session.record()
     except ValueError as error:
         cuts = "".join(f"\n  {where}: {why}" for where, why in session.breaks)
-        raise PlannerError(
-            f"{name} cannot be planned in regions: {error}."
-            + (f" It was cut at{cuts}\n" if cuts else " ")
-            + "Plan a submodule that is one graph, and train the rest as it is"
+        raise NotInRegions(
+            f"{name} cannot be planned in regions: {error}{f'. It was cut at{cuts}' if cuts else ''}"
         ) from None
-    arguments = given.args, given.kwargs
-    resident = resident_of(model, arguments, optimizer, device=target.device, as_on=target.device)
-    return JoinedStep.of(
-        record, model, given, resident, target,
-        loss_fn=loss_fn, least_limit_s=search.time_limit_s, session=session,
-    )  # fmt: skip
 
 
-def _nothing_to_plan(name: str, session: Session) -> PlannerError:
+def _nothing_to_plan(name: str, session: Session) -> NotInRegions:
     whys = [v.why for region in session.regions for v in region.variants.values() if v.why]
     cuts = "; ".join(f"{where}: {why}" if where else why for where, why in session.breaks)
     cut = f" (cut at {cuts})" if cuts else ""
     because = f" Its pieces run as eager runs them: {'; '.join(dict.fromkeys(whys))}." if whys else ""
-    return PlannerError(
+    return NotInRegions(
         f"no part of a step of {name} can be planned: Dynamo found no piece of its forward that gets "
         f"gradients{cut}.{because} Where a loop is cut, all of the function that "
-        "it stands in runs as eager: make the loop's body a function or a module of its own, or plan a part "
-        "of the model that is one graph"
+        "it stands in runs as eager: make the loop's body a function or a module of its own"
     )
 
 

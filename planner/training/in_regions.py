@@ -29,7 +29,7 @@ from planner.plan import Plan
 from planner.regions.forward import RegionsForward, Solved
 from planner.regions.record import Record
 from planner.regions.session import Session
-from planner.solving.in_regions import JoinedStep
+from planner.solving.in_regions import MOST_LEFT, JoinedStep
 from planner.training.settings import Settings
 from planner.units import bytes_text
 
@@ -61,12 +61,16 @@ class InRegions:
         session = Session(
             self.planned, target_for(self.planned, self.settings.costs), self.settings.budget_bytes
         )
-        self.session = session
         self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, any_mode=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
         return self._forward(*args, **kwargs)
+
+    @property
+    def session(self) -> Session:
+        """That the steps run in."""
+        return self._forward.session
 
     @property
     def last(self) -> Plan | None:
@@ -84,19 +88,23 @@ class InRegions:
         inputs.
         """
         found = resident_in_training(self.root, None, self.settings.optimizer, self.session.device)
-        gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes)
-        known = found.parameters_bytes + found.buffers_bytes + gradients_bytes
+        known = found.parameters_bytes + found.buffers_bytes
+        rest = max(0, record.found_bytes - known)
+        gradients_bytes = min(found.gradients_bytes, self._forward.gradients_bytes, rest)
+        known += gradients_bytes
         inputs_bytes = max(0, record.found_bytes - known)
         return replace(found, gradients_bytes=gradients_bytes, inputs_bytes=inputs_bytes)
 
-    def _solved(self, record: Record) -> Solved:
-        """Plan a recorded step."""
+    def _solved(self, record: Record) -> Solved | None:
+        """Plan a recorded step; ``None`` where loops are to be followed first."""
         began, s = time.perf_counter(), self.settings
         with s.search.reporting() as search, modes_set_aside():
             step = JoinedStep.of(
                 record, self.root, Inputs((), {}), self._resident(record), self.session.target,
                 least_limit_s=search.time_limit_s, session=self.session,
             )  # fmt: skip
+            if self.session.loops.are_left and step.share < MOST_LEFT:
+                return None
             return self._planned(replace(step, why=self.why.split(". ")[0]), began)
 
     def _planned(self, step: JoinedStep, began: float) -> Solved:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import TorchDispatchMode, pytree, storage_key
+from planner._compat import STAND_INS, TorchDispatchMode, pytree, storage_key
 from planner.capture.as_eager.generators import global_sources
 from planner.capture.state.reads import OWN, Slot, is_plain_object
 from planner.errors import TraceError
@@ -37,6 +38,7 @@ __all__ = [
     "Marks",
     "attributes_kept",
     "is_cache",
+    "others_kept",
     "settled",
     "tensors_kept",
 ]
@@ -210,6 +212,39 @@ class Before:
         torch.set_rng_state(self._torch)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
+
+
+@contextlib.contextmanager
+def others_kept(model: nn.Module) -> Iterator[None]:
+    """Put tensors of modules that are no part of ``model`` back; ``TraceError`` if the forward replaced any.
+
+    A library's list of all its modules, say, which a call of one resets.  They would keep tensors of the
+    trace.  Those of modules that the forward itself made are its own affair.
+    """
+    own = {id(module) for module in model.modules()}
+    thread, write = threading.get_ident(), nn.Module.__setattr__
+    was: dict[tuple[int, str], tuple[nn.Module, str, torch.Tensor]] = {}
+
+    def __setattr__(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and id(module) not in own and threading.get_ident() == thread:
+            before = getattr(module, name, None)
+            if isinstance(before, torch.Tensor) and not isinstance(before, STAND_INS):
+                was.setdefault((id(module), name), (module, name, before))
+        write(module, name, value)
+
+    type.__setattr__(nn.Module, "__setattr__", __setattr__)
+    try:
+        yield
+    finally:
+        type.__setattr__(nn.Module, "__setattr__", write)
+        for module, name, before in was.values():
+            write(module, name, before)
+    for module, name, _ in was.values():
+        raise TraceError(
+            f"the forward of {type(model).__name__} stores a tensor in {name} of a {type(module).__name__} "
+            "that is no part of it (of a library's list of all its modules, say); a planned step runs one "
+            "graph and would not. Do it outside forward"
+        )
 
 
 @contextlib.contextmanager
