@@ -111,6 +111,7 @@ __all__ = [
     "values_unchecked",
     "watching_modes",
     "weak_storage",
+    "wraps_others",
     "writes_arguments",
     "writes_so_far",
 ]
@@ -840,6 +841,11 @@ def job_store() -> Any:
 RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
 
 _COMPILER_QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting", "_is_in_optimized_module")
+
+
+def wraps_others(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has others inside, which its ops are taken to (quantized, nested, sharded); 2.1+."""
+    return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
 def is_checkpoint(target: Any) -> bool:

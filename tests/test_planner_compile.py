@@ -250,3 +250,20 @@ def test_other_tensors_in_the_place_of_the_parameters_are_planned_for() -> None:
             p *= 2
     twin(**INPUTS).backward()
     assert all(torch.equal(given[n].grad, p.grad) for n, p in twin.named_parameters())
+
+
+def test_the_switch_stays_out_of_a_compiled_model_whose_graph_ends_in_the_middle() -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(self.layer(x))
+            torch._dynamo.graph_break()
+            return self.layer(h).sum()
+
+    model, x = planner.enable(Ends(), 1.0, now=True, costs="roofline"), torch.randn(3, 4)
+    want = Ends.forward(model, x)
+    assert torch.equal(torch.compile(model, backend="eager")(x), want)
+    assert torch.equal(model(x), want) and planner.plan_of(model) is not None

@@ -458,3 +458,21 @@ def test_inputs_that_require_gradients_are_recorded() -> None:
     x = kilobyte(requires_grad=True)
     record = run_step(Chain(), (x,))
     assert set(record.gradients) == {"w", "input 0"} and x.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_tensor_is_its_indices_and_values(layout: torch.layout) -> None:
+    whole, each, values = torch.arange(51), torch.arange(50), torch.ones(50)
+    if layout is torch.sparse_coo:
+        indices = torch.stack([each, each])
+        parts, sparse = [indices], torch.sparse_coo_tensor(indices, values, (50, 50))
+    else:
+        parts = [whole, each]
+        sparse = torch.sparse_compressed_tensor(*parts, values, (50, 50), layout=layout)
+    with StorageMeter() as meter:
+        meter.register(sparse)
+        assert meter.live_bytes == sum(p.nbytes for p in parts) + values.nbytes
+        double = sparse * 2
+    assert meter.live_bytes == meter.made_bytes + sum(p.nbytes for p in parts) + values.nbytes
+    assert double.layout is layout and meter.made_bytes >= values.nbytes

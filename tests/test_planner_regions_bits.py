@@ -39,7 +39,7 @@ def _trained(model: nn.Module, batch: Callable[[], Any], loss: Callable[[Any], T
         model.zero_grad()
         out = loss(model(*args))
         out.backward()
-        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        gradients = [None if p.grad is None else p.grad.clone().to_dense() for p in model.parameters()]
         states = [torch.get_rng_state(), torch.tensor(random.random())]
         found.append([out.detach(), *gradients, *(b.clone() for b in model.buffers()), *states])
     return found
@@ -442,3 +442,68 @@ def test_a_products_gradient_is_eagers_where_a_mode_watches() -> None:
     wanted = gradient(Products(), watched=False)
     assert torch.equal(gradient(plain, watched=True), wanted)
     assert torch.equal(gradient(plain, watched=False), wanted)
+
+
+class Rows(nn.Module):
+    """Embeddings with sparse gradients, and code behind them that has dense ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 8, mode="sum", sparse=True)
+        self.row, self.out = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 8)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return torch.tanh(self.out(torch.tanh(self.bag(words) * 0.5) + self.row(words[:, 0])))
+
+
+def test_sparse_gradients_stay_sparse_and_the_rest_is_planned() -> None:
+    session = same_bits(Rows, lambda: (torch.randint(0, 20, (4, 6)),))
+    assert any("sparse" in why for why in session.left_to_eager)
+    assert captured(session)
+
+
+class Written(nn.Module):
+    """Writes over what earlier code made: asked to by a flag, by an assignment, by an uncommon view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        late = torch.tanh(x) @ self.layers[0].weight  # type: ignore[operator]
+        for layer in self.layers:
+            h = layer(x)
+            h += x
+            h[:, 1:].mul_(0.5)
+            F.leaky_relu(h, 0.1, True)
+            x = torch.tanh(h)
+        late.unfold(1, 2, 2).mul_(0.5)
+        return x + late
+
+
+def test_what_is_written_in_place_is_made_again_in_the_part_that_made_it() -> None:
+    session = same_bits(lambda: nn.Sequential(Written(), nn.BatchNorm1d(8), nn.ReLU(inplace=True)))
+    assert [region.why for region in session.regions] == [""]
+    assert captured(session)
+
+
+def test_parts_that_write_over_each_others_arguments_become_one() -> None:
+    graphs: list[Checkpointed] = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(Checkpointed(graph))
+        return lambda *args: graphs[0](args, note=True)
+
+    torch._dynamo.reset()
+    model = Written()
+    run = torch.compile(model, backend=kept)
+    x = torch.randn(4, 8)
+    run(x)
+    assert graphs[0].join_if_spoilt()  # by the view that is not known as one
+    mean_square(run(x)).backward()
+    assert not graphs[0].join_if_spoilt()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    mean_square(twin(x)).backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)

@@ -78,4 +78,4 @@ def test_where_no_region_is_left_the_error_says_so() -> None:
         planner.PlannerError, match="found no piece of its forward that gets gradients"
     ) as caught:
         planner.plan(Aside(), 1.0, (torch.randn(2, WIDTH),), costs="roofline", capture="regions")
-    assert "plan a part of the model" in str(caught.value)
+    assert "planner.enable(model.of, budget_gb)" in str(caught.value)

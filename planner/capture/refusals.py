@@ -163,6 +163,17 @@ def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerEr
     return None
 
 
+def _wrapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if _compat.wraps_others(t):
+            return TraceError(
+                f"{name} is a {type(t).__name__}, a tensor that wraps others, as quantized weights may; a "
+                "plan is for plain tensors. Keep them in a layer that has plain bytes and dequantizes them "
+                "in its forward (as bitsandbytes' do), or plan the parts without them"
+            )
+    return None
+
+
 def _hooks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     hooked = hooks_on_submodules(model)
     if not hooked:
@@ -200,6 +211,7 @@ _CHECKS: tuple[Callable[[nn.Module, Sequence[torch.Tensor]], PlannerError | None
     _sparse_tensors,
     _talks_to_ranks,
     _spread_parameters,
+    _wrapped,
     _hooks,
     _devices,
 )

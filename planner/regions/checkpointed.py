@@ -29,9 +29,14 @@ class Checkpointed:
 
     def __init__(self, plain: fx.GraphModule) -> None:
         self.plain, self.written = plain, positions(plain.graph)
+        self._read: list[tuple[torch.Tensor, int]] = []  # by parts of the last call, and versions
+        self._cut(_cuts)
+
+    def _cut(self, where: Callable[[Sequence[fx.Node], Mapping[fx.Node, int]], list[int]]) -> None:
+        plain = self.plain
         nodes = [n for n in plain.graph.nodes if n.op not in ("placeholder", "output")]
         at = {n: i for i, n in enumerate(nodes)}
-        cuts = _cuts(nodes, at)
+        cuts = where(nodes, at)
         self._parts = [_part(plain, nodes[a:b]) for a, b in zip([0, *cuts], [*cuts, len(nodes)], strict=True)]
         (output,) = plain.graph.find_nodes(op="output")
         self._results = output.args[0]
@@ -41,15 +46,31 @@ class Checkpointed:
         ends = [*cuts, len(nodes)]
         self._gone = [[n for n in nodes if n not in kept and last[n] < end] for end in ends]
 
-    def __call__(self, args: Sequence[Any]) -> Any:
-        """Its outputs.  Where it writes over an argument that has a gradient all is held."""
+    def join_if_spoilt(self) -> bool:
+        """Whether a part of the last call wrote over what another had read (by a view that does not show as
+        one): it is one part from here on.
+        """
+        spoilt = any(alias._version != version for alias, version in self._read)
+        self._read = []
+        if spoilt:
+            self._cut(lambda _, __: [])
+        return spoilt
+
+    def __call__(self, args: Sequence[Any], *, note: bool = False) -> Any:
+        """Its outputs.  Where it writes over an argument that has a gradient all is held.
+
+        ``note``  what is read, for :meth:`join_if_spoilt`, which is to come before the backward.
+        """
         if any(args[i].requires_grad for i in self.written):
             return self.plain.forward(*args)
+        self._read = []
         writes = {self._given[i] for i in self.written}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
         for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
             given = [values[n] for n in takes]
             tracked = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+            if note:
+                self._read += ((x.detach(), x._version) for x in tracked if not x.is_leaf)
             again = _again(run, given, [n in writes for n in takes])
             made = checkpoint(again, *tracked, use_reentrant=False)
             values.update(zip(makes, made, strict=True))

@@ -410,7 +410,7 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        return self._watched(seen, seen.region.checkpointed(args))
+        return self._watched(seen, seen.region.checkpointed(args, note=self.stage == "look"))
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -528,6 +528,8 @@ class Session:
         """
         found = False
         for seen in self.calls:
+            if seen.looked and not seen.region.is_eager:
+                found |= seen.region.checkpointed.join_if_spoilt()
             now = ((ref(), version) for ref, version in seen.read)
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True

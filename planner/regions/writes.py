@@ -1,8 +1,8 @@
 """What the calls of one of Dynamo's graphs write into, which shows in their names and flags only.
 
 A call writes into its first argument if its name ends in an underscore (``add_``), if it is an assignment
-(``x[i] = y``), or if it is asked to (``relu(x, inplace=True)``); into ``out=``; and a norm that trains, into
-its running statistics.
+(``x[i] = y``, ``x += y``), or if it is asked to (``relu(x, inplace=True)``); into ``out=``; and a norm that
+trains, into its running statistics.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ _VIEWS = frozenset(
     | {"getattr", "getitem", "imag", "movedim", "narrow", "permute", "real", "reshape", "select", "split"}
     | {"squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
+_ASSIGNS = frozenset({operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}) | {
+    *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
+    *(operator.ilshift, operator.irshift, operator.imatmul),
+}
 _NORMS = ("batch_norm", "instance_norm")
 _STATISTICS = ("input", "running_mean", "running_var", "weight", "bias", "training")
 
@@ -51,8 +55,8 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     name, first = name_of(node), node.args[0] if node.args else node.kwargs.get("input")
     found: list[Any] = []
-    by_name = (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem
-    if by_name or _is_asked_to(node):
+    by_name = name.endswith("_") and not name.endswith("__")
+    if by_name or node.target in _ASSIGNS or _is_asked_to(node):
         found.append(first)
     out = node.kwargs.get("out")
     found += out if isinstance(out, (tuple, list)) else [out]
@@ -62,12 +66,14 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def base_of(node: fx.Node) -> fx.Node:
-    """What ``node`` is a view of, or itself."""
-    while node.op != "placeholder" and name_of(node).strip("_") in _VIEWS:
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
+    """What ``node`` is a view of, or was written into; or itself."""
+    while node.op != "placeholder":
+        first = node.args[0] if name_of(node).strip("_") in _VIEWS and node.args else None
+        written = () if updates_statistics(node) else written_by(node)
+        over = written[0] if written else first
+        if not isinstance(over, fx.Node):
             break
-        node = first
+        node = over
     return node
 
 

@@ -143,7 +143,7 @@ class Switch:
             self._plans.settle()
             if self._regions is not None:
                 self._regions.settle()
-            return self.original(*args, **kwargs)
+            return self._as_written(*args, **kwargs)
         if not self.planned.training and not self._is_known_to_train(args, kwargs):
             return self._unplanned(args, kwargs)
         asked = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
@@ -153,7 +153,7 @@ class Switch:
             return self._regions(*args, **asked)
         call = self._plans.arrived(args, asked)
         if call.fake:
-            return self.original(*args, **kwargs)
+            return self._as_written(*args, **kwargs)
         try:
             kept = self._plans.find(call) or self._plans.make(call, self.original)
         except PlannerError as error:
@@ -164,6 +164,12 @@ class Switch:
             self._refuse(args, kwargs, error)
             return self._unplanned(args, kwargs)
         return self._plans.run(kept, call)
+
+    def _as_written(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that this one stands in for; Dynamo would find a bound one by its name: here."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return type(self.planned).forward(self.planned, *args, **kwargs)
 
     def _cut(self, why: str) -> InRegions:
         """From here on in regions."""
@@ -202,10 +208,10 @@ class Switch:
     def _unplanned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call in eval mode; it is planned from the next one on if a backward comes through it."""
         if not self.opens():
-            return self.original(*args, **kwargs)
+            return self._as_written(*args, **kwargs)
         outputs = None
         try:
-            outputs = self.original(*args, **kwargs)
+            outputs = self._as_written(*args, **kwargs)
         finally:
             held = self._close()
         kind, name = self._kind(args, kwargs), type(self.root).__name__

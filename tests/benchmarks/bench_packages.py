@@ -56,7 +56,8 @@ from tests.benchmarks.families import FAMILIES
 from tests.benchmarks.packages import Case, Sample, load
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, SETTLING, METERED = 3, 2, 2
+STEPS, SETTLING, METERED = 3, 4, 2
+TRIES = 5  # budgets, each the least that the refusal of the one before names
 SHARE = 0.6  # of what the plain step adds to what is resident
 SOLVE_S = 2.0
 LIMIT_S = 240.0
@@ -200,6 +201,8 @@ def _train(
         try:
             with meter:
                 forward(batch).backward()
+        except InfeasibleBudgetError:
+            raise  # another kind of step came, which needs more
         except PlannerError as error:
             run.unsettled = _first_line(error)
             break
@@ -299,7 +302,7 @@ def measure(case: Case, capture: str, tell: Callable[[Row], None]) -> None:
     tell(replace(row, repeats=again.equal, aot_eager=_aot_eager(build, plain)))
 
 
-def _planned(row: Row, build: Callable[[], Sample], plain: _Run, tries: int = 3) -> Row:
+def _planned(row: Row, build: Callable[[], Sample], plain: _Run, tries: int = TRIES) -> Row:
     assert row.budget_bytes is not None and row.rest_bytes is not None and row.plain_bytes is not None
     sample = build()
 
@@ -314,16 +317,17 @@ def _planned(row: Row, build: Callable[[], Sample], plain: _Run, tries: int = 3)
             capture=row.capture,  # type: ignore[arg-type]
         )
 
+    def again(budget_bytes: int) -> Row:
+        planner.disable(sample.model)
+        torch._dynamo.reset()
+        return _planned(replace(row, budget_bytes=budget_bytes, least=True), build, plain, tries - 1)
+
     with _heard() as said:
         try:
             run = _train(sample, prepared)
         except InfeasibleBudgetError as error:
             if tries > 1 and error.minimum_bytes > row.budget_bytes:
-                planner.disable(sample.model)
-                torch._dynamo.reset()
-                return _planned(
-                    replace(row, budget_bytes=error.minimum_bytes, least=True), build, plain, tries - 1
-                )
+                return again(error.minimum_bytes)
             return replace(row, status="refused", words=_first_line(error), said=said)
         except PlannerError as error:
             return replace(row, status="refused", words=_first_line(error), where=_where(error), said=said)
@@ -341,9 +345,15 @@ def _planned(row: Row, build: Callable[[], Sample], plain: _Run, tries: int = 3)
         words = run.unsettled or (said[-1] if said else "not a word")
         return replace(row, status="no plan", words=words)
     if run.peak_bytes > row.budget_bytes:
+        named = [math.ceil(float(gb) * 1e9) for line in said for gb in _LEAST.findall(line)]
+        if tries > 1 and max(named, default=0) > row.budget_bytes:  # it warned that no plan fits
+            return again(max(named))
         over = run.peak_bytes - row.budget_bytes
         return replace(row, status="over budget", words=f"{over} bytes over the budget")
     return replace(row, status="equal")
+
+
+_LEAST = re.compile(r"The least budget with a plan is ([\d.]+) GB")
 
 
 def _regions(plan: planner.Plan) -> dict[str, Any]:

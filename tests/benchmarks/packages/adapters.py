@@ -265,6 +265,25 @@ def frozen_four_bit() -> Sample:
     return Sample(get_peft_model(model, config).train(), _tokens())
 
 
+@case("bitsandbytes")
+def frozen_eight_bit() -> Sample:
+    """Frozen eight-bit weights under adapters that train."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+
+    model = _llama(use_cache=False)
+    for layer in model.model.layers:
+        for owner, name in ((layer.self_attn, "q_proj"), (layer.self_attn, "v_proj"), (layer.mlp, "up_proj")):
+            linear = getattr(owner, name)
+            eight = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias=False, has_fp16_weights=False
+            )
+            eight.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+            setattr(owner, name, eight.to("cpu"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return Sample(get_peft_model(model, config).train(), _tokens())
+
+
 # -------------------------------------------------------------------------------------------- opacus
 
 

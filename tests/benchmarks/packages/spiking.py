@@ -45,6 +45,8 @@ def synaptic_hidden() -> Sample:
     import snntorch as snn
     from snntorch import surrogate, utils
 
+    for kind in (snn.Synaptic, snn.Leaky):
+        kind.instances.clear()  # of every model that this process ever made, which reset() goes through
     net = nn.Sequential(
         nn.Linear(24, 48),
         snn.Synaptic(alpha=0.9, beta=0.8, init_hidden=True, spike_grad=surrogate.atan()),
