@@ -27,19 +27,21 @@ def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 LONGEST = (
     "test_notebooks.py",
-    "test_planner_cross_encoder.py",
     "test_planner_training.py",
-    "test_planner_few_plans.py",
-    "test_planner_dynamic.py",
+    "test_planner_cross_encoder.py",
     "test_planner_distributed.py",
-    "test_planner_internvl2.py",
-    "test_benchmarks_race.py",
-    "test_planner_demo.py",
     "test_planner_enable.py",
-    "test_planner_peers.py",
+    "test_planner_dynamic.py",
     "test_readme.py",
+    "test_planner_peers.py",
+    "test_planner_internvl2.py",
+    "test_planner_demo.py",
+    "test_planner_precision.py",
+    "test_solvers_exact.py",
+    "test_solvers_frontier.py",
     "test_planner_shared_plans.py",
-    "test_solvers_properties.py",
+    "test_planner_regions_training.py",
+    "test_solvers_bounds.py",
 )
 
 

@@ -165,6 +165,7 @@ def test_program_reads_schedules_back() -> None:
         Program(problem, 0)
 
 
+@pytest.mark.nightly
 def test_the_methods_that_scale_beside_the_optimum() -> None:
     """On graphs of 10 to 29 ops, from the least budget there is up.
 
