@@ -146,3 +146,23 @@ def test_a_softmax_is_differentiated_in_place_where_its_gradient_is_contiguous_o
         make(x).backward()
         found.append([p.grad.clone() for p in make.parameters() if p.grad is not None])
     assert len(found[0]) == 3 and all(map(torch.equal, *found))
+
+
+class Frequencies(nn.Module):
+    """Attention between complex values: the gradient behind its tanh is laid out otherwise than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(8, 2 * 3 * 5 * 2), nn.Linear(8, 2 * 3 * 5 * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (torch.view_as_complex(of(x).view(4, 2, 3, 5, 2)) for of in (self.queries, self.keys))
+        weights = torch.einsum("bhex,bhey->bhxy", q, k).tanh()
+        return torch.view_as_real(torch.einsum("bhxy,bhey->bhex", weights, k)).square().mean()
+
+
+def test_complex_products_are_not_written_over_their_factors() -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    model = tiny.seeded(Frequencies)
+    report = tiny.planned(model, (x,)).verify()
+    assert report.equal, report

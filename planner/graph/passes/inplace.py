@@ -42,6 +42,8 @@ IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
     aten.neg.default: (aten.neg_.default, (0,)),
 }
 
+BY_COMPONENT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.neg.default})  # complex as two real calls
+
 # Call -> its form with a given result, and the name of that argument; they overwrite their first operand.
 OUT: dict[Any, tuple[Any, str]] = {
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
@@ -98,11 +100,13 @@ def _overwritable(node: fx.Node) -> list[fx.Node]:
     """Operands that an in-place form of the call would write to."""
     if node.op != "call_function" or not isinstance(meta.value(node), torch.Tensor) or is_mutation(node):
         return []
+    # Parts of complex products are sums of two real ones, and kernels differ in which they fuse: by the order
+    # of the factors, and between a result of its own and one written over a factor that is laid out otherwise.
+    if meta.tensor(node).is_complex() and node.target not in BY_COMPONENT:
+        return []
     places: tuple[int, ...] = ()
     if node.target in IN_PLACE and not node.kwargs:
         places = IN_PLACE[node.target][1]
-        if node.target is aten.mul.Tensor and meta.tensor(node).is_complex():
-            places = (0,)  # the imaginary part is a sum of two products, and fused with the second only
     elif node.target in OUT or (node.target in OUT_ON_CPU and meta.tensor(node).device.type == "cpu"):
         places = (0,)
     dense = (
