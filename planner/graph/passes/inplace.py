@@ -101,7 +101,7 @@ def _overwritable(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or not isinstance(meta.value(node), torch.Tensor) or is_mutation(node):
         return []
     # Parts of complex products are sums of two real ones, and kernels differ in which they fuse: by the order
-    # of the factors, and between a result of its own and one written over a factor that is laid out otherwise.
+    # of the factors, and between a result of its own and one over a factor that is laid out otherwise.
     if meta.tensor(node).is_complex() and node.target not in BY_COMPONENT:
         return []
     places: tuple[int, ...] = ()
