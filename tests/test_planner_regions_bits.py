@@ -356,6 +356,23 @@ class Renormed(nn.Module):
         return torch.tanh(self.linear(h)) * h
 
 
+class Centered(nn.Module):
+    """DINO's center: a buffer whose storage is another after each step."""
+
+    center: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.register_buffer("center", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.net(x) - self.center)
+        with torch.no_grad():
+            self.center.data = self.center * 0.9 + y.mean(0) * 0.1
+        return y
+
+
 class Product(nn.Module):
     """Eager divides by values that are not zero; a trace, which sees none, cannot."""
 
@@ -376,7 +393,7 @@ def test_a_product_whose_gradient_depends_on_values_is_refused_in_one_graph() ->
     assert capture(Product(of_batch=True), batch).step.gradients
 
 
-@pytest.mark.parametrize("build", [Normed, Prototypes, Renormed, Product])
+@pytest.mark.parametrize("build", [Normed, Prototypes, Renormed, Product, Centered])
 def test_a_graph_is_torn_around_what_no_plan_carries(build: Any) -> None:
     of_words = build is Renormed
     session = same_bits(build, lambda: (torch.randint(0, 10, (4,)),) if of_words else (torch.randn(4, 8),))

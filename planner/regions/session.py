@@ -72,7 +72,7 @@ MOST_PLANS = 16  # of one kind
 MOST_KINDS = 64  # for which plans are kept
 MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
 LONGEST_KNOWN = 16  # steps for which the longest of them is waited for, to be planned
-ONCE_KNOWN = 4  # likewise where all that came since are alike: it did what is done but once
+ONCE_KNOWN = 2  # likewise where all that came since are alike: it did what is done but once
 
 
 class _Entered(NamedTuple):
@@ -110,11 +110,13 @@ class Kept:
     """A plan for steps of one kind.
 
     ``places``  what its calls run; ``of``: what whoever made it wants to know again.
+    ``trained`` how many of these get gradients.
     ``idle``    steps of its kind since one was of it.
     """
 
     places: tuple[Place, ...]
     of: Any = None
+    trained: int = 0
     idle: int = 0
 
     def is_like(self, other: Kept) -> bool:
@@ -125,7 +127,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Longest:
-    """The longest step of a structure: how many calls it made, and those of the steps since."""
+    """The longest step of a structure: how many calls got gradients, and how many in the steps since."""
 
     calls: int = 0
     since: tuple[int, ...] = ()
@@ -586,14 +588,19 @@ class Session:
     def _serves_longest(self, kind: Kind, kept: Iterable[Kept]) -> bool:
         """Whether one of these plans is for as many calls as a step of this structure is known to make."""
         longest = self._longest.get(kind.structure, _Longest())
-        return longest.calls <= max((len(plan.places) for plan in kept), default=0)
+        return longest.calls <= max((plan.trained for plan in kept), default=0)
 
     def _note_length(self) -> None:
         """How many calls the step had.  Where paths differ, none can tell at its beginning how long it will
         be, so that it is planned as the longest is.
         """
         of = self.kind.structure
-        self._longest[of] = self._longest.get(of, _Longest()).then(len(self.calls))
+        self._longest[of] = self._longest.get(of, _Longest()).then(self._trained)
+
+    @property
+    def _trained(self) -> int:
+        """How many calls of the step, of regions that can be planned, got gradients."""
+        return sum(bool(seen.present) and not seen.region.is_eager for seen in self.calls)
 
     @property
     def is_planned(self) -> bool:
@@ -678,7 +685,7 @@ class Session:
             if seen.present is None:  # it has no backward to be planned; if one comes, there is one
                 steps, turn = seen.variant.lightest()
             places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn))
-        made = Kept(tuple(places), of)
+        made = Kept(tuple(places), of, self._trained)
         others = [kept for kept in self._plans.pop(self.kind, []) if not kept.is_like(made)]
         self._plans[self.kind] = [made, *others][:MOST_PLANS]
         while len(self._plans) > MOST_KINDS:

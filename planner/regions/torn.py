@@ -1,10 +1,10 @@
 """A graph of Dynamo's torn around what no plan can carry, so that the rest of it is planned.
 
 Some calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
-that are normalized in the forward, an embedding's ``max_norm``.  And a checkpoint of the author's within
-which buffers are written to: a batch norm there updates its statistics again when it is recomputed.  And a
-product, whose gradient eager makes by a formula that depends on values.  And what is sparse, or makes sparse
-gradients: what that takes is known only when it is made.
+that are normalized in the forward, an embedding's ``max_norm``.  A buffer's ``.data =``.  And a checkpoint
+of the author's within which buffers are written to: a batch norm there updates its statistics again when it
+is recomputed.  And a product, whose gradient eager makes by a formula that depends on values.  And what is
+sparse, or makes sparse gradients: what that takes is known only when it is made.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def _why_eager(graph: fx.GraphModule, node: fx.Node) -> str:
         trained = isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and value.requires_grad)
         if base.op == "placeholder" and trained:
             return f"it writes into {base.name}, which has a gradient"
+        if base.op == "placeholder" and name_of(node) == "set_":
+            return f"it gives {base.name} another storage (.data =)"
     name = name_of(node)
     if name in _EMBEDDINGS and argument(node, _EMBEDDINGS[name], "max_norm") is not None:
         return "it renormalizes its weights where it reads them (max_norm)"
