@@ -483,17 +483,17 @@ def test_a_step_longer_than_any_that_was_planned_keeps_the_budget() -> None:
     plain = LayerDrop(list(lengths))
     model = copy.deepcopy(plain)
     batches = [torch.randn(64, 32) for _ in lengths]
-    budget = 0.75 * max(_peak(plain, x) for x in batches)
+    budget = 0.75 * max(_peak_of(plain, x) for x in batches)
     planner.enable(model, budget / 1e9, now=True, capture="regions", **FAST)
     for k, x in enumerate(batches):
         if lengths[k] < 6 and k < 5:
             model(x).backward()
             model.zero_grad()
         else:
-            assert _peak(model, x) <= budget, k
+            assert _peak_of(model, x) <= budget, k
 
 
-def _peak(model: nn.Module, x: Tensor) -> int:
+def _peak_of(model: nn.Module, x: Tensor) -> int:
     with StorageMeter() as meter:
         meter.register(*model.parameters(), x)
         model(x).backward()
