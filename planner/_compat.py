@@ -40,7 +40,10 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
     FakeTensor,
     FakeTensorMode,
 )
-from torch._subclasses.functional_tensor import FunctionalTensor  # what a trace hands to the model; 2.2+
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,  # what a trace hands to the model; 2.2+
+    FunctionalTensorMode,  # what makes a trace of calls in place; 2.2+
+)
 from torch.distributions import Distribution
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
@@ -113,6 +116,7 @@ __all__ = [
     "weak_storage",
     "wraps_others",
     "writes_arguments",
+    "writes_keep_layout",
     "writes_so_far",
 ]
 
@@ -387,6 +391,41 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     with _tracing_flags(), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
         return joint.graph_module
+
+
+@contextlib.contextmanager
+def writes_keep_layout() -> Iterator[None]:
+    """What a trace makes of a call in place is laid out as its operand; 2.6+.
+
+    A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
+    trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
+    """
+    run = FunctionalTensorMode.__torch_dispatch__
+
+    def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if not (
+            isinstance(first, FunctionalTensor)
+            and torch._library.utils.is_inplace(func)
+            and first.is_base_tensor()
+            and 1 in first.shape
+        ):
+            return run(mode, func, types, args, kwargs)
+        strides = first.from_functional().stride()
+        result = run(mode, func, types, args, kwargs)
+        made = first.from_functional()
+        pairs = zip(made.shape, strides, made.stride(), strict=True)
+        if made.stride() != strides and all(size == 1 or a == b for size, a, b in pairs):
+            first.replace_(made.as_strided(made.shape, strides, made.storage_offset()))
+            first.commit_update()
+            first.sync()
+        return result
+
+    type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", dispatch)
+    try:
+        yield
+    finally:
+        type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", run)
 
 
 @dataclass

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import _compat
+from planner.capture import meta
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
+from planner.capture.joint_graph import capture
 from planner.capture.state.effects import attributes_kept, settled
 from planner.errors import TraceError
 from planner.options import Search
@@ -203,3 +205,26 @@ def test_a_correction_that_fails_is_taken_back() -> None:
     with pytest.raises(ZeroDivisionError):
         settled(model, effects, lambda: 1 // 0)
     assert (model.window, model.kind) == (9, "sparse")
+
+
+class Pooled(nn.Module):
+    """A volume of one place, channels last, in which a call in place stands between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv3d(4, 8, 1), nn.GroupNorm(2, 8), nn.Conv3d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x.permute(0, 4, 1, 2, 3)))
+        h = nn.functional.leaky_relu(h, 0.1, inplace=True)
+        self.strides = h.stride()
+        return self.second(h).square().mean()
+
+
+def test_a_call_in_place_leaves_the_layout_by_which_a_convolution_chooses_its_kernel() -> None:
+    model, x = Pooled(), torch.randn(2, 1, 1, 1, 4)
+    model(x)
+    want = model.strides
+    step = capture(model, (x,)).step
+    convolutions = step.module.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    assert [meta.tensor(n.all_input_nodes[0]).stride() for n in convolutions][1] == want

@@ -590,3 +590,20 @@ def test_numbers_read_through_numpy_are_those_of_eager_until_they_change() -> No
     model.scales[1] = 3
     with pytest.raises(planner.StalePlanError, match="scales"):
         model(x)
+
+
+class Powers(nn.Module):
+    """Asks a cache that has no name, since what it caches is a partial."""
+
+    cached = functools.lru_cache(functools.partial(pow, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * type(self).cached(3)
+
+
+def test_a_cache_without_a_name_is_followed() -> None:
+    assert tiny.planned(Powers(), (torch.randn(2, 4),)).verify().equal

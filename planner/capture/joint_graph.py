@@ -529,6 +529,7 @@ def _exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphMo
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
         _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
+        _compat.writes_keep_layout(),
         masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
     ):
         return _compat.export_joint(module, inputs, {})

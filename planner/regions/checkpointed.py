@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from planner import _compat
 from planner.regions.writes import base_of, positions, written_by
@@ -72,7 +72,9 @@ class Checkpointed:
             if note:
                 self._read += ((x.detach(), x._version) for x in tracked if not x.is_leaf)
             again = _again(run, given, [n in writes for n in takes])
-            made = checkpoint(again, *tracked, use_reentrant=False)
+            # to its end: what stops it early is an exception, which libraries that write code wrap in theirs
+            with set_checkpoint_early_stop(False):
+                made = checkpoint(again, *tracked, use_reentrant=False)
             values.update(zip(makes, made, strict=True))
             del made
             for node in gone:

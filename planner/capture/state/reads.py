@@ -305,7 +305,7 @@ class Reads:
         elif is_plain_object(value):
             self._object(value)
         elif isinstance(value, _CACHE):
-            self._written(value.__name__, value)
+            self._written(getattr(value, "__name__", "a cached function"), value)  # none of a partial
             self._reach(value.__wrapped__)
 
     def _object(self, value: Any) -> None:
