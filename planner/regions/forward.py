@@ -210,14 +210,19 @@ class RegionsForward:
         session.recorder = None
 
     def _turn_loops(self) -> None:
-        """Begin anew, with the forward cut in its loops too, or, where these are too long, as before."""
-        how = (
-            f"not in its loops, which would take more than {_compat.TURNS_HERE} compiles of one place, or "
-            f"{_compat.TURNS} in all"
-            if self.session.loops.are_too_long
-            else "in its loops too, with a compile for each turn: Dynamo leaves a function with a loop that "
-            "is cut to eager, and little else was left to plan"
-        )
+        """Begin anew, with the forward cut in its loops too, or, where that did not do, as before."""
+        if self.session.loops.are_too_long:
+            how = (
+                f"not in its loops, which would take more than {_compat.TURNS_HERE} compiles of one place, "
+                f"or {_compat.TURNS} in all"
+            )
+        elif self.session.loops.followed:
+            how = "not in its loops, whose turns differ from step to step"
+        else:
+            how = (
+                "in its loops too, with a compile for each turn: Dynamo leaves a function with a loop that "
+                "is cut to eager, and little else was left to plan"
+            )
         log.info("%s is cut anew, %s", type(self.model).__name__, how)
         self.session = self.session.with_loops_turned()
 
@@ -255,7 +260,10 @@ class RegionsForward:
             return
         except ValueError as error:
             self._failed[kind] += 1
-            if self._failed[kind] >= TRIES:
+            if self._failed[kind] >= TRIES - 1 and session.loops.followed:
+                self._failed.clear()
+                self._turn_loops()
+            elif self._failed[kind] >= TRIES:
                 session.give_up(kind)
                 whys = dict.fromkeys(v.why for r in session.regions for v in r.variants.values() if v.why)
                 self._tell(
