@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner import _compat
 from planner._compat import FakeTensorMode
 from planner.capture import meta
 from planner.capture.joint_graph import capture
