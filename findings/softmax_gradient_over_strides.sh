@@ -19,7 +19,9 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 "$folder/venv/bin/python" -m pip install --quiet torch==2.13.0 numpy==2.4.6
-"$folder/venv/bin/python" - <<'PYTHON'
+cat > "$folder/finding.py" <<'PYTHON'
+import sys
+
 import torch
 
 print("torch", torch.__version__)
@@ -28,7 +30,7 @@ torch.manual_seed(0)
 output = torch.randn(4, 3, 5, 7).softmax(-1)
 
 
-def furthest(gradient: torch.Tensor) -> float:
+def furthest(gradient):
     """How far the two forms are apart."""
     right = derivative.default(gradient, output, -1, torch.float32)
     written = gradient.clone()  # keeps strides
@@ -40,7 +42,8 @@ contiguous = torch.randn(4, 3, 5, 7)
 turned = contiguous.transpose(1, 2).contiguous().transpose(1, 2)
 print(f"contiguous: off by {furthest(contiguous)}")
 print(f"turned: off by {furthest(turned):.2f}")
-assert furthest(contiguous) == 0.0
-assert furthest(turned) > 0.1
-print("as told")
+as_told = torch.__version__.startswith("2.13.0") and furthest(contiguous) == 0.0 and furthest(turned) > 0.1
+print("as told" if as_told else "not as told")
+sys.exit(0 if as_told else 1)
 PYTHON
+"$folder/venv/bin/python" "$folder/finding.py"
