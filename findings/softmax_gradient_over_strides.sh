@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The derivative of a softmax, written over a gradient that is not contiguous, is wrong, without an error.
 #
-# Given such a gradient, torch's op with a result of its own is right.  The same op told to leave its result in
-# that gradient (grad_input=) walks rows as if they lay one after the other.  Over a contiguous one the two agree
-# to the bit.  A pass that turns calls into their forms in place meets this where its fake tensors say
+# Given such a gradient, torch's op with a result of its own is right.  The same op told to leave its result
+# in that gradient (grad_input=) walks rows as if they lay one after the other.  Over a contiguous one the two
+# agree to the bit.  A pass that turns calls into their forms in place meets this where its fake tensors say
 # "contiguous" and the real ones are not, at dimensions of size 1 for instance.
 # To do: write over it only where the strides are known for certain.
 #
