@@ -160,8 +160,9 @@ class RegionsForward:
             if self._waited == PATIENCE:
                 self._tell(
                     "waits",
-                    "is not planned yet: the step that shows what to plan is watched by a mode of torch, and "
-                    "in each of %d steps another mode was on (a meter, a counter). Let a step run without it",
+                    "%s: the step that shows what to plan is watched by a mode of torch, and in each of %d "
+                    "steps another mode was on (a meter, a counter). Let a step run without it",
+                    "has steps of a kind that no plan is for" if session.has_plans else "is not planned yet",
                     PATIENCE,
                 )
         session.begin(stage, kind)

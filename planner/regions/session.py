@@ -634,6 +634,11 @@ class Session:
         return "plan"
 
     @property
+    def has_plans(self) -> bool:
+        """Whether steps of any kind are planned."""
+        return bool(self._plans)
+
+    @property
     def unwatched_stage(self) -> Stage:
         """What is done with a step that should be recorded, and cannot be: what no plan is for runs with next
         to nothing saved.

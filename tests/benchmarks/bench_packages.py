@@ -10,7 +10,7 @@ are not equal, it takes them as it is once more, which says whether it is determ
 ``torch.compile(backend="aot_eager")``, which says whether Dynamo and AOTAutograd alone keep its bits.  The
 budget is what is resident plus 60 % of what the plain step adds, or, where no plan fits that, the least for
 which the refusal says there is one ("least").  Compared bit for bit: losses, the gradients of every step,
-parameters, buffers and the random states after the last.  Two more steps follow, in which a plan may still
+parameters, buffers and the random states after the last.  Four more steps follow, in which a plan may still
 settle, and two whose peaks are counted by ``planner.measure.StorageMeter``.
 
 Writes ``results/packages.json`` (``results/packages_families.json`` for ``--families``) after every case,
