@@ -581,7 +581,12 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors that hold the values of ``tensor``: itself, or a sparse one's indices and values; 1.13+."""
+    """The tensors that hold the values of ``tensor``: itself, those inside of it, or a sparse one's indices
+    and values; 2.1+.
+    """
+    if wraps_others(tensor):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return tuple(part for name in names for part in dense_parts(getattr(tensor, name)))
     if tensor.layout is torch.strided:
         return (tensor,)
     if tensor.layout is torch.sparse_coo:
@@ -884,6 +889,8 @@ _COMPILER_QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting", "_
 
 def wraps_others(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` has others inside, which its ops are taken to (quantized, nested, sharded); 2.1+."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
@@ -966,6 +973,7 @@ class _DynamoAsEager:
                 optimize_ddp=False,
                 suppress_errors=True,
                 allow_unspec_int_on_nn_module=True,  # a counter on a module is a number that changes
+                allow_rnn=True,  # their kernels are captured whole
             )
             self._here.patch.__enter__()
         with self._lock:
