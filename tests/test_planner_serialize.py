@@ -411,7 +411,9 @@ def test_only_one_folder_knows_private_torch_names() -> None:
         name: rest for name, names in offenders.items() if (rest := [n for n in names if not _dunder(n)])
     }
     assert offenders == {}
-    assert "torch._subclasses.fake_tensor.FakeTensorMode" in _private_torch(ROOT / "planner/_compat/__init__.py")
+    assert "torch._subclasses.fake_tensor.FakeTensorMode" in _private_torch(
+        ROOT / "planner/_compat/__init__.py"
+    )
 
 
 def _dunder(name: str) -> bool:
