@@ -73,8 +73,8 @@ def test_the_trainer(switch: str, told: bool, more: dict[str, Any], tmp_path: Pa
 
 
 def test_the_trainer_in_regions(tmp_path: Path) -> None:
-    """Two steps are looked at and recorded, which a meter would hinder."""
-    more: dict[str, Any] = {"train_dataset": rows(8), "metered_from": 2}
+    """Its first steps are looked at and recorded, which a meter would hinder."""
+    more: dict[str, Any] = {"train_dataset": rows(8), "metered_from": 3}
     twin, without, theirs = train(tmp_path / "a", **more)
     budget = 0.85 * max(theirs) / 1e9
     model, trainer, ours = train(tmp_path / "b", budget, capture="regions", **more)
