@@ -31,13 +31,14 @@ from planner.regions.record import Record
 from planner.regions.session import Foresight, Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
-from planner.units import bytes_text
+from planner.units import bytes_text, gb_enough
 
 __all__ = ["RegionsForward", "Solved", "apply_plan"]
 
 log = logging.getLogger(__name__)
 
 CHECKS = 2  # steps of a plan that are counted at least
+SPARSE = 16  # where they differ, one in so many is counted for as long as it trains
 PATIENCE = 4  # steps that cannot be recorded before that is said
 TRIES = 3  # records of one kind before it is said that there is none
 
@@ -63,19 +64,23 @@ class _Counts:
     """What steps of a plan were counted to take, and how many of them are yet to be.
 
     Where that differs from one to the next they are counted until as many have come since the largest as
-    before it.
+    before it, and one in ``SPARSE`` after that.
     """
 
     taken: list[int] = field(default_factory=list)
+    skipped: int = 0
 
     def add(self, taken_bytes: int) -> None:
         self.taken.append(taken_bytes)
+        self.skipped = 0
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a step that comes is counted."""
+    def wants_next(self) -> bool:
+        """Whether the step that begins is counted."""
         largest = 1 + self.taken.index(max(self.taken)) if self.taken else 1
-        return len(self.taken) < max(CHECKS, 2 * largest)
+        if len(self.taken) < max(CHECKS, 2 * largest):
+            return True
+        self.skipped += len(set(self.taken)) > 1
+        return self.skipped >= SPARSE
 
 
 # A recorded step -> what its calls are to run; ``None``: too little of it lies in regions, while Dynamo left
@@ -144,7 +149,10 @@ class RegionsForward:
         if not session.waits:
             session = self._begin((args, kwargs))
         if session.stage != "look" or session.calls:
-            return session.call(*args, **kwargs)
+            outputs = session.call(*args, **kwargs)
+            if session.foreseen_bytes > session.budget_bytes > 0:
+                self._tell_larger(session.foreseen_bytes)
+            return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
         if session.leave_spoilt_to_eager():
@@ -158,6 +166,19 @@ class RegionsForward:
         if what not in self._told:
             self._told.add(what)
             log.warning(f"%s {message}", type(self.model).__name__, *values)
+
+    def _tell_larger(self, foreseen_bytes: int) -> None:
+        """Before its backward: by the sizes of its calls the step is over the budget."""
+        over = foreseen_bytes - self.session.budget_bytes
+        self._tell(
+            "larger",
+            "runs a step that its sizes, which follow the data, make larger than those it was planned by: it "
+            "takes up to %s, %s over its budget, whatever its regions save. The least budget with a plan is "
+            "%s GB at these sizes, as far as is known",
+            bytes_text(foreseen_bytes),
+            bytes_text(over),
+            gb_enough(foreseen_bytes),
+        )
 
     @property
     def plan(self) -> Any:
@@ -203,7 +224,7 @@ class RegionsForward:
             isinstance(of, Solved)
             and of.over is not None
             and self.session.device.type == "cpu"
-            and self._counted.setdefault(of, _Counts()).is_open
+            and self._counted.setdefault(of, _Counts()).wants_next()
         )
 
     def _act(self, inputs: Any) -> None:
@@ -232,15 +253,6 @@ class RegionsForward:
             instead = kept.of.over(counts.taken)
             if instead is not None:
                 session.follow(instead.parts, instead, instead.foresight)
-        elif session.foreseen_bytes > session.budget_bytes > 0:
-            self._tell(
-                "larger",
-                "ran a step that its sizes, which follow the data, make larger than those it was planned by: "
-                "it takes up to %s, %s over its budget, however its regions run. A plan for such steps is "
-                "looked for",
-                bytes_text(session.foreseen_bytes),
-                bytes_text(session.foreseen_bytes - session.budget_bytes),
-            )
         session.recorder = None
 
     def _turn_loops(self) -> None:
@@ -285,7 +297,11 @@ class RegionsForward:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
         session, kind = self.session, self.session.kind
         if session.is_planned:
+            self._failed.pop(kind, None)
             session.found_planned()
+            return
+        if session.has_plan_for(kind) and session.is_hopeless:
+            session.tried()
             return
         try:
             solved = self.solve(session.record())
@@ -297,7 +313,7 @@ class RegionsForward:
                     type(self.model).__name__,
                     error,
                 )
-                session.close(kind)
+                session.give_up_longer()
             else:
                 self._refused[kind] = error
             return
@@ -316,6 +332,7 @@ class RegionsForward:
                     "".join(f"\n{why}" for why in whys),
                 )
             return
+        self._failed.pop(kind, None)
         if solved is None:
             self._turn_loops()
         else:

@@ -263,6 +263,7 @@ class Session:
         self._is_beside = False  # whether it differs from that in sizes alone
         self._outgrown: set[Kind] = set()  # kinds of which a larger step has come
         self._closed: set[Kind] = set()  # for which no further plan is made
+        self._too_long: dict[Kind, int] = {}  # calls of a step that no plan fits
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
         self.calls: list[_Seen] = []
         self._plans: dict[Kind, list[Kept]] = {}
@@ -272,6 +273,7 @@ class Session:
         self._longest: dict[Hashable, _Longest] = {}  # likewise
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
+        self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
         self._step = _Step()
@@ -401,7 +403,7 @@ class Session:
         self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
-        if self.stage == "look" or (region.number, turn_of) not in self._came:
+        if self.stage == "look" or region.number not in self._known_regions:
             seen = _Seen(self._step, number, region, turn_of, None, key, None)
             self.calls.append(seen)
             return self._looked_at(seen, args)
@@ -487,7 +489,8 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        return self._watched(seen, seen.region.checkpointed(args, note=self.stage == "look"))
+        run, is_first = seen.region.checkpointed, self.stage == "look"
+        return self._watched(seen, run(args, note=is_first, budget_bytes=self.budget_bytes))
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -655,7 +658,7 @@ class Session:
         found = False
         for seen in self.calls:
             if seen.looked and not seen.region.is_eager:
-                found |= seen.region.checkpointed.join_if_spoilt()
+                found |= seen.region.checkpointed.mend_if_spoilt()
             now = ((ref(), version) for ref, version in seen.read)
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True
@@ -723,8 +726,9 @@ class Session:
 
     def _serves_longest(self, kind: Kind, kept: Iterable[Kept]) -> bool:
         """Whether one of these plans is for as many calls as a step of this structure is known to make."""
-        longest = self._longest.get(kind.structure, _Longest())
-        return longest.calls <= max((plan.trained for plan in kept), default=0)
+        longest = self._longest.get(kind.structure, _Longest()).calls
+        is_hopeless = kind in self._closed or longest >= self._too_long.get(kind, longest + 1)
+        return is_hopeless or longest <= max((plan.trained for plan in kept), default=0)
 
     def _note_length(self) -> None:
         """How many calls the step had.  Where paths differ, none can tell at its beginning how long it will
@@ -746,7 +750,7 @@ class Session:
         return any([(p.region, p.key, p.used) for p in kept.places] == calls for kept in plans)
 
     def _want(self, kind: Kind) -> None:
-        if kind in self._closed:
+        if kind in self._closed or self.is_hopeless:
             return
         if self._records[kind.structure] < MOST_RECORDS:
             self._wanted.add(kind)
@@ -849,10 +853,21 @@ class Session:
         while len(self.sizes) > MOST_KINDS:
             del self.sizes[next(iter(self.sizes))]
 
-    def close(self, kind: Kind) -> None:
-        """Plan no further for ``kind``: what none of its plans serves strays."""
-        self._closed.add(kind)
+    def give_up_longer(self) -> None:
+        """No plan fits the recorded step, which does more than those planned, or is larger: none is looked
+        for any more for its like, and it strays from one of these.
+        """
+        kind, calls = self.kind, self._trained
+        if calls > max((kept.trained for kept in self._plans.get(kind, ())), default=0):
+            self._too_long[kind] = min(calls, self._too_long.get(kind, calls))
+        else:
+            self._closed.add(kind)
         self._wanted.discard(kind)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it is known of the last step that no plan fits it."""
+        return self.kind in self._closed or self._trained >= self._too_long.get(self.kind, self._trained + 1)
 
     def found_planned(self) -> None:
         """The recorded step has a plan already."""
@@ -883,6 +898,7 @@ class Session:
         if seen.variant is None and seen.used is None and not seen.looked:
             return
         at = seen.region.number, seen.turn_of
+        self._known_regions.add(seen.region.number)
         known = self._came.get(at, frozenset())
         came = known | (seen.present or frozenset())
         if at in self._came and came == known:

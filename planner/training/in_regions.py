@@ -178,13 +178,14 @@ class InRegions:
         state_bytes = step.resident.optimizer_state_bytes
         over = taken[-1] + state_bytes - budget_bytes
         spare = beyond(max(taken), min(taken), len(taken))
-        if over > 0:
+        is_news = len(taken) == 2 or taken[-1] > max(taken[:-1], default=0)
+        if over > 0 and is_news:
             log.warning(
                 "a step of %s took %s, %s over its budget: it holds more than the one that it was planned "
                 "by. That is set aside from here on",
                 type(self.root).__name__, bytes_text(taken[-1] + state_bytes), bytes_text(over),
             )  # fmt: skip
-        if over + spare <= 0:
+        if over + spare <= 0 or not is_news:
             return None
         try:
             return self._planned(
