@@ -8,7 +8,7 @@ torch runs again when its backward comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,18 @@ class Checkpointed:
             self._cut(lambda _, __: [])
         return spoilt
 
-    def __call__(self, args: Sequence[Any], *, note: bool = False) -> Any:
+    def __call__(
+        self, args: Sequence[Any], *, note: bool = False, spoilt: Collection[int] = frozenset()
+    ) -> Any:
         """Its outputs.  Where it writes over an argument that has a gradient all is held.
 
-        ``note``  what is read, for :meth:`join_if_spoilt`, which is to come before the backward.
+        ``note``    what is read, for :meth:`join_if_spoilt`, which is to come before the backward.
+        ``spoilt``  positions of arguments that others write over before the backward: they are copied.
         """
         if any(args[i].requires_grad for i in self.written):
             return self.plain.forward(*args)
         self._read = []
-        writes = {self._given[i] for i in self.written}
+        writes = {self._given[i] for i in self.written.union(spoilt)}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
         for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
             given = [values[n] for n in takes]

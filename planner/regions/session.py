@@ -32,6 +32,7 @@ from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
+from planner.regions.checkpointed import SMALL_BYTES
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
@@ -169,6 +170,16 @@ class _Seen:
     able: frozenset[int] = frozenset()
     looked: bool = False
     read: list[tuple[Any, int]] = field(default_factory=list)
+    lent: list[tuple[int, Any, int]] = field(default_factory=list)
+
+    def note_writes(self) -> list[torch.Tensor]:
+        """Tell the region of arguments without a gradient that were written to since it was called."""
+        now = ((i, ref(), version) for i, ref, version in self.lent)
+        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
+        for i, _ in found:
+            self.region.is_spoilt_at(i)
+        return [x for _, x in found]
+
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
@@ -412,7 +423,11 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        return self._watched(seen, seen.region.checkpointed(args, note=self.stage == "look"))
+        region = seen.region
+        outputs = region.checkpointed(args, note=self.stage == "look", spoilt=region.spoilt)
+        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
+        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        return self._watched(seen, outputs)
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -431,6 +446,8 @@ class Session:
 
     def _came_for(self, _: Any, seen: _Seen, output: int, place: int, gradients: Any) -> None:
         self._backwards += 1
+        seen.note_writes()
+        seen.lent = []
         if gradients[place] is None:
             return
         seen.region.is_eager |= torch.is_grad_enabled()
@@ -536,6 +553,7 @@ class Session:
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True
                 seen.region.why = seen.region.why or "code behind it writes over what it reads"
+            found |= any(x.nbytes > SMALL_BYTES for x in seen.note_writes())
             seen.read = []
         return found
 
