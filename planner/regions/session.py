@@ -38,6 +38,7 @@ from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
+from planner.regions.checkpointed import SMALL_BYTES
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
@@ -220,6 +221,16 @@ class _Seen:
     able: frozenset[int] = frozenset()
     looked: bool = False
     read: list[tuple[Any, int]] = field(default_factory=list)
+    lent: list[tuple[int, Any, int]] = field(default_factory=list)
+
+    def note_writes(self) -> list[torch.Tensor]:
+        """Tell the region of arguments without a gradient that were written to since it was called."""
+        now = ((i, ref(), version) for i, ref, version in self.lent)
+        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
+        for i, _ in found:
+            self.region.is_spoilt_at(i)
+        return [x for _, x in found]
+
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
@@ -489,8 +500,13 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        run, is_first = seen.region.checkpointed, self.stage == "look"
-        return self._watched(seen, run(args, note=is_first, budget_bytes=self.budget_bytes))
+        region, is_first = seen.region, self.stage == "look"
+        outputs = region.checkpointed(
+            args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
+        )
+        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
+        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        return self._watched(seen, outputs)
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -509,6 +525,8 @@ class Session:
 
     def _came_for(self, _: Any, seen: _Seen, output: int, place: int, gradients: Any) -> None:
         self._backwards += 1
+        seen.note_writes()
+        seen.lent = []
         if gradients[place] is None:
             return
         seen.region.is_eager |= torch.is_grad_enabled()
@@ -550,9 +568,10 @@ class Session:
         """What a call runs that no plan has a place for; ``None``: what saves next to nothing."""
         along = self._along
         like = None if along is None else along.near(number, region)
-        self._is_beside &= like is not None and along.places[number : number + 1] == (like,)
         if along is None or like is None:
+            self._is_beside = False
             return None
+        self._is_beside &= along.places[number : number + 1] == (like,)
         if like.variant is None:
             return replace(like, key=key) if self._is_beside else None
         if like.used != self._used(region, self._times[region.number] - 1):
@@ -581,7 +600,9 @@ class Session:
         ``own``, and those behind it are as planned.
         """
         assert along.foresight is not None and variant.captured is not None
-        calls = {along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()}
+        calls: dict[int, tuple[TrainingGraph, Own]] = {
+            along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()
+        }
         calls[along.planned[number]] = variant.captured.graph, own
         return along.foresight.peak_of(calls)
 
@@ -663,6 +684,7 @@ class Session:
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True
                 seen.region.why = seen.region.why or "code behind it writes over what it reads"
+            found |= any(x.nbytes > SMALL_BYTES for x in seen.note_writes())
             seen.read = []
         return found
 
