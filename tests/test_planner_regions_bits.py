@@ -524,9 +524,9 @@ def test_parts_that_write_over_each_others_arguments_become_one() -> None:
     run = torch.compile(model, backend=kept)
     x = torch.randn(4, 8)
     run(x)
-    assert graphs[0].join_if_spoilt()  # by the view that is not known as one
+    assert graphs[0].mend_if_spoilt()  # by the view that is not known as one
     mean_square(run(x)).backward()
-    assert not graphs[0].join_if_spoilt()
+    assert not graphs[0].mend_if_spoilt()
     twin = copy.deepcopy(model)
     twin.zero_grad()
     mean_square(twin(x)).backward()

@@ -41,7 +41,6 @@ from planner.regions import record
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
-from planner.regions.sizes import Sizes
 from planner.regions.torn import torn
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
@@ -131,7 +130,7 @@ class Foresight:
     """
 
     peak_of: Callable[[dict[int, tuple[TrainingGraph, Own]]], int]
-    sizes_at: Callable[[dict[int, TrainingGraph]], Sizes]
+    sizes_at: Callable[[dict[int, TrainingGraph]], record.Sizes]
     bounds: Sequence[tuple[int, ...]]
     budget_bytes: int
 
@@ -258,7 +257,7 @@ class Session:
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
-        self.sizes: dict[Kind, dict[Any, Sizes]] = {}  # of recorded steps, by shape
+        self.sizes: dict[Kind, dict[Any, record.Sizes]] = {}  # of recorded steps, by shape
         self._along: Kept | None = None  # the plan that the step has strayed from
         self._is_beside = False  # whether it differs from that in sizes alone
         self._outgrown: set[Kind] = set()  # kinds of which a larger step has come
@@ -550,9 +549,10 @@ class Session:
         """What a call runs that no plan has a place for; ``None``: what saves next to nothing."""
         along = self._along
         like = None if along is None else along.near(number, region)
-        self._is_beside &= like is not None and along.places[number : number + 1] == (like,)
         if along is None or like is None:
+            self._is_beside = False
             return None
+        self._is_beside &= along.places[number : number + 1] == (like,)
         if like.variant is None:
             return replace(like, key=key) if self._is_beside else None
         if like.used != self._used(region, self._times[region.number] - 1):
@@ -581,7 +581,9 @@ class Session:
         ``own``, and those behind it are as planned.
         """
         assert along.foresight is not None and variant.captured is not None
-        calls = {along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()}
+        calls: dict[int, tuple[TrainingGraph, Own]] = {
+            along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()
+        }
         calls[along.planned[number]] = variant.captured.graph, own
         return along.foresight.peak_of(calls)
 
@@ -674,13 +676,12 @@ class Session:
     @property
     def is_counted(self) -> bool:
         """Whether the last step ran as planned, and was counted to its end."""
-        return bool(
-            self.stage == "plan"
-            and self.recorder is not None
-            and self.recorder.seen
-            and self.runs is not None
-            and self.is_differentiated
-        )
+        return self.stage == "plan" and self.runs is not None and self.is_seen
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether all of the last step was counted."""
+        return self.recorder is not None and bool(self.recorder.seen) and self.is_differentiated
 
     @property
     def counted_bytes(self) -> int:
@@ -847,7 +848,7 @@ class Session:
         self._outgrown.discard(self.kind)
         self.recorder = None
 
-    def remember(self, sizes: Sizes) -> None:
+    def remember(self, sizes: record.Sizes) -> None:
         """What steps such as the recorded one were seen to hold."""
         self.sizes.setdefault(self.kind, {})[sizes.shape] = sizes
         while len(self.sizes) > MOST_KINDS:
