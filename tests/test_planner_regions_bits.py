@@ -183,7 +183,11 @@ class Around(nn.Module):
         self.first, self.turned, self.upward = nn.Conv1d(1, 16, 3), Turned(), Upward()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.upward(F.elu(self.turned(self.first(x))))
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        x = self.turned(x)
+        torch._dynamo.graph_break()
+        return self.upward(F.elu(x))
 
 
 def test_a_gradient_that_goes_on_is_laid_out_as_eagers_not_as_its_input() -> None:

@@ -8,7 +8,7 @@ torch runs again when its backward comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,17 +63,25 @@ class Checkpointed:
             self._cut(lambda _, __: [])
         return spoilt or bool(written)
 
-    def __call__(self, args: Sequence[Any], *, note: bool = False, budget_bytes: int = 0) -> Any:
+    def __call__(
+        self,
+        args: Sequence[Any],
+        *,
+        note: bool = False,
+        spoilt: Collection[int] = frozenset(),
+        budget_bytes: int = 0,
+    ) -> Any:
         """Its outputs.  Where it writes over an argument that has a gradient all is held.
 
-        ``note``  what is read, for :meth:`mend_if_spoilt`, which is to come before the backward; so less is
-                  copied, of a known budget.
+        ``note``    what is read, for :meth:`mend_if_spoilt`, which is to come before the backward; so less is
+                    copied, of a known budget.
+        ``spoilt``  positions of arguments that others write over before the backward: they are copied.
         """
         if any(args[i].requires_grad for i in self.written):
             return self.plain.forward(*args)
         self._read, self._relied = [], []
         small = min(SMALL_BYTES, budget_bytes * SMALL_SHARE) if note and budget_bytes else SMALL_BYTES
-        writes = {self._given[i] for i in self.written}
+        writes = {self._given[i] for i in self.written.union(spoilt)}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
         for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
             given = [values[n] for n in takes]

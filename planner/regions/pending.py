@@ -9,6 +9,7 @@ import torch
 
 from planner.errors import PlannerError
 from planner.regions.region import Region
+from planner.rewrite.program import Argument
 from planner.runtime.autograd import PendingCall
 
 __all__ = ["Pending", "Watches"]
@@ -54,6 +55,11 @@ class Pending(PendingCall):
             "eager runs it. Let the first step have the penalty too, or call planner.disable(model) before "
             "such a step (plan.restore(model) for an applied plan) and enable the model after it"
         )
+
+    def was_written(self, argument: Argument) -> None:
+        """The next step does not rely on it."""
+        self.region.is_eager = True
+        self.region.why = self.region.why or f"the buffer {argument.key} is written to behind it"
 
     def begin(self, tangents: tuple[Any, ...]) -> None:
         """The first of its nodes runs."""

@@ -23,6 +23,7 @@ from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.graph.captured import CapturedStep
+from planner.graph.reading_once import reading_once
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.plans.lowering import lower
 from planner.regions.checkpointed import Checkpointed
@@ -226,6 +227,8 @@ class Region:
     ``shared``   what was captured for graphs of any number.
     ``numbers``  what it computes of Python's numbers; ``plain``: the rest, which is what is meant elsewhere.
     ``scalars``  arguments that may be another number at each call, within one capture.
+    ``spoilt``   arguments (positions) that something behind it writes over before its backward, which
+                 therefore reads nothing of them again.
     """
 
     def __init__(
@@ -246,6 +249,7 @@ class Region:
         self.writes = positions(rest.graph)  # of what is written, a buffer is made
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
+        self.spoilt: frozenset[int] = frozenset()
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
     @cached_property
@@ -332,7 +336,7 @@ class Region:
             for i, x in enumerate(args)
             if isinstance(x, nn.Parameter)
         )
-        return self.code, tuple(slots), parameters, key, used
+        return self.code, tuple(slots), parameters, key, used, self.spoilt
 
     @cached_property
     def code(self) -> tuple[Any, ...] | None:
@@ -362,13 +366,30 @@ class Region:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             made = Variant(piece.slots, base, why=str(error))
         else:
-            joint, slots = apart(joint, terms, piece.slots)
-            graph, costs, _ = target.price(training_graph(joint))
-            made = Variant(slots, base, CapturedStep.of(piece, joint, graph), costs)
+            made = self._made(piece, base, *apart(joint, terms, piece.slots), target)
             made.scalars = scalars
             made.again = lambda _, inputs, used: self._captured(key, piece, inputs, base, target, used)
         self.variants[key, used] = made
         return made
+
+    def _made(
+        self, piece: Piece, base: str, joint: JointGraph, slots: tuple[Slot, ...], target: Target
+    ) -> Variant:
+        made = Variant(slots, base)
+        spoilt = {(a.kind, a.key) for a, position in made.arguments if position in self.spoilt}
+        try:
+            graph, made.costs, _ = target.price(reading_once(training_graph(joint), spoilt))
+        except PlannerError as error:
+            made.why = str(error)
+        else:
+            made.captured = CapturedStep.of(piece, joint, graph)
+        return made
+
+    def is_spoilt_at(self, position: int) -> None:
+        """Something writes over this argument between a call and its backward."""
+        if position not in self.spoilt:
+            self.spoilt |= {position}
+            self.variants.clear()
 
     def _scalars(
         self, joint: JointGraph, piece: Piece, inputs: Inputs, used: frozenset[int] | None

@@ -38,6 +38,7 @@ from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
+from planner.regions.checkpointed import SMALL_BYTES
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
@@ -219,6 +220,16 @@ class _Seen:
     able: frozenset[int] = frozenset()
     looked: bool = False
     read: list[tuple[Any, int]] = field(default_factory=list)
+    lent: list[tuple[int, Any, int]] = field(default_factory=list)
+
+    def note_writes(self) -> list[torch.Tensor]:
+        """Tell the region of arguments without a gradient that were written to since it was called."""
+        now = ((i, ref(), version) for i, ref, version in self.lent)
+        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
+        for i, _ in found:
+            self.region.is_spoilt_at(i)
+        return [x for _, x in found]
+
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
@@ -488,8 +499,13 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        run, is_first = seen.region.checkpointed, self.stage == "look"
-        return self._watched(seen, run(args, note=is_first, budget_bytes=self.budget_bytes))
+        region, is_first = seen.region, self.stage == "look"
+        outputs = region.checkpointed(
+            args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
+        )
+        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
+        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        return self._watched(seen, outputs)
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -508,6 +524,8 @@ class Session:
 
     def _came_for(self, _: Any, seen: _Seen, output: int, place: int, gradients: Any) -> None:
         self._backwards += 1
+        seen.note_writes()
+        seen.lent = []
         if gradients[place] is None:
             return
         seen.region.is_eager |= torch.is_grad_enabled()
@@ -665,6 +683,7 @@ class Session:
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True
                 seen.region.why = seen.region.why or "code behind it writes over what it reads"
+            found |= any(x.nbytes > SMALL_BYTES for x in seen.note_writes())
             seen.read = []
         return found
 

@@ -231,14 +231,11 @@ class _Writer:
         )
 
     def _watched(self) -> frozenset[str]:
-        """Buffers that the step writes to and its backward reads; not the statistics of a batch norm."""
-        calls = [op.node for op in self.source.ops if op.node is not None and is_mutation(op.node)]
-        roots = [self.source.values[self.source.value_of[n.all_input_nodes[0]]].root for n in calls]
-        written = {self.source.sources[root] for root in roots if root in self.source.sources}
+        """Buffers that the backward reads; not the statistics of a batch norm."""
         return frozenset(
             str(argument.key)
             for node, argument in self.arguments[self.backward].items()
-            if (argument.kind, argument.key) in written and not all(map(ignores_running_stats, node.users))
+            if argument.kind == "buffer" and not all(map(ignores_running_stats, node.users))
         )
 
     def _whole(self, parts: list[list[fx.Node]]) -> Backward:

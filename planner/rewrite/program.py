@@ -67,7 +67,7 @@ class Program:
     ``updates``    buffers that the forward writes to, and whether what it makes depends on what they were.
     ``feeds``      output -> the outputs that are computed from it.
     ``consumed``   parameters whose gradients a hook takes as soon as they are handed out.
-    ``watched``    buffers that it writes to and the backward reads, which must be as the forward left them.
+    ``watched``    buffers that the backward reads, which must be as the forward left them.
     """
 
     forward: fx.GraphModule

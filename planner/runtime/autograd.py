@@ -306,11 +306,15 @@ class PendingCall:
         """Autograd sees in-place changes of what it saved; a buffer is not saved."""
         seen = self.versions.get(argument)
         if seen is not None and seen != _version_of(self.direct[argument]):
+            self.was_written(argument)
             raise PlannerError(
                 f"the buffer {argument.key} was written to between a planned forward and its backward, which "
                 "reads it: by another forward, or by hand. Run the backward first, or restore the model's "
                 "own forward (plan.restore(model)), where autograd refuses what it cannot do"
             )
+
+    def was_written(self, argument: Argument) -> None:
+        """A buffer that the backward reads is no longer what the forward left."""
 
     # -- running again -----------------------------------------------------------------------------
 

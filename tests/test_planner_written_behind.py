@@ -1,0 +1,123 @@
+"""What is written over between a forward and its backward: the backward must not read it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import planner
+from planner.regions.forward import RegionsForward
+
+WIDE = 8
+
+
+class _Bank(nn.Module):
+    """A bank of vectors that the forward reads, and that code behind a cut writes into."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.net, self.writes = nn.Sequential(nn.Linear(WIDE, 16), nn.GELU(), nn.Linear(16, WIDE)), writes
+        self.register_buffer("bank", torch.randn(WIDE, 32))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.net(x)
+        loss = (made @ (self.bank.clone() * 2.0)).logsumexp(-1).mean()
+        at = int(self.place)  # Dynamo cuts here
+        if self.writes:
+            with torch.no_grad():
+                self.bank[:, at : at + len(x)] = made.T
+        self.place[0] = (at + len(x)) % 32
+        return loss * 1.0
+
+
+class _Iterated(nn.Module):
+    """A layer that improves its estimate of a vector at each call, called twice in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.first = nn.Parameter(torch.randn(WIDE, WIDE)), nn.Linear(WIDE, WIDE)
+        self.register_buffer("estimate", torch.ones(WIDE))
+
+    def once(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.estimate.copy_(nn.functional.normalize(self.weight @ self.estimate, dim=0))
+        scale = self.estimate.clone() @ self.weight @ self.estimate.clone()
+        return torch.tanh(x @ self.weight / scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.once(self.first(x))
+        torch._dynamo.graph_break()
+        return self.once(x).pow(2).mean()
+
+
+def _trained(make: Callable[[], nn.Module], capture: str) -> tuple[list[Tensor], nn.Module]:
+    """Losses and gradients of five steps, and the model; ``capture`` "": as it is."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if capture:
+        planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture=capture)
+    seen: list[Tensor] = []
+    for _ in range(5):
+        loss = model(torch.randn(4, WIDE))
+        loss.backward()
+        seen += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, model
+
+
+def _spoilt(model: nn.Module) -> list[frozenset[int]]:
+    forward = model.forward._regions._forward  # type: ignore[union-attr]
+    assert isinstance(forward, RegionsForward)
+    return [region.spoilt for region in forward.session.regions]
+
+
+@pytest.mark.parametrize("make", [lambda: _Bank(True), _Iterated], ids=["bank", "called twice"])
+def test_a_region_reads_a_buffer_once_where_code_behind_it_writes_there(
+    make: Callable[[], nn.Module],
+) -> None:
+    (plain, _), (planned, model) = _trained(make, ""), _trained(make, "regions")
+    assert all(map(torch.equal, plain, planned))
+    assert planner.plan_of(model) is not None
+    assert any(_spoilt(model))
+
+
+def test_a_bank_that_is_only_read_may_be_read_again() -> None:
+    (plain, _), (planned, model) = (_trained(lambda: _Bank(False), of) for of in ("", "regions"))
+    assert all(map(torch.equal, plain, planned))
+    assert planner.plan_of(model) is not None and not any(_spoilt(model))
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDE, 64), nn.Linear(64, 1)
+        self.register_buffer("scale", torch.full((64,), 2.0))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for _ in range(3):
+            hidden = torch.tanh(hidden * self.scale.clone())
+        return self.second(hidden).mean() + 0.0 * self.steps.clone()
+
+
+def test_one_graph_refuses_a_backward_that_would_read_what_was_written_by_hand() -> None:
+    torch.manual_seed(0)
+    model, x = _Scaled(), torch.randn(256, WIDE)
+    most = planner.plan(model, 1.0, (x,), costs="roofline", time_limit_s=1.0)
+    least = planner.plan(model, most.minimum_peak_bytes / 1e9, (x,), costs="roofline", time_limit_s=1.0)
+    assert any(p.op == "aten.clone" and p.decision == "recompute" for p in least.placements)
+    least.apply(model)
+    loss = model(x)
+    model.steps.add_(1)  # nobody reads it again
+    loss.backward()
+    loss = model(x)
+    model.scale.mul_(2)
+    with pytest.raises(planner.PlannerError, match="the buffer scale was written to"):
+        loss.backward()
