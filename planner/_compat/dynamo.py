@@ -98,6 +98,14 @@ class _DynamoAsEager:
         self._hf: tuple[Any, Any] | None = None
         self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
         self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
+        _SINGLE.append(self)
+        for entry in _ENTRIES[:1]:  # all have one code
+            importlib.import_module("torch._dynamo.eval_frame").skip_code(entry.__code__)  # 2.1+
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a cut forward runs, in any thread."""
+        return bool(self._inside)
 
     def __enter__(self) -> None:
         depth = getattr(self._here, "depth", 0)
@@ -127,6 +135,9 @@ class _DynamoAsEager:
             self._here.patch.__exit__(*raised)
 
     def _answer(self) -> None:
+        for entry in _ENTRIES:
+            for name, value in zip(_DISABLED, (True, "it plans for itself"), strict=True):
+                setattr(entry, name, value)
         for function in self._asked:
             self._answers[function] = False
         for function in self._unasked:
@@ -143,6 +154,9 @@ class _DynamoAsEager:
             setattr(module, _HF_QUESTION, _yes)
 
     def _take_back(self) -> None:
+        for entry in _ENTRIES:
+            for name in _DISABLED:
+                delattr(entry, name)
         if self._hf is not None:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
@@ -155,6 +169,34 @@ class _DynamoAsEager:
         for function in self._unasked:
             self._answers.pop(function, None)
             self._handlers.pop(function, None)
+
+
+_SINGLE: list[_DynamoAsEager] = []  # none before a forward was cut
+
+
+def left_alone(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """``entry`` such that where a forward is cut that calls it, Dynamo leaves it and all that it calls alone;
+    2.1+.  Other compilers find in it what is written.
+    """
+    left: list[Callable[..., Any]] = []
+
+    @functools.wraps(entry)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not (_SINGLE and _SINGLE[0].is_inside):
+            return entry(*args, **kwargs)
+        if not left:
+            left.append(torch.compiler.disable(entry, reason=f"{entry.__qualname__} plans for itself"))
+        return left[0](*args, **kwargs)
+
+    _ENTRIES.append(called)
+    return called
+
+
+_ENTRIES: list[Callable[..., Any]] = []
+_DISABLED = (
+    "_torchdynamo_disable",
+    "_torchdynamo_disable_msg",
+)  # of a function that is not to be followed; 2.1+
 
 
 _MODULES_OF_SEVERAL = ("activation.py", "container.py", "rnn.py", "transformer.py")

@@ -125,6 +125,7 @@ class RegionsForward:
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
 
+    @_compat.left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             not torch.is_grad_enabled()

@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from planner import _compat
 from planner.capture.joint_graph import NO_GRADIENT
@@ -91,7 +92,8 @@ class _Entered(NamedTuple):
     keys: tuple[int, int]
 
 
-# Those of this process that are on.
+# Those of this process that are on.  One whose step is over is taken off by the next call of its model, where
+# the last of its calls is freed, or before an optimizer's step: the first of these.
 _RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
@@ -828,6 +830,7 @@ class Session:
 
     def watch(self, there: Iterable[torch.Tensor]) -> None:
         """Record the step that begins, which finds ``there``, until its backward is through."""
+        _before_optimizers()
         recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
@@ -985,6 +988,18 @@ class Session:
             for e in events
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+
+
+@functools.cache
+def _before_optimizers() -> None:
+    """From here on recorders that have seen their steps are taken off before an optimizer's."""
+    register_optimizer_step_pre_hook(_take_off_those_through)
+
+
+def _take_off_those_through(*_: Any) -> None:
+    for recorder in list(_RECORDERS):
+        if not recorder.counts:
+            _take_off(recorder)
 
 
 def _take_off(recorder: Recorder) -> bool:
