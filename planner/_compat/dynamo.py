@@ -56,9 +56,20 @@ def split_graph(graph: fx.GraphModule, part_of: Callable[[fx.Node], int]) -> fx.
 
 
 def dynamo_stands_aside() -> bool:
-    """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+."""
-    asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)
-    return bool(watching_modes()) if asked is None else bool(asked())
+    """Whether a mode is on in this thread under which Dynamo runs code as it is, and remembers to; 2.10+."""
+    if not hasattr(_python_dispatch, _STANDS_ASIDE):
+        return bool(watching_modes())
+    return any(not m.ignore_compile_internals() for m in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+_STANDS_ASIDE = "_is_in_any_mode_without_ignore_compile_internals"
+
+
+def _forget_modes_elsewhere() -> None:
+    """Torch keeps one answer for all threads, which stays wrong where they enter and leave modes by turns."""
+    if getattr(_python_dispatch, _STANDS_ASIDE, False) and not dynamo_stands_aside():
+        setattr(_python_dispatch, _STANDS_ASIDE, False)
+        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(False)
 
 
 def cut_by_dynamo(
@@ -75,7 +86,11 @@ def cut_by_dynamo(
 
 
 class _DynamoAsEager:
-    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often."""
+    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often.
+
+    What another thread compiles meanwhile waits for the forward, and the forward for that: Dynamo would run
+    as it is what comes while a mode of that thread is on.
+    """
 
     def __init__(self) -> None:
         from torch._dynamo import config, trace_rules
@@ -95,6 +110,7 @@ class _DynamoAsEager:
         self._advises = logging.getLogger("torch._dynamo.variables.tensor")  # of each cut how to have none
         self._here = threading.local()  # settings are a thread's, answers the process's
         self._lock, self._inside = threading.Lock(), 0
+        self._compiling = importlib.import_module("torch._dynamo.convert_frame").compile_lock  # 2.0+
         self._hf: tuple[Any, Any] | None = None
         self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
         self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
@@ -111,6 +127,8 @@ class _DynamoAsEager:
         depth = getattr(self._here, "depth", 0)
         self._here.depth = depth + 1
         if not depth:
+            self._here.is_alone = self._compiling.acquire(timeout=_WAIT_S)
+            _forget_modes_elsewhere()
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
                 accumulated_recompile_limit=64 * RECOMPILES,
@@ -133,6 +151,8 @@ class _DynamoAsEager:
         self._here.depth -= 1
         if not self._here.depth:
             self._here.patch.__exit__(*raised)
+            if self._here.is_alone:
+                self._compiling.release()
 
     def _answer(self) -> None:
         for entry in _ENTRIES:
@@ -169,6 +189,9 @@ class _DynamoAsEager:
         for function in self._unasked:
             self._answers.pop(function, None)
             self._handlers.pop(function, None)
+
+
+_WAIT_S = 60.0  # for another thread to have compiled, which may itself wait for this one
 
 
 _SINGLE: list[_DynamoAsEager] = []  # none before a forward was cut
