@@ -45,12 +45,14 @@ from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,  # what makes a trace of calls in place; 2.2+
 )
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 from torch.utils.flop_counter import _FlopCounterMode  # what FlopCounterMode enters; 2.1+
 
 __all__ = [
+    "ENTERS_AUTOCAST",
     "STAND_INS",
     "BoxedCodeGen",
     "CheckpointCalls",
@@ -62,6 +64,8 @@ __all__ = [
     "TorchDispatchMode",
     "after_backward",
     "at_end_of_backward",
+    "autocast_depth",
+    "autocast_watched",
     "backward_functions",
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
@@ -88,6 +92,7 @@ __all__ = [
     "foreach_takes_fakes",
     "generator_key",
     "gone",
+    "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
     "is_checkpoint",
@@ -97,6 +102,7 @@ __all__ = [
     "is_symbol",
     "is_top_mode",
     "is_transformed",
+    "is_under_autocast",
     "job_store",
     "modes_set_aside",
     "parametrized_weights_are_cached",
@@ -391,6 +397,54 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     with _tracing_flags(), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
         return joint.graph_module
+
+
+def graph_in_tracing() -> fx.Graph | None:
+    """The graph that a tracer writes just now; 2.1+."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+ENTERS_AUTOCAST = torch.amp.autocast_mode._enter_autocast  # how Dynamo writes that a context opens; 2.0+
+
+
+def autocast_depth() -> int:
+    """How many contexts of autocast are open in this thread; 1.6+."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+def is_under_autocast() -> bool:
+    """Whether a context of autocast is open that casts anything; 2.4+."""
+    return torch._C._is_any_autocast_enabled()
+
+
+@contextlib.contextmanager
+def autocast_watched(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Say when an outermost context of autocast begins and ends in this thread; 1.6+.
+
+    The functions that its contexts call are replaced meanwhile, for all threads.
+    """
+    thread = threading.get_ident()
+    increment, clear = torch.autocast_increment_nesting, torch.clear_autocast_cache
+
+    def entered() -> int:
+        depth = increment()
+        if depth == 1 and threading.get_ident() == thread:
+            begin()
+        return depth
+
+    def cleared() -> None:
+        clear()
+        if threading.get_ident() == thread:
+            end()
+
+    torch.autocast_increment_nesting, torch.clear_autocast_cache = entered, cleared
+    try:
+        yield
+    finally:
+        torch.autocast_increment_nesting, torch.clear_autocast_cache = increment, clear
 
 
 @contextlib.contextmanager
