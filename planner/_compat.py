@@ -1016,6 +1016,7 @@ class _DynamoAsEager:
         if not depth:
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
+                skip_nnmodule_hook_guards=False,  # hooks that come later are seen
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,
