@@ -36,6 +36,7 @@ from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
 from planner.capture.as_eager.backward import Installed, Noted
+from planner.capture.as_eager.casts import cast_once, contexts_noted
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import Questions, stand_in, standing_in
@@ -241,6 +242,7 @@ def capture_piece(
                     step.installed.remove()
                     reads.forget()
         traced = _sort_out(module, step.names, tuple(step.rebound))
+        fewer = cast_once(module, traced.parameters, traced.gradients)
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
     _refuse_sparse(traced)
@@ -250,7 +252,9 @@ def capture_piece(
     whole: dict[str | int, fx.Node] = {}
     whole.update(traced.gradients.items())
     whole.update(traced.input_gradients.items())
-    terms = {key: summands(node, reads.counts.get(key, 1)) for key, node in whole.items()}
+    terms = {
+        key: summands(node, reads.counts.get(key, 1) - fewer.get(str(key), 0)) for key, node in whole.items()
+    }
     joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
     return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}
 
@@ -289,6 +293,7 @@ def _captured(
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
+    cast_once(module, traced.parameters, traced.gradients)
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
     _refuse_sparse(traced)
@@ -445,6 +450,7 @@ class _FlatModel(nn.Module):
         self.template: OutputTemplate | None = None
         self.reads, self.effects = Reads(), Effects()
         self.placed: frozenset[str | int] = frozenset()
+        self.keeps_casts = torch.is_autocast_cache_enabled()
         for name, parameter in model.named_parameters():
             self.register_parameter(self._mangle(name), parameter)
         for name, buffer in model.named_buffers():
@@ -475,7 +481,10 @@ class _FlatModel(nn.Module):
         # The tracer calls this more than once, and each time is to find the model as it was.
         with attributes_kept(self.model, self.reads.containers) as self.effects:
             self.reads.look = self.effects.look
-            with self.reads.recording() if self.records else contextlib.nullcontext():
+            with (
+                self.reads.recording() if self.records else contextlib.nullcontext(),
+                contexts_noted() if self.keeps_casts else contextlib.nullcontext(),
+            ):
                 output = _call(self.model, after, args, kwargs)
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}
