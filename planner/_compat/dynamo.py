@@ -56,9 +56,20 @@ def split_graph(graph: fx.GraphModule, part_of: Callable[[fx.Node], int]) -> fx.
 
 
 def dynamo_stands_aside() -> bool:
-    """Whether a mode is on under which Dynamo runs code as it is, and remembers to; 2.10+."""
-    asked = getattr(_python_dispatch, "is_in_any_mode_without_ignore_compile_internals", None)
-    return bool(watching_modes()) if asked is None else bool(asked())
+    """Whether a mode is on in this thread under which Dynamo runs code as it is, and remembers to; 2.10+."""
+    if not hasattr(_python_dispatch, _STANDS_ASIDE):
+        return bool(watching_modes())
+    return any(not m.ignore_compile_internals() for m in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+_STANDS_ASIDE = "_is_in_any_mode_without_ignore_compile_internals"
+
+
+def _forget_modes_elsewhere() -> None:
+    """Torch keeps one answer for all threads, which stays wrong where they enter and leave modes by turns."""
+    if getattr(_python_dispatch, _STANDS_ASIDE, False) and not dynamo_stands_aside():
+        setattr(_python_dispatch, _STANDS_ASIDE, False)
+        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(False)  # type: ignore[attr-defined]
 
 
 def cut_by_dynamo(
@@ -75,7 +86,11 @@ def cut_by_dynamo(
 
 
 class _DynamoAsEager:
-    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often."""
+    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often.
+
+    What another thread compiles meanwhile waits for the forward, and the forward for that: Dynamo would run
+    as it is what comes while a mode of that thread is on.
+    """
 
     def __init__(self) -> None:
         from torch._dynamo import config, trace_rules
@@ -95,16 +110,28 @@ class _DynamoAsEager:
         self._advises = logging.getLogger("torch._dynamo.variables.tensor")  # of each cut how to have none
         self._here = threading.local()  # settings are a thread's, answers the process's
         self._lock, self._inside = threading.Lock(), 0
+        self._compiling = importlib.import_module("torch._dynamo.convert_frame").compile_lock  # 2.0+
         self._hf: tuple[Any, Any] | None = None
         self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
         self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
+        _SINGLE.append(self)
+        for entry in _ENTRIES[:1]:  # all have one code
+            importlib.import_module("torch._dynamo.eval_frame").skip_code(entry.__code__)  # 2.1+
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a cut forward runs, in any thread."""
+        return bool(self._inside)
 
     def __enter__(self) -> None:
         depth = getattr(self._here, "depth", 0)
         self._here.depth = depth + 1
         if not depth:
+            self._here.is_alone = self._compiling.acquire(timeout=_WAIT_S)
+            _forget_modes_elsewhere()
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
+                skip_nnmodule_hook_guards=False,  # hooks that come later are seen
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,
@@ -125,8 +152,13 @@ class _DynamoAsEager:
         self._here.depth -= 1
         if not self._here.depth:
             self._here.patch.__exit__(*raised)
+            if self._here.is_alone:
+                self._compiling.release()
 
     def _answer(self) -> None:
+        for entry in _ENTRIES:
+            for name, value in zip(_DISABLED, (True, "it plans for itself"), strict=True):
+                setattr(entry, name, value)
         for function in self._asked:
             self._answers[function] = False
         for function in self._unasked:
@@ -143,6 +175,9 @@ class _DynamoAsEager:
             setattr(module, _HF_QUESTION, _yes)
 
     def _take_back(self) -> None:
+        for entry in _ENTRIES:
+            for name in _DISABLED:
+                delattr(entry, name)
         if self._hf is not None:
             setattr(self._hf[0], _HF_QUESTION, self._hf[1])
             self._hf = None
@@ -155,6 +190,37 @@ class _DynamoAsEager:
         for function in self._unasked:
             self._answers.pop(function, None)
             self._handlers.pop(function, None)
+
+
+_WAIT_S = 60.0  # for another thread to have compiled, which may itself wait for this one
+
+
+_SINGLE: list[_DynamoAsEager] = []  # none before a forward was cut
+
+
+def left_alone(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """``entry`` such that where a forward is cut that calls it, Dynamo leaves it and all that it calls alone;
+    2.1+.  Other compilers find in it what is written.
+    """
+    left: list[Callable[..., Any]] = []
+
+    @functools.wraps(entry)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not (_SINGLE and _SINGLE[0].is_inside):
+            return entry(*args, **kwargs)
+        if not left:
+            left.append(torch.compiler.disable(entry, reason=f"{entry.__qualname__} plans for itself"))
+        return left[0](*args, **kwargs)
+
+    _ENTRIES.append(called)
+    return called
+
+
+_ENTRIES: list[Callable[..., Any]] = []
+_DISABLED = (
+    "_torchdynamo_disable",
+    "_torchdynamo_disable_msg",
+)  # of a function that is not to be followed; 2.1+
 
 
 _MODULES_OF_SEVERAL = ("activation.py", "container.py", "rnn.py", "transformer.py")

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._guards import TracingContext  # of what this thread traces; 2.1+
+from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without memory; 2.0+
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode  # writes a graph; 2.0+
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
@@ -29,6 +32,18 @@ def modes_set_aside() -> contextlib.AbstractContextManager[Any]:
 def watching_modes() -> int:
     """How many modes look at every op just now, tracers among them; 2.0+."""
     return int(torch._C._len_torch_dispatch_stack())
+
+
+def compiles_here() -> bool:
+    """Whether what compiles or traces does so in this thread; 2.1+.
+
+    ``torch.compiler.is_compiling()`` says yes while any thread does (2.13+).
+    """
+    stack = (torch._C._get_dispatch_stack_at(i) for i in range(watching_modes()))
+    return TracingContext.try_get() is not None or any(isinstance(m, _TRACERS) for m in stack)
+
+
+_TRACERS = FakeTensorMode, ProxyTorchDispatchMode
 
 
 def dispatch_state() -> tuple[int, int]:

@@ -94,6 +94,7 @@ class RegionsForward:
     ``solve``     plans a recorded step of a kind that has no plan.
     ``root``      the model that ``model`` is a part of.
     ``any_mode``  whether calls in evaluation mode are planned too.
+    ``state``     bytes of the optimizer's state, which a step that is counted does not show.
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class RegionsForward:
         *,
         root: nn.Module | None = None,
         any_mode: bool = False,
+        state: Callable[[], int] | None = None,
     ) -> None:
+        self.state = state
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
         self._steps = 0
@@ -122,6 +125,7 @@ class RegionsForward:
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
 
+    @_compat.left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             not torch.is_grad_enabled()
@@ -155,7 +159,7 @@ class RegionsForward:
             return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
-        if session.leave_spoilt_to_eager():
+        while session.leave_spoilt_to_eager():  # what runs otherwise from then on may show more
             del outputs
             before.put_back()
             session.begin("look", session.kind)
@@ -231,6 +235,8 @@ class RegionsForward:
         session = self.session
         session.ended()
         kept = session.runs
+        if session.is_seen and (session.stage == "record" or session.strayed):
+            self._tell_over(session.counted_bytes)
         if session.loops.are_too_long:
             self._turn_loops()
         elif session.is_recorded:
@@ -254,6 +260,22 @@ class RegionsForward:
             if instead is not None:
                 session.follow(instead.parts, instead, instead.foresight)
         session.recorder = None
+
+    def _tell_over(self, counted_bytes: int) -> None:
+        """A step that no plan was for took so much."""
+        budget_bytes = self.session.budget_bytes
+        if self.state is None or self.session.device.type != "cpu" or "over" in self._told:
+            return
+        taken_bytes = counted_bytes + self.state()
+        if taken_bytes > budget_bytes:
+            self._tell(
+                "over",
+                "ran a step that no plan was for yet, with next to nothing saved, and it took %s, %s over "
+                "its budget: raise the budget to %s GB, or make the batch smaller, if such steps have to fit",
+                bytes_text(taken_bytes),
+                bytes_text(taken_bytes - budget_bytes),
+                gb_enough(taken_bytes),
+            )
 
     def _turn_loops(self) -> None:
         """Begin anew, with the forward cut in its loops too, or, where that did not do, as before."""

@@ -33,8 +33,7 @@ from planner.graph.captured import fingerprint_of
 from planner.graph.step_graph import GLUE, GRADIENT_SUM
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.plans.lowering import lower
-from planner.regions.record import Crossing, Record, RegionCall
-from planner.regions.sizes import Sizes
+from planner.regions.record import Crossing, Record, RegionCall, Sizes
 from solvers.core.simulate import simulate_steps
 
 __all__ = ["BETWEEN_REGIONS", "Joined", "Own", "join", "parts"]

@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from planner import _compat
 from planner.capture.joint_graph import NO_GRADIENT
@@ -42,7 +43,6 @@ from planner.regions.checkpointed import SMALL_BYTES
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
-from planner.regions.sizes import Sizes
 from planner.regions.torn import torn
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
@@ -92,7 +92,8 @@ class _Entered(NamedTuple):
     keys: tuple[int, int]
 
 
-# Those of this process that are on.
+# Those of this process that are on.  One whose step is over is taken off by the next call of its model, where
+# the last of its calls is freed, or before an optimizer's step: the first of these.
 _RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
@@ -132,7 +133,7 @@ class Foresight:
     """
 
     peak_of: Callable[[dict[int, tuple[TrainingGraph, Own]]], int]
-    sizes_at: Callable[[dict[int, TrainingGraph]], Sizes]
+    sizes_at: Callable[[dict[int, TrainingGraph]], record.Sizes]
     bounds: Sequence[tuple[int, ...]]
     budget_bytes: int
 
@@ -269,7 +270,7 @@ class Session:
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
-        self.sizes: dict[Kind, dict[Any, Sizes]] = {}  # of recorded steps, by shape
+        self.sizes: dict[Kind, dict[Any, record.Sizes]] = {}  # of recorded steps, by shape
         self._along: Kept | None = None  # the plan that the step has strayed from
         self._is_beside = False  # whether it differs from that in sizes alone
         self._outgrown: set[Kind] = set()  # kinds of which a larger step has come
@@ -291,6 +292,7 @@ class Session:
         self._pending: list[weakref.ref[Pending]] = []
         self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
+        self._cast_for: dict[int, list[Region]] = {}  # of this step, that read a weight under autocast
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
         self._on: Recorder | None = None  # that is on in a training loop
@@ -356,6 +358,7 @@ class Session:
         self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
+        self._cast_for = {}
         self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -501,12 +504,26 @@ class Session:
         if self.stage == "plan":
             self.strayed = True
         region, is_first = seen.region, self.stage == "look"
+        if region.is_under_autocast:
+            self._note_casts(region, args)
         outputs = region.checkpointed(
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
         lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
         seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
         return self._watched(seen, outputs)
+
+    def _note_casts(self, region: Region, args: Sequence[Any]) -> None:
+        """Autocast casts a weight once for all that read it, and their gradients are added before they are
+        cast back: calls that share one run as eager runs them.
+        """
+        for x in args:
+            if isinstance(x, nn.Parameter) and x.requires_grad:
+                for other in self._cast_for.setdefault(id(x), []):
+                    for one in (region, other):
+                        one.is_eager = True
+                        one.why = one.why or "a weight that autocast casts once for this and another region"
+                self._cast_for[id(x)].append(region)
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -696,13 +713,12 @@ class Session:
     @property
     def is_counted(self) -> bool:
         """Whether the last step ran as planned, and was counted to its end."""
-        return bool(
-            self.stage == "plan"
-            and self.recorder is not None
-            and self.recorder.seen
-            and self.runs is not None
-            and self.is_differentiated
-        )
+        return self.stage == "plan" and self.runs is not None and self.is_seen
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether all of the last step was counted."""
+        return self.recorder is not None and bool(self.recorder.seen) and self.is_differentiated
 
     @property
     def counted_bytes(self) -> int:
@@ -830,6 +846,7 @@ class Session:
 
     def watch(self, there: Iterable[torch.Tensor]) -> None:
         """Record the step that begins, which finds ``there``, until its backward is through."""
+        _before_optimizers()
         recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
@@ -869,7 +886,7 @@ class Session:
         self._outgrown.discard(self.kind)
         self.recorder = None
 
-    def remember(self, sizes: Sizes) -> None:
+    def remember(self, sizes: record.Sizes) -> None:
         """What steps such as the recorded one were seen to hold."""
         self.sizes.setdefault(self.kind, {})[sizes.shape] = sizes
         while len(self.sizes) > MOST_KINDS:
@@ -987,6 +1004,18 @@ class Session:
             for e in events
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+
+
+@functools.cache
+def _before_optimizers() -> None:
+    """From here on recorders that have seen their steps are taken off before an optimizer's."""
+    register_optimizer_step_pre_hook(_take_off_those_through)
+
+
+def _take_off_those_through(*_: Any) -> None:
+    for recorder in list(_RECORDERS):
+        if not recorder.counts:
+            _take_off(recorder)
 
 
 def _take_off(recorder: Recorder) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from planner._compat import modes_set_aside
+from planner._compat import left_alone, modes_set_aside
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.rewrite.program import Argument
@@ -67,6 +67,7 @@ class PlannedForward:
             for n in self.step.expected.parameters
         }
 
+    @left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         planned_for = self.step.expected.modules[0][2]
         if (
@@ -182,6 +183,9 @@ def run_step(
     boxed = [given[a] for a in program.arguments]
     with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
         results = program.forward.forward(boxed)
+        for i in program.alone:  # a view that a node of autograd hands out could not be written into
+            if results[i]._is_view():
+                results[i] = results[i].data
     flat = list(results[: program.outputs])
     call = pending(step, given, results)
     if call.start is not None:

@@ -6,7 +6,7 @@ holds it: parts of the model around the planned module, a loss outside, several 
 
 The first planned steps are counted too, on the CPU, and where they differ more of them.  What they take
 beyond the budget is said, with its bytes, and set aside, and where they differ as much more as a larger one
-may take beyond the largest (:func:`planner.regions.sizes.beyond`).
+may take beyond the largest (:func:`planner.regions.record.beyond`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
 from planner.regions.forward import RegionsForward, Solved
-from planner.regions.record import Record
+from planner.regions.record import Record, beyond
 from planner.regions.session import Session
-from planner.regions.sizes import beyond
 from planner.solving.in_regions import MOST_LEFT, JoinedStep
 from planner.training.settings import Settings
 from planner.units import bytes_text
@@ -68,7 +67,9 @@ class InRegions:
             self.settings.budget_bytes,
             resident=self._resident_bytes,
         )
-        self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, any_mode=True)
+        self._forward = RegionsForward(
+            self.planned, session, self._solved, root=self.root, any_mode=True, state=self._state_bytes
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
@@ -89,6 +90,12 @@ class InRegions:
         self.session.settle()
 
     # -- planning ----------------------------------------------------------------------------------
+
+    def _state_bytes(self) -> int:
+        """Of the optimizer."""
+        optimizer = self.settings.optimizer
+        found = resident_in_training(self.root, None, optimizer, self.session.device)
+        return found.optimizer_state_bytes
 
     def _resident_bytes(self) -> int:
         """Of parameters, buffers and the optimizer's state."""
