@@ -54,8 +54,8 @@ def _grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 
-# torch's counter does not know grouped products, the CPU's attention kernels and LSTM, which it would count as
-# nothing, and that of torch 2.11 refuses fewer heads of keys than of queries.
+# torch's counter does not know grouped products, the CPU's attention kernels and LSTM, which it would count
+# as nothing, and that of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
         aten.mkldnn_rnn_layer: _lstm_flops,
