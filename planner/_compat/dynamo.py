@@ -69,7 +69,8 @@ def _forget_modes_elsewhere() -> None:
     """Torch keeps one answer for all threads, which stays wrong where they enter and leave modes by turns."""
     if getattr(_python_dispatch, _STANDS_ASIDE, False) and not dynamo_stands_aside():
         setattr(_python_dispatch, _STANDS_ASIDE, False)
-        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(False)
+        dispatch: Any = _python_dispatch
+        dispatch.set_is_in_mode_without_ignore_compile_internals(False)
 
 
 def cut_by_dynamo(
