@@ -24,7 +24,6 @@ from tests import tiny
 PASSES = [
     "load",
     "write_parts",
-    "cast_weights_once",
     "copy_gradients",
     "split_dropout",
     "note_random_state",

@@ -128,6 +128,64 @@ def test_a_weight_that_several_layers_share_is_cast_once() -> None:
     assert len(casts) == len({n.args[0] for n in casts}) == 3  # weight, bias, table; each once
 
 
+class Inside(nn.Module):
+    """A layer read twice in each of two contexts of autocast within the forward, and outside of any."""
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.layer, self.cut = nn.Linear(16, 16), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = torch.tanh(self.layer(self.layer(x))).float()
+        if self.cut:
+            torch._dynamo.graph_break()
+        return self.layer(x).pow(2).mean()
+
+
+class ByHand(nn.Module):
+    """Casts of its own, a gradient each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(x.bfloat16() @ self.weight.bfloat16()).float() + self.bias
+        return x.pow(2).mean()
+
+
+@pytest.mark.parametrize("build", [Inside, ByHand])
+def test_autocast_within_the_forward_casts_a_weight_once(build: type[nn.Module]) -> None:
+    assert_trains_equally(tiny.seeded(build), (torch.randn(64, 16),))
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["within", "around too"])
+def test_regions_cast_a_weight_once(around: bool) -> None:
+    """Where one context is around several regions, those that share a weight run as eager runs them."""
+
+    def trained(planned: bool) -> list[Tensor]:
+        model = tiny.seeded(lambda: Inside(cut=True))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture="regions")
+        seen = []
+        torch.manual_seed(1)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                loss = model(torch.randn(64, 16))
+            loss.backward()
+            seen += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not planned or around or planner.plan_of(model) is not None
+        return seen
+
+    assert all(map(torch.equal, trained(False), trained(True)))
+
+
 def test_the_budget_holds_under_autocast() -> None:
     case = models.CASES["bert"]
     model, inputs = case.build(), case.make_inputs(0)

@@ -121,3 +121,77 @@ def test_one_graph_refuses_a_backward_that_would_read_what_was_written_by_hand()
     model.scale.mul_(2)
     with pytest.raises(planner.PlannerError, match="the buffer scale was written to"):
         loss.backward()
+
+
+class _Several(nn.Module):
+    """Linear layers over three dimensions: what eager returns of them is no view, and kernels make one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(torch.tanh(x))
+
+    def forward(self, x: Tensor, cut: bool = True) -> Tensor:
+        left, right = self.pair(x)
+        if cut:
+            torch._dynamo.graph_break()
+        left[:, 0] = 0.0
+        right.clamp_(max=0.1)
+        return (left * right).mean()
+
+
+class _Alone(_Several):
+    def forward(self, x: Tensor, cut: bool = True) -> Tensor:
+        return self.first(x)
+
+
+@pytest.mark.parametrize("capture", ["one graph", "regions"])
+def test_what_a_planned_call_returns_may_be_written_into(capture: str) -> None:
+    def gradients(planned: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = _Alone() if capture == "one graph" else _Several()
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture=capture)
+        for _ in range(4):
+            model.zero_grad()
+            out = model(torch.randn(2, 4, WIDE))
+            if out.dim():
+                out.clamp_(max=0.1)
+            out.mean().backward()
+        assert not planned or planner.plan_of(model) is not None
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_what_the_backward_needs_may_not_be_written_into() -> None:
+    model, x = nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh()), torch.randn(4, WIDE)
+    planner.plan(model, 1.0, (x,), costs="roofline", time_limit_s=1.0).apply(model)
+    out = model(x)
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_hook_that_comes_later_is_seen_where_the_step_is_in_regions() -> None:
+    def losses(planned: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDE, WIDE), nn.GELU(), nn.Linear(WIDE, 1))
+        model[1].register_forward_hook(lambda *_: None)
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture="regions")
+        seen = []
+        for step in range(5):
+            if step == 3:
+                assert not planned or planner.plan_of(model) is not None
+                handle = model[0].register_forward_hook(lambda _, __, out: 2 * out)
+            if step == 4:
+                handle.remove()
+            loss = model(torch.randn(4, WIDE)).pow(2).mean()
+            loss.backward()
+            seen.append(loss.item())
+        return seen
+
+    assert losses(False) == losses(True)

@@ -5,6 +5,7 @@ torch upgrade is a change to this folder.
 
     tracing.py  how a step is traced
     sizes.py    sizes that are symbols
+    autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
+from planner._compat.autocast import ENTERS_AUTOCAST, autocast_depth, autocast_watched, is_under_autocast
 from planner._compat.dynamo import (
     RECOMPILES,
     TURNS,
@@ -98,6 +100,7 @@ from planner._compat.tracing import (
     export_joint,
     fake_mode_of,
     foreach_takes_fakes,
+    graph_in_tracing,
     is_data_dependent,
     is_faked,
     kernels_as_eager,
@@ -109,6 +112,7 @@ from planner._compat.tracing import (
 )
 
 __all__ = [
+    "ENTERS_AUTOCAST",
     "RECOMPILES",
     "STAND_INS",
     "TURNS",
@@ -123,6 +127,8 @@ __all__ = [
     "TorchDispatchMode",
     "after_backward",
     "at_end_of_backward",
+    "autocast_depth",
+    "autocast_watched",
     "backward_functions",
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
@@ -150,6 +156,7 @@ __all__ = [
     "foreach_takes_fakes",
     "generator_key",
     "gone",
+    "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
     "is_autograd_function",
@@ -160,6 +167,7 @@ __all__ = [
     "is_symbol",
     "is_top_mode",
     "is_transformed",
+    "is_under_autocast",
     "job_store",
     "kernels_as_eager",
     "left_alone",

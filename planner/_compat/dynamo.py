@@ -69,8 +69,7 @@ def _forget_modes_elsewhere() -> None:
     """Torch keeps one answer for all threads, which stays wrong where they enter and leave modes by turns."""
     if getattr(_python_dispatch, _STANDS_ASIDE, False) and not dynamo_stands_aside():
         setattr(_python_dispatch, _STANDS_ASIDE, False)
-        dispatch: Any = _python_dispatch
-        dispatch.set_is_in_mode_without_ignore_compile_internals(False)
+        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(False)  # type: ignore[attr-defined]
 
 
 def cut_by_dynamo(
@@ -132,6 +131,7 @@ class _DynamoAsEager:
             _forget_modes_elsewhere()
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
+                skip_nnmodule_hook_guards=False,  # hooks that come later are seen
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,

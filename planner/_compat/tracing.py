@@ -31,6 +31,7 @@ from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,  # what makes a trace of calls in place; 2.2+
 )
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 @contextlib.contextmanager
@@ -305,6 +306,12 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     with _tracing_flags(), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
         return joint.graph_module
+
+
+def graph_in_tracing() -> fx.Graph | None:
+    """The graph that a tracer writes just now; 2.1+."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from planner import _compat
 from planner._compat import descriptors, pytree
 from planner.capture import meta
 from planner.capture.as_eager.backward import Installed, Noted
+from planner.capture.as_eager.casts import cast_once, contexts_noted
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import Questions, stand_in, standing_in
@@ -49,9 +50,11 @@ from planner.capture.refusals import checkpoints_itself, explained, refuse_unpla
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
 from planner.capture.state.effects import (
     Effects,
+    alike,
     attributes_kept,
     is_cache,
     others_kept,
+    settle,
     settled,
     tensors_kept,
 )
@@ -239,6 +242,7 @@ def capture_piece(
                     step.installed.remove()
                     reads.forget()
         traced = _sort_out(module, step.names, tuple(step.rebound))
+        fewer = cast_once(module, traced.parameters, traced.gradients)
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
     _refuse_sparse(traced)
@@ -248,7 +252,9 @@ def capture_piece(
     whole: dict[str | int, fx.Node] = {}
     whole.update(traced.gradients.items())
     whole.update(traced.input_gradients.items())
-    terms = {key: summands(node, reads.counts.get(key, 1)) for key, node in whole.items()}
+    terms = {
+        key: summands(node, reads.counts.get(key, 1) - fewer.get(str(key), 0)) for key, node in whole.items()
+    }
     joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
     return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}
 
@@ -287,6 +293,7 @@ def _captured(
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
+    cast_once(module, traced.parameters, traced.gradients)
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
     _refuse_sparse(traced)
@@ -374,21 +381,31 @@ def _refuse_side_effects(
 
     ``updated``  names of the buffers that it writes, as it may.
     """
-    if not effects.stored and not effects.changed:
+    if not effects.touched:
         return
     call, tensors = _on_fakes(model, given)
     if effects.stored:
         constant = {n for n, _ in model.named_buffers()} - set(updated)
         if is_cache(model, call, [t for n, t in tensors.items() if n not in constant], reads.containers):
             return
-    elif settled(model, effects, lambda: call(contextlib.nullcontext()), reads.containers):
-        return
-    if effects.lost:
+        again = None
+    else:
+        again = alike(model, call, tensors, reads.containers)
+        if again.ops and again.numbers:
+            settle(effects)
+            return
+    if effects.lost and not (again and again.numbers):
         raise TraceError(
             f"the forward of {type(model).__name__} stores tensors or counts in "
             f"{', '.join(effects.lost[:3])}; a planned step runs one graph and would not. Return them, keep "
             "them in buffers, or do it outside forward; where it is a cache that the first call fills, call "
             "the model once before planning"
+        )
+    if again and not again.ops:
+        raise TraceError(
+            f"the first call of {type(model).__name__} runs other code than those that come after it: it "
+            f"changes {', '.join(effects.touched[:3])}; a planned step runs one graph. Call the model once "
+            "before planning, if all later calls are alike"
         )
 
 
@@ -433,6 +450,7 @@ class _FlatModel(nn.Module):
         self.template: OutputTemplate | None = None
         self.reads, self.effects = Reads(), Effects()
         self.placed: frozenset[str | int] = frozenset()
+        self.keeps_casts = torch.is_autocast_cache_enabled()
         for name, parameter in model.named_parameters():
             self.register_parameter(self._mangle(name), parameter)
         for name, buffer in model.named_buffers():
@@ -463,7 +481,10 @@ class _FlatModel(nn.Module):
         # The tracer calls this more than once, and each time is to find the model as it was.
         with attributes_kept(self.model, self.reads.containers) as self.effects:
             self.reads.look = self.effects.look
-            with self.reads.recording() if self.records else contextlib.nullcontext():
+            with (
+                self.reads.recording() if self.records else contextlib.nullcontext(),
+                contexts_noted() if self.keeps_casts else contextlib.nullcontext(),
+            ):
                 output = _call(self.model, after, args, kwargs)
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}

@@ -24,6 +24,8 @@ _acc``         here
 ``over``       the operand on whose storage it lies     passes/inplace              training_graph
 ``instead_of`` the call that makes the same apart from  rewrite/emit                rewrite/prune, segments
                its first operand, which it writes over
+``cast_in``    number of the autocast context   capture/as_eager/casts      capture/as_eager/casts
+               that it was traced in
 ``goes_on``    whether an input is what other code  capture/joint_graph         passes/gradients
                made, into which its gradient goes on
 ``recompute``  whether it is a further execution        rewrite/emit                whoever reads the program
@@ -41,6 +43,7 @@ from torch import fx
 
 __all__ = [
     "again",
+    "cast_in",
     "describe",
     "description",
     "draw",
@@ -50,6 +53,7 @@ __all__ = [
     "instead_of",
     "module",
     "note_again",
+    "note_cast_in",
     "note_draw",
     "note_goes_on",
     "note_instead_of",
@@ -143,6 +147,17 @@ def formula(node: fx.Node) -> int | None:
 def sums_gradients(node: fx.Node) -> bool:
     """Whether the call is the engine's own, which adds up the gradients of a tensor that is read twice."""
     return bool(node.meta.get("is_gradient_acc", False))
+
+
+def cast_in(node: fx.Node) -> int | None:
+    """Number of the outermost autocast context that the call was traced in; ``None``: outside of any."""
+    number: int | None = node.meta.get("cast_in")
+    return number
+
+
+def note_cast_in(node: fx.Node, number: int) -> None:
+    """The call was traced in this context of autocast."""
+    node.meta["cast_in"] = number
 
 
 def goes_on(node: fx.Node) -> bool:

@@ -5,7 +5,6 @@ In order, each a function in :mod:`planner.graph.passes` that says what it did:
 * ``load``: aliases and views that change nothing are removed, a size that varies becomes an argument, and
   whatever computed it goes;
 * ``write_parts``: a write into a part of a storage is one call again, with a form that is in place;
-* ``cast_weights_once``: a weight that autocast casts several times is cast once, as its cache does in eager;
 * ``copy_gradients``: a gradient that autograd would have to copy is copied in the graph, so that the engine
   always takes it as it is and memory is known to the byte;
 * ``split_dropout``: ``native_dropout`` becomes the draw of a mask and its application, so that either can be
@@ -40,7 +39,6 @@ from planner.errors import TraceError
 from planner.graph.draft import Did, Draft, loaded
 from planner.graph.nodes import is_check, is_random
 from planner.graph.passes import batch_norm, lstm
-from planner.graph.passes.autocast import cast_weights_once
 from planner.graph.passes.buffers import update_buffers
 from planner.graph.passes.dropout import split_dropout
 from planner.graph.passes.gradients import copy_gradients
@@ -54,7 +52,6 @@ log = logging.getLogger(__name__)
 
 _PASSES: tuple[tuple[str, Callable[[Draft], Did]], ...] = (
     ("write_parts", write_parts),
-    ("cast_weights_once", cast_weights_once),
     ("copy_gradients", copy_gradients),
     ("split_dropout", split_dropout),
     ("note_random_state", note_random_state),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture_piece
 from planner.costs.op_costs import Costs
@@ -251,6 +252,13 @@ class Region:
         self.is_eager = bool(why)
         self.spoilt: frozenset[int] = frozenset()
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
+
+    @property
+    def is_under_autocast(self) -> bool:
+        """Whether it runs in a context of autocast, or opens one."""
+        return _compat.is_under_autocast() or any(
+            n.target is _compat.ENTERS_AUTOCAST for n in self.plain.graph.nodes
+        )
 
     @cached_property
     def checkpointed(self) -> Checkpointed:

@@ -292,6 +292,7 @@ class Session:
         self._pending: list[weakref.ref[Pending]] = []
         self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
+        self._cast_for: dict[int, list[Region]] = {}  # of this step, that read a weight under autocast
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
         self._on: Recorder | None = None  # that is on in a training loop
@@ -357,6 +358,7 @@ class Session:
         self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
+        self._cast_for = {}
         self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -502,12 +504,26 @@ class Session:
         if self.stage == "plan":
             self.strayed = True
         region, is_first = seen.region, self.stage == "look"
+        if region.is_under_autocast:
+            self._note_casts(region, args)
         outputs = region.checkpointed(
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
         lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
         seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
         return self._watched(seen, outputs)
+
+    def _note_casts(self, region: Region, args: Sequence[Any]) -> None:
+        """Autocast casts a weight once for all that read it, and their gradients are added before they are
+        cast back: calls that share one run as eager runs them.
+        """
+        for x in args:
+            if isinstance(x, nn.Parameter) and x.requires_grad:
+                for other in self._cast_for.setdefault(id(x), []):
+                    for one in (region, other):
+                        one.is_eager = True
+                        one.why = one.why or "a weight that autocast casts once for this and another region"
+                self._cast_for[id(x)].append(region)
 
     def _watched(self, seen: _Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""

@@ -11,15 +11,17 @@ segment of the backward to a later one is handed over by name.  How the backward
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx
 
+from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.consumed import consumed_of, first_handed_out
-from planner.graph.nodes import ignores_running_stats, is_mutation, is_random
+from planner.graph.nodes import ignores_running_stats, is_mutation, is_random, tensors_of
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
@@ -228,6 +230,17 @@ class _Writer:
             _feeds(self.source),
             consumed_of(self.source),
             self._watched(),
+            self._alone(distinct, saved),
+        )
+
+    def _alone(self, outputs: list[fx.Node], saved: list[fx.Node]) -> frozenset[int]:
+        """Outputs that share a storage with nothing that is saved, given or another output."""
+        given = [n for n in self.forward.nodes if n.op == "placeholder"]
+        keys = Counter(
+            _compat.storage_key(tensor) for n in (*outputs, *saved, *given) for tensor in tensors_of(n)
+        )
+        return frozenset(
+            i for i, n in enumerate(outputs) if all(keys[_compat.storage_key(t)] == 1 for t in tensors_of(n))
         )
 
     def _watched(self) -> frozenset[str]:

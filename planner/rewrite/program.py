@@ -67,6 +67,7 @@ class Program:
     ``updates``    buffers that the forward writes to, and whether what it makes depends on what they were.
     ``feeds``      output -> the outputs that are computed from it.
     ``consumed``   parameters whose gradients a hook takes as soon as they are handed out.
+    ``alone``      outputs that may be views, on storages that nobody else has any part of.
     ``watched``    buffers that the backward reads, which must be as the forward left them.
     """
 
@@ -83,6 +84,7 @@ class Program:
     feeds: dict[int, frozenset[int]] = field(default_factory=dict)
     consumed: frozenset[str] = frozenset()
     watched: frozenset[str] = frozenset()
+    alone: frozenset[int] = frozenset()
 
     @property
     def code(self) -> str:

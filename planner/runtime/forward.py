@@ -183,6 +183,9 @@ def run_step(
     boxed = [given[a] for a in program.arguments]
     with torch.no_grad(), without_autocast(step.device), memory_explained(step, "forward"):
         results = program.forward.forward(boxed)
+        for i in program.alone:  # a view that a node of autograd hands out could not be written into
+            if results[i]._is_view():
+                results[i] = results[i].data
     flat = list(results[: program.outputs])
     call = pending(step, given, results)
     if call.start is not None:

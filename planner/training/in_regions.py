@@ -195,9 +195,7 @@ class InRegions:
         if need <= 0 or not is_news or (over <= 0 and len(taken) < DIFFERENT):
             return None
         try:
-            return self._planned(
-                step.with_margin(step.memory.margin_bytes + need), time.perf_counter()
-            )
+            return self._planned(step.with_margin(step.memory.margin_bytes + need), time.perf_counter())
         except InfeasibleBudgetError as error:
             if over <= 0:
                 self._tell_tight(error)
