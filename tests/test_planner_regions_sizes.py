@@ -140,7 +140,7 @@ def test_margins_are_of_what_differs() -> None:
     assert sizes.foreseen(margin=False) == ([10, 26], [0], [5], [7])
 
 
-@pytest.mark.parametrize(("taken", "count"), [([5], 2), ([5, 6, 5, 6], 4), ([5, 6, 7, 5], 6)])
+@pytest.mark.parametrize(("taken", "count"), [([5], 2), ([6], 4), ([5, 6, 5, 6], 4), ([5, 6, 7, 5], 6)])
 def test_steps_are_counted_until_as_many_came_as_the_largest_took(taken: list[int], count: int) -> None:
     counts = _Counts()
     steps = [*taken, *[5] * 99]

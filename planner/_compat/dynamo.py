@@ -23,6 +23,7 @@ from torch import fx
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from planner._compat.running import watching_modes
+from planner._compat.tracing import fakes_as_kernels
 
 RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
 
@@ -166,6 +167,8 @@ class _DynamoAsEager:
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
         self._followed |= self._followed_here
         self._advises.addFilter(_is_no_advice)
+        self._fakes = fakes_as_kernels()
+        self._fakes.__enter__()
         if self._in_a_loop is not None:
             setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
         module = sys.modules.get("transformers.utils.output_capturing")
@@ -185,6 +188,7 @@ class _DynamoAsEager:
             setattr(self._translator, _IN_A_LOOP, self._in_a_loop)
         self._followed -= self._followed_here
         self._advises.removeFilter(_is_no_advice)
+        self._fakes.__exit__(None, None, None)
         for function in self._asked:
             self._answers[function] = True
         for function in self._unasked:

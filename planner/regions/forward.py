@@ -38,6 +38,7 @@ __all__ = ["RegionsForward", "Solved", "apply_plan"]
 log = logging.getLogger(__name__)
 
 CHECKS = 2  # steps of a plan that are counted at least
+DIFFERENT = 4  # likewise where these differ
 SPARSE = 16  # where they differ, one in so many is counted for as long as it trains
 PATIENCE = 4  # steps that cannot be recorded before that is said
 TRIES = 3  # records of one kind before it is said that there is none
@@ -77,9 +78,10 @@ class _Counts:
     def wants_next(self) -> bool:
         """Whether the step that begins is counted."""
         largest = 1 + self.taken.index(max(self.taken)) if self.taken else 1
-        if len(self.taken) < max(CHECKS, 2 * largest):
+        differ = len(set(self.taken)) > 1
+        if len(self.taken) < max(DIFFERENT if differ else CHECKS, 2 * largest):
             return True
-        self.skipped += len(set(self.taken)) > 1
+        self.skipped += differ
         return self.skipped >= SPARSE
 
 

@@ -28,7 +28,7 @@ from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
-from planner.regions.forward import RegionsForward, Solved
+from planner.regions.forward import DIFFERENT, RegionsForward, Solved
 from planner.regions.record import Record, beyond
 from planner.regions.session import Session
 from planner.solving.in_regions import MOST_LEFT, JoinedStep
@@ -184,20 +184,18 @@ class InRegions:
         assert budget_bytes is not None
         state_bytes = step.resident.optimizer_state_bytes
         over = taken[-1] + state_bytes - budget_bytes
-        spare = beyond(max(taken), min(taken), len(taken))
-        is_news = len(taken) == 2 or taken[-1] > max(taken[:-1], default=0)
+        is_news = taken[-1] > max(taken[:-1], default=0) or len(taken) == DIFFERENT
+        need = max(taken) + state_bytes + beyond(max(taken), min(taken), len(taken)) - budget_bytes
         if over > 0 and is_news:
             log.warning(
                 "a step of %s took %s, %s over its budget: it holds more than the one that it was planned "
                 "by. That is set aside from here on",
                 type(self.root).__name__, bytes_text(taken[-1] + state_bytes), bytes_text(over),
             )  # fmt: skip
-        if over + spare <= 0 or not is_news:
+        if need <= 0 or not is_news or (over <= 0 and len(taken) < DIFFERENT):
             return None
         try:
-            return self._planned(
-                step.with_margin(step.memory.margin_bytes + over + spare), time.perf_counter()
-            )
+            return self._planned(step.with_margin(step.memory.margin_bytes + need), time.perf_counter())
         except InfeasibleBudgetError as error:
             if over <= 0:
                 self._tell_tight(error)
