@@ -95,6 +95,7 @@ __all__ = [
     "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
+    "hide_from_dynamo",
     "is_checkpoint",
     "is_data_dependent",
     "is_faked",
@@ -983,6 +984,14 @@ def cut_by_dynamo(
         apart: dict[str, Any] = {"isolate_recompiles": True}
         return torch.compile(forward, backend=backend, **apart)
     return torch.compile(forward, backend=backend)
+
+
+def hide_from_dynamo(node: type[torch.autograd.Function]) -> None:
+    """Dynamo does not follow its backward where a forward that is cut runs one by itself; 2.0+."""
+    from torch._dynamo import disable
+
+    if not hasattr(node.backward, "_torchdynamo_disable"):
+        node.backward = staticmethod(disable(node.backward))  # type: ignore[method-assign]
 
 
 class _DynamoAsEager:

@@ -195,3 +195,35 @@ def test_a_hook_that_comes_later_is_seen_where_the_step_is_in_regions() -> None:
         return seen
 
     assert losses(False) == losses(True)
+
+
+class _Cached(nn.Module):
+    """A gradient cache: a backward within the forward, and a hook that runs the encoder again in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(WIDE, 16), nn.GELU(), nn.Linear(16, WIDE))
+        self.scale = nn.Linear(WIDE, WIDE)
+
+    def score(self, made: Tensor) -> Tensor:
+        return (self.scale(made) @ made.T).logsumexp(-1).mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            made = self.encoder(x)
+        made = made.detach().requires_grad_()
+        loss = self.score(made)
+        loss.backward()
+        loss = loss.detach().requires_grad_()
+
+        def again(_: Tensor) -> None:
+            with torch.enable_grad():
+                (self.encoder(x) * made.grad).sum().backward()
+
+        loss.register_hook(again)
+        return loss
+
+
+def test_a_forward_may_run_a_backward_of_its_own() -> None:
+    (plain, _), (planned, _) = _trained(_Cached, ""), _trained(_Cached, "regions")
+    assert all(map(torch.equal, plain, planned))
