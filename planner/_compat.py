@@ -1026,6 +1026,7 @@ class _DynamoAsEager:
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
                 skip_nnmodule_hook_guards=False,  # hooks that come later are seen
+                use_numpy_random_stream=True,  # what it draws is drawn by numpy, not by torch
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,
