@@ -276,3 +276,37 @@ def test_other_outputs_than_before_get_gradients_where_the_step_has_constants() 
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_two_forwards_before_a_backward_of_a_layer_that_normalizes_its_spectrum() -> None:
+    """The second writes over the vectors that the first one's backward needs."""
+
+    def gradients(planned: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDE, 16))
+        model = nn.Sequential(first, nn.GELU(), nn.Linear(16, 1))
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture="regions")
+        for _ in range(4):
+            model.zero_grad()
+            sum(model(torch.randn(4, WIDE)).pow(2).mean() for _ in range(2)).backward()
+        assert not planned or planner.plan_of(model) is not None
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_a_model_with_a_scripted_layer_is_enabled_and_trains() -> None:
+    def losses(planned: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDE, 8), torch.jit.script(nn.Linear(8, 8)), nn.Tanh())
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0)
+        out = []
+        for _ in range(3):
+            loss = model(torch.randn(4, WIDE)).mean()
+            loss.backward()
+            out.append(loss.item())
+        return out
+
+    assert losses(False) == losses(True)

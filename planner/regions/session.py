@@ -171,15 +171,25 @@ class _Seen:
     able: frozenset[int] = frozenset()
     looked: bool = False
     read: list[tuple[Any, int]] = field(default_factory=list)
-    lent: list[tuple[int, Any, int]] = field(default_factory=list)
+    lent: list[tuple[int, Any, int, bool]] = field(default_factory=list)
+
+    def lend(self, args: Sequence[Any], outputs: Any) -> None:
+        """Remember what the call took and gave that has no gradient, as it is now."""
+        taken = [(i, x, True) for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        given = [(i, x, False) for i, x in enumerate(tensors_in(outputs))]
+        self.lent = [
+            (i, weakref.ref(x), x._version, is_taken)
+            for i, x, is_taken in taken + given
+            if not (x.requires_grad or x.is_inference())
+        ]
 
     def note_writes(self) -> list[torch.Tensor]:
-        """Tell the region of arguments without a gradient that were written to since it was called."""
-        now = ((i, ref(), version) for i, ref, version in self.lent)
-        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
-        for i, _ in found:
-            self.region.is_spoilt_at(i)
-        return [x for _, x in found]
+        """Tell the region of what was written to since :meth:`lend`; the arguments among it."""
+        now = ((i, ref(), version, is_taken) for i, ref, version, is_taken in self.lent)
+        found = [(i, x, taken) for i, x, version, taken in now if x is not None and x._version != version]
+        if found:
+            self.region.is_spoilt_at([i for i, _, taken in found if taken], [i for i, _, t in found if not t])
+        return [x for _, x, taken in found if taken]
 
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
@@ -432,8 +442,7 @@ class Session:
         if region.is_under_autocast:
             self._note_casts(region, args)
         outputs = region.checkpointed(args, note=self.stage == "look", spoilt=region.spoilt)
-        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
-        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        seen.lend(args, outputs)
         return self._watched(seen, outputs)
 
     def _note_casts(self, region: Region, args: Sequence[Any]) -> None:
