@@ -41,7 +41,15 @@ from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["PendingCall", "SegmentNode", "memory_explained", "pass_of", "refuse_capture", "without_autocast"]
+__all__ = [
+    "Gate",
+    "PendingCall",
+    "SegmentNode",
+    "memory_explained",
+    "pass_of",
+    "refuse_capture",
+    "without_autocast",
+]
 
 
 _KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
