@@ -3,7 +3,7 @@
 Dynamo cuts the forward (:func:`planner._compat.cut_by_dynamo`); each of its graphs is a :class:`Region`,
 whose calls come by here.  A call runs by the schedule that is planned for its place in the step; one that has
 no place yet by a schedule of its own that saves next to nothing
-(:func:`planner.regions.region.recomputing_all`).
+(:func:`planner.regions.cut.region.recomputing_all`).
 
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
@@ -39,11 +39,11 @@ from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
-from planner.regions.checkpointed import SMALL_BYTES
+from planner.regions.cut.checkpointed import SMALL_BYTES
+from planner.regions.cut.region import Region, Variant
+from planner.regions.cut.torn import torn
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
-from planner.regions.region import Region, Variant
-from planner.regions.torn import torn
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import Gate, SegmentNode
 from planner.runtime.forward import run_step

@@ -27,11 +27,11 @@ from planner.graph.captured import CapturedStep
 from planner.graph.reading_once import reading_once
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.plans.lowering import lower
-from planner.regions.checkpointed import Checkpointed
-from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
-from planner.regions.piece import Piece, Slot, apart, with_homes
-from planner.regions.plain import as_eager
-from planner.regions.writes import positions
+from planner.regions.cut.checkpointed import Checkpointed
+from planner.regions.cut.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
+from planner.regions.cut.piece import Piece, Slot, apart, with_homes
+from planner.regions.cut.plain import as_eager
+from planner.regions.cut.writes import positions
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.output_sets import OutputSets
