@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import planner
+from planner.options import Search
 from planner.regions.forward import RegionsForward
+from planner.solving.priced import prepare
 
 WIDE = 8
 
@@ -111,8 +113,7 @@ class _Scaled(nn.Module):
 def test_one_graph_refuses_a_backward_that_would_read_what_was_written_by_hand() -> None:
     torch.manual_seed(0)
     model, x = _Scaled(), torch.randn(256, WIDE)
-    most = planner.plan(model, 1.0, (x,), costs="roofline", time_limit_s=1.0)
-    least = planner.plan(model, most.minimum_peak_bytes / 1e9, (x,), costs="roofline", time_limit_s=1.0)
+    least = prepare(model, (x,), costs="roofline", search=Search(time_limit_s=0.5)).least_plan()
     assert any(p.op == "aten.clone" and p.decision == "recompute" for p in least.placements)
     least.apply(model)
     loss = model(x)
