@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-__all__ = ["DECISIONS", "ByteUnit", "bytes_text", "gb_text", "label", "rounded_up", "seconds_text"]
+__all__ = [
+    "DECISIONS",
+    "ByteUnit",
+    "bytes_text",
+    "gb_enough",
+    "gb_text",
+    "label",
+    "rounded_up",
+    "seconds_text",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,11 @@ class ByteUnit:
             return f"{count:,.0f} B"
         share = count / self.bytes
         return f"{share:,.2f} {self.name}" if share >= 0.005 else f"<0.01 {self.name}"
+
+
+def gb_enough(need_bytes: int) -> str:
+    """GB, rounded up: the number works as a budget."""
+    return f"{math.ceil(need_bytes / 1e3) / 1e6:.6f}"
 
 
 def bytes_text(count: float) -> str:

@@ -1,4 +1,5 @@
-"""Small but real models the tests train: every family the planner promises, dropout on where it has it.
+"""Small but real models the tests train: every family the planner promises, dropout on where it has it;
+two layers in some, one where a second would be a copy.
 
 ``CASES`` holds the families.  ``PEERS`` are the four sizes at which other tools were measured, without
 dropout, and ``PEERS_EAGER_MB`` their eager peaks above parameters and inputs (outputs dropped before
@@ -62,7 +63,7 @@ def _llama() -> nn.Module:
     config = hf.LlamaConfig(
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=160,
@@ -92,7 +93,7 @@ def _bert_batch(seed: int) -> Batch:
 def _vit() -> nn.Module:
     config = hf.ViTConfig(
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=256,
         image_size=64,
@@ -131,8 +132,8 @@ def _unet_batch(seed: int) -> Batch:
 
 
 def _internvl() -> nn.Module:
-    vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     text |= {"num_key_value_heads": 2, "vocab_size": 512}
     return zoo.internvl(image=64, patch=8, vision=vision, text=text)
 
@@ -148,7 +149,7 @@ class _Translator(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.transformer = nn.Transformer(
-            width, 4, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=256, batch_first=True
+            width, 4, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=256, batch_first=True
         )
         self.head = nn.Linear(width, vocabulary)
 
@@ -175,7 +176,7 @@ def _t5() -> nn.Module:
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         decoder_start_token_id=0,
         use_cache=False,

@@ -141,7 +141,7 @@ TASKS: Mapping[str, Task] = {
     "negatives": Task(
         cross_encoder,
         lambda model: cross_losses.MultipleNegativesRankingLoss(model, num_negatives=1),
-        _texts,
+        lambda: pairs(8, (4, 4), (30, 30)).remove_columns("label"),
         CrossEncoderTrainer,
         CrossEncoderTrainingArguments,
     ),

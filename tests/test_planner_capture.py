@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner import _compat
-from planner._compat import FakeTensorMode
+from planner._compat import FakeTensorMode, tracing
 from planner.capture import meta
 from planner.capture.joint_graph import capture
 from planner.options import Search
@@ -537,7 +536,7 @@ def test_what_a_trace_remembers_of_ops_serves_the_next_one_alone() -> None:
             made: Tensor = op(torch.ones(()), fake, fake, 1)
             return made.stride()
 
-    _compat._remembered.cache_clear()  # that of a long run may be full just here
+    tracing._remembered.cache_clear()  # that of a long run may be full just here
     model = Distance()
     outside = of_torch()
     table = dict(FakeTensorMode.cache)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,64 @@ import torch
 from planner.__main__ import main
 from planner.checks import cuda_check, demo
 from planner.checks.trials import Trial, race, seconds_of
-from planner.checks.zoo import MODELS
+from planner.checks.zoo import MODELS, Example, ResNet, Where
 from planner.cli.commands import CANNOT, FAILED, HELD
 from planner.errors import PlannerError
 from planner.measure import Agreement, Comparison
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 
 
+def small(device: Where = "cpu", dtype: torch.dtype = torch.float32, size: str = "demo") -> Example:
+    """The zoo's ResNet, of so few and narrow layers that its steps take no time."""
+    model = tiny.seeded(lambda: ResNet((2, 2), width=8, classes=10)).to(device, dtype)
+    random = torch.Generator().manual_seed(1)
+    pixels = torch.randn(8, 3, 48, 48, generator=random).to(device, dtype)
+    labels = torch.randint(0, 10, (8,), generator=random).to(device)
+    return Example("ResNet", model, {"pixels": pixels, "labels": labels})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (demo, cuda_check):
+            patch.setattr(module, "MODELS", {**MODELS, "resnet": small})
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "planner", "demo", "--quick", "--models", "resnet", "--device", "cpu"]
-    command += ["--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    return done, out
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("demo")
+    out, err = io.StringIO(), io.StringIO()
+    command = "demo --quick --models resnet --device cpu --out"
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([*command.split(), str(folder)])
+    return Done(status, out.getvalue(), err.getvalue(), folder)
 
 
-def test_the_demo_holds_what_it_prints(quick: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    done, out = quick
-    assert done.returncode == HELD, done.stderr[-2000:]
-    rows = [line for line in done.stdout.splitlines() if re.search(r"(50 %|least) +\d", line)]
+def test_the_demo_holds_what_it_prints(quick: Done) -> None:
+    assert quick.status == HELD, quick.stderr[-2000:]
+    rows = [line for line in quick.stdout.splitlines() if re.search(r"(50 %|least) +\d", line)]
     assert len(rows) == 2
     for row in rows:
         budget, predicted, measured = map(float, re.findall(r"\d+\.\d\d(?![%x\d])", row)[-4:-1])
         assert predicted == measured <= budget
         assert row.endswith("equal")
-    assert "ResNet-50" in done.stdout
-    assert "total" in done.stdout.splitlines()[-1]
-    assert "100%" in done.stderr  # the bar reached its end
-    assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "ResNet " in quick.stdout
+    assert "total" in quick.stdout.splitlines()[-1]
+    assert "100%" in quick.stderr  # the bar reached its end
+    assert (quick.folder / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _row(**changes: object) -> demo.Row:
@@ -128,7 +155,7 @@ def test_the_check_measures_every_method(check: cuda_check.Check) -> None:
 
 def test_nothing_recomputed_calls_the_same_ops(check: cuda_check.Check) -> None:
     """All but batch norm, whose kernel has another name."""
-    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in MODELS["resnet"]().model.modules())
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in small().model.modules())
     assert check.rows[1].kernels_differ == {
         "aten._native_batch_norm_legit": norms,
         "aten.native_batch_norm": -norms,

@@ -31,6 +31,8 @@ from planner.training.distributed import shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
 
+SHORT = Search(time_limit_s=0.5)
+
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
@@ -75,42 +77,43 @@ def test_gradients_and_parameters_are_those_of_plain_ddp(ranks: Ranks, options: 
 # -- when buckets are reduced ---------------------------------------------------------------------
 
 
-def _fires(rank: int, how: str, share: float = 0.4) -> tuple[list[float], int]:
-    """For each bucket, how much of the backward's FLOPs had run when its reduction began."""
-    model = blocks(12, 256)
+def _fires(rank: int, share: float = 0.4) -> dict[str, tuple[list[float], int]]:
+    """For each bucket, how much of the backward's FLOPs had run when its reduction began; and of how many
+    segments the backward is."""
     batch = data(rank, 64, 256)
-    segments = 1
-    if how != "plain":
-        step = prepare(model, (batch,), costs="roofline")
-        low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=1.0))
-        if how == "one segment":
-            with _emitted_in(1):
-                plan.apply()
-        plan.apply()
-        segments = len(plan.rewrite().program.segments)
-    wrapped = DDP(model, bucket_cap_mb=1.5)
-    counter = FlopCounterMode(display=False)
-    fired: list[int] = []
+    step = prepare(blocks(12, 256), (batch,), costs="roofline")
+    low, high = step.floor_bytes, step.baseline.peak_bytes
+    budget = round(low + share * (high - low))
+    found = {}
+    for how in ("plain", "planned", "one segment"):
+        model = blocks(12, 256)
+        segments = 1
+        if how != "plain":
+            with _emitted_in(1 if how == "one segment" else None):
+                step.plan_bytes(budget, search=Search("greedy")).apply(model)
+            segments = len(planned_forward_of(model).step.program.segments)
+        wrapped = DDP(model, bucket_cap_mb=1.5)
+        counter = FlopCounterMode(display=False)
+        fired: list[int] = []
 
-    def reduce(_, bucket):  # type: ignore[no-untyped-def]  # it refuses annotations that are strings
-        fired.append(counter.get_total_flops())
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda done: done.value()[0] / 2)
+        def reduce(_, bucket, fired=fired, counter=counter):  # type: ignore[no-untyped-def]  # it refuses strings
+            fired.append(counter.get_total_flops())
+            work = dist.all_reduce(bucket.buffer(), async_op=True)
+            return work.get_future().then(lambda done: done.value()[0] / 2)
 
-    wrapped.register_comm_hook(None, reduce)
-    for _ in range(2):  # the wrapper sorts its buckets by the order in which the first step's came
-        loss = wrapped(batch).square().mean()
-        fired.clear()
-        with counter:
-            loss.backward()
-    return [flops / counter.get_total_flops() for flops in fired], segments
+        wrapped.register_comm_hook(None, reduce)
+        for _ in range(2):  # the wrapper sorts its buckets by the order in which the first step's came
+            loss = wrapped(batch).square().mean()
+            fired.clear()
+            with counter:
+                loss.backward()
+        found[how] = [flops / counter.get_total_flops() for flops in fired], segments
+    return found
 
 
 def test_buckets_are_reduced_during_the_backward(ranks: Ranks) -> None:
-    (plain, _), _ = ranks(_fires, "plain")
-    (ours, segments), _ = ranks(_fires, "planned")
-    (single, one), _ = ranks(_fires, "one segment")
+    found, _ = ranks(_fires)
+    (plain, _), (ours, segments), (single, one) = found["plain"], found["planned"], found["one segment"]
     assert len(plain) == len(ours) == len(single) >= 6
     assert one == 1 and min(single) == 1.0  # what would be without segments: all at the very end
     assert segments >= 7
@@ -138,24 +141,22 @@ def _step(model: nn.Module, batch: Tensor) -> None:
 def _budgets(rank: int, view: bool) -> list[tuple[int, int, int]]:
     """Predicted and measured peak of steps inside a DistributedDataParallel, and the budget."""
     batch = data(rank, 256, 64)
-    out = []
-    for share in (0.1, 0.5):
-        wrapped = DDP(blocks(6, 64), bucket_cap_mb=0.05, gradient_as_bucket_view=view)
-        wrapped(batch).square().mean().backward()  # buckets get their lasting order
+    wrapped = DDP(blocks(4, 64), bucket_cap_mb=0.05, gradient_as_bucket_view=view)
+    for _ in range(2):  # buckets get their lasting order
         wrapped(batch).square().mean().backward()
-        wrapped.zero_grad()
-        step = prepare(
-            wrapped,
-            (batch,),
-            costs="roofline",
-            loss_fn=lambda out: out.square().mean() / 3,
-            search=Search(time_limit_s=1.0),
-        )
-        low, high = step.floor_bytes, step.baseline.peak_bytes
-        plan = step.plan_bytes(round(low + share * (high - low)), search=Search(time_limit_s=1.0))
+    wrapped.zero_grad()
+    step = prepare(
+        wrapped, (batch,), costs="roofline", loss_fn=lambda out: out.square().mean() / 3, search=SHORT
+    )
+    low, high = step.floor_bytes, step.baseline.peak_bytes
+    out = []
+    for share in (0.3, 0.6):
+        plan = step.plan_bytes(round(low + share * (high - low)), search=SHORT)
         plan.apply()
         peak, _ = _peak(wrapped, functools.partial(_step, wrapped, batch))
         out.append((plan.peak_bytes, peak, plan.budget_bytes))
+        plan.restore()
+        wrapped.zero_grad()
     return out
 
 
@@ -175,11 +176,12 @@ def _accumulates(rank: int) -> dict[str, Any]:
     """Three micro-batches, two of them under ``no_sync``, twice; and the peak of the second one."""
     out: dict[str, Any] = {}
     tensors: dict[str, list[Tensor]] = {}
+    step = prepare(blocks(12, 256), (data(rank, 4, 256),), costs="roofline")
     for how in ("plain", "planned", "one segment"):
         model = blocks(12, 256)
         if how != "plain":
             with _emitted_in(1 if how == "one segment" else None):
-                planner.plan(model, 1.0, (data(rank, 4, 256),), costs="roofline").apply()
+                step.plan_bytes(10**9, search=Search("keep_all")).apply(model)
         wrapped = DDP(model, bucket_cap_mb=1.5, gradient_as_bucket_view=True)
         torch.manual_seed(rank)
         seen = []

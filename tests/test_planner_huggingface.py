@@ -32,19 +32,19 @@ def train(
 ) -> tuple[nn.Module, Trainer, list[int]]:
     """Two epochs of two steps; ``told``: the budget comes with the training arguments only."""
     model = tiny.seeded(tiny.bert)
-    loss = arguments.pop("compute_loss_func", None)
+    loss, capture = arguments.pop("compute_loss_func", None), arguments.pop("capture", "auto")
     if budget_gb is not None:
-        planner.enable(model, None if told else budget_gb, **FAST)
+        planner.enable(model, None if told else budget_gb, **FAST, capture=capture)
         name = arguments.pop("switch", "gradient_checkpointing")
         arguments[name] = True
         if told:
             arguments[name + "_kwargs"] = {"budget_gb": budget_gb}
-    peaks = Peaks()
+    peaks, given = Peaks(arguments.pop("metered_from", 0)), arguments.pop("train_dataset", rows())
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 4, **QUIET, **arguments}
     trainer = Trainer(
         model,
         TrainingArguments(str(folder), **settings),
-        train_dataset=rows(),
+        train_dataset=given,
         eval_dataset=rows(3),
         callbacks=[peaks],
         compute_loss_func=loss,
@@ -66,6 +66,19 @@ def test_the_trainer(switch: str, told: bool, more: dict[str, Any], tmp_path: Pa
     budget = 0.85 * max(theirs) / 1e9
     model, trainer, ours = train(tmp_path / "b", budget, told=told, switch=switch, **more)
     assert losses_of(trainer) == losses_of(without) and len(losses_of(trainer)) >= 2
+    tiny.assert_same_bits(parameters_of(model), parameters_of(twin))
+    assert max(ours) <= budget * 1e9 < max(theirs)
+    plan = planner.plan_of(model)
+    assert plan is not None and plan.budget_bytes == round(budget * 1e9)
+
+
+def test_the_trainer_in_regions(tmp_path: Path) -> None:
+    """Its first steps are looked at and recorded, which a meter would hinder."""
+    more: dict[str, Any] = {"train_dataset": rows(8), "metered_from": 3}
+    twin, without, theirs = train(tmp_path / "a", **more)
+    budget = 0.85 * max(theirs) / 1e9
+    model, trainer, ours = train(tmp_path / "b", budget, capture="regions", **more)
+    assert losses_of(trainer) == losses_of(without)
     tiny.assert_same_bits(parameters_of(model), parameters_of(twin))
     assert max(ours) <= budget * 1e9 < max(theirs)
     plan = planner.plan_of(model)

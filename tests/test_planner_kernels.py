@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import _compat
+from planner._compat import tracing
 from planner.capture import meta
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.joint_graph import capture
@@ -130,7 +131,7 @@ def _stands(form: tuple[tuple[Any, Any], Any]) -> bool:
 
 def test_the_tracer_is_left_as_it_was() -> None:
     formulas = torch._decomp.decomposition_table
-    forms = {(op, key): op.py_kernels[key] for op, key in _compat._python_forms()}
+    forms = {(op, key): op.py_kernels[key] for op, key in tracing._python_forms()}
     before = dict(formulas)
     assert len(forms) > 40
     with (

@@ -1,4 +1,4 @@
-"""Modules with two names, buffers that a forward registers, outputs whose containers name nothing."""
+"""Modules of two names, buffers that a forward registers, first calls unlike others, unnamed outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import planner
 from planner._compat import pytree
-from planner.errors import PlannerError
+from planner.errors import PlannerError, TraceError
 from planner.options import Search
 from planner.solving.priced import prepare
 from tests import tiny
@@ -141,3 +141,53 @@ def test_a_cache_that_a_first_call_filled_is_planned() -> None:
     model(X)
     plan = planner.plan(model, 1.0, (X,), costs="roofline")
     assert plan.verify().ok
+
+
+# -- a first call that is not as the others --------------------------------------------------------
+
+
+def _noise(self: Any, x: Tensor) -> Tensor:
+    if not self.done:
+        self.done = True
+        x = x + torch.randn_like(x)
+    return self.first(x).tanh()
+
+
+def _other_part(self: Any, x: Tensor) -> Tensor:
+    act, self.act = self.act, nn.GELU()
+    return act(self.first(x))
+
+
+def _other_weight(self: Any, x: Tensor) -> Tensor:
+    self.turn, weight = 1, (self.first if self.turn else self.other).weight
+    return nn.functional.linear(x, weight).tanh()
+
+
+def _corrects(self: Any, x: Tensor) -> Tensor:
+    self.done, self.side = True, min(self.side, x.shape[1])
+    return self.first(x)[:, : self.side].tanh()
+
+
+def _lazy(body: Callable[..., Any]) -> nn.Module:
+    model = Model(body)
+    model.act, model.other = nn.ReLU(), nn.Linear(8, 8)
+    model.done, model.turn, model.side = False, 0, 64
+    return model
+
+
+@pytest.mark.parametrize(("body", "name"), [(_noise, "done"), (_other_part, "act"), (_other_weight, "turn")])
+def test_a_first_call_that_runs_other_ops_is_refused_until_it_was_made(body: Any, name: str) -> None:
+    model = tiny.seeded(lambda: _lazy(body))
+    before = members(model), model.done, model.turn, type(model.act)
+    with pytest.raises(TraceError, match=rf"other code than those.*changes {name}; .*Call the model once"):
+        prepare(model, (X,), costs="roofline", loss_fn=lambda out: out.mean())
+    assert (members(model), model.done, model.turn, type(model.act)) == before
+    model(X)
+    plan = planner.plan(model, 1.0, (X,), costs="roofline", loss_fn=lambda out: out.mean())
+    assert plan.verify().ok
+
+
+def test_a_first_call_that_only_corrects_is_planned() -> None:
+    model = tiny.seeded(lambda: _lazy(_corrects))
+    plan = planner.plan(model, 1.0, (X,), costs="roofline", loss_fn=lambda out: out.mean())
+    assert plan.verify().ok and model.side == 8

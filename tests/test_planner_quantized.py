@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import planner
 from planner.errors import TraceError
-from planner.measure import StorageMeter
+from planner.measure import StepRecord, StorageMeter, compare
 from tests import tiny
 from tests.hf import FAST
 
@@ -129,6 +129,26 @@ class _Wraps(torch.Tensor):
             return cls(args[0].packed, args[0].scales)
         plain = [_weight(x.packed, x.scales) if isinstance(x, cls) else x for x in args]
         return func(*plain, **(kwargs or {}))
+
+
+def test_gradients_that_hold_others_are_compared_and_counted_by_what_they_hold() -> None:
+    packed, scales = torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1)
+    indices, values = torch.tensor([[0, 3]]), torch.ones(2, 4)
+
+    def step(*gradients: Tensor) -> StepRecord:
+        named = {str(i): g for i, g in enumerate(gradients)}
+        return StepRecord({}, named, {}, {}, None, "Tensor")
+
+    def sparse(values: Tensor) -> Tensor:
+        return torch.sparse_coo_tensor(indices, values, (4, 4), check_invariants=False)
+
+    one = step(_Wraps(packed, scales), sparse(values))
+    assert compare(one, step(_Wraps(packed.clone(), scales.clone()), sparse(values.clone()))).equal
+    other = compare(one, step(_Wraps(packed, 3 * scales), sparse(2 * values))).gradients
+    assert other.differing == ("0", "1") and other.max_absolute == 2.0 and other.max_relative == 2.0
+    with StorageMeter() as meter:
+        meter.register(*one.gradients.values())
+    assert meter.live_bytes == sum(t.nbytes for t in (packed, scales, indices, values))
 
 
 class Wrapped(nn.Module):

@@ -183,7 +183,11 @@ class Around(nn.Module):
         self.first, self.turned, self.upward = nn.Conv1d(1, 16, 3), Turned(), Upward()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.upward(F.elu(self.turned(self.first(x))))
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        x = self.turned(x)
+        torch._dynamo.graph_break()
+        return self.upward(F.elu(x))
 
 
 def test_a_gradient_that_goes_on_is_laid_out_as_eagers_not_as_its_input() -> None:
@@ -524,9 +528,9 @@ def test_parts_that_write_over_each_others_arguments_become_one() -> None:
     run = torch.compile(model, backend=kept)
     x = torch.randn(4, 8)
     run(x)
-    assert graphs[0].join_if_spoilt()  # by the view that is not known as one
+    assert graphs[0].mend_if_spoilt()  # by the view that is not known as one
     mean_square(run(x)).backward()
-    assert not graphs[0].join_if_spoilt()
+    assert not graphs[0].mend_if_spoilt()
     twin = copy.deepcopy(model)
     twin.zero_grad()
     mean_square(twin(x)).backward()

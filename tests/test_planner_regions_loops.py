@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import planner
-from planner import _compat
+from planner._compat import dynamo
 from planner.errors import TraceError
 from tests import tiny
 from tests.hf import FAST
@@ -102,7 +102,7 @@ def test_of_a_plan_that_is_asked_for_the_loops_are_followed_too() -> None:
 def test_a_loop_of_too_many_turns_is_left_to_eager(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_compat, "TURNS_HERE", 3)
+    monkeypatch.setattr(dynamo, "TURNS_HERE", 3)
     with torch.random.fork_rng():
         model = Long()
         twin = copy.deepcopy(model)

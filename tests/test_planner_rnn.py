@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from planner import _compat
-from planner._compat import FakeTensorMode
+from planner._compat import FakeTensorMode, tracing
 from planner.capture.as_eager import recurrences
 from planner.capture.refusals import refuse_unplannable
 from planner.errors import TraceError
@@ -189,12 +189,12 @@ def test_on_a_gpu_it_is_warned_of(kind: type[nn.Module], caplog: pytest.LogCaptu
 def test_on_a_gpu_the_tracer_keeps_its_forms() -> None:
     aten = torch.ops.aten
     ours = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
-    assert ours <= {op for op, _ in _compat._python_forms(on_cpu=True)}
-    assert not ours & {op for op, _ in _compat._python_forms(on_cpu=False)}
+    assert ours <= {op for op, _ in tracing._python_forms(on_cpu=True)}
+    assert not ours & {op for op, _ in tracing._python_forms(on_cpu=False)}
     before = dict(aten.gru.input.py_kernels)
     with _compat.kernels_as_eager(recurrences.gru, recurrences.lstm_gradients, on_cpu=False):
         assert dict(aten.gru.input.py_kernels) == before
     with _compat.kernels_as_eager(recurrences.gru, recurrences.lstm_gradients, on_cpu=True):
         now = aten.gru.input.py_kernels
-        assert {now[key] for key in _compat._FORM_KEYS} == {recurrences.gru}
+        assert {now[key] for key in tracing._FORM_KEYS} == {recurrences.gru}
     assert dict(aten.gru.input.py_kernels) == before

@@ -100,8 +100,8 @@ def test_an_error_of_one_rank_is_raised_by_all(ranks: Ranks) -> None:
 
 def _switched(rank: int, rows: list[list[int]], outside: bool) -> dict[str, Any]:
     batches = [data(rank, rows=n, step=step) for step, n in enumerate(rows[rank])]
-    want = train(DDP(blocks()), batches)
-    model = blocks()
+    want = train(DDP(blocks(1)), batches)
+    model = blocks(1)
     options = {"now": True, "costs": "roofline", "solver": "sqrt", "calls_per_step": 1}
     if outside:
         wrapped = DDP(model)
@@ -196,7 +196,7 @@ def _trainer(rank: int, switched: bool, where: str) -> tuple[str, bool, list[Ten
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size()}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}  # asked for; the group is there already
     with mock.patch.dict(os.environ, {name: str(value) for name, value in environment.items()}):
-        model = tiny.seeded(tiny.bert)
+        model = tiny.seeded(lambda: tiny.bert(layers=1))
         if switched:
             planner.enable(model, 1.0, **QUICK)
         arguments = transformers.TrainingArguments(

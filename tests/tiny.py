@@ -108,13 +108,13 @@ def bert(layers: int = 2) -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-def bert_batch(seed: int = 0) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` (2, 16), ``labels`` (2,)."""
+def bert_batch(seed: int = 0, rows: int = 2) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (rows, 16), ``labels`` (rows,)."""
     random = torch.Generator().manual_seed(seed)
     return {
-        "input_ids": torch.randint(0, 64, (2, 16), generator=random),
-        "attention_mask": torch.ones(2, 16, dtype=torch.long),
-        "labels": torch.randint(0, 3, (2,), generator=random),
+        "input_ids": torch.randint(0, 64, (rows, 16), generator=random),
+        "attention_mask": torch.ones(rows, 16, dtype=torch.long),
+        "labels": torch.randint(0, 3, (rows,), generator=random),
     }
 
 

@@ -50,9 +50,11 @@ from planner.capture.refusals import checkpoints_itself, explained, refuse_unpla
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
 from planner.capture.state.effects import (
     Effects,
+    alike,
     attributes_kept,
     is_cache,
     others_kept,
+    settle,
     settled,
     tensors_kept,
 )
@@ -379,21 +381,31 @@ def _refuse_side_effects(
 
     ``updated``  names of the buffers that it writes, as it may.
     """
-    if not effects.stored and not effects.changed:
+    if not effects.touched:
         return
     call, tensors = _on_fakes(model, given)
     if effects.stored:
         constant = {n for n, _ in model.named_buffers()} - set(updated)
         if is_cache(model, call, [t for n, t in tensors.items() if n not in constant], reads.containers):
             return
-    elif settled(model, effects, lambda: call(contextlib.nullcontext()), reads.containers):
-        return
-    if effects.lost:
+        again = None
+    else:
+        again = alike(model, call, tensors, reads.containers)
+        if again.ops and again.numbers:
+            settle(effects)
+            return
+    if effects.lost and not (again and again.numbers):
         raise TraceError(
             f"the forward of {type(model).__name__} stores tensors or counts in "
             f"{', '.join(effects.lost[:3])}; a planned step runs one graph and would not. Return them, keep "
             "them in buffers, or do it outside forward; where it is a cache that the first call fills, call "
             "the model once before planning"
+        )
+    if again and not again.ops:
+        raise TraceError(
+            f"the first call of {type(model).__name__} runs other code than those that come after it: it "
+            f"changes {', '.join(effects.touched[:3])}; a planned step runs one graph. Call the model once "
+            "before planning, if all later calls are alike"
         )
 
 

@@ -14,6 +14,7 @@ from math import inf, isnan
 import torch
 from torch import Tensor, nn
 
+from planner._compat import dense_parts
 from planner.capture.as_eager.generators import global_states, seed_all
 from planner.capture.outputs import LossFn
 from planner.measure.step import (
@@ -162,8 +163,14 @@ def compare(a: StepRecord, b: StepRecord) -> Comparison:
     )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+def _bits(tensor: Tensor) -> list[Tensor]:
+    parts = dense_parts(tensor.detach())
+    return [part.cpu().contiguous().reshape(-1).view(torch.uint8) for part in parts]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    mine, its = _bits(a), _bits(b)
+    return len(mine) == len(its) and all(map(torch.equal, mine, its))
 
 
 def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agreement:
@@ -175,7 +182,7 @@ def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agreement:
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
             differing.append(name)
             relative = absolute = inf
-        elif not torch.equal(_bits(x), _bits(y)):
+        elif not _same(x, y):
             differing.append(name)
             apart, size = _distance(x, y)
             absolute = max(absolute, apart)
@@ -186,7 +193,11 @@ def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agreement:
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """max|a - b| and max|a|; a distance that is not a number is infinite."""
+    mine, its = dense_parts(a.detach()), dense_parts(b.detach())
+    if [part.shape for part in mine] != [part.shape for part in its]:
+        return inf, 0.0
     wide = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.to("cpu", wide), b.to("cpu", wide)
-    apart, size = float((a - b).abs().max()), float(a.abs().max())
-    return (inf, 0.0) if isnan(apart) or isnan(size) else (apart, size)
+    pairs = [(x.to("cpu", wide), y.to("cpu", wide)) for x, y in zip(mine, its, strict=True) if x.numel()]
+    apart = [float((x - y).abs().max()) for x, y in pairs]
+    sizes = [float(x.abs().max()) for x, _ in pairs]
+    return (inf, 0.0) if any(map(isnan, apart + sizes)) else (max(apart), max(sizes))

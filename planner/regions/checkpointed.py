@@ -21,7 +21,8 @@ from planner.regions.writes import base_of, positions, written_by
 __all__ = ["Checkpointed"]
 
 _SMALL = 16  # calls that are not worth cutting
-SMALL_BYTES = 1 << 20  # of a tensor that is copied rather than relied upon
+SMALL_BYTES = 1 << 20  # of a tensor that is copied rather than relied upon, at most
+SMALL_SHARE = 1 / 512  # likewise of the budget
 
 
 class Checkpointed:
@@ -30,6 +31,8 @@ class Checkpointed:
     def __init__(self, plain: fx.GraphModule) -> None:
         self.plain, self.written = plain, positions(plain.graph)
         self._read: list[tuple[torch.Tensor, int]] = []  # by parts of the last call, and versions
+        self._relied: list[tuple[fx.Node, torch.Tensor, int]] = []  # likewise what has no gradient
+        self._copied: set[fx.Node] = set()  # that code behind them was seen to write to
         self._cut(_cuts)
 
     def _cut(self, where: Callable[[Sequence[fx.Node], Mapping[fx.Node, int]], list[int]]) -> None:
@@ -46,27 +49,38 @@ class Checkpointed:
         ends = [*cuts, len(nodes)]
         self._gone = [[n for n in nodes if n not in kept and last[n] < end] for end in ends]
 
-    def join_if_spoilt(self) -> bool:
-        """Whether a part of the last call wrote over what another had read (by a view that does not show as
-        one): it is one part from here on.
+    def mend_if_spoilt(self) -> bool:
+        """Whether what a part of the last call had read was written over since.
+
+        By another part (through a view that does not show as one): it is one part from here on.  Something
+        without a gradient, by whatever code: it is copied from here on.
         """
         spoilt = any(alias._version != version for alias, version in self._read)
-        self._read = []
+        written = {node for node, x, version in self._relied if x._version != version}
+        self._read, self._relied = [], []
+        self._copied |= written
         if spoilt:
             self._cut(lambda _, __: [])
-        return spoilt
+        return spoilt or bool(written)
 
     def __call__(
-        self, args: Sequence[Any], *, note: bool = False, spoilt: Collection[int] = frozenset()
+        self,
+        args: Sequence[Any],
+        *,
+        note: bool = False,
+        spoilt: Collection[int] = frozenset(),
+        budget_bytes: int = 0,
     ) -> Any:
         """Its outputs.  Where it writes over an argument that has a gradient all is held.
 
-        ``note``    what is read, for :meth:`join_if_spoilt`, which is to come before the backward.
+        ``note``    what is read, for :meth:`mend_if_spoilt`, which is to come before the backward; so less is
+                    copied, of a known budget.
         ``spoilt``  positions of arguments that others write over before the backward: they are copied.
         """
         if any(args[i].requires_grad for i in self.written):
             return self.plain.forward(*args)
-        self._read = []
+        self._read, self._relied = [], []
+        small = min(SMALL_BYTES, budget_bytes * SMALL_SHARE) if note and budget_bytes else SMALL_BYTES
         writes = {self._given[i] for i in self.written.union(spoilt)}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
         for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
@@ -74,7 +88,14 @@ class Checkpointed:
             tracked = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
             if note:
                 self._read += ((x.detach(), x._version) for x in tracked if not x.is_leaf)
-            again = _again(run, given, [n in writes for n in takes])
+            copied = [n in self._copied or _is_small(x, small) for n, x in zip(takes, given, strict=True)]
+            if note:
+                pairs = [
+                    (n, x) for n, x, is_copied in zip(takes, given, copied, strict=True) if not is_copied
+                ]
+                plain = ((n, x) for n, x in pairs if isinstance(x, torch.Tensor) and not x.requires_grad)
+                self._relied += ((n, x.detach(), x._version) for n, x in plain if n not in writes)
+            again = _again(run, given, [n in writes for n in takes], copied)
             # to its end: what stops it early is an exception, which libraries that write code wrap in theirs
             with set_checkpoint_early_stop(False):
                 made = checkpoint(again, *tracked, use_reentrant=False)
@@ -85,10 +106,16 @@ class Checkpointed:
         return fx.map_arg(self._results, values.__getitem__)
 
 
-def _again(run: Callable[..., Any], given: Sequence[Any], writes: Sequence[bool]) -> Callable[..., Any]:
+def _is_small(x: Any, most_bytes: float) -> bool:
+    return isinstance(x, torch.Tensor) and x.nbytes <= most_bytes and not isinstance(x, nn.Parameter)
+
+
+def _again(
+    run: Callable[..., Any], given: Sequence[Any], writes: Sequence[bool], copied: Sequence[bool]
+) -> Callable[..., Any]:
     """``run`` on ``given``, as a function of those that have gradients, whose second call is as the first.
 
-    What it writes, and anything small, is copied for that; what is large must not change in between.
+    What it writes, and what is to be ``copied``, is copied for that; the rest must not change in between.
     """
     copies: list[Any] = [None] * len(given)
     versions = [0] * len(given)
@@ -104,7 +131,7 @@ def _again(run: Callable[..., Any], given: Sequence[Any], writes: Sequence[bool]
             elif x.requires_grad:
                 now.append(next(rest))
             elif first:
-                if is_written or (x.nbytes <= SMALL_BYTES and not isinstance(x, nn.Parameter)):
+                if is_written or copied[i]:
                     copies[i] = x.detach().clone()
                 now.append(x)
             elif copies[i] is not None:

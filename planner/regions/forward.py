@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,15 +28,17 @@ from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.proposal import proposal
 from planner.regions.record import Record
-from planner.regions.session import Kept, Kind, Parts, Session
+from planner.regions.session import Foresight, Kept, Kind, Parts, Session
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
+from planner.units import bytes_text, gb_enough
 
 __all__ = ["RegionsForward", "Solved", "apply_plan"]
 
 log = logging.getLogger(__name__)
 
-CHECKS = 2  # planned steps that are counted
+CHECKS = 2  # steps of a plan that are counted at least
+SPARSE = 16  # where they differ, one in so many is counted for as long as it trains
 PATIENCE = 4  # steps that cannot be recorded before that is said
 TRIES = 3  # records of one kind before it is said that there is none
 
@@ -45,14 +47,40 @@ TRIES = 3  # records of one kind before it is said that there is none
 class Solved:
     """What is to be run from here on.
 
-    ``parts``  of each call of the recorded step.
-    ``over``   hears what a planned step took (CPU), and may say what to run instead.
-    ``plan``   that this is, for whoever asks.
+    ``parts``      of each call of the recorded step.
+    ``over``       hears what planned steps took (CPU), and may say what to run instead.
+    ``plan``       that this is, for whoever asks.
+    ``foresight``  of steps at other sizes.
     """
 
     parts: Parts
-    over: Callable[[int], Solved | None] | None = None
+    over: Callable[[Sequence[int]], Solved | None] | None = None
     plan: Any = None
+    foresight: Foresight | None = None
+
+
+@dataclass(eq=False)
+class _Counts:
+    """What steps of a plan were counted to take, and how many of them are yet to be.
+
+    Where that differs from one to the next they are counted until as many have come since the largest as
+    before it, and one in ``SPARSE`` after that.
+    """
+
+    taken: list[int] = field(default_factory=list)
+    skipped: int = 0
+
+    def add(self, taken_bytes: int) -> None:
+        self.taken.append(taken_bytes)
+        self.skipped = 0
+
+    def wants_next(self) -> bool:
+        """Whether the step that begins is counted."""
+        largest = 1 + self.taken.index(max(self.taken)) if self.taken else 1
+        if len(self.taken) < max(CHECKS, 2 * largest):
+            return True
+        self.skipped += len(set(self.taken)) > 1
+        return self.skipped >= SPARSE
 
 
 # A recorded step -> what its calls are to run; ``None``: too little of it lies in regions, while Dynamo left
@@ -66,6 +94,7 @@ class RegionsForward:
     ``solve``     plans a recorded step of a kind that has no plan.
     ``root``      the model that ``model`` is a part of.
     ``any_mode``  whether calls in evaluation mode are planned too.
+    ``state``     bytes of the optimizer's state, which a step that is counted does not show.
     """
 
     def __init__(
@@ -76,14 +105,16 @@ class RegionsForward:
         *,
         root: nn.Module | None = None,
         any_mode: bool = False,
+        state: Callable[[], int] | None = None,
     ) -> None:
+        self.state = state
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
         self._steps = 0
         self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
-        self._checks: WeakKeyDictionary[Solved, int] = WeakKeyDictionary()
+        self._counted: WeakKeyDictionary[Solved, _Counts] = WeakKeyDictionary()
         self._refused: dict[Hashable, InfeasibleBudgetError] = {}
         self._failed: Counter[Hashable] = Counter()
         self._waited = 0  # steps that could not be recorded for somebody else's mode
@@ -94,6 +125,7 @@ class RegionsForward:
         self.training = model.training
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
 
+    @_compat.left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             not torch.is_grad_enabled()
@@ -121,10 +153,13 @@ class RegionsForward:
         if not session.waits:
             session = self._begin((args, kwargs))
         if session.stage != "look" or session.calls:
-            return session.call(*args, **kwargs)
+            outputs = session.call(*args, **kwargs)
+            if session.foreseen_bytes > session.budget_bytes > 0:
+                self._tell_larger(session.foreseen_bytes)
+            return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
-        if session.leave_spoilt_to_eager():
+        while session.leave_spoilt_to_eager():  # what runs otherwise from then on may show more
             del outputs
             before.put_back()
             session.begin("look", session.kind)
@@ -135,6 +170,19 @@ class RegionsForward:
         if what not in self._told:
             self._told.add(what)
             log.warning(f"%s {message}", type(self.model).__name__, *values)
+
+    def _tell_larger(self, foreseen_bytes: int) -> None:
+        """Before its backward: by the sizes of its calls the step is over the budget."""
+        over = foreseen_bytes - self.session.budget_bytes
+        self._tell(
+            "larger",
+            "runs a step that its sizes, which follow the data, make larger than those it was planned by: it "
+            "takes up to %s, %s over its budget, whatever its regions save. The least budget with a plan is "
+            "%s GB at these sizes, as far as is known",
+            bytes_text(foreseen_bytes),
+            bytes_text(over),
+            gb_enough(foreseen_bytes),
+        )
 
     @property
     def plan(self) -> Any:
@@ -180,13 +228,15 @@ class RegionsForward:
             isinstance(of, Solved)
             and of.over is not None
             and self.session.device.type == "cpu"
-            and self._checks.get(of, CHECKS) > 0
+            and self._counted.setdefault(of, _Counts()).wants_next()
         )
 
     def _act(self, inputs: Any) -> None:
         session = self.session
         session.ended()
         kept = session.runs
+        if session.is_seen and (session.stage == "record" or session.strayed):
+            self._tell_over(session.counted_bytes)
         if session.loops.are_too_long:
             self._turn_loops()
         elif session.is_recorded:
@@ -204,11 +254,28 @@ class RegionsForward:
                 proposal(self.model, Inputs(*inputs)),
             )
         elif session.is_counted and kept is not None and isinstance(kept.of, Solved) and kept.of.over:
-            self._checks[kept.of] = self._checks.get(kept.of, CHECKS) - 1
-            instead = kept.of.over(session.counted_bytes)
+            counts = self._counted.setdefault(kept.of, _Counts())
+            counts.add(session.counted_bytes)
+            instead = kept.of.over(counts.taken)
             if instead is not None:
-                session.follow(instead.parts, instead)
+                session.follow(instead.parts, instead, instead.foresight)
         session.recorder = None
+
+    def _tell_over(self, counted_bytes: int) -> None:
+        """A step that no plan was for took so much."""
+        budget_bytes = self.session.budget_bytes
+        if self.state is None or self.session.device.type != "cpu" or "over" in self._told:
+            return
+        taken_bytes = counted_bytes + self.state()
+        if taken_bytes > budget_bytes:
+            self._tell(
+                "over",
+                "ran a step that no plan was for yet, with next to nothing saved, and it took %s, %s over "
+                "its budget: raise the budget to %s GB, or make the batch smaller, if such steps have to fit",
+                bytes_text(taken_bytes),
+                bytes_text(taken_bytes - budget_bytes),
+                gb_enough(taken_bytes),
+            )
 
     def _turn_loops(self) -> None:
         """Begin anew, with the forward cut in its loops too, or, where that did not do, as before."""
@@ -252,12 +319,25 @@ class RegionsForward:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
         session, kind = self.session, self.session.kind
         if session.is_planned:
+            self._failed.pop(kind, None)
             session.found_planned()
+            return
+        if session.has_plan_for(kind) and session.is_hopeless:
+            session.tried()
             return
         try:
             solved = self.solve(session.record())
         except InfeasibleBudgetError as error:
-            self._refused[kind] = error
+            if session.has_plan_for(kind):
+                log.warning(
+                    "steps of %s hold more than those that it was planned by, and such steps are over the "
+                    "budget: %s",
+                    type(self.model).__name__,
+                    error,
+                )
+                session.give_up_longer()
+            else:
+                self._refused[kind] = error
             return
         except ValueError as error:
             self._failed[kind] += 1
@@ -274,10 +354,11 @@ class RegionsForward:
                     "".join(f"\n{why}" for why in whys),
                 )
             return
+        self._failed.pop(kind, None)
         if solved is None:
             self._turn_loops()
         else:
-            session.follow(solved.parts, solved)
+            session.follow(solved.parts, solved, solved.foresight)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:

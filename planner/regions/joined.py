@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from torch import fx, nn
 
@@ -32,12 +33,15 @@ from planner.graph.captured import fingerprint_of
 from planner.graph.step_graph import GLUE, GRADIENT_SUM
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.plans.lowering import lower
-from planner.regions.record import Crossing, Record, RegionCall
+from planner.regions.record import Crossing, Record, RegionCall, Sizes
 from solvers.core.simulate import simulate_steps
 
-__all__ = ["BETWEEN_REGIONS", "Joined", "join", "parts"]
+__all__ = ["BETWEEN_REGIONS", "Joined", "Own", "join", "parts"]
 
 BETWEEN_REGIONS = "(between regions)"  # where a module's path would stand, of what no region makes
+
+# What a call runs: positions in its own graph, and how many of them are the forward's.
+Own = tuple[Sequence[int], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,8 @@ class Joined:
                   ``None`` for what no region runs.
     ``event_of``  per op the event that it first runs in, ascending.
     ``recorded``  positions in ``graph.ops`` as the recorded step ran them.
+    ``sizes``     what the step and those before it held; ``graph`` and ``costs`` have what may come.
+    ``values``    of each call, value of its graph -> value of ``graph``.
     """
 
     record: Record
@@ -57,6 +63,8 @@ class Joined:
     owners: tuple[tuple[int, int] | None, ...]
     event_of: tuple[int, ...]
     recorded: tuple[int, ...]
+    sizes: Sizes
+    values: tuple[Mapping[int, int], ...]
 
     def __repr__(self) -> str:
         return f"Joined({len(self.record.calls)} calls of regions, {self.graph!r})"
@@ -65,6 +73,41 @@ class Joined:
     def windows(self) -> tuple[tuple[int, int | None], ...]:
         """Of each call its forward's event and its backward's, ``None`` if it had none."""
         return tuple(self.record.events_of(number) for number in range(len(self.record.calls)))
+
+    def bounds(self, call: int) -> tuple[int, ...]:
+        """Bytes that each value of a call's graph may have, for a plan of this step to be one for it."""
+        own = self.values[call]
+        return tuple(
+            max(value.bytes, self.graph.values[own[v]].bytes if v in own else 0)
+            for v, value in enumerate(self.record.calls[call].graph.values)
+        )
+
+    def resized(self, graphs: Mapping[int, TrainingGraph]) -> TrainingGraph:
+        """``graph`` where calls, by number, are of other sizes; what passes between them is no smaller."""
+        values = list(self.graph.values)
+        for call, graph in graphs.items():
+            passed = _numbers(self.record.calls[call], self.record.calls[call].gives, made=True)
+            for v, k in self.values[call].items():
+                owner = None if values[k].producer is None else self.owners[values[k].producer or 0]
+                size = graph.values[v].bytes
+                own = owner is not None and owner[0] == call and v not in passed
+                if own or (values[k].producer is not None and size > values[k].bytes):
+                    values[k] = replace(values[k], bytes=size)
+        return replace(self.graph, values=tuple(values))
+
+    def sizes_at(self, graphs: Mapping[int, TrainingGraph]) -> Sizes:
+        """What a step holds whose calls, by number, are of other sizes."""
+        most = list(self.sizes.most)
+        for call, graph in graphs.items():
+            for v, k in self.values[call].items():
+                if self.graph.values[k].producer is not None:
+                    most[k] = graph.values[v].bytes
+        return replace(self.sizes, count=1, most=tuple(most), least=tuple(most))
+
+    def as_run(self, own: Mapping[int, Own]) -> list[int]:
+        """The whole step, in which each call runs what is said, or what it was recorded with."""
+        place = {owner: i for i, owner in enumerate(self.owners) if owner is not None}
+        return [i for i, _ in _in_order(self.record, self.owners, self.event_of, place, own)]
 
     def normal(self, steps: Sequence[int]) -> list[int]:
         """``steps`` with every recomputation where its region can run it.
@@ -123,8 +166,11 @@ def parts(joined: Joined, steps: Sequence[int]) -> list[tuple[list[int], int]]:
     return found
 
 
-def join(record: Record) -> Joined:
+def join(record: Record, known: Mapping[Any, Sizes] | None = None, *, margin: bool = True) -> Joined:
     """The whole step of ``record`` as one graph.
+
+    ``known``   what steps before held, by their shape: what is as large in none of them is as large here as
+                it was at most, and with ``margin`` as may be expected of one that is yet to come.
 
     Raises ``ValueError`` if something is read before it is made.
     """
@@ -135,9 +181,26 @@ def join(record: Record) -> Joined:
     graph, costs = table.graph(), table.costs()
     ran = table.recorded()
     levels, scratch = _beside(record, graph, costs, table.glue, ran)
-    table.hold(levels)
-    for event, scratch_bytes in scratch.items():
-        table.workspace_bytes[graph.ops[table.glue[event]].name] = scratch_bytes
+    glue = sorted(table.glue)
+    workspaces = table.workspace_bytes
+    seen = Sizes.of(
+        tuple((op.name, op.inputs, op.outputs) for op in table.ops),
+        [v.bytes for v in table.values],
+        [workspaces[op.name] for op in table.ops],
+        levels,
+        [scratch[event] for event in glue],
+    )
+    if known is not None and seen.shape in known:
+        seen = known[seen.shape].then(seen)
+    sizes, workspace, levels, scratches = seen.foreseen(margin=margin)
+    table.values = [
+        replace(v, bytes=b) if v.bytes != b else v for v, b in zip(table.values, sizes, strict=True)
+    ]
+    for op, scratch_bytes in zip(table.ops, workspace, strict=True):
+        workspaces[op.name] = scratch_bytes
+    table.hold(_stacked(glue, levels))
+    for event, scratch_bytes in zip(glue, scratches, strict=True):
+        workspaces[graph.ops[table.glue[event]].name] = scratch_bytes
     return Joined(
         record,
         table.graph(),
@@ -145,6 +208,8 @@ def join(record: Record) -> Joined:
         tuple(table.owners),
         tuple(table.event_of),
         tuple(i for i, _ in ran),
+        seen,
+        table.own,
     )
 
 
@@ -436,23 +501,15 @@ class _Table:
 
     # -- the result --------------------------------------------------------------------------------
 
+    @property
+    def own(self) -> tuple[Mapping[int, int], ...]:
+        """Of each call, value of its graph -> value here."""
+        return tuple(self._own)
+
     def recorded(self) -> list[tuple[int, int]]:
         """The recorded step: ops, and the event that each ran in."""
         place = {owner: i for i, owner in enumerate(self.owners) if owner is not None}
-        ran: list[tuple[int, int]] = []
-        between: dict[int, list[int]] = defaultdict(list)
-        for i, (owner, event) in enumerate(zip(self.owners, self.event_of, strict=True)):
-            if owner is None:
-                between[event].append(i)
-        for event, what in enumerate(self.record.events):
-            if what.call is None:
-                ran += [(i, event) for i in between[event]]
-                continue
-            call = self.record.calls[what.call]
-            behind = [(i, event) for i in between[event]]
-            steps = call.steps[: call.turn] if what.kind == "forward" else call.steps[call.turn :]
-            ran += [(place[what.call, position], event) for position in steps] + behind
-        return ran
+        return _in_order(self.record, self.owners, self.event_of, place, {})
 
     def graph(self) -> TrainingGraph:
         """What there is so far, as a graph."""
@@ -489,6 +546,32 @@ class _Table:
         )
 
 
+def _in_order(
+    record: Record,
+    owners: Sequence[tuple[int, int] | None],
+    event_of: Sequence[int],
+    place: Mapping[tuple[int, int], int],
+    own: Mapping[int, Own],
+) -> list[tuple[int, int]]:
+    """Ops of a step as they run, and the event of each: of a call as ``own`` says, or as it was recorded.
+
+    ``place``  of a call's op, by number of the call and position in its graph.
+    """
+    ran: list[tuple[int, int]] = []
+    between: dict[int, list[int]] = defaultdict(list)
+    for i, (owner, event) in enumerate(zip(owners, event_of, strict=True)):
+        if owner is None:
+            between[event].append(i)
+    for event, what in enumerate(record.events):
+        if what.call is not None:
+            call = record.calls[what.call]
+            steps, turn = own.get(what.call, (call.steps, call.turn))
+            now = steps[:turn] if what.kind == "forward" else steps[turn:]
+            ran += [(place[what.call, position], event) for position in now]
+        ran += [(i, event) for i in between[event]]
+    return ran
+
+
 def _path(above: str, below: str) -> str:
     return f"{above}.{below}" if above and below else above or below
 
@@ -518,10 +601,10 @@ def _beside(
     costs: Costs,
     glue: Mapping[int, int],
     ran: Sequence[tuple[int, int]],
-) -> tuple[list[_Held], dict[int, int]]:
+) -> tuple[list[int], dict[int, int]]:
     """What was measured beyond what the joined ops make of the recorded step.
 
-    Bytes held from one glue to another, and bytes of scratch by glue event.
+    Bytes held behind each glue, to the next one, and bytes of scratch by glue event.
     """
     steps = [i for i, _ in ran]
     problem = lower(graph, costs, resident_bytes=0, name="recorded step").as_run(steps)
@@ -548,7 +631,7 @@ def _beside(
     scratch: dict[int, int] = {}
     for event, level, before in zip(starts, levels, [0, *levels[:-1]], strict=True):
         scratch[event] = max(0, record.events[event].peak_bytes - at_glue[event] - max(level, before))
-    return _stacked(starts, levels), scratch
+    return levels, scratch
 
 
 def _stacked(glue: Sequence[int], levels: Sequence[int]) -> list[_Held]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import le
 from typing import Any
 
 import torch
@@ -89,11 +90,12 @@ class Variant:
     _light: tuple[list[int], int] | None = None
     _problem: Problem | None = None
     _sets: dict[tuple[int, ...], Sets] = field(default_factory=dict)
-    _served: dict[int, bool] = field(default_factory=dict)
+    _like: dict[int, bool] = field(default_factory=dict)
+    _held_bytes: dict[tuple[int, ...], int] = field(default_factory=dict)
 
-    def lightest(self, room_bytes: int | None = None) -> tuple[list[int], int]:
+    def lightest(self, room_bytes: int | None = None, calls: int = 1) -> tuple[list[int], int]:
         """A schedule that saves next to nothing; of more than ``room_bytes``, the one of the lowest
-        peak that is found.
+        peak that is found, if that is lower by more than ``calls`` such regions hold for it.
         """
         assert self.captured is not None and self.costs is not None
         if self._light is None:
@@ -107,10 +109,12 @@ class Variant:
         peak_bytes = simulate_steps(problem.as_run(steps), steps).peak_bytes
         if peak_bytes > room_bytes:
             least = minimum_peak(problem, time_limit_s=LEAST_S).schedule.steps(problem)
-            if simulate_steps(problem.as_run(least), least).peak_bytes < peak_bytes:
-                forward = [i for i, op in enumerate(self.captured.graph.ops) if op.phase == "forward"]
-                turn = 1 + max((least.index(i) for i in forward), default=-1)
-                self._light = least, turn
+            forward = [i for i, op in enumerate(self.captured.graph.ops) if op.phase == "forward"]
+            least_turn = 1 + max((least.index(i) for i in forward), default=-1)
+            more = self.held_bytes(least, least_turn) - self.held_bytes(steps, turn)
+            gained = peak_bytes - simulate_steps(problem.as_run(least), least).peak_bytes
+            if gained > max(0, more * (calls - 1)):
+                self._light = least, least_turn
         return self._light
 
     def program(self, steps: Sequence[int], turn: int, budget_bytes: int) -> ExecutableStep:
@@ -147,12 +151,29 @@ class Variant:
             self._sets[key] = Sets(self.captured.model, step)
         return self._sets[key]
 
-    def serves(self, smaller: Variant) -> bool:
-        """Whether ``smaller``, the region at other sizes, can run a schedule of it, and takes no more."""
-        known = self._served.get(id(smaller))
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each value of its graph."""
+        return () if self.captured is None else tuple(v.bytes for v in self.captured.graph.values)
+
+    def is_like(self, other: Variant) -> bool:
+        """Whether ``other``, the region at other sizes, can run a schedule of it."""
+        known = self._like.get(id(other))
         if known is None:
-            known = self._served[id(smaller)] = _is_within(smaller, self)
+            known = self._like[id(other)] = _runs_alike(other, self)
         return known
+
+    def serves(self, other: Variant, bounds: tuple[int, ...] | None = None) -> bool:
+        """Whether it can, and has no value of more bytes than ``bounds``, those of this one by default."""
+        return self.is_like(other) and all(map(le, other.sizes, self.sizes if bounds is None else bounds))
+
+    def held_bytes(self, steps: Sequence[int], turn: int) -> int:
+        """Bytes that it makes in the forward of a schedule and holds for its backward."""
+        key = tuple(steps)
+        if key not in self._held_bytes:
+            assert self.captured is not None
+            self._held_bytes[key] = _held_bytes(self.captured.graph, steps, turn)
+        return self._held_bytes[key]
 
     def graph_at(self, base: str) -> TrainingGraph:
         """Its step where the same code runs below another path."""
@@ -402,15 +423,24 @@ class Region:
             self.scalars -= fixed  # each value of these has a capture of its own
 
 
-def _is_within(smaller: Variant, larger: Variant) -> bool:
-    if smaller.captured is None or larger.captured is None:
+def _runs_alike(one: Variant, other: Variant) -> bool:
+    if one is other:
+        return True
+    if one.captured is None or other.captured is None:
         return False
-    mine, its = smaller.captured.graph, larger.captured.graph
-    if [(op.name, op.inputs, op.outputs) for op in mine.ops] != [
+    mine, its = one.captured.graph, other.captured.graph
+    return len(mine.values) == len(its.values) and [(op.name, op.inputs, op.outputs) for op in mine.ops] == [
         (op.name, op.inputs, op.outputs) for op in its.ops
-    ]:
-        return False
-    return all(a.bytes <= b.bytes for a, b in zip(mine.values, its.values, strict=True))
+    ]
+
+
+def _held_bytes(graph: TrainingGraph, steps: Sequence[int], turn: int) -> int:
+    made = {v for i in steps[:turn] for v in graph.ops[i].outputs}
+    held: set[int] = set()
+    for i in steps[turn:]:
+        held.update(v for v in graph.ops[i].inputs if v in made)
+        made.difference_update(graph.ops[i].outputs)
+    return sum(graph.values[v].bytes for v in held)
 
 
 def _common(paths: list[list[str]]) -> str:

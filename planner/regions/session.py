@@ -8,8 +8,12 @@ no place yet by a schedule of its own that saves next to nothing
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
 learned.  Plans are for kinds of steps (what comes in, whether gradients are held); within a kind the calls
-themselves tell which plan a step is of.  A step that is of none runs what has no place with next to nothing
-saved, and the next of its kind is recorded.
+themselves tell which plan a step is of: one for just these sizes, or for larger ones.
+
+A step that is of none *strays*.  What differs from a plan in sizes alone runs as that plan says where it
+would be within the budget so, by the sizes of its calls, else with next to nothing saved, whichever takes
+less.  Where a step takes another path, a call runs as one nearby of the same region is planned, as long as
+all of the step saves no more than the plan does.  The next step of its kind is recorded.
 """
 
 from __future__ import annotations
@@ -19,17 +23,20 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from planner import _compat
 from planner.capture.joint_graph import NO_GRADIENT
 from planner.capture.module import original_forward
 from planner.costs.target import Target
+from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
 from planner.regions.checkpointed import SMALL_BYTES
@@ -38,18 +45,18 @@ from planner.regions.recorder import Recorder
 from planner.regions.region import Region, Variant
 from planner.regions.torn import torn
 from planner.rewrite.program import Argument
-from planner.runtime.autograd import Gate, SegmentNode
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
 
-__all__ = ["ANY", "Kept", "Kind", "Place", "Session"]
+__all__ = ["ANY", "Foresight", "Kept", "Kind", "Place", "Session"]
 
 log = logging.getLogger(__name__)
 
 Stage = Literal["look", "record", "plan"]
 
 # What each call of a recorded step is to run: steps in its own graph, and how many are the forward's.
-Parts: TypeAlias = Sequence[tuple[Sequence[int], int]]
+Own: TypeAlias = tuple[Sequence[int], int]
+Parts: TypeAlias = Sequence[Own]
 
 
 class Kind(NamedTuple):
@@ -85,7 +92,8 @@ class _Entered(NamedTuple):
     keys: tuple[int, int]
 
 
-# Those of this process that are on.
+# Those of this process that are on.  One whose step is over is taken off by the next call of its model, where
+# the last of its calls is freed, or before an optimizer's step: the first of these.
 _RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 REMEMBERED = 32  # steps after which a plan that none was of is forgotten
@@ -97,6 +105,7 @@ class Place:
 
     ``variant``  of the region, ``None`` where eager runs it; ``key``: the signature that it is called with.
     ``used``     its outputs that get gradients, ``None``: all that can; where none does, eager runs it.
+    ``bounds``   bytes of its values that it was planned for, ``None``: its variant's.
     """
 
     region: Region
@@ -105,6 +114,28 @@ class Place:
     variant: Variant | None = None
     steps: tuple[int, ...] = ()
     turn: int = 0
+    bounds: tuple[int, ...] | None = None
+
+    def serves(self, other: Variant) -> bool:
+        """Whether ``other``, the region at other sizes, can run as this is planned to, and takes no more."""
+        return self.variant is not None and self.variant.serves(other, self.bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class Foresight:
+    """What is known of steps that are as a plan's, but for their sizes.
+
+    ``peak_of``       bytes of one whose calls, by their number among the planned, have these graphs and run
+                      so.
+    ``sizes_at``      what such a step holds.
+    ``bounds``        per planned call, bytes of each value for which the plan was made.
+    ``budget_bytes``  that the plan is for.
+    """
+
+    peak_of: Callable[[dict[int, tuple[TrainingGraph, Own]]], int]
+    sizes_at: Callable[[dict[int, TrainingGraph]], record.Sizes]
+    bounds: Sequence[tuple[int, ...]]
+    budget_bytes: int
 
 
 @dataclass(eq=False)
@@ -120,11 +151,31 @@ class Kept:
     of: Any = None
     trained: int = 0
     idle: int = 0
+    foresight: Foresight | None = None
 
-    def is_like(self, other: Kept) -> bool:
-        """Whether it is for the same calls."""
-        mine, its = ([(p.region, p.key) for p in kept.places] for kept in (self, other))
-        return mine == its
+    def covers(self, other: Kept) -> bool:
+        """Whether all steps that ``other`` is for can run as this says."""
+        mine, its = ([(p.region, p.variant is None) for p in kept.places] for kept in (self, other))
+        pairs = zip(self.places, other.places, strict=False)
+        return mine == its and all(
+            a.key == b.key or (a.used == b.used and (b.variant is None or a.serves(b.variant)))
+            for a, b in pairs
+        )
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """What its calls hold between their forwards and backwards."""
+        return sum(p.variant.held_bytes(p.steps, p.turn) for p in self.places if p.variant is not None)
+
+    @cached_property
+    def planned(self) -> dict[int, int]:
+        """The number of each call that is planned, among those that are."""
+        return {n: k for k, n in enumerate(n for n, p in enumerate(self.places) if p.variant is not None)}
+
+    def near(self, number: int, region: Region) -> Place | None:
+        """How a call of ``region`` is planned, the one at ``number`` or next to it."""
+        found = [n for n, p in enumerate(self.places) if p.region is region]
+        return self.places[min(found, key=lambda n: abs(n - number))] if found else None
 
 
 @dataclass(frozen=True)
@@ -206,13 +257,21 @@ class _Runs(nn.Module):
 class Session:
     """A model whose forward runs in regions.
 
-    ``stage``  what is done with the step that runs.
+    ``stage``     what is done with the step that runs.
+    ``resident``  bytes of parameters, buffers and the optimizer's state.
     """
 
     def __init__(
-        self, model: nn.Module, target: Target, budget_bytes: int, loops: _compat.Loops | None = None
+        self,
+        model: nn.Module,
+        target: Target,
+        budget_bytes: int,
+        loops: _compat.Loops | None = None,
+        resident: Callable[[], int] | None = None,
     ) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
+        self.resident = resident
+        self._there_bytes: int | None = None
         self.loops = loops or _compat.Loops()
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
@@ -220,6 +279,13 @@ class Session:
         self._captures: dict[Any, Variant] = {}  # by structure
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
+        self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
+        self.sizes: dict[Kind, dict[Any, record.Sizes]] = {}  # of recorded steps, by shape
+        self._along: Kept | None = None  # the plan that the step has strayed from
+        self._is_beside = False  # whether it differs from that in sizes alone
+        self._outgrown: set[Kind] = set()  # kinds of which a larger step has come
+        self._closed: set[Kind] = set()  # for which no further plan is made
+        self._too_long: dict[Kind, int] = {}  # calls of a step that no plan fits
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
         self.calls: list[_Seen] = []
         self._plans: dict[Kind, list[Kept]] = {}
@@ -229,6 +295,7 @@ class Session:
         self._longest: dict[Hashable, _Longest] = {}  # likewise
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
+        self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
         self._step = _Step()
@@ -243,8 +310,6 @@ class Session:
         self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
         self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
-        for node in (SegmentNode, Gate):
-            _compat.hide_from_dynamo(node)
 
     @property
     def _names(self) -> dict[int, str]:
@@ -274,7 +339,7 @@ class Session:
 
     def with_loops_turned(self) -> Session:
         """The same model cut anew: in its loops too, or, where those are too long, not in them."""
-        return Session(self.model, self.target, self.budget_bytes, self.loops.turned())
+        return Session(self.model, self.target, self.budget_bytes, self.loops.turned(), self.resident)
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -300,6 +365,7 @@ class Session:
         serves = self._serves_longest(kind, kept)
         self._open = sorted(kept, key=lambda plan: -len(plan.places)) if serves else []
         self.stage, self.kind, self.strayed = stage, kind, False
+        self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
         self._cast_for = {}
@@ -361,7 +427,7 @@ class Session:
         self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
-        if self.stage == "look" or (region.number, turn_of) not in self._came:
+        if self.stage == "look" or region.number not in self._known_regions:
             seen = _Seen(self._step, number, region, turn_of, None, key, None)
             self.calls.append(seen)
             return self._looked_at(seen, args)
@@ -380,7 +446,7 @@ class Session:
             return self._plain(seen, args)
         assert variant.captured is not None
         with _compat.modes_set_aside():
-            steps, turn = (place.steps, place.turn) if place is not None else variant.lightest(self._room)
+            steps, turn = (place.steps, place.turn) if place is not None else self._lightest(variant)
             step = variant.program(steps, turn, self.budget_bytes)
         seen.steps, seen.turn = tuple(steps), turn
         recorder = self.recorder if self.recorder is not None and self.recorder.counts else None
@@ -413,13 +479,22 @@ class Session:
             recorder.leave()
         return step.template.rebuild(flat)
 
+    def _lightest(self, variant: Variant) -> Own:
+        """What saves next to nothing."""
+        calls = self._longest.get(self.kind.structure, _Longest()).calls
+        return variant.lightest(self._room, max(calls, len(self.calls)))
+
     @property
     def _room(self) -> int | None:
         """Bytes that a region may take by itself; ``None`` where no budget is known."""
         if not self.budget_bytes:
             return None
-        there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return self.budget_bytes - sum(t.nbytes for t in there.values())
+        if self._there_bytes is None:
+            there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+            found = sum(t.nbytes for t in there.values()) if self.resident is None else self.resident()
+            gradients = sum(t.nbytes for t in there.values() if t.requires_grad)
+            self._there_bytes = found + gradients
+        return self.budget_bytes - self._there_bytes
 
     def _holder(self) -> _Step:
         """What the calls of this step hold: a recorder is taken off when they are gone."""
@@ -438,10 +513,12 @@ class Session:
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
-        region = seen.region
+        region, is_first = seen.region, self.stage == "look"
         if region.is_under_autocast:
             self._note_casts(region, args)
-        outputs = region.checkpointed(args, note=self.stage == "look", spoilt=region.spoilt)
+        outputs = region.checkpointed(
+            args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
+        )
         seen.lend(args, outputs)
         return self._watched(seen, outputs)
 
@@ -490,8 +567,10 @@ class Session:
 
     def _place(self, number: int, region: Region, key: Any, args: Sequence[Any]) -> Place | None:
         """What is planned for the call, by the first plan whose calls are those of this step so far."""
-        if self.stage != "plan" or self.strayed:
+        if self.stage != "plan":
             return None
+        if self.strayed:
+            return self._astray(number, region, key, args)
         near = [k for k in self._open if number < len(k.places) and k.places[number].region is region]
         exact = [kept for kept in near if kept.places[number].key == key]
         if exact:
@@ -502,12 +581,62 @@ class Session:
             if place.variant is None:
                 self._open = near
                 return replace(place, key=key)
-            smaller = region.variant(key, args, self._names, self.target, place.used)
-            if place.variant.serves(smaller):
+            other = region.variant(key, args, self._names, self.target, place.used)
+            if place.serves(other):
                 self._open = [k for k in near if k.places[number].key == place.key]
-                return replace(place, key=key, variant=smaller)
+                return replace(place, key=key, variant=other)
         self.strayed = True
-        return None
+        self._along = next(iter((*near, *self._open)), None)
+        self._is_beside = bool(near)
+        return self._astray(number, region, key, args)
+
+    def _astray(self, number: int, region: Region, key: Any, args: Sequence[Any]) -> Place | None:
+        """What a call runs that no plan has a place for; ``None``: what saves next to nothing."""
+        along = self._along
+        like = None if along is None else along.near(number, region)
+        if along is None or like is None:
+            self._is_beside = False
+            return None
+        self._is_beside &= along.places[number : number + 1] == (like,)
+        if like.variant is None:
+            return replace(like, key=key) if self._is_beside else None
+        if like.used != self._used(region, self._times[region.number] - 1):
+            self._is_beside = False
+            return None
+        variant = region.variant(key, args, self._names, self.target, like.used)
+        if not like.variant.is_like(variant):
+            self._is_beside = False
+            return None
+        planned: Own = like.steps, like.turn
+        if self._is_beside and along.foresight is not None:
+            if not like.serves(variant):
+                light = self._lightest(variant)
+                peaks = [self._foreseen(along, number, variant, own) for own in (planned, light)]
+                self.foreseen_bytes = min(peaks)
+                if peaks[0] > along.foresight.budget_bytes and peaks[1] < peaks[0]:
+                    planned = light
+        else:
+            saved = sum(seen.variant.held_bytes(seen.steps, seen.turn) for seen in self.calls if seen.variant)
+            if saved + variant.held_bytes(*planned) > along.saved_bytes:
+                planned = self._lightest(variant)
+        return replace(like, key=key, variant=variant, steps=tuple(planned[0]), turn=planned[1], bounds=None)
+
+    def _foreseen(self, along: Kept, number: int, variant: Variant, own: Own) -> int:
+        """What a step takes whose calls so far differ from a plan in sizes alone, if the one that comes runs
+        ``own``, and those behind it are as planned.
+        """
+        assert along.foresight is not None and variant.captured is not None
+        calls: dict[int, tuple[TrainingGraph, Own]] = {
+            along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()
+        }
+        calls[along.planned[number]] = variant.captured.graph, own
+        return along.foresight.peak_of(calls)
+
+    def _graphs(self) -> Iterator[tuple[int, TrainingGraph, _Seen]]:
+        """Of each call that is planned its number and its graph."""
+        for n, seen in enumerate(self.calls):
+            if seen.variant is not None and seen.variant.captured is not None:
+                yield n, seen.variant.captured.graph, seen
 
     def _takes(self, recorder: Recorder, seen: _Seen, given: dict[Argument, Any]) -> None:
         for argument, value in given.items():
@@ -576,7 +705,7 @@ class Session:
         found = False
         for seen in self.calls:
             if seen.looked and not seen.region.is_eager:
-                found |= seen.region.checkpointed.join_if_spoilt()
+                found |= seen.region.checkpointed.mend_if_spoilt()
             now = ((ref(), version) for ref, version in seen.read)
             if any(x is not None and x._version != version for x, version in now):
                 seen.region.is_eager = found = True
@@ -593,13 +722,12 @@ class Session:
     @property
     def is_counted(self) -> bool:
         """Whether the last step ran as planned, and was counted to its end."""
-        return bool(
-            self.stage == "plan"
-            and self.recorder is not None
-            and self.recorder.seen
-            and self.runs is not None
-            and self.is_differentiated
-        )
+        return self.stage == "plan" and self.runs is not None and self.is_seen
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether all of the last step was counted."""
+        return self.recorder is not None and bool(self.recorder.seen) and self.is_differentiated
 
     @property
     def counted_bytes(self) -> int:
@@ -629,12 +757,25 @@ class Session:
         if self.kind in self._plans:
             self._plans[self.kind] = [k for k in self._plans[self.kind] if k.idle <= REMEMBERED]
         if of is None or not exact:
+            self._note_larger()
             self._want(self.kind)
+
+    def _note_larger(self) -> None:
+        """The step differed from a plan in sizes alone: the next plan is for these too."""
+        along = self._along
+        if along is None or along.foresight is None or not self._is_beside:
+            return
+        if len(self.calls) == len(along.places):
+            sizes = along.foresight.sizes_at({along.planned[n]: graph for n, graph, _ in self._graphs()})
+            known = self.sizes.get(self.kind, {}).get(sizes.shape)
+            self.remember(sizes if known is None else known.then(sizes))
+            self._outgrown.add(self.kind)
 
     def _serves_longest(self, kind: Kind, kept: Iterable[Kept]) -> bool:
         """Whether one of these plans is for as many calls as a step of this structure is known to make."""
-        longest = self._longest.get(kind.structure, _Longest())
-        return longest.calls <= max((plan.trained for plan in kept), default=0)
+        longest = self._longest.get(kind.structure, _Longest()).calls
+        is_hopeless = kind in self._closed or longest >= self._too_long.get(kind, longest + 1)
+        return is_hopeless or longest <= max((plan.trained for plan in kept), default=0)
 
     def _note_length(self) -> None:
         """How many calls the step had.  Where paths differ, none can tell at its beginning how long it will
@@ -652,10 +793,12 @@ class Session:
     def is_planned(self) -> bool:
         """Whether there is a plan for just these calls."""
         calls = [(seen.region, seen.key, seen.used) for seen in self.calls]
-        plans = self._plans.get(self.kind, ())
+        plans = self._plans.get(self.kind, ()) if self.kind not in self._outgrown else ()
         return any([(p.region, p.key, p.used) for p in kept.places] == calls for kept in plans)
 
     def _want(self, kind: Kind) -> None:
+        if kind in self._closed or self.is_hopeless:
+            return
         if self._records[kind.structure] < MOST_RECORDS:
             self._wanted.add(kind)
         elif self._records[kind.structure] == MOST_RECORDS:
@@ -684,6 +827,10 @@ class Session:
         """Whether steps of any kind are planned."""
         return bool(self._plans)
 
+    def has_plan_for(self, kind: Kind) -> bool:
+        """Whether steps of this kind are planned, be it for other sizes or calls than came."""
+        return bool(self._plans.get(kind))
+
     @property
     def unwatched_stage(self) -> Stage:
         """What is done with a step that should be recorded, and cannot be: what no plan is for runs with next
@@ -708,6 +855,7 @@ class Session:
 
     def watch(self, there: Iterable[torch.Tensor]) -> None:
         """Record the step that begins, which finds ``there``, until its backward is through."""
+        _before_optimizers()
         recorder = Recorder(self.device)
         recorder.register(*there)
         recorder.__enter__()
@@ -722,11 +870,12 @@ class Session:
         if recorder not in _RECORDERS or _take_off(recorder):
             self._on = None
 
-    def follow(self, parts: Parts, of: Any = None) -> None:
+    def follow(self, parts: Parts, of: Any = None, foresight: Foresight | None = None) -> None:
         """Plan for steps such as the recorded one: of each call its own steps, and how many are the
         forward's.
         """
         rest = iter(parts)
+        bounds = iter(() if foresight is None else foresight.bounds)
         places = []
         for seen in self.calls:
             if seen.variant is None:
@@ -735,14 +884,38 @@ class Session:
             steps, turn = next(rest)
             if seen.present is None:  # it has no backward to be planned; if one comes, there is one
                 steps, turn = seen.variant.lightest()
-            places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn))
-        made = Kept(tuple(places), of, self._trained)
-        others = [kept for kept in self._plans.pop(self.kind, []) if not kept.is_like(made)]
+            bound = next(bounds, None)
+            places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn, bound))
+        made = Kept(tuple(places), of, self._trained, foresight=foresight)
+        others = [kept for kept in self._plans.pop(self.kind, []) if not made.covers(kept)]
         self._plans[self.kind] = [made, *others][:MOST_PLANS]
         while len(self._plans) > MOST_KINDS:
             del self._plans[next(iter(self._plans))]
         self._wanted.discard(self.kind)
+        self._outgrown.discard(self.kind)
         self.recorder = None
+
+    def remember(self, sizes: record.Sizes) -> None:
+        """What steps such as the recorded one were seen to hold."""
+        self.sizes.setdefault(self.kind, {})[sizes.shape] = sizes
+        while len(self.sizes) > MOST_KINDS:
+            del self.sizes[next(iter(self.sizes))]
+
+    def give_up_longer(self) -> None:
+        """No plan fits the recorded step, which does more than those planned, or is larger: none is looked
+        for any more for its like, and it strays from one of these.
+        """
+        kind, calls = self.kind, self._trained
+        if calls > max((kept.trained for kept in self._plans.get(kind, ())), default=0):
+            self._too_long[kind] = min(calls, self._too_long.get(kind, calls))
+        else:
+            self._closed.add(kind)
+        self._wanted.discard(kind)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it is known of the last step that no plan fits it."""
+        return self.kind in self._closed or self._trained >= self._too_long.get(self.kind, self._trained + 1)
 
     def found_planned(self) -> None:
         """The recorded step has a plan already."""
@@ -773,6 +946,7 @@ class Session:
         if seen.variant is None and seen.used is None and not seen.looked:
             return
         at = seen.region.number, seen.turn_of
+        self._known_regions.add(seen.region.number)
         known = self._came.get(at, frozenset())
         came = known | (seen.present or frozenset())
         if at in self._came and came == known:
@@ -839,6 +1013,18 @@ class Session:
             for e in events
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+
+
+@functools.cache
+def _before_optimizers() -> None:
+    """From here on recorders that have seen their steps are taken off before an optimizer's."""
+    register_optimizer_step_pre_hook(_take_off_those_through)
+
+
+def _take_off_those_through(*_: Any) -> None:
+    for recorder in list(_RECORDERS):
+        if not recorder.counts:
+            _take_off(recorder)
 
 
 def _take_off(recorder: Recorder) -> bool:

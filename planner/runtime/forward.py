@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from planner._compat import modes_set_aside
+from planner._compat import left_alone, modes_set_aside
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.rewrite.program import Argument
@@ -67,6 +67,7 @@ class PlannedForward:
             for n in self.step.expected.parameters
         }
 
+    @left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         planned_for = self.step.expected.modules[0][2]
         if (

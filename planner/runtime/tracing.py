@@ -9,6 +9,7 @@ torch.func's transforms could do anything with it.  So they are given the model'
   one runs as planned.
 * a plan never runs compiled, not even in parts: a submodule compiled before planning is captured as
   what it computes, and a plan of a model compiled already is refused.
+* what another thread compiles meanwhile is no concern of a call, which runs as planned.
 
 What it would take to plan inside: torch's partitioner hands its joint graph over
 (``custom_partitioner_fn``), so a schedule made on that graph, with the costs of fused kernels, could
@@ -32,7 +33,7 @@ _told: set[str] = set()
 
 def is_traced(model_name: str) -> bool:
     """Whether somebody traces this call, so that the model's own forward is to run; says so once."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and _compat.compiles_here()):
         _tell(model_name)
         return True
     return _compat.is_transformed()

@@ -7,7 +7,6 @@ budget to a schedule that fits it, from that to a plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,11 +33,11 @@ from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.solving.fit import Answer, fitted, fitted_each
-from planner.units import bytes_text
+from planner.units import bytes_text, gb_enough
 from solvers import Problem, Schedule, minimum_peak
 from solvers.bounds.lower_bounds import peak_floor
 
-__all__ = ["BudgetedStep", "SeenStep", "gb_enough"]
+__all__ = ["BudgetedStep", "SeenStep"]
 
 LEAST = "the least budget that has a plan"
 
@@ -396,11 +395,6 @@ class BudgetedStep:
             "differentiated": (),
             "inputs": self.captured.inputs,
         }
-
-
-def gb_enough(need_bytes: int) -> str:
-    """GB, rounded up: the number works as a budget."""
-    return f"{math.ceil(need_bytes / 1e3) / 1e6:.6f}"
 
 
 def _infeasible_error(least: PlanData, budget_bytes: int, floor_bytes: int) -> InfeasibleBudgetError:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,20 +19,22 @@ from planner.capture.outputs import LossFn
 from planner.capture.refusals import refuse_unplannable
 from planner.costs.target import CostSource, Target, target_for
 from planner.errors import PlannerError, TraceError
-from planner.memory.execution import Execution
+from planner.graph.training_graph import TrainingGraph
+from planner.memory.execution import Execution, execute
 from planner.memory.lifetimes import copies_of
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
 from planner.options import CaptureMode, Search
 from planner.plan import Plan
+from planner.plans.lowering import lower
 from planner.plans.plan_data import RegionSummary
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
 from planner.regions.observe import NotInRegions, observe
 from planner.regions.proposal import proposal
 from planner.regions.record import Record
-from planner.regions.session import Session
+from planner.regions.session import Foresight, Own, Session
 from planner.runtime.apply import put, restored
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
@@ -70,12 +72,16 @@ class JoinedStep(BudgetedStep):
         loss_fn: LossFn | None = None,
         least_limit_s: float = 30.0,
         session: Session | None = None,
+        margin: bool = True,
     ) -> JoinedStep:
         """The step of ``record``; ``resident``: what it finds on the device and leaves there.
 
+        ``margin``  with as much as steps that the session has yet to see may hold more than those it has.
+
         Raises ``ValueError`` for a record in which something is read before it is made.
         """
-        joined = join(record)
+        known = {} if session is None else session.sizes.get(session.kind, {})
+        joined = join(record, known, margin=margin)
         captured = RecordedStep(model, inputs, joined)
         memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
         return cls(
@@ -107,6 +113,23 @@ class JoinedStep(BudgetedStep):
         """What each call runs of a plan for this step: positions in its own graph, and its turn."""
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
         return parts(self.joined, [position[name] for name in plan.sequence])
+
+    def solved(self, plan: Plan, over: Callable[[Sequence[int]], Solved | None] | None = None) -> Solved:
+        """``plan``, one of this step, as it is run; ``over`` hears what steps of it took."""
+        return Solved(self.parts(plan), over, plan, self.foresight(plan))
+
+    def foresight(self, plan: Plan) -> Foresight:
+        """What is known of steps that are as ``plan``'s, but for their sizes."""
+        joined, memory, planned = self.joined, self.memory, dict(enumerate(self.parts(plan)))
+
+        def peak_of(calls: Mapping[int, tuple[TrainingGraph, Own]]) -> int:
+            graph = joined.resized({call: graph for call, (graph, _) in calls.items()})
+            problem = lower(graph, self.costs, resident_bytes=memory.total_bytes, grain=memory.grain)
+            steps = joined.as_run({**planned, **{call: own for call, (_, own) in calls.items()}})
+            return execute(problem, steps, memory.blocks, memory.margin_bytes).peak_bytes
+
+        bounds = [joined.bounds(call) for call in planned]
+        return Foresight(peak_of, joined.sizes_at, bounds, plan.budget_bytes)
 
     def plan_of(self, answer: Answer) -> Plan:
         """The plan that runs the schedule of ``answer``; ``ValueError`` where there is none."""
@@ -172,7 +195,8 @@ class JoinedStep(BudgetedStep):
             return apply_plan(plan, model)
         session.calls = list(self.calls)  # others may have run since
         session.forget()
-        session.follow(self.parts(plan), Solved(self.parts(plan), plan=plan))
+        solved = self.solved(plan)
+        session.follow(solved.parts, solved, solved.foresight)
         return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))
 
     def _again(self, plan: Plan, record: Record) -> Solved:
@@ -186,7 +210,7 @@ class JoinedStep(BudgetedStep):
         other = other.with_margin(max(0, record.found_bytes - known))
         made = other.plan_bytes(plan.budget_bytes, Search(time_limit_s=self.least_limit_s))
         log.info("another kind of step was planned: %r", made)
-        return Solved(other.parts(made), plan=made)
+        return other.solved(made)
 
 
 def step_in_regions(

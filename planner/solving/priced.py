@@ -35,9 +35,9 @@ from planner.plan import Plan, Whole
 from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.runtime.variants import MATTERS, OnLarger, Varying
-from planner.solving.budgeted import BudgetedStep, gb_enough
+from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
-from planner.units import bytes_text
+from planner.units import bytes_text, gb_enough
 from solvers import Schedule
 
 __all__ = ["CostSource", "PricedStep", "prepare"]

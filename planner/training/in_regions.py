@@ -4,8 +4,9 @@ The first step of a kind is looked at, the second recorded, both with next to no
 it runs as planned (:mod:`planner.regions.forward`).  All that the step holds was measured then, whatever
 holds it: parts of the model around the planned module, a loss outside, several calls before one backward.
 
-The first planned steps are counted too, on the CPU.  What they take beyond the budget is said once, with its
-bytes, and set aside.
+The first planned steps are counted too, on the CPU, and where they differ more of them.  What they take
+beyond the budget is said, with its bytes, and set aside, and where they differ as much more as a larger one
+may take beyond the largest (:func:`planner.regions.record.beyond`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +29,7 @@ from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
 from planner.regions.forward import RegionsForward, Solved
-from planner.regions.record import Record
+from planner.regions.record import Record, beyond
 from planner.regions.session import Session
 from planner.solving.in_regions import MOST_LEFT, JoinedStep
 from planner.training.settings import Settings
@@ -47,6 +49,7 @@ class InRegions:
     def __init__(self, root: nn.Module, planned: nn.Module, settings: Settings, why: str) -> None:
         self.root, self.planned, self.settings, self.why = root, planned, settings, why
         self._last: Plan | None = None
+        self._is_tight = False  # and that has been said
         self._restart()
 
     def change(self, settings: Settings) -> None:
@@ -59,9 +62,14 @@ class InRegions:
         refuse_unplannable(self.planned, in_regions=True)
         assert self.settings.budget_bytes is not None
         session = Session(
-            self.planned, target_for(self.planned, self.settings.costs), self.settings.budget_bytes
+            self.planned,
+            target_for(self.planned, self.settings.costs),
+            self.settings.budget_bytes,
+            resident=self._resident_bytes,
         )
-        self._forward = RegionsForward(self.planned, session, self._solved, root=self.root, any_mode=True)
+        self._forward = RegionsForward(
+            self.planned, session, self._solved, root=self.root, any_mode=True, state=self._state_bytes
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
@@ -83,6 +91,17 @@ class InRegions:
 
     # -- planning ----------------------------------------------------------------------------------
 
+    def _state_bytes(self) -> int:
+        """Of the optimizer."""
+        optimizer = self.settings.optimizer
+        found = resident_in_training(self.root, None, optimizer, self.session.device)
+        return found.optimizer_state_bytes
+
+    def _resident_bytes(self) -> int:
+        """Of parameters, buffers and the optimizer's state."""
+        found = resident_in_training(self.root, None, self.settings.optimizer, self.session.device)
+        return found.parameters_bytes + found.buffers_bytes + found.optimizer_state_bytes
+
     def _resident(self, record: Record) -> Resident:
         """What the step found: of parameters and buffers it is known what they are, the rest is counted as
         inputs.
@@ -98,14 +117,43 @@ class InRegions:
     def _solved(self, record: Record) -> Solved | None:
         """Plan a recorded step; ``None`` where loops are to be followed first."""
         began, s = time.perf_counter(), self.settings
-        with s.search.reporting() as search, modes_set_aside():
+        resident = self._resident(record)
+
+        def step_of(*, margin: bool) -> JoinedStep:
             step = JoinedStep.of(
-                record, self.root, Inputs((), {}), self._resident(record), self.session.target,
-                least_limit_s=search.time_limit_s, session=self.session,
+                record, self.root, Inputs((), {}), resident, self.session.target,
+                least_limit_s=s.search.time_limit_s, session=self.session, margin=margin,
             )  # fmt: skip
+            return replace(step, why=self.why.split(". ")[0])
+
+        with modes_set_aside():
+            step = step_of(margin=True)
             if self.session.loops.are_left and step.share < MOST_LEFT:
                 return None
-            return self._planned(replace(step, why=self.why.split(". ")[0]), began)
+            tight = step_of(margin=False) if step.joined.sizes.differ else None
+            self.session.remember(step.joined.sizes)
+            try:
+                return self._planned(step, began)
+            except InfeasibleBudgetError as error:
+                if tight is None:
+                    raise
+                try:
+                    solved = self._planned(tight, began)
+                except InfeasibleBudgetError:
+                    raise error from None
+                self._tell_tight(error)
+                return solved
+
+    def _tell_tight(self, error: InfeasibleBudgetError) -> None:
+        """The plan has no margin for steps that hold more than those seen."""
+        if not self._is_tight:
+            self._is_tight = True
+            log.warning(
+                "steps of %s hold other sizes from one to the next (they follow the data): it is planned for "
+                "the largest of those seen, and a larger one is over the budget. Of a plan that leaves room "
+                "for such: %s",
+                type(self.root).__name__, error,
+            )  # fmt: skip
 
     def _planned(self, step: JoinedStep, began: float) -> Solved:
         assert self.settings.budget_bytes is not None
@@ -126,25 +174,33 @@ class InRegions:
             plan.peak_bytes / 1e9, plan.baseline_peak_bytes / 1e9, 100 * plan.overhead,
             100 * plan.overhead_bound, time.perf_counter() - began, self.why,
         )  # fmt: skip
-        return Solved(step.parts(plan), functools.partial(self._over, step), plan)
+        return step.solved(plan, functools.partial(self._over, step))
 
-    def _over(self, step: JoinedStep, peak_bytes: int) -> Solved | None:
-        """A planned step took so much, without the optimizer's state; what is to be run instead, if it is too
-        much.
+    def _over(self, step: JoinedStep, taken: Sequence[int]) -> Solved | None:
+        """Planned steps took so much, without the optimizer's state; what is to be run instead, if the last
+        of them took too much, or one that takes as much more as they differ would.
         """
         budget_bytes = self.settings.budget_bytes
         assert budget_bytes is not None
         state_bytes = step.resident.optimizer_state_bytes
-        over = peak_bytes + state_bytes - budget_bytes
-        if over <= 0:
+        over = taken[-1] + state_bytes - budget_bytes
+        spare = beyond(max(taken), min(taken), len(taken))
+        is_news = len(taken) == 2 or taken[-1] > max(taken[:-1], default=0)
+        if over > 0 and is_news:
+            log.warning(
+                "a step of %s took %s, %s over its budget: it holds more than the one that it was planned "
+                "by. That is set aside from here on",
+                type(self.root).__name__, bytes_text(taken[-1] + state_bytes), bytes_text(over),
+            )  # fmt: skip
+        if over + spare <= 0 or not is_news:
             return None
-        log.warning(
-            "a step of %s took %s, %s over its budget: it holds more than the one that it was planned by. "
-            "That is set aside from here on",
-            type(self.root).__name__, bytes_text(peak_bytes + state_bytes), bytes_text(over),
-        )  # fmt: skip
         try:
-            return self._planned(step.with_margin(step.memory.margin_bytes + over), time.perf_counter())
+            return self._planned(
+                step.with_margin(step.memory.margin_bytes + over + spare), time.perf_counter()
+            )
         except InfeasibleBudgetError as error:
-            log.warning("%s; it trains on over its budget", error)
+            if over <= 0:
+                self._tell_tight(error)
+            else:
+                log.warning("%s; it trains on over its budget", error)
             return None

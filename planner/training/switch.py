@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat import left_alone
 from planner.capture.inputs import Inputs
 from planner.capture.module import home_of
 from planner.errors import PlannerError, TraceError
@@ -136,6 +137,7 @@ class Switch:
     def __code__(self) -> Any:
         return self.original.__code__
 
+    @left_alone
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.planned:  # bound once more, by a library that unwraps forwards
             args = args[1:]

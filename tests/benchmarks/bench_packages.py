@@ -37,7 +37,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -409,6 +409,29 @@ def row_of(case: Case, capture: str, limit_s: float = LIMIT_S) -> Row:
     return row
 
 
+def _children(cases: Sequence[Case], capture: str, limit_s: float, pipe: Connection) -> None:
+    if len(cases) > 1:  # each of their processes need not then import it
+        with contextlib.suppress(ImportError):
+            importlib.import_module(cases[0].package.replace("-", "_"))
+    for case in cases:
+        pipe.send(row_of(case, capture, limit_s))
+    pipe.close()
+
+
+def rows_of(cases: Sequence[Case], capture: str, limit_s: float = LIMIT_S) -> Iterator[Row]:
+    """The rows of one package's cases.  What its import does to others stays in a process of its own."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=_children, args=(cases, capture, limit_s, theirs)
+    )
+    process.start()
+    theirs.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield ours.recv()
+    process.join()
+
+
 def families() -> dict[str, Case]:
     """The families of transformers, by name."""
 
@@ -534,14 +557,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = {n: row for n, row in before.items() if n in cases}
     if asked.resume:
         chosen = [c for c in chosen if c.name not in rows or rows[c.name].status in asked.again]
-    left = Counter(c.package for c in chosen)
-    for case in chosen:
-        if left[case.package] > 1:  # its process need not then import it, nor those after it
-            with contextlib.suppress(ImportError):
-                importlib.import_module(case.package.replace("-", "_"))
-        rows[case.name] = row_of(case, asked.capture, asked.limit_s)
-        print(rows[case.name], flush=True)
-        write(path, [rows[n] for n in cases if n in rows], are_families=asked.families)
+    for package in dict.fromkeys(c.package for c in chosen):
+        for row in rows_of([c for c in chosen if c.package == package], asked.capture, asked.limit_s):
+            rows[row.name] = row
+            print(row, flush=True)
+            write(path, [rows[n] for n in cases if n in rows], are_families=asked.families)
     done = [rows[n] for n in cases if n in rows]
     print(table(done))
     print(summary(done))

@@ -5,8 +5,9 @@ modules, or counts there, would be left without that by a planned step, and woul
 from the trace.  Caches of anything else (masks' keys, chosen functions) are put back and let pass, and so
 are caches of constant tensors, which the first call fills and later calls leave (a grid, a table of
 angles): the graph works them out at each step, see :func:`is_cache`.
-Numbers and strings that a first call corrects and later calls leave (Swin's windows at a small image,
-BigBird's attention at a short text) are corrected, as eager's first call would: see :func:`settled`.
+Numbers and strings that a first call corrects and later calls leave (Swin's windows at a small image, the
+kind of problem that labels are of) are corrected, as eager's first call would: see :func:`settled`.  A first
+call that runs other ops than those behind it is refused: see :func:`alike`.
 
 Looked at are the attributes of modules and, deeper, lists, dicts, sets and plain objects that hang there or
 in ``others``.
@@ -19,10 +20,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,12 +34,15 @@ from planner.capture.state.reads import OWN, Slot, is_plain_object
 from planner.errors import TraceError
 
 __all__ = [
+    "Alike",
     "Before",
     "Effects",
     "Marks",
+    "alike",
     "attributes_kept",
     "is_cache",
     "others_kept",
+    "settle",
     "settled",
     "tensors_kept",
 ]
@@ -92,6 +96,12 @@ def _set(container: Any, key: Any, value: Any) -> None:
         container[key] = value
 
 
+def settle(effects: Effects) -> None:
+    """Leave ``effects.changed`` on the modules."""
+    for _, container, key, _, now in effects.changed:
+        _set(container, key, now)
+
+
 def settled(
     model: nn.Module,
     effects: Effects,
@@ -99,8 +109,7 @@ def settled(
     others: Iterable[tuple[str, Any]] = (),
 ) -> bool:
     """Leave ``effects.changed`` on the modules if another ``call`` leaves them as they are then."""
-    for _, container, key, _, now in effects.changed:
-        _set(container, key, now)
+    settle(effects)
     stays = False
     try:
         with attributes_kept(model, others) as again:
@@ -111,6 +120,60 @@ def settled(
             for _, container, key, was, _ in effects.changed:
                 _set(container, key, was)
     return stays
+
+
+class Alike(NamedTuple):
+    """What a second call has in common with the first: its ``ops``; that it changes no more ``numbers``."""
+
+    ops: bool
+    numbers: bool
+
+
+def alike(
+    model: nn.Module,
+    call: Callable[[contextlib.AbstractContextManager[object]], object],
+    named: Mapping[str, torch.Tensor],
+    others: Iterable[tuple[str, Any]] = (),
+) -> Alike:
+    """Whether another ``call``, which finds what the first one left, runs the same ops on the same tensors.
+
+    ``call``   runs the forward within a context of dispatch; ``named``: the tensors that it is given.
+    """
+    others, ran = list(others), [_Ops(named), _Ops(named)]
+    with attributes_kept(model, others) as first:
+        call(ran[0])
+    with attributes_kept(model, others):
+        first.again()
+        with attributes_kept(model, others) as second:
+            call(ran[1])
+    return Alike(ran[0].seen == ran[1].seen, not second.changed)
+
+
+class _Ops(TorchDispatchMode):
+    """Notes each op with its arguments: tensors by name, or by the place of the op that made them."""
+
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+        self._held: list[Any] = []  # so that no identity comes again
+        self._names: dict[int, Any] = {id(t): name for name, t in named.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # questions, which fakes ask where they remember no answer
+            return result
+        self.seen.append((func, *map(self._name, pytree.tree_leaves((args, kwargs)))))
+        for place, made in enumerate(pytree.tree_leaves(result)):
+            self._held.append(made)
+            if isinstance(made, torch.Tensor):
+                self._names.setdefault(id(made), (len(self.seen), place))
+        return result
+
+    def _name(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            self._held.append(value)
+            return self._names.get(id(value), (tuple(value.shape), value.dtype))
+        return type(value), value if isinstance(value, (bool, int, float, str, torch.dtype)) else None
 
 
 def is_cache(
@@ -301,6 +364,8 @@ class _Kept:
         if id(value) in self._held or isinstance(value, (str, int, float, torch.Tensor)):
             return
         if isinstance(value, nn.Module) or is_plain_object(value) or type(value) is SimpleNamespace:
+            if isinstance(value, nn.Module) and isinstance(value._modules, dict):  # not of a script
+                self._keep(name, value._modules, OWN)
             held = getattr(value, "__dict__", None)
             if type(held) is dict and id(held) not in self._held:
                 self._keep(name, held, OWN if isinstance(value, nn.Module) else frozenset())

@@ -1,0 +1,355 @@
+"""Dynamo, which takes a second to import and is asked for only where a step is cut."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import functools
+import importlib
+import inspect
+import logging
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.utils._python_dispatch as _python_dispatch  # the modes that are on; 1.13+
+from torch import fx
+
+# joint forward+backward export on a live module, with a descriptor on every input; 2.9+
+from planner._compat.running import watching_modes
+
+RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
+
+
+_COMPILER_QUESTIONS = ("is_compiling", "is_dynamo_compiling", "is_exporting", "_is_in_optimized_module")
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a call in one of Dynamo's graphs is ``torch.utils.checkpoint`` of a function; 2.1+."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_autograd_function(target: Any) -> bool:
+    """Whether a call in one of Dynamo's graphs is an ``autograd.Function``, of its methods' graphs; 2.5+."""
+    from torch._functorch.autograd_function import autograd_function_apply
+
+    return target is autograd_function_apply
+
+
+def switches_gradients(node: fx.Node) -> bool | None:
+    """Whether a call in one of Dynamo's graphs switches gradients on, or off; ``None``: neither; 2.0+."""
+    return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
+
+
+def split_graph(graph: fx.GraphModule, part_of: Callable[[fx.Node], int]) -> fx.GraphModule:
+    """``graph`` in parts, each a module ``submod_<number>`` of the result; 2.6+ for modes that span parts."""
+    from torch.fx.passes.split_module import split_module
+
+    whole: fx.GraphModule = split_module(graph, graph, part_of, keep_original_order=True)
+    return whole
+
+
+def dynamo_stands_aside() -> bool:
+    """Whether a mode is on in this thread under which Dynamo runs code as it is, and remembers to; 2.10+."""
+    if not hasattr(_python_dispatch, _STANDS_ASIDE):
+        return bool(watching_modes())
+    return any(not m.ignore_compile_internals() for m in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+_STANDS_ASIDE = "_is_in_any_mode_without_ignore_compile_internals"
+
+
+def _forget_modes_elsewhere() -> None:
+    """Torch keeps one answer for all threads, which stays wrong where they enter and leave modes by turns."""
+    if getattr(_python_dispatch, _STANDS_ASIDE, False) and not dynamo_stands_aside():
+        setattr(_python_dispatch, _STANDS_ASIDE, False)
+        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(False)  # type: ignore[attr-defined]
+
+
+def cut_by_dynamo(
+    forward: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """``forward`` with each graph that Dynamo finds in it run by what ``backend`` makes of it; 2.0+.
+
+    Other models that run the same code do not count among its compiles (2.13+).
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        apart: dict[str, Any] = {"isolate_recompiles": True}
+        return torch.compile(forward, backend=backend, **apart)
+    return torch.compile(forward, backend=backend)
+
+
+class _DynamoAsEager:
+    """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often.
+
+    What another thread compiles meanwhile waits for the forward, and the forward for that: Dynamo would run
+    as it is what comes while a mode of that thread is on.
+    """
+
+    def __init__(self) -> None:
+        from torch._dynamo import config, trace_rules
+        from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, tracing_state_functions
+
+        # torch's own modules of several others: cut where a loop that cannot be followed calls them
+        self._followed, nn = trace_rules.get_legacy_mod_inlinelist(), Path(torch.nn.modules.__file__).parent
+        self._followed_here = {(nn / name).as_posix() for name in _MODULES_OF_SEVERAL} - self._followed
+        self._config, self._answers = config, tracing_state_functions()
+        self._handlers = TorchInGraphFunctionVariable._get_handlers()
+        self._asked = [
+            f for f, answer in self._answers.items() if answer is True and f.__name__ in _COMPILER_QUESTIONS
+        ]
+        # a question of transformers', which ends a graph; who captures a step is told elsewhere
+        capturing = torch.cuda.is_current_stream_capturing
+        self._unasked = [] if capturing in self._handlers else [capturing]
+        self._advises = logging.getLogger("torch._dynamo.variables.tensor")  # of each cut how to have none
+        self._here = threading.local()  # settings are a thread's, answers the process's
+        self._lock, self._inside = threading.Lock(), 0
+        self._compiling = importlib.import_module("torch._dynamo.convert_frame").compile_lock  # 2.0+
+        self._hf: tuple[Any, Any] | None = None
+        self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
+        self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
+        _SINGLE.append(self)
+        for entry in _ENTRIES[:1]:  # all have one code
+            importlib.import_module("torch._dynamo.eval_frame").skip_code(entry.__code__)  # 2.1+
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a cut forward runs, in any thread."""
+        return bool(self._inside)
+
+    def __enter__(self) -> None:
+        depth = getattr(self._here, "depth", 0)
+        self._here.depth = depth + 1
+        if not depth:
+            self._here.is_alone = self._compiling.acquire(timeout=_WAIT_S)
+            _forget_modes_elsewhere()
+            self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
+                recompile_limit=RECOMPILES,
+                skip_nnmodule_hook_guards=False,  # hooks that come later are seen
+                use_numpy_random_stream=True,  # what numpy draws is drawn by numpy, not by torch
+                accumulated_recompile_limit=64 * RECOMPILES,
+                optimize_ddp=False,
+                suppress_errors=True,
+                allow_unspec_int_on_nn_module=True,  # a counter on a module is a number that changes
+                allow_rnn=True,  # their kernels are captured whole
+            )
+            self._here.patch.__enter__()
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._answer()
+
+    def __exit__(self, *raised: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._take_back()
+        self._here.depth -= 1
+        if not self._here.depth:
+            self._here.patch.__exit__(*raised)
+            if self._here.is_alone:
+                self._compiling.release()
+
+    def _answer(self) -> None:
+        for entry in _ENTRIES:
+            for name, value in zip(_DISABLED, (True, "it plans for itself"), strict=True):
+                setattr(entry, name, value)
+        for function in self._asked:
+            self._answers[function] = False
+        for function in self._unasked:
+            self._answers[function] = False
+            self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
+        self._followed |= self._followed_here
+        self._advises.addFilter(_is_no_advice)
+        if self._in_a_loop is not None:
+            setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
+        module = sys.modules.get("transformers.utils.output_capturing")
+        was = getattr(module, _HF_QUESTION, None)
+        if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
+            self._hf = module, was
+            setattr(module, _HF_QUESTION, _yes)
+
+    def _take_back(self) -> None:
+        for entry in _ENTRIES:
+            for name in _DISABLED:
+                delattr(entry, name)
+        if self._hf is not None:
+            setattr(self._hf[0], _HF_QUESTION, self._hf[1])
+            self._hf = None
+        if self._in_a_loop is not None:
+            setattr(self._translator, _IN_A_LOOP, self._in_a_loop)
+        self._followed -= self._followed_here
+        self._advises.removeFilter(_is_no_advice)
+        for function in self._asked:
+            self._answers[function] = True
+        for function in self._unasked:
+            self._answers.pop(function, None)
+            self._handlers.pop(function, None)
+
+
+_WAIT_S = 60.0  # for another thread to have compiled, which may itself wait for this one
+
+
+_SINGLE: list[_DynamoAsEager] = []  # none before a forward was cut
+
+
+def left_alone(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """``entry`` such that where a forward is cut that calls it, Dynamo leaves it and all that it calls alone;
+    2.1+.  Other compilers find in it what is written.
+    """
+    left: list[Callable[..., Any]] = []
+
+    @functools.wraps(entry)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not (_SINGLE and _SINGLE[0].is_inside):
+            return entry(*args, **kwargs)
+        if not left:
+            left.append(torch.compiler.disable(entry, reason=f"{entry.__qualname__} plans for itself"))
+        return left[0](*args, **kwargs)
+
+    _ENTRIES.append(called)
+    return called
+
+
+_ENTRIES: list[Callable[..., Any]] = []
+_DISABLED = (
+    "_torchdynamo_disable",
+    "_torchdynamo_disable_msg",
+)  # of a function that is not to be followed; 2.1+
+
+
+_MODULES_OF_SEVERAL = ("activation.py", "container.py", "rnn.py", "transformer.py")
+
+
+_HF_QUESTION = "is_torchdynamo_compiling"  # of transformers 5.3+, where it collects outputs
+
+
+_IN_A_LOOP = "maybe_has_backedge"  # whether a graph ends in a loop; 2.9+
+
+
+def _yes() -> bool:
+    return True
+
+
+class Loops:
+    """What Dynamo does with a function that has a loop in which a graph ends; for one cut forward.
+
+    It leaves it to eager, with all of the loop.  ``followed``: it goes on behind the end instead, turn by
+    turn, each with a compile of its own.  Where that are more than ``TURNS_HERE`` in one place, or ``TURNS``
+    in all, ``are_too_long`` says so.  ``may_follow``: nothing has shown that they are.
+    """
+
+    _here: contextvars.ContextVar[Loops | None] = contextvars.ContextVar("loops", default=None)
+
+    def __init__(self, *, followed: bool = False, may_follow: bool = True) -> None:
+        self.followed, self._may_follow = followed, may_follow
+        self._left: dict[CodeType, None] = {}  # functions left to eager
+        self._turns: Counter[CodeType] = Counter()
+
+    @property
+    def are_left(self) -> bool:
+        """Whether there are functions that were left to eager and may be followed."""
+        return bool(self._left) and self._may_follow and not self.followed
+
+    @property
+    def are_too_long(self) -> bool:
+        """Whether following them takes too many compiles."""
+        return self.followed and bool(self._left)
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Meanwhile, in this thread, Dynamo asks here."""
+        token = self._here.set(self)
+        try:
+            yield
+        finally:
+            self._here.reset(token)
+
+    def turned(self) -> Loops:
+        """Those of the same forward cut anew: followed, or, where they are too long, left to eager for good.
+
+        What Dynamo knows of the functions is forgotten.
+        """
+        frames: Any = importlib.import_module("torch._dynamo.eval_frame")
+
+        _make_iterators_go_on()
+        for code in (*self._left, *self._turns):
+            frames.reset_code(code)  # 2.1+
+        return Loops(followed=not self.followed, may_follow=not self.followed)
+
+    def leaves(self, translator: Any) -> bool:
+        """A graph ends in a loop: whether the function is left to eager."""
+        frames = [translator]
+        while frames[-1].parent is not None:
+            frames.append(frames[-1].parent)
+        root = frames[-1].f_code
+        self._turns[root] += 1
+        if self.followed and self._turns[root] <= TURNS_HERE and self._turns.total() <= TURNS:
+            return False
+        self._left.update(dict.fromkeys(frame.f_code for frame in frames))
+        return True
+
+
+TURNS_HERE, TURNS = 3 * RECOMPILES // 4, 3 * RECOMPILES  # some compiles of a place are for what comes later
+
+
+def _asks_loops(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def in_a_loop(translator: Any) -> bool:
+        found = original(translator)
+        loops = Loops._here.get()
+        return found if loops is None or not found else loops.leaves(translator)
+
+    return in_a_loop
+
+
+@functools.cache
+def _make_iterators_go_on() -> None:
+    """An iterator over a dictionary, a ModuleList's among them, goes on behind the end of a graph.
+
+    Dynamo of 2.13 has no code for that (before, they were lists'), and leaves the function to eager.
+    """
+    iterators = importlib.import_module("torch._dynamo.variables.iter")
+    of_dicts = getattr(iterators, "DictViewIterator", None)
+    if of_dicts is None or "reconstruct" in vars(of_dicts):
+        return
+    lists = importlib.import_module("torch._dynamo.variables.lists")
+
+    def reconstruct(self: Any, codegen: Any) -> None:
+        rest = list(copy.copy(self._iter))
+        if self.view_type == "keys":
+            rest = [key.vt for key in rest]
+        elif self.view_type == "items":
+            rest = [lists.TupleVariable([key.vt, value]) for key, value in rest]
+        lists.ListIteratorVariable(rest).reconstruct(codegen)
+
+    of_dicts.reconstruct = reconstruct
+
+
+@functools.cache
+def dynamo_as_eager() -> contextlib.AbstractContextManager[None]:
+    """Dynamo answers "am I being compiled?" as eager would, and may compile one place ``RECOMPILES`` times;
+    2.7+.  May be entered by several threads, and again inside.
+    """
+    return _DynamoAsEager()
+
+
+def _is_no_advice(said: logging.LogRecord) -> bool:
+    return not str(said.msg).startswith("Graph break from")
+
+
+def dynamo_breaks() -> list[tuple[str, str]]:
+    """Where (file:line) and why Dynamo ended graphs, in this process, since it was last reset; 2.0+."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    found = []
+    for reason in graph_break_reasons:
+        place = reason.user_stack[-1] if reason.user_stack else None
+        where = "" if place is None else f"{place.filename}:{place.lineno}"
+        found.append((where, str(reason.reason).strip().splitlines()[0]))
+    return found

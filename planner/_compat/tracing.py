@@ -1,0 +1,431 @@
+"""How a step is traced: the settings of the tracer, what it hands to the model, the forms of ops in it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch._functorch.config as _functorch_config  # settings of the tracer
+import torch.optim.optimizer as _optimizer
+import torch.utils.checkpoint as _checkpoint
+from torch import fx, nn
+
+# joint forward+backward export on a live module, with a descriptor on every input; 2.9+
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import OpOverload  # an op at one of its signatures: what a captured graph calls; 1.13+
+from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and storages, no memory; 2.0+
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,  # what a trace hands to the model; 2.2+
+    FunctionalTensorMode,  # what makes a trace of calls in place; 2.2+
+)
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+@contextlib.contextmanager
+def values_unchecked() -> Iterator[None]:
+    """What only checks values is left out: transformers' checks, and those of distributions' arguments.
+
+    The settings are process-global and put back.
+    """
+    key = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before, checks = os.environ.get(key), Distribution._validate_args  # 1.8+
+    os.environ[key] = "1"
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+@contextlib.contextmanager
+def _tracing_flags() -> Iterator[None]:
+    """Leave out what checks values, and trace the backward as it runs: outside autocast.
+
+    The settings are process-global and put back.
+    """
+    with values_unchecked(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
+        yield
+
+
+@contextlib.contextmanager
+def compiled_parts_as_eager() -> Iterator[None]:
+    """What ``torch.compile`` has wrapped runs as it is written; 2.6+.
+
+    Dynamo would otherwise follow a call into whatever watches it.  Nothing is wrapped where Dynamo was
+    never imported, and nothing is to be done where it is the one that asks.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules or _dynamo_callback() not in (None, False):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _dynamo_callback() -> Any:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback()
+
+
+@contextlib.contextmanager
+def compiler_flags(answer: Callable[[FrameType | None], bool]) -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are ``answer(frame that asks)``.
+
+    The flags behind them (2.7+), which those see who hold the functions themselves, are False; all of it is
+    process-global and put back.
+    """
+
+    def asked() -> bool:
+        return answer(sys._getframe(1))
+
+    def asked_of_fx() -> bool:
+        return answer(sys._getframe(1)) and bool(fx_before())
+
+    compiler: Any = torch.compiler
+    fx_tracing: Any = fx._symbolic_trace
+    fx_before = fx_tracing.is_fx_tracing  # 1.13+
+    names = "_is_compiling_flag", "_is_exporting_flag", "is_compiling", "is_exporting"
+    before = [getattr(compiler, name) for name in names]
+    for name, value in zip(names, (False, False, asked, asked), strict=True):
+        setattr(compiler, name, value)
+    fx_tracing.is_fx_tracing = asked_of_fx
+    try:
+        yield
+    finally:
+        fx_tracing.is_fx_tracing = fx_before
+        for name, value in zip(names, before, strict=True):
+            setattr(compiler, name, value)
+
+
+# What stands in for tensors while a step is traced; 2.2+
+STAND_INS = FunctionalTensor, FakeTensor
+
+
+@contextlib.contextmanager
+def stand_ins_derive_from(base: type[torch.Tensor]) -> Iterator[None]:
+    """What ``base``, a subclass of ``torch.Tensor``, defines is what stand-ins have; put back."""
+    before = [(cls, cls.__bases__) for cls in STAND_INS]
+    try:
+        for cls, bases in before:
+            cls.__bases__ = tuple(base if b is torch.Tensor else b for b in bases)
+        yield
+    finally:
+        for cls, bases in before:
+            cls.__bases__ = bases
+
+
+# Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
+# norms), reads values (one_hot, istft, tensor_split) or wants sizes as numbers (matmul), or the planner
+# restates them itself (dropout, which :func:`_dropout` corrects).
+_PYTHON_FORMS = frozenset({
+    "broadcast_tensors", "cudnn_batch_norm", "dropout", "empty", "istft", "matmul", "miopen_batch_norm",
+    "native_batch_norm", "one_hot", "pad_sequence", "stft", "tensor_split", "unsafe_chunk",
+})  # fmt: skip
+
+
+# Ops over sequences: what eager composes them of is known for the CPU.  Elsewhere that is a library's kernel,
+# and packed ones (overload "data") read values.
+_RECURRENCES = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
+
+
+_FORM_KEYS = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+@functools.cache
+def _python_forms(on_cpu: bool = True) -> tuple[tuple[Any, Any], ...]:
+    """(op, dispatch key) of the Python formulas that a trace would run where eager runs a kernel."""
+    importlib.import_module("torch._decomp.decompositions")  # registers them
+    packets = (getattr(torch.ops.aten, name) for name in dir(torch.ops.aten) if name not in _PYTHON_FORMS)
+    ops = (
+        getattr(p, o)
+        for p in packets
+        if isinstance(p, torch._ops.OpOverloadPacket)
+        for o in p.overloads()
+        if p.__name__ not in _RECURRENCES or (on_cpu and o == "input")
+    )
+    return tuple((op, key) for op in ops for key in _FORM_KEYS if key in op.py_kernels)
+
+
+class _Remembered(dict[Any, Any]):
+    """What ops give on fakes, as torch remembers it.
+
+    Without ops of whole graphs: those are known by ids, and torch forgets them in its own table only.
+    """
+
+    def __setitem__(self, key: Any, entry: Any) -> None:
+        if isinstance(key.key[0], OpOverload):
+            super().__setitem__(key, entry)
+
+
+_MOST_REMEMBERED = 4096  # entries; a model of thousands of ops has a few hundred different ones
+
+
+@functools.cache
+def _remembered(*settings: bool) -> _Remembered:
+    return _Remembered()
+
+
+def _fakes_remembered(on_cpu: bool) -> _Remembered:
+    """What is remembered from one trace to the next, under settings that choose kernels; 2.6+."""
+    cuda = torch.backends.cuda
+    found = _remembered(
+        on_cpu,
+        torch.are_deterministic_algorithms_enabled(),
+        bool(torch.backends.mkldnn.enabled),
+        bool(torch.backends.cudnn.enabled),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
+    if len(found) > _MOST_REMEMBERED:
+        found.clear()
+    return found
+
+
+@contextlib.contextmanager
+def kernels_as_eager(
+    gru: Callable[..., Any], lstm_gradients: Callable[..., Any], on_cpu: bool = True
+) -> Iterator[None]:
+    """Inside a trace: ops that torch would restate in Python for compilers stay the kernels that eager runs.
+
+    Interpolation is the case that matters: its formula has other rounding, twenty times the ops, and
+    other memory.  Where a kernel's output is laid out otherwise than its fake form says, the fake form is
+    corrected: a ``reshape`` after it is a view or a copy by that layout.  What raises on a singular matrix
+    stays too.  The registries are process-global and put back.  2.0+
+
+    ``gru``             what ``aten::gru.input`` is composed of on the CPU.
+    ``lstm_gradients``  fake form of ``aten::mkldnn_rnn_layer_backward``.
+    """
+    formulas = importlib.import_module("torch._decomp").decomposition_table
+    checks = torch.ops.aten._linalg_check_errors.default
+    effects: Any = (
+        importlib.import_module("torch._library.simple_registry").singleton.find(checks._name).effect
+    )
+    effect, kept = effects.effect, checks in fx.node._side_effectful_functions
+    fakes = importlib.import_module("torch._subclasses.fake_impls").op_implementations_dict
+    forms = [(op, key, op.py_kernels[key]) for op, key in _python_forms(on_cpu) if key in op.py_kernels]
+    dropout: Any = torch.ops.aten.dropout.default
+    forms += [(dropout, key, dropout.py_kernels[key]) for key in _FORM_KEYS]
+    laid_out = _laid_out_anew()
+    before = {op: formulas[op] for op in laid_out if op in formulas}
+    remembered = FakeTensorMode.cache
+    try:
+        for op, key, _ in forms:
+            del op.py_kernels[key]
+            op._dispatch_cache.clear()
+        formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
+        if on_cpu:
+            torch.ops.aten.gru.input.py_kernels.update(dict.fromkeys(_FORM_KEYS, gru))
+        dropout.py_kernels.update(dict.fromkeys(_FORM_KEYS, _dropout))
+        dropout._dispatch_cache.clear()
+        fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default] = lstm_gradients
+        FakeTensorMode.cache = _fakes_remembered(on_cpu)  # torch's own remembers other layouts
+        effects.register(None)  # else the check would come with tokens, in and out of the graph
+        fx.node.has_side_effect(checks)  # and without either it would be swept away
+        yield
+    finally:
+        effects.register(effect)
+        if not kept:
+            fx.node._side_effectful_functions.discard(checks)
+        formulas.update(before)
+        fakes.pop(torch.ops.aten.mkldnn_rnn_layer_backward.default, None)
+        FakeTensorMode.cache = remembered
+        for op, key, formula in forms:
+            op.py_kernels[key] = formula
+            op._dispatch_cache.clear()
+
+
+def _dropout(x: torch.Tensor, p: float, train: bool | None) -> torch.Tensor:
+    """Dropout as a trace has it, and as eager where nothing or all is dropped, which draws no numbers."""
+    if not train or p == 0 or x.numel() == 0:
+        return x  # torch's form for traces makes a copy
+    if p == 1:
+        return x.mul(torch.zeros((), dtype=x.dtype, device=x.device))
+    kept: torch.Tensor = torch.ops.aten.native_dropout.default(x, p, train)[0]
+    return kept
+
+
+def _dense(tensor: Any) -> Any:
+    return tensor.contiguous() if isinstance(tensor, torch.Tensor) else tensor
+
+
+def _dense_on_cpu(tensor: Any) -> Any:
+    """Contiguous, or so with channels last; CUDA's batch norm keeps strides."""
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+        return tensor
+    return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
+
+
+def _laid_out_anew() -> dict[Any, Callable[[Any], Any]]:
+    """Ops whose kernels lay their results out anew, and how their arguments would be for that."""
+    aten = torch.ops.aten
+    return {
+        aten._native_batch_norm_legit.default: _dense_on_cpu,
+        aten._native_batch_norm_legit_functional.default: _dense_on_cpu,
+        aten.native_batch_norm_backward.default: _dense_on_cpu,
+        aten.native_layer_norm_backward.default: _dense,
+        aten.mse_loss_backward.default: _dense,
+        aten.smooth_l1_loss_backward.default: _dense,
+    }
+
+
+def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(formula)
+    def on_dense(*args: Any, **kwargs: Any) -> Any:
+        return formula(*map(dense, args), **kwargs)
+
+    return on_dense
+
+
+def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
+
+    Called inside :func:`kernels_as_eager`.
+
+    ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
+    ``node.meta["val"]`` is a fake tensor.
+    """
+    with _tracing_flags(), contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
+        return joint.graph_module
+
+
+def graph_in_tracing() -> fx.Graph | None:
+    """The graph that a tracer writes just now; 2.1+."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+@contextlib.contextmanager
+def writes_keep_layout() -> Iterator[None]:
+    """What a trace makes of a call in place is laid out as its operand; 2.6+.
+
+    A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
+    trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
+    """
+    run = FunctionalTensorMode.__torch_dispatch__
+
+    def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if not (
+            isinstance(first, FunctionalTensor)
+            and torch._library.utils.is_inplace(func)
+            and first.is_base_tensor()
+            and 1 in first.shape
+        ):
+            return run(mode, func, types, args, kwargs)
+        strides = first.from_functional().stride()
+        result = run(mode, func, types, args, kwargs)
+        made = first.from_functional()
+        pairs = zip(made.shape, strides, made.stride(), strict=True)
+        if made.stride() != strides and all(size == 1 or a == b for size, a, b in pairs):
+            first.replace_(made.as_strided(made.shape, strides, made.storage_offset()))
+            first.commit_update()
+            first.sync()
+        return result
+
+    type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", dispatch)
+    try:
+        yield
+    finally:
+        type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", run)
+
+
+@dataclass
+class CheckpointCalls:
+    """How often ``torch.utils.checkpoint`` was entered."""
+
+    count: int = 0
+
+
+@contextlib.contextmanager
+def checkpoint_calls() -> Iterator[CheckpointCalls]:
+    """Count what enters ``torch.utils.checkpoint`` while the context is open.
+
+    Models hold ``checkpoint`` itself under many names, so its internals are watched instead.
+    """
+
+    calls = CheckpointCalls()
+
+    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls.count += 1
+            return original(*args, **kwargs)
+
+        return watched
+
+    generator = _checkpoint._checkpoint_without_reentrant_generator  # 2.1+
+    function = _checkpoint.CheckpointFunction.apply
+    _checkpoint._checkpoint_without_reentrant_generator = watch(generator)
+    _checkpoint.CheckpointFunction.apply = watch(function)  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        _checkpoint._checkpoint_without_reentrant_generator = generator
+        del _checkpoint.CheckpointFunction.apply  # the class inherits it
+
+
+def is_faked() -> bool:
+    """Whether a tracer or a fake mode is looking at every op; 2.2+."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(k) is not None for k in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether the tracer stopped because the program asked for a tensor's value."""
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException  # 2.0+
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # 2.1+
+
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+    return isinstance(error, kinds)
+
+
+def writes_so_far(stand_in: torch.Tensor) -> int:
+    """How often what a trace handed to the model was written into, through whatever view; 2.3+."""
+    private: Any = torch
+    inner = getattr(stand_in, "elem", None)  # of a tensor without memory outside a trace there is none
+    return 0 if inner is None else int(private._functionalize_mutation_counter(inner))
+
+
+def fake_mode_of(tensor: torch.Tensor) -> FakeTensorMode:
+    """The mode a fake tensor belongs to; enter it to make more of its kind."""
+    assert isinstance(tensor, FakeTensor)
+    return tensor.fake_mode
+
+
+@contextlib.contextmanager
+def foreach_takes_fakes() -> Iterator[None]:
+    """Let optimizers choose between foreach and a loop for fake parameters as they do for real ones.
+
+    Their list of parameter types is process-global (DTensor extends it too) and is put back.
+    """
+    types = _optimizer._foreach_supported_types  # 2.0+
+    types.append(FakeTensor)
+    try:
+        yield
+    finally:
+        types.remove(FakeTensor)
+
+
+def parametrized_weights_are_cached() -> bool:
+    """Whether a call runs under ``torch.nn.utils.parametrize.cached()``; 1.9+."""
+    return bool(torch.nn.utils.parametrize._cache_enabled)
