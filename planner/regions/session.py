@@ -45,7 +45,6 @@ from planner.regions.cut.torn import torn
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
 from planner.rewrite.program import Argument
-from planner.runtime.autograd import Gate, SegmentNode
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
 
@@ -311,8 +310,6 @@ class Session:
         self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
         self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
-        for node in (SegmentNode, Gate):
-            _compat.hide_from_dynamo(node)
 
     @property
     def _names(self) -> dict[int, str]:

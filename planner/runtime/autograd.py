@@ -42,7 +42,6 @@ from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 
 __all__ = [
-    "Gate",
     "PendingCall",
     "SegmentNode",
     "memory_explained",
@@ -441,6 +440,7 @@ class SegmentNode(torch.autograd.Function):
         return torch.empty(0, device=call.step.device)
 
     @staticmethod
+    @_compat.left_alone
     def backward(ctx: Any, *tangents: Any) -> Any:
         call, index = ctx.call, ctx.index
         if torch.is_grad_enabled():
@@ -469,6 +469,7 @@ class Gate(torch.autograd.Function):
         return call.passed(output)
 
     @staticmethod
+    @_compat.left_alone
     def backward(ctx: Any, *tangents: Any) -> Any:
         (tangent,) = tangents
         if tangent is not None and ctx.above:
