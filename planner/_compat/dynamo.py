@@ -86,6 +86,14 @@ def cut_by_dynamo(
     return torch.compile(forward, backend=backend)
 
 
+def hide_from_dynamo(node: type[torch.autograd.Function]) -> None:
+    """Dynamo does not follow its backward where a forward that is cut runs one by itself; 2.0+."""
+    from torch._dynamo import disable
+
+    if not hasattr(node.backward, "_torchdynamo_disable"):
+        node.backward = staticmethod(disable(node.backward))  # type: ignore[method-assign]
+
+
 class _DynamoAsEager:
     """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often.
 
@@ -133,6 +141,7 @@ class _DynamoAsEager:
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
                 skip_nnmodule_hook_guards=False,  # hooks that come later are seen
+                use_numpy_random_stream=True,  # what it draws is drawn by numpy, not by torch
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,

@@ -3,7 +3,7 @@
 Dynamo cuts the forward (:func:`planner._compat.cut_by_dynamo`); each of its graphs is a :class:`Region`,
 whose calls come by here.  A call runs by the schedule that is planned for its place in the step; one that has
 no place yet by a schedule of its own that saves next to nothing
-(:func:`planner.regions.region.recomputing_all`).
+(:func:`planner.regions.cut.region.recomputing_all`).
 
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
@@ -39,11 +39,11 @@ from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
-from planner.regions.checkpointed import SMALL_BYTES
+from planner.regions.cut.checkpointed import SMALL_BYTES
+from planner.regions.cut.region import Region, Variant
+from planner.regions.cut.torn import torn
 from planner.regions.pending import Pending
 from planner.regions.recorder import Recorder
-from planner.regions.region import Region, Variant
-from planner.regions.torn import torn
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
@@ -222,15 +222,25 @@ class _Seen:
     able: frozenset[int] = frozenset()
     looked: bool = False
     read: list[tuple[Any, int]] = field(default_factory=list)
-    lent: list[tuple[int, Any, int]] = field(default_factory=list)
+    lent: list[tuple[int, Any, int, bool]] = field(default_factory=list)
+
+    def lend(self, args: Sequence[Any], outputs: Any) -> None:
+        """Remember what the call took and gave that has no gradient, as it is now."""
+        taken = [(i, x, True) for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
+        given = [(i, x, False) for i, x in enumerate(tensors_in(outputs))]
+        self.lent = [
+            (i, weakref.ref(x), x._version, is_taken)
+            for i, x, is_taken in taken + given
+            if not (x.requires_grad or x.is_inference())
+        ]
 
     def note_writes(self) -> list[torch.Tensor]:
-        """Tell the region of arguments without a gradient that were written to since it was called."""
-        now = ((i, ref(), version) for i, ref, version in self.lent)
-        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
-        for i, _ in found:
-            self.region.is_spoilt_at(i)
-        return [x for _, x in found]
+        """Tell the region of what was written to since :meth:`lend`; the arguments among it."""
+        now = ((i, ref(), version, is_taken) for i, ref, version, is_taken in self.lent)
+        found = [(i, x, taken) for i, x, version, taken in now if x is not None and x._version != version]
+        if found:
+            self.region.is_spoilt_at([i for i, _, taken in found if taken], [i for i, _, t in found if not t])
+        return [x for _, x, taken in found if taken]
 
     crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
     gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
@@ -509,8 +519,7 @@ class Session:
         outputs = region.checkpointed(
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
-        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
-        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        seen.lend(args, outputs)
         return self._watched(seen, outputs)
 
     def _note_casts(self, region: Region, args: Sequence[Any]) -> None:

@@ -184,9 +184,10 @@ class InRegions:
         assert budget_bytes is not None
         state_bytes = step.resident.optimizer_state_bytes
         over = taken[-1] + state_bytes - budget_bytes
-        is_news = taken[-1] > max(taken[:-1], default=0) or len(taken) == DIFFERENT
+        is_largest = taken[-1] > max(taken[:-1], default=0)
+        is_news = is_largest or len(taken) == DIFFERENT
         need = max(taken) + state_bytes + beyond(max(taken), min(taken), len(taken)) - budget_bytes
-        if over > 0 and is_news:
+        if over > 0 and is_largest:
             log.warning(
                 "a step of %s took %s, %s over its budget: it holds more than the one that it was planned "
                 "by. That is set aside from here on",

@@ -368,7 +368,7 @@ class _Kept:
         if id(value) in self._held or isinstance(value, (str, int, float, torch.Tensor)):
             return
         if isinstance(value, nn.Module) or is_plain_object(value) or type(value) is SimpleNamespace:
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Module) and type(value._modules) is dict:  # a scripted one has another
                 self._keep(name, value._modules, OWN)
             held = getattr(value, "__dict__", None)
             if type(held) is dict and id(held) not in self._held:
