@@ -67,8 +67,7 @@ class _Runs(nn.Module):
 class Session:
     """A model whose forward runs in regions.
 
-    ``stage``     what is done with the step that runs.
-    ``resident``  bytes of parameters, buffers and the optimizer's state.
+    ``stage``  what is done with the step that runs.
     """
 
     def __init__(
@@ -77,11 +76,8 @@ class Session:
         target: Target,
         budget_bytes: int,
         loops: _compat.Loops | None = None,
-        resident: Callable[[], int] | None = None,
     ) -> None:
         self.model, self.target, self.budget_bytes = model, target, budget_bytes
-        self.resident = resident
-        self._there_bytes: int | None = None
         self.loops = loops or _compat.Loops()
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
@@ -142,7 +138,7 @@ class Session:
 
     def with_loops_turned(self) -> Session:
         """The same model cut anew: in its loops too, or, where those are too long, not in them."""
-        return Session(self.model, self.target, self.budget_bytes, self.loops.turned(), self.resident)
+        return Session(self.model, self.target, self.budget_bytes, self.loops.turned())
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -292,12 +288,8 @@ class Session:
         """Bytes that a region may take by itself; ``None`` where no budget is known."""
         if not self.budget_bytes:
             return None
-        if self._there_bytes is None:
-            there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-            found = sum(t.nbytes for t in there.values()) if self.resident is None else self.resident()
-            gradients = sum(t.nbytes for t in there.values() if t.requires_grad)
-            self._there_bytes = found + gradients
-        return self.budget_bytes - self._there_bytes
+        there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return self.budget_bytes - sum(t.nbytes for t in there.values())
 
     def _holder(self) -> Step:
         """What the calls of this step hold: a recorder is taken off when they are gone."""

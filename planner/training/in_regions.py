@@ -65,7 +65,6 @@ class InRegions:
             self.planned,
             target_for(self.planned, self.settings.costs),
             self.settings.budget_bytes,
-            resident=self._resident_bytes,
         )
         self._forward = RegionsForward(
             self.planned, session, self._solved, root=self.root, any_mode=True, state=self._state_bytes
@@ -96,11 +95,6 @@ class InRegions:
         optimizer = self.settings.optimizer
         found = resident_in_training(self.root, None, optimizer, self.session.device)
         return found.optimizer_state_bytes
-
-    def _resident_bytes(self) -> int:
-        """Of parameters, buffers and the optimizer's state."""
-        found = resident_in_training(self.root, None, self.settings.optimizer, self.session.device)
-        return found.parameters_bytes + found.buffers_bytes + found.optimizer_state_bytes
 
     def _resident(self, record: Record) -> Resident:
         """What the step found: of parameters and buffers it is known what they are, the rest is counted as
