@@ -23,7 +23,7 @@ test: $(VENV)/.ready
 	wait $$types; types=$$?; cat $(TYPES); \
 	test $$tests -eq 0 -a $$types -eq 0
 
-# The solvers' tests with ten times the examples (some 19,000 graphs against all their schedules), the tests
+# The solvers' tests with twenty times the examples (some 19,000 graphs against all their schedules), the tests
 # marked nightly (a race from end to end, the methods beside the optimum), and two reports: how well time limits
 # are kept, for which no other work should run, and how often the optimum is found.
 test-nightly: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""Hypothesis profiles: ``--hypothesis-profile nightly`` looks at ten times as many examples.
+"""Hypothesis profiles: half of its default examples by day, ten times as many with ``nightly``.
 
 Measured costs are kept in a folder of the test run, never in the user's.  Files that take longest come first,
 so that two workers end together.
@@ -14,7 +14,10 @@ from hypothesis import settings
 
 from planner.costs.cache import VARIABLE
 
-settings.register_profile("nightly", max_examples=10 * settings.get_profile("default").max_examples)
+EXAMPLES = settings.get_profile("default").max_examples
+settings.register_profile("nightly", max_examples=10 * EXAMPLES)
+settings.register_profile("day", settings.default, max_examples=EXAMPLES // 2)
+settings.load_profile("day")  # unless an option names another
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,20 +31,25 @@ def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 LONGEST = (
     "test_notebooks.py",
     "test_planner_training.py",
+    "test_planner_regions_training.py",
+    "test_readme.py",
+    "test_planner_capture.py",
     "test_planner_cross_encoder.py",
-    "test_planner_distributed.py",
     "test_planner_enable.py",
     "test_planner_dynamic.py",
-    "test_readme.py",
-    "test_planner_peers.py",
     "test_planner_internvl2.py",
-    "test_planner_demo.py",
-    "test_planner_precision.py",
-    "test_solvers_exact.py",
+    "test_planner_peers.py",
+    "test_planner_errors.py",
     "test_solvers_frontier.py",
-    "test_planner_shared_plans.py",
-    "test_planner_regions_training.py",
+    "test_planner_runtime.py",
+    "test_planner_precision.py",
     "test_solvers_bounds.py",
+    "test_planner_ways_of_training.py",
+    "test_planner_distributed.py",
+    "test_planner_huggingface.py",
+    "test_solvers_local_search.py",
+    "test_planner_shared_plans.py",
+    "test_planner_compile.py",
 )
 
 

@@ -33,10 +33,13 @@ SMALL: Mapping[str, str] = {
     "01_plan_and_inspect": """
 LAYERS, WIDTH, ROWS, SEARCH_S = 2, 96, 8, 0.5
 BUDGET_GB, TOO_LITTLE_GB, CURVE_GB = 0.020, 0.009, [0.017, 0.020]""",
-    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 2, 32, 80, 40, 1",
+    "02_cross_encoder": "LAYERS, WIDTH, ROWS, LONGEST, SEARCH_S = 2, 32, 80, 40, 5",
     "03_internvl2": """
-LAYERS, TILES, TEXT, SEARCH_S, TRAIN_ROWS = 1, 2, 64, 1, 4
-BUDGETS_GB, BUDGET_GB = [3.65], 3.7""",
+LAYERS, TILES, TEXT, SEARCH_S, TRAIN_ROWS, TRAIN_SEARCH_S = 1, 2, 64, 1, 4, 0.5
+BUDGETS_GB, BUDGET_GB = [3.65], 3.7
+from planner.examples.internvl2 import SHAPES
+for tower in (SHAPES["tiny"].vision, SHAPES["tiny"].text):
+    tower["num_hidden_layers"] = 1""",
     "06_graph_network": "NODES, EDGES, WIDTH, LAYERS, SEARCH_S = 600, 3000, 48, 2, 1",
     "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.9], 2, 4",
 }

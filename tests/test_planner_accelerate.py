@@ -11,12 +11,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from lightning.pytorch.utilities import disable_possible_user_warnings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -102,37 +100,47 @@ def test_a_plan_made_outside_accelerates_autocast_says_so() -> None:
 # -- Lightning ------------------------------------------------------------------------------------
 
 
-class Lit(lightning.LightningModule):
-    """``through_forward``: the training step calls the module itself, else the network inside."""
+@functools.cache
+def lit() -> type[Any]:
+    """The class, made where it is asked for: to import Lightning takes seconds, in every worker."""
+    import lightning
 
-    def __init__(self, through_forward: bool) -> None:
-        super().__init__()
-        self.net, self.through_forward = tiny.seeded(tiny.Mlp), through_forward
-        self.losses: list[Tensor] = []
+    class Lit(lightning.LightningModule):
+        """``through_forward``: the training step calls the module itself, else the network inside."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        out: Tensor = self.net(x, labels)
-        return out
+        def __init__(self, through_forward: bool) -> None:
+            super().__init__()
+            self.net, self.through_forward = tiny.seeded(tiny.Mlp), through_forward
+            self.losses: list[Tensor] = []
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        loss: Tensor = self(**batch) if self.through_forward else self.net(**batch)
-        self.losses.append(loss.detach().clone())
-        return loss
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            out: Tensor = self.net(x, labels)
+            return out
 
-    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        assert self(batch["x"]).shape == (len(batch["x"]), 4)
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            loss: Tensor = self(**batch) if self.through_forward else self.net(**batch)
+            self.losses.append(loss.detach().clone())
+            return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.05)
+        def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+            assert self(batch["x"]).shape == (len(batch["x"]), 4)
 
-    @property
-    def target(self) -> nn.Module:
-        """What to plan: the module whose forward the training step calls."""
-        return self if self.through_forward else self.net
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+        @property
+        def target(self) -> nn.Module:
+            """What to plan: the module whose forward the training step calls."""
+            return self if self.through_forward else self.net
+
+    return Lit
 
 
-def fitted(model: Lit, batches: list[dict[str, Tensor]], precision: str, where: Any) -> list[Tensor]:
+def fitted(model: Any, batches: list[dict[str, Tensor]], precision: str, where: Any) -> list[Tensor]:
     """Losses and parameters after two epochs of Lightning's own trainer."""
+    import lightning
+    from lightning.pytorch.utilities import disable_possible_user_warnings
+
     disable_possible_user_warnings()
     torch.manual_seed(0)
     trainer = lightning.Trainer(
@@ -158,14 +166,14 @@ def fitted(model: Lit, batches: list[dict[str, Tensor]], precision: str, where: 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("through_forward", [False, True])
 def test_a_lightning_module(precision: str, through_forward: bool, tmp_path: Any) -> None:
-    want = fitted(Lit(through_forward), FULL, precision, tmp_path)
-    model = Lit(through_forward)
+    want = fitted(lit()(through_forward), FULL, precision, tmp_path)
+    model = lit()(through_forward)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         planned(model.target)
     assert same(fitted(model, FULL, precision, tmp_path), want)
     assert planned_forward_of(model.target) is not None
-    want = fitted(Lit(through_forward), UNEVEN, precision, tmp_path)
-    model = Lit(through_forward)
+    want = fitted(lit()(through_forward), UNEVEN, precision, tmp_path)
+    model = lit()(through_forward)
     enabled(model.target)
     assert same(fitted(model, UNEVEN, precision, tmp_path), want)
     assert planner.plan_of(model.target) is not None

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planner import _compat
-from planner._compat import tracing
+from planner._compat import FakeTensorMode, tracing
 from planner.capture import meta
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.joint_graph import capture
 from planner.capture.state.effects import attributes_kept, settled
 from planner.errors import TraceError
+from planner.measure.flops import FLOP_FORMULAS
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare
 
@@ -93,6 +94,12 @@ def turned(h: Tensor, norm: nn.Module) -> Tensor:
     return norm(h.transpose(1, 2)).transpose(1, 2).reshape(-1, 8)
 
 
+def _experts(h: Tensor, experts: nn.Bilinear) -> Tensor:
+    """Rows by expert, in single precision, for which torch's own formula has no fakes."""
+    ends = torch.tensor([10, 24], dtype=torch.int32)
+    return F.grouped_mm(h.flatten(0, 1), experts.weight, offs=ends).view_as(h)
+
+
 OTHERS: dict[str, tuple[Callable[..., Tensor], Tensor, tuple[nn.Module, ...]]] = {
     "batch_norm, turned": (turned, WORDS, (nn.BatchNorm1d(8),)),
     "layer_norm, turned": (turned, WORDS, (nn.LayerNorm(6),)),
@@ -113,6 +120,7 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], Tensor, tuple[nn.Module, ...]]] =
     "fft": (lambda h: torch.fft.irfft(torch.fft.rfft(h)), WORDS, ()),
     "scatter": (lambda h: torch.zeros_like(h).index_add(0, torch.tensor([0, 0, 1, 2]), h), WORDS, ()),
     "sort": (lambda h: h.sort(-1)[0], WORDS, ()),
+    "grouped": (_experts, WORDS, (nn.Bilinear(8, 8, 2),)),
     "grid_sample": (lambda h: F.grid_sample(h, torch.rand(2, 6, 8, 2) * 2 - 1), IMAGES, ()),
 }
 
@@ -229,3 +237,22 @@ def test_a_call_in_place_leaves_the_layout_by_which_a_convolution_chooses_its_ke
     step = capture(model, (x,)).step
     convolutions = step.module.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
     assert [meta.tensor(n.all_input_nodes[0]).stride() for n in convolutions] == [want]
+
+
+GROUPED = {
+    "rows": ((8, 16), (2, 16, 4), 8),
+    "sums": ((8, 16), (16, 4), 16),
+    "columns": ((2, 8, 16), (16, 4), 4),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_fakes_of_grouped_products_are_laid_out_as_they_are(kind: str) -> None:
+    a, b, end = GROUPED[kind]
+    given = torch.randn(a), torch.randn(b), torch.tensor([end // 2, end], dtype=torch.int32)
+    made = torch._grouped_mm(*given[:2], offs=given[2])
+    with FakeTensorMode() as mode, tracing.fakes_as_kernels():
+        fakes = [mode.from_tensor(t) for t in given]
+        fake = torch._grouped_mm(*fakes[:2], offs=fakes[2])
+    assert (fake.shape, fake.stride(), fake.dtype) == (made.shape, made.stride(), made.dtype)
+    assert FLOP_FORMULAS[torch.ops.aten._grouped_mm](a, b) == 2 * 8 * 16 * 4

@@ -14,7 +14,12 @@ from tests.peer_steps import Measured, Peer, applied, by_hand, measured_plan, pe
 SOLVE_S = 3.0
 
 
-@pytest.fixture(scope="module", params=sorted(PEERS_EAGER_MB))
+# Two of the four by day: attention and convolutions.
+BY_DAY = ("peers-gpt2", "peers-resnet")
+PARAMS = [pytest.param(n, marks=() if n in BY_DAY else pytest.mark.nightly) for n in sorted(PEERS_EAGER_MB)]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request: pytest.FixtureRequest) -> Peer:
     return peer(request.param, least_s=2.0)
 

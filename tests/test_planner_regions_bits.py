@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from planner.capture.joint_graph import capture
 from planner.errors import TraceError
 from planner.measure.meter import StorageMeter
-from planner.regions.checkpointed import Checkpointed
-from planner.regions.plain import as_eager
+from planner.regions.cut.checkpointed import Checkpointed
+from planner.regions.cut.plain import as_eager
 from planner.regions.session import Session
 from planner.solving.in_regions import step_in_regions
 

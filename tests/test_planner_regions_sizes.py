@@ -111,7 +111,7 @@ def test_one_plan_is_for_all_sizes_seen_and_more(caplog: pytest.LogCaptureFixtur
     # of 160, the largest of five that differ by 50, one may come that is larger by 12
     assert plans[4] is not None and plans[4] is not plans[7]
     assert plans[7] is plans[8] is plans[9]
-    (kept,) = (kept for of in _session(model)._plans.values() for kept in of)
+    (kept,) = (kept for of in _session(model).plans._of.values() for kept in of)
     assert kept.of.plan is plans[9]
 
 

@@ -16,7 +16,7 @@ from solvers.exact.program import Program
 from tests.benchmarks import bench_exactness
 from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
 
-quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @quick

@@ -291,7 +291,7 @@ def test_what_one_budget_proves_holds_for_all() -> None:
     """The search at the lowest budget proves a floor that also refuses the next, and is in every answer."""
     problem = random_dag(random.Random(3), 60)
     cheap, top = bounds.peak_floor(problem).bytes, keep_all_peak(problem)
-    answers = frontier(problem, [cheap - 1, cheap, top], time_limit_s=3)
+    answers = frontier(problem, [cheap - 1, cheap, top], time_limit_s=6)
     first, second, last = answers.values()
     assert isinstance(first, InfeasibleError) and isinstance(second, InfeasibleError)
     assert isinstance(last, Solution)

@@ -16,7 +16,7 @@ from solvers.bounds.pebbling import raised_floors, window_floor
 from solvers.core.facts import Facts
 from tests.solver_graphs import from_seeds, least_peak, random_problem, tense_problem
 
-quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @quick

@@ -25,7 +25,7 @@ from tests.solver_graphs import (
 any_graph = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # How many graphs each method is held against the best of all their schedules, at least nine of ten all
-# different; ten times as many with ``--hypothesis-profile nightly``.
+# different; half as many by day, ten times as many with ``--hypothesis-profile nightly``.
 EXAMPLES = {
     "auto": 1_000,
     "minimum_peak": 200,

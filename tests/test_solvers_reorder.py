@@ -15,7 +15,7 @@ from solvers.free_order import footprint_floor, lower_peak, permuted, solve
 from tests.benchmarks.layered import layered_dag
 from tests.solver_graphs import best_seconds, problems, random_problem, training_chain
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Ops that have run, and the values alive that are not final.
 State = tuple[frozenset[int], frozenset[int]]

@@ -17,7 +17,7 @@ from solvers.retention.program import RetentionProgram
 from tests.benchmarks.layered import layered_dag
 from tests.solver_graphs import best_seconds, least_peak, problems, random_problem, training_chain
 
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def layered(ops: int, seed: int) -> Problem:

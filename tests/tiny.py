@@ -78,11 +78,11 @@ def blocks(n: int = 4, width: int = 32) -> nn.Module:
     )
 
 
-def gpt2() -> nn.Module:
-    """Two layers of Hugging Face's GPT2, with its dropout."""
+def gpt2(layers: int = 2) -> nn.Module:
+    """Hugging Face's GPT2, with its dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, use_cache=False)
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=layers, n_head=2, use_cache=False)
     return GPT2LMHeadModel(config)
 
 

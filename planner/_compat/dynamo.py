@@ -23,6 +23,7 @@ from torch import fx
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from planner._compat.running import watching_modes
+from planner._compat.tracing import fakes_as_kernels
 
 RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
 
@@ -85,6 +86,14 @@ def cut_by_dynamo(
     return torch.compile(forward, backend=backend)
 
 
+def hide_from_dynamo(node: type[torch.autograd.Function]) -> None:
+    """Dynamo does not follow its backward where a forward that is cut runs one by itself; 2.0+."""
+    from torch._dynamo import disable
+
+    if not hasattr(node.backward, "_torchdynamo_disable"):
+        node.backward = staticmethod(disable(node.backward))  # type: ignore[method-assign]
+
+
 class _DynamoAsEager:
     """Dynamo's answers and settings as a cut forward wants them, while any runs: made once, entered often.
 
@@ -132,6 +141,7 @@ class _DynamoAsEager:
             self._here.patch = self._here.__dict__.get("patch") or self._config.patch(
                 recompile_limit=RECOMPILES,
                 skip_nnmodule_hook_guards=False,  # hooks that come later are seen
+                use_numpy_random_stream=True,  # what it draws is drawn by numpy, not by torch
                 accumulated_recompile_limit=64 * RECOMPILES,
                 optimize_ddp=False,
                 suppress_errors=True,
@@ -166,6 +176,8 @@ class _DynamoAsEager:
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
         self._followed |= self._followed_here
         self._advises.addFilter(_is_no_advice)
+        self._fakes = fakes_as_kernels()
+        self._fakes.__enter__()
         if self._in_a_loop is not None:
             setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
         module = sys.modules.get("transformers.utils.output_capturing")
@@ -185,6 +197,7 @@ class _DynamoAsEager:
             setattr(self._translator, _IN_A_LOOP, self._in_a_loop)
         self._followed -= self._followed_here
         self._advises.removeFilter(_is_no_advice)
+        self._fakes.__exit__(None, None, None)
         for function in self._asked:
             self._answers[function] = True
         for function in self._unasked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -55,12 +56,57 @@ def values_unchecked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def fakes_as_kernels() -> Iterator[None]:
+    """Fakes are taken wherever kernels take tensors; those that are not are no news in torch's log; 2.0+.
+
+    For all threads.  An op that takes no fakes is raised beside, with its line.
+    """
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def is_news(said: logging.LogRecord) -> bool:  # a function of this entry, so that another's stays
+        return not str(said.msg).startswith("failed while attempting to run meta")
+
+    of_fakes = importlib.import_module("torch._subclasses.fake_impls").op_implementations_dict
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # 2.8+
+    if grouped is not None:
+        of_fakes.setdefault(grouped.default, _grouped_product)
+    fakes.addFilter(is_news)
+    try:
+        yield
+    finally:
+        fakes.removeFilter(is_news)
+
+
+def _grouped_product(
+    mode: FakeTensorMode,
+    func: Any,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Products of groups of rows, of which torch's own formula takes bfloat16 alone, the kernels others too.
+
+    Shapes: a (M, K), b (G, K, N) -> (M, N); (M, K), (K, N) -> (G, M, N); (G, M, K), (K, N) -> (M, N);
+    (G, M, K), (G, K, N) -> (G, M, N).
+    """
+    if a.dtype is torch.bfloat16 or a.dtype is not b.dtype or a.device.type != "cpu":
+        return NotImplemented
+    rows, columns = a.shape[-2], b.shape[-1]
+    groups = () if a.dim() != b.dim() else (a.shape[0],) if a.dim() == 3 else (offs.shape[0],)  # type: ignore
+    with mode:
+        return torch.empty((*groups, rows, columns), dtype=out_dtype or a.dtype, device=a.device)
+
+
+@contextlib.contextmanager
 def _tracing_flags() -> Iterator[None]:
     """Leave out what checks values, and trace the backward as it runs: outside autocast.
 
     The settings are process-global and put back.
     """
-    with values_unchecked(), _functorch_config.patch(backward_pass_autocast="off"):  # 2.10+
+    outside = _functorch_config.patch(backward_pass_autocast="off")  # 2.10+
+    with values_unchecked(), fakes_as_kernels(), outside:
         yield
 
 

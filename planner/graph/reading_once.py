@@ -16,14 +16,18 @@ from planner.graph.training_graph import GraphOp, TrainingGraph
 __all__ = ["reading_once"]
 
 
-def reading_once(graph: TrainingGraph, sources: Collection[tuple[str, str | int]]) -> TrainingGraph:
-    """``graph`` with no second run of what reads ``sources`` (kind and name, as ``graph.sources`` has them).
+def reading_once(
+    graph: TrainingGraph, sources: Collection[tuple[str, str | int]], outputs: Collection[int] = ()
+) -> TrainingGraph:
+    """``graph`` with no second run of what reads ``sources`` (kind and name, as ``graph.sources`` has them)
+    or what it hands out itself (``outputs``, by their indices).
 
     Raises ``TraceError`` if its backward reads one itself.
     """
     over = {
         graph.value_of[node]: name for node, (kind, name) in graph.sources.items() if (kind, name) in sources
     }
+    over |= {graph.value_of[graph.outputs[i]]: f"output {i}" for i in outputs}
     if not over:
         return graph
 

@@ -47,15 +47,21 @@ def _lstm_backward_flops(*args: Any, **kwargs: Any) -> int:
     return 2 * _lstm_flops(*args, **kwargs)
 
 
+def _grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Groups of rows, columns or of what is summed over are together as much as one product."""
+    return 2 * math.prod(a) * b[-1] if len(a) == 2 or len(b) == 3 else 2 * a[1] * a[2] * b[-1]
+
+
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 
-# torch's counter does not know the CPU's attention kernels and LSTM, which it would count as nothing, and
-# that of torch 2.11 refuses fewer heads of keys than of queries.
+# torch's counter does not know grouped products, the CPU's attention kernels and LSTM, which it would count
+# as nothing, and that of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
         aten.mkldnn_rnn_layer: _lstm_flops,
         aten.mkldnn_rnn_layer_backward: _lstm_backward_flops,
     }
+    | ({aten._grouped_mm: _grouped_flops} if hasattr(aten, "_grouped_mm") else {})  # 2.8+
     | {
         getattr(aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
         for kernel in _ATTENTION

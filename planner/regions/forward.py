@@ -26,9 +26,11 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.kept import Foresight, Kept, Kind, Parts
 from planner.regions.proposal import proposal
 from planner.regions.record import Record
-from planner.regions.session import Foresight, Kept, Kind, Parts, Session
+from planner.regions.session import Session
+from planner.regions.watching import is_watched
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
 from planner.units import bytes_text, gb_enough
@@ -134,7 +136,7 @@ class RegionsForward:
             or not (self.any_mode or self.model.training is self.training)
             or is_traced(type(self.model).__name__)
         ):
-            self.session.settle()
+            self.session.watching.settle()
             return self.original(*args, **kwargs)
         session = self.session
         if _compat.dynamo_stands_aside():
@@ -195,7 +197,7 @@ class RegionsForward:
     def _begin(self, inputs: Any) -> Session:
         """A step begins: what the last one showed is acted upon."""
         self._thread = threading.get_ident()
-        self.session.settle()
+        self.session.watching.settle()
         self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -203,21 +205,21 @@ class RegionsForward:
         if kind in self._refused:
             raise self._refused[kind]
         stage = session.next_stage(kind)
-        if stage == "record" and not session.may_watch(must=self._behind >= PATIENCE):
+        if stage == "record" and not session.watching.may_begin(must=self._behind >= PATIENCE):
             stage = session.unwatched_stage
             self._behind += 1
-            self._waited += session.is_watched
+            self._waited += is_watched()
             if self._waited == PATIENCE:
                 self._tell(
                     "waits",
                     "%s: the step that shows what to plan is watched by a mode of torch, and in each of %d "
                     "steps another mode was on (a meter, a counter). Let a step run without it",
-                    "has steps of a kind that no plan is for" if session.has_plans else "is not planned yet",
+                    "has steps of a kind that no plan is for" if session.plans else "is not planned yet",
                     PATIENCE,
                 )
         session.begin(stage, kind)
         self._steps += 1
-        if stage == "record" or (self._counts(session.runs) and session.may_watch()):
+        if stage == "record" or (self._counts(session.runs) and session.watching.may_begin()):
             dense = [part for g in gradients for part in _compat.dense_parts(g)]
             self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in dense)
             session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
@@ -299,7 +301,7 @@ class RegionsForward:
     def _none_ran(self) -> None:
         session = self.session
         eager = len(session.eager)
-        session.tried()
+        session.plans.tried(session.kind)
         if eager == len(session.regions):
             self._tell(
                 "eager",
@@ -322,22 +324,22 @@ class RegionsForward:
         session, kind = self.session, self.session.kind
         if session.is_planned:
             self._failed.pop(kind, None)
-            session.found_planned()
+            session.plans.found(kind)
             return
-        if session.has_plan_for(kind) and session.is_hopeless:
-            session.tried()
+        if kind in session.plans and session.plans.is_hopeless(kind, session.trained):
+            session.plans.tried(session.kind)
             return
         try:
             solved = self.solve(session.record())
         except InfeasibleBudgetError as error:
-            if session.has_plan_for(kind):
+            if kind in session.plans:
                 log.warning(
                     "steps of %s hold more than those that it was planned by, and such steps are over the "
                     "budget: %s",
                     type(self.model).__name__,
                     error,
                 )
-                session.give_up_longer()
+                session.plans.give_up_longer(kind, session.trained)
             else:
                 self._refused[kind] = error
             return
@@ -347,7 +349,7 @@ class RegionsForward:
                 self._failed.clear()
                 self._turn_loops()
             elif self._failed[kind] >= TRIES:
-                session.give_up(kind)
+                session.plans.give_up(kind)
                 whys = dict.fromkeys(v.why for r in session.regions for v in r.variants.values() if v.why)
                 self._tell(
                     str(error),

@@ -17,7 +17,8 @@ from planner.capture.state.effects import attributes_kept
 from planner.errors import PlannerError
 from planner.measure.step import backward, device_of, held, passed_on, tangents_for, undone
 from planner.regions.recorder import Recorder
-from planner.regions.session import Session, _Seen
+from planner.regions.seen import Seen
+from planner.regions.session import Session
 
 __all__ = ["NotInRegions", "apart", "observe"]
 
@@ -61,7 +62,7 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
         session.ended()  # attributes were set, states are there now: the code has not settled yet
 
 
-def _is_news(seen: _Seen) -> bool:
+def _is_news(seen: Seen) -> bool:
     """Whether a call was of code that ran for the first time, or gradients came for other outputs of it than
     were planned for.
     """

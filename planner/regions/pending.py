@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from planner.errors import PlannerError
-from planner.regions.region import Region
+from planner.regions.cut.region import Region
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import PendingCall
 

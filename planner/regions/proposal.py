@@ -87,6 +87,8 @@ def _seen(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Inputs], Counter[
 
     handles = []
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks of Python's
         handles.append(module.register_forward_pre_hook(begins(path), with_kwargs=True))
         if not any(True for _ in module.children()):
             handles.append(module.register_forward_hook(ends(path)))

@@ -3,7 +3,7 @@
 Dynamo cuts the forward (:func:`planner._compat.cut_by_dynamo`); each of its graphs is a :class:`Region`,
 whose calls come by here.  A call runs by the schedule that is planned for its place in the step; one that has
 no place yet by a schedule of its own that saves next to nothing
-(:func:`planner.regions.region.recomputing_all`).
+(:func:`planner.regions.cut.region.recomputing_all`).
 
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from planner import _compat
 from planner.capture.joint_graph import NO_GRADIENT
@@ -39,201 +36,24 @@ from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions import record
-from planner.regions.checkpointed import SMALL_BYTES
+from planner.regions.cut.checkpointed import SMALL_BYTES
+from planner.regions.cut.region import Region, Variant
+from planner.regions.cut.torn import torn
+from planner.regions.kept import ANY, Foresight, Kept, Kind, Own, Parts, Place
 from planner.regions.pending import Pending
+from planner.regions.plans import Plans
 from planner.regions.recorder import Recorder
-from planner.regions.region import Region, Variant
-from planner.regions.torn import torn
+from planner.regions.seen import Seen, Step, tracked
+from planner.regions.watching import Watch
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
 
-__all__ = ["ANY", "Foresight", "Kept", "Kind", "Place", "Session"]
+__all__ = ["Session", "Stage"]
 
 log = logging.getLogger(__name__)
 
 Stage = Literal["look", "record", "plan"]
-
-# What each call of a recorded step is to run: steps in its own graph, and how many are the forward's.
-Own: TypeAlias = tuple[Sequence[int], int]
-Parts: TypeAlias = Sequence[Own]
-
-
-class Kind(NamedTuple):
-    """What tells steps apart that need plans of their own, as far as their first call shows it.
-
-    ``sizes``  elements of each tensor that comes in: a plan for larger ones may serve.
-    """
-
-    structure: Hashable = None
-    sizes: tuple[int, ...] = ()
-
-    def is_within(self, larger: Kind) -> bool:
-        """Whether ``larger`` is for the same step, at sizes that are no smaller."""
-        return self.structure == larger.structure and all(
-            a <= b for a, b in zip(self.sizes, larger.sizes, strict=True)
-        )
-
-
-ANY = Kind()  # that of a step where nobody tells kinds apart
-
-MOST_PLANS = 16  # of one kind
-MOST_KINDS = 64  # for which plans are kept
-MOST_RECORDS = 24  # of one structure: beyond that its steps differ from one to the next
-LONGEST_KNOWN = 16  # steps for which the longest of them is waited for, to be planned
-ONCE_KNOWN = 2  # likewise where all that came since are alike: it did what is done but once
-
-
-class _Entered(NamedTuple):
-    """Where a recorder was entered: by whom, in which thread, under which of the dispatcher's keys."""
-
-    owner: weakref.ref[Session]
-    thread: int
-    keys: tuple[int, int]
-
-
-# Those of this process that are on.  One whose step is over is taken off by the next call of its model, where
-# the last of its calls is freed, or before an optimizer's step: the first of these.
-_RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
-
-REMEMBERED = 32  # steps after which a plan that none was of is forgotten
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """What one call of a step is planned to run.
-
-    ``variant``  of the region, ``None`` where eager runs it; ``key``: the signature that it is called with.
-    ``used``     its outputs that get gradients, ``None``: all that can; where none does, eager runs it.
-    ``bounds``   bytes of its values that it was planned for, ``None``: its variant's.
-    """
-
-    region: Region
-    key: Any
-    used: frozenset[int] | None
-    variant: Variant | None = None
-    steps: tuple[int, ...] = ()
-    turn: int = 0
-    bounds: tuple[int, ...] | None = None
-
-    def serves(self, other: Variant) -> bool:
-        """Whether ``other``, the region at other sizes, can run as this is planned to, and takes no more."""
-        return self.variant is not None and self.variant.serves(other, self.bounds)
-
-
-@dataclass(frozen=True, eq=False)
-class Foresight:
-    """What is known of steps that are as a plan's, but for their sizes.
-
-    ``peak_of``       bytes of one whose calls, by their number among the planned, have these graphs and run
-                      so.
-    ``sizes_at``      what such a step holds.
-    ``bounds``        per planned call, bytes of each value for which the plan was made.
-    ``budget_bytes``  that the plan is for.
-    """
-
-    peak_of: Callable[[dict[int, tuple[TrainingGraph, Own]]], int]
-    sizes_at: Callable[[dict[int, TrainingGraph]], record.Sizes]
-    bounds: Sequence[tuple[int, ...]]
-    budget_bytes: int
-
-
-@dataclass(eq=False)
-class Kept:
-    """A plan for steps of one kind.
-
-    ``places``  what its calls run; ``of``: what whoever made it wants to know again.
-    ``trained`` how many of these get gradients.
-    ``idle``    steps of its kind since one was of it.
-    """
-
-    places: tuple[Place, ...]
-    of: Any = None
-    trained: int = 0
-    idle: int = 0
-    foresight: Foresight | None = None
-
-    def covers(self, other: Kept) -> bool:
-        """Whether all steps that ``other`` is for can run as this says."""
-        mine, its = ([(p.region, p.variant is None) for p in kept.places] for kept in (self, other))
-        pairs = zip(self.places, other.places, strict=False)
-        return mine == its and all(
-            a.key == b.key or (a.used == b.used and (b.variant is None or a.serves(b.variant)))
-            for a, b in pairs
-        )
-
-    @cached_property
-    def saved_bytes(self) -> int:
-        """What its calls hold between their forwards and backwards."""
-        return sum(p.variant.held_bytes(p.steps, p.turn) for p in self.places if p.variant is not None)
-
-    @cached_property
-    def planned(self) -> dict[int, int]:
-        """The number of each call that is planned, among those that are."""
-        return {n: k for k, n in enumerate(n for n, p in enumerate(self.places) if p.variant is not None)}
-
-    def near(self, number: int, region: Region) -> Place | None:
-        """How a call of ``region`` is planned, the one at ``number`` or next to it."""
-        found = [n for n, p in enumerate(self.places) if p.region is region]
-        return self.places[min(found, key=lambda n: abs(n - number))] if found else None
-
-
-@dataclass(frozen=True)
-class _Longest:
-    """The longest step of a structure: how many calls got gradients, and how many in the steps since."""
-
-    calls: int = 0
-    since: tuple[int, ...] = ()
-
-    def then(self, calls: int) -> _Longest:
-        """After a step of so many calls."""
-        since = *self.since, calls
-        known = ONCE_KNOWN if len(set(since)) == 1 else LONGEST_KNOWN
-        if calls >= self.calls or len(since) > known:
-            return _Longest(max(since) if calls < self.calls else calls)
-        return _Longest(self.calls, since)
-
-
-class _Step:
-    """One step; its calls hold it."""
-
-
-@dataclass(eq=False)
-class _Seen:
-    """What one call of a region gave and took.
-
-    ``variant``  that ran; ``None`` where eager did.
-    ``turn_of``  how often the region had been called in the step before.
-    ``present``  the outputs that got gradients; ``None`` before its backward; ``able``: those that can.
-    """
-
-    step: _Step
-    number: int
-    region: Region
-    turn_of: int
-    variant: Variant | None
-    key: Any
-    used: frozenset[int] | None
-    base: str = ""
-    args: dict[str, str] = field(default_factory=dict)
-    steps: tuple[int, ...] = ()
-    turn: int = 0
-    present: frozenset[int] | None = None
-    able: frozenset[int] = frozenset()
-    looked: bool = False
-    read: list[tuple[Any, int]] = field(default_factory=list)
-    lent: list[tuple[int, Any, int]] = field(default_factory=list)
-
-    def note_writes(self) -> list[torch.Tensor]:
-        """Tell the region of arguments without a gradient that were written to since it was called."""
-        now = ((i, ref(), version) for i, ref, version in self.lent)
-        found = [(i, x) for i, x, version in now if x is not None and x._version != version]
-        for i, _ in found:
-            self.region.is_spoilt_at(i)
-        return [x for _, x in found]
-
-    crossings: dict[tuple[str, str | int], int] = field(default_factory=dict)
-    gives: dict[tuple[str, str | int], int] = field(default_factory=dict)
 
 
 class _Runs(nn.Module):
@@ -266,32 +86,25 @@ class Session:
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
-        self.sizes: dict[Kind, dict[Any, record.Sizes]] = {}  # of recorded steps, by shape
         self._along: Kept | None = None  # the plan that the step has strayed from
         self._is_beside = False  # whether it differs from that in sizes alone
-        self._outgrown: set[Kind] = set()  # kinds of which a larger step has come
-        self._closed: set[Kind] = set()  # for which no further plan is made
-        self._too_long: dict[Kind, int] = {}  # calls of a step that no plan fits
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
-        self.calls: list[_Seen] = []
-        self._plans: dict[Kind, list[Kept]] = {}
+        self.calls: list[Seen] = []
+        self.plans = Plans(type(model).__name__)
         self._open: list[Kept] = []  # those that the step that runs may still be of
-        self._wanted: set[Kind] = set()  # kinds to be recorded again
-        self._records: Counter[Hashable] = Counter()  # by structure
-        self._longest: dict[Hashable, _Longest] = {}  # likewise
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
         self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
-        self._step = _Step()
+        self._step = Step()
         self._pending: list[weakref.ref[Pending]] = []
         self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
         self._cast_for: dict[int, list[Region]] = {}  # of this step, that read a weight under autocast
         self._inside = 0  # calls of the model that are running
-        self._alive: weakref.ref[_Step] | None = None  # dies with the last call that may have a backward
-        self._on: Recorder | None = None  # that is on in a training loop
+        self._alive: weakref.ref[Step] | None = None  # dies with the last call that may have a backward
+        self.watching = Watch(self, self.device)
         self._known: dict[int, str] | None = None
         self._before = len(_compat.dynamo_breaks())
         self.original = original_forward(model)
@@ -339,21 +152,22 @@ class Session:
         return self._alive is not None and self._alive() is not None
 
     @property
+    def is_called(self) -> bool:
+        """Whether a call of the model runs."""
+        return bool(self._inside)
+
+    @property
     def is_under_way(self) -> bool:
         """Whether a call of the step runs, or may yet have a backward."""
         return bool(self._inside) or self._is_held
 
     def begin(self, stage: Stage, kind: Kind = ANY) -> None:
         """A step begins."""
-        larger = sorted((of for of in self._plans if kind.is_within(of)), key=lambda of: sum(of.sizes))
-        kept = [k for of in dict.fromkeys((kind, *larger, ANY)) for k in self._plans.get(of, ())]
-        # a step with fewer calls is within what one with more of them was planned to
-        serves = self._serves_longest(kind, kept)
-        self._open = sorted(kept, key=lambda plan: -len(plan.places)) if serves else []
+        self._open = self.plans.serving(kind)
         self.stage, self.kind, self.strayed = stage, kind, False
         self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
-        self._step, self._times, self._known, self._alive = _Step(), Counter(), None, None
+        self._step, self._times, self._known, self._alive = Step(), Counter(), None, None
         self._cast_for = {}
         self._eager_before = self.eager
 
@@ -407,20 +221,20 @@ class Session:
         return region.numbers.joined(self._run(region, rest), numbers)
 
     def _run(self, region: Region, args: Sequence[Any]) -> Any:
-        if region.is_eager or not torch.is_grad_enabled() or not any(map(_tracked, args)):
+        if region.is_eager or not torch.is_grad_enabled() or not any(map(tracked, args)):
             return region.plain.forward(*args)
         number, key = len(self.calls), region.signature(args)
         self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
         if self.stage == "look" or region.number not in self._known_regions:
-            seen = _Seen(self._step, number, region, turn_of, None, key, None)
+            seen = Seen(self._step, number, region, turn_of, None, key, None)
             self.calls.append(seen)
             return self._looked_at(seen, args)
         with _compat.modes_set_aside():
             place = self._place(number, region, key, args)
             used = self._used(region, turn_of) if place is None else place.used
-            seen = _Seen(self._step, number, region, turn_of, None, key, used)
+            seen = Seen(self._step, number, region, turn_of, None, key, used)
             if used is None or used:
                 variant = region.variants.get((key, used)) or region.variant(
                     key, args, self._names, self.target, used
@@ -467,8 +281,7 @@ class Session:
 
     def _lightest(self, variant: Variant) -> Own:
         """What saves next to nothing."""
-        calls = self._longest.get(self.kind.structure, _Longest()).calls
-        return variant.lightest(self._room, max(calls, len(self.calls)))
+        return variant.lightest(self._room, max(self.plans.longest(self.kind), len(self.calls)))
 
     @property
     def _room(self) -> int | None:
@@ -478,20 +291,19 @@ class Session:
         there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return self.budget_bytes - sum(t.nbytes for t in there.values())
 
-    def _holder(self) -> _Step:
+    def _holder(self) -> Step:
         """What the calls of this step hold: a recorder is taken off when they are gone."""
         holder = None if self._alive is None else self._alive()
         if holder is None:
-            holder = _Step()
+            holder = Step()
             self._alive = weakref.ref(holder)
-            if self._on is not None:
-                weakref.finalize(holder, self.settle, self._on).atexit = False
+            self.watching.settle_with(holder)
         return holder
 
-    def _looked_at(self, seen: _Seen, args: Sequence[Any]) -> Any:
+    def _looked_at(self, seen: Seen, args: Sequence[Any]) -> Any:
         """As eager runs it, which may be differentiated twice, with nothing held but the arguments."""
         seen.looked = True
-        tensors = (x for x in args if _tracked(x))
+        tensors = (x for x in args if tracked(x))
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
             self.strayed = True
@@ -501,8 +313,7 @@ class Session:
         outputs = region.checkpointed(
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
-        lent = ((i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.requires_grad)
-        seen.lent = [(i, weakref.ref(x), x._version) for i, x in lent if not x.is_inference()]
+        seen.lend(args, outputs)
         return self._watched(seen, outputs)
 
     def _note_casts(self, region: Region, args: Sequence[Any]) -> None:
@@ -517,7 +328,7 @@ class Session:
                         one.why = one.why or "a weight that autocast casts once for this and another region"
                 self._cast_for[id(x)].append(region)
 
-    def _watched(self, seen: _Seen, outputs: Any) -> Any:
+    def _watched(self, seen: Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
         made = tensors_in(outputs)
         seen.able = frozenset(i for i, t in enumerate(made) if t.grad_fn is not None)
@@ -527,12 +338,12 @@ class Session:
             node.register_prehook(functools.partial(self._came_for, holder, seen, i, made[i].output_nr))
         return outputs
 
-    def _plain(self, seen: _Seen, args: Sequence[Any]) -> Any:
+    def _plain(self, seen: Seen, args: Sequence[Any]) -> Any:
         """As eager runs it; a gradient that comes nevertheless is learned of."""
         outputs = seen.region.plain.forward(*args)
         return outputs if seen.used is None else self._watched(seen, outputs)
 
-    def _came_for(self, _: Any, seen: _Seen, output: int, place: int, gradients: Any) -> None:
+    def _came_for(self, _: Any, seen: Seen, output: int, place: int, gradients: Any) -> None:
         self._backwards += 1
         seen.note_writes()
         seen.lent = []
@@ -615,13 +426,13 @@ class Session:
         calls[along.planned[number]] = variant.captured.graph, own
         return along.foresight.peak_of(calls)
 
-    def _graphs(self) -> Iterator[tuple[int, TrainingGraph, _Seen]]:
+    def _graphs(self) -> Iterator[tuple[int, TrainingGraph, Seen]]:
         """Of each call that is planned its number and its graph."""
         for n, seen in enumerate(self.calls):
             if seen.variant is not None and seen.variant.captured is not None:
                 yield n, seen.variant.captured.graph, seen
 
-    def _takes(self, recorder: Recorder, seen: _Seen, given: dict[Argument, Any]) -> None:
+    def _takes(self, recorder: Recorder, seen: Seen, given: dict[Argument, Any]) -> None:
         for argument, value in given.items():
             if argument.kind == "input":
                 self._note(recorder, seen.crossings, (argument.kind, argument.key), value)
@@ -635,14 +446,14 @@ class Session:
         if number is not None:
             into[key] = number
 
-    def _recorder_of(self, seen: _Seen) -> Recorder | None:
+    def _recorder_of(self, seen: Seen) -> Recorder | None:
         """Where it is noted what the backward of a call does."""
         recorder = self.recorder
         return recorder if seen.step is self._step and recorder is not None and recorder.counts else None
 
     def backward_begins(self, call: Pending, tangents: tuple[Any, ...]) -> None:
         """The first node of a call runs, for these gradients of its outputs."""
-        seen: _Seen = call.seen
+        seen: Seen = call.seen
         present = frozenset(i for i, t in zip(call.tracked, tangents, strict=True) if t is not None)
         seen.present = present if seen.present is None else seen.present | present
         self._backwards += 1
@@ -656,7 +467,7 @@ class Session:
 
     def gave(self, call: Pending, index: int, gradients: list[Any]) -> None:
         """A node of a call has run."""
-        seen: _Seen = call.seen
+        seen: Seen = call.seen
         recorder = self._recorder_of(seen)
         if recorder is None:
             return
@@ -726,7 +537,7 @@ class Session:
         if not self.is_differentiated:
             return
         self.learned()
-        self._note_length()
+        self.plans.ran(self.kind, self.trained)
         if self.stage == "look":
             self._is_looked = self.eager == self._eager_before
         elif self.stage == "plan":
@@ -735,84 +546,36 @@ class Session:
     def _note_plan(self) -> None:
         of, count = self.runs, len(self.calls)
         exact = [kept for kept in self._open if len(kept.places) == count]
-        for kept in self._plans.get(self.kind, ()):
-            kept.idle = 0 if kept in exact or kept is of else kept.idle + 1
-        if self.kind in self._plans:
-            self._plans[self.kind] = [k for k in self._plans[self.kind] if k.idle <= REMEMBERED]
+        self.plans.served(self.kind, exact if of is None else [*exact, of])
         if of is None or not exact:
             self._note_larger()
-            self._want(self.kind)
+            self.plans.want(self.kind, self.trained)
 
     def _note_larger(self) -> None:
-        """The step differed from a plan in sizes alone: the next plan is for these too."""
         along = self._along
         if along is None or along.foresight is None or not self._is_beside:
             return
         if len(self.calls) == len(along.places):
             sizes = along.foresight.sizes_at({along.planned[n]: graph for n, graph, _ in self._graphs()})
-            known = self.sizes.get(self.kind, {}).get(sizes.shape)
-            self.remember(sizes if known is None else known.then(sizes))
-            self._outgrown.add(self.kind)
-
-    def _serves_longest(self, kind: Kind, kept: Iterable[Kept]) -> bool:
-        """Whether one of these plans is for as many calls as a step of this structure is known to make."""
-        longest = self._longest.get(kind.structure, _Longest()).calls
-        is_hopeless = kind in self._closed or longest >= self._too_long.get(kind, longest + 1)
-        return is_hopeless or longest <= max((plan.trained for plan in kept), default=0)
-
-    def _note_length(self) -> None:
-        """How many calls the step had.  Where paths differ, none can tell at its beginning how long it will
-        be, so that it is planned as the longest is.
-        """
-        of = self.kind.structure
-        self._longest[of] = self._longest.get(of, _Longest()).then(self._trained)
+            self.plans.outgrew(self.kind, sizes)
 
     @property
-    def _trained(self) -> int:
+    def trained(self) -> int:
         """How many calls of the step, of regions that can be planned, got gradients."""
         return sum(bool(seen.present) and not seen.region.is_eager for seen in self.calls)
 
     @property
     def is_planned(self) -> bool:
         """Whether there is a plan for just these calls."""
-        calls = [(seen.region, seen.key, seen.used) for seen in self.calls]
-        plans = self._plans.get(self.kind, ()) if self.kind not in self._outgrown else ()
-        return any([(p.region, p.key, p.used) for p in kept.places] == calls for kept in plans)
-
-    def _want(self, kind: Kind) -> None:
-        if kind in self._closed or self.is_hopeless:
-            return
-        if self._records[kind.structure] < MOST_RECORDS:
-            self._wanted.add(kind)
-        elif self._records[kind.structure] == MOST_RECORDS:
-            self._records[kind.structure] += 1
-            log.warning(
-                "steps of %s differ from one to the next in what they call, or in sizes: %d of them were "
-                "planned; what none of these serves runs with next to nothing saved",
-                type(self.model).__name__,
-                MOST_RECORDS,
-            )
+        return self.plans.are_for(self.kind, [(seen.region, seen.key, seen.used) for seen in self.calls])
 
     def next_stage(self, kind: Kind = ANY) -> Stage:
         """What is done with the next step, one of ``kind``."""
-        if not self._is_looked and not self._plans:
+        if not self._is_looked and not self.plans:
             return "look"
         if self.regions and len(self.eager) == len(self.regions):
             return "plan"  # nothing is
-        larger = [of for of in self._plans if of in (kind, ANY) or kind.is_within(of)]
-        known = larger and self._serves_longest(kind, (k for of in larger for k in self._plans[of]))
-        if kind in self._wanted or (not known and self._records[kind.structure] < MOST_RECORDS):
-            return "record"
-        return "plan"
-
-    @property
-    def has_plans(self) -> bool:
-        """Whether steps of any kind are planned."""
-        return bool(self._plans)
-
-    def has_plan_for(self, kind: Kind) -> bool:
-        """Whether steps of this kind are planned, be it for other sizes or calls than came."""
-        return bool(self._plans.get(kind))
+        return "record" if self.plans.wants(kind) else "plan"
 
     @property
     def unwatched_stage(self) -> Stage:
@@ -821,37 +584,9 @@ class Session:
         """
         return "plan" if self._is_looked else "look"
 
-    def may_watch(self, *, must: bool = False) -> bool:
-        """Whether a step that begins now can be recorded; ``must``: although another model's is."""
-        for recorder, entered in list(_RECORDERS.items()):
-            owner = entered.owner()
-            if must or not recorder.counts or owner is None or not owner.is_under_way:
-                _take_off(recorder)
-        if self._on is not None and self._on not in _RECORDERS:
-            self._on = None
-        return not _compat.watching_modes() and self._on is None
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether a mode is on that records no other model's step, which will be over soon."""
-        return bool(_compat.watching_modes()) and not any(map(_compat.is_top_mode, list(_RECORDERS)))
-
     def watch(self, there: Iterable[torch.Tensor]) -> None:
         """Record the step that begins, which finds ``there``, until its backward is through."""
-        _before_optimizers()
-        recorder = Recorder(self.device)
-        recorder.register(*there)
-        recorder.__enter__()
-        self.recorder = self._on = recorder
-        _RECORDERS[recorder] = _Entered(weakref.ref(self), threading.get_ident(), _compat.dispatch_state())
-
-    def settle(self, only: Recorder | None = None) -> None:
-        """Take a recorder off that has seen its step; ``only``: this one."""
-        recorder = self._on
-        if recorder is None or only not in (None, recorder) or self._inside:
-            return
-        if recorder not in _RECORDERS or _take_off(recorder):
-            self._on = None
+        self.recorder = self.watching.begin(there)
 
     def follow(self, parts: Parts, of: Any = None, foresight: Foresight | None = None) -> None:
         """Plan for steps such as the recorded one: of each call its own steps, and how many are the
@@ -869,54 +604,8 @@ class Session:
                 steps, turn = seen.variant.lightest()
             bound = next(bounds, None)
             places.append(Place(seen.region, seen.key, seen.used, seen.variant, tuple(steps), turn, bound))
-        made = Kept(tuple(places), of, self._trained, foresight=foresight)
-        others = [kept for kept in self._plans.pop(self.kind, []) if not made.covers(kept)]
-        self._plans[self.kind] = [made, *others][:MOST_PLANS]
-        while len(self._plans) > MOST_KINDS:
-            del self._plans[next(iter(self._plans))]
-        self._wanted.discard(self.kind)
-        self._outgrown.discard(self.kind)
+        self.plans.add(self.kind, Kept(tuple(places), of, self.trained, foresight=foresight))
         self.recorder = None
-
-    def remember(self, sizes: record.Sizes) -> None:
-        """What steps such as the recorded one were seen to hold."""
-        self.sizes.setdefault(self.kind, {})[sizes.shape] = sizes
-        while len(self.sizes) > MOST_KINDS:
-            del self.sizes[next(iter(self.sizes))]
-
-    def give_up_longer(self) -> None:
-        """No plan fits the recorded step, which does more than those planned, or is larger: none is looked
-        for any more for its like, and it strays from one of these.
-        """
-        kind, calls = self.kind, self._trained
-        if calls > max((kept.trained for kept in self._plans.get(kind, ())), default=0):
-            self._too_long[kind] = min(calls, self._too_long.get(kind, calls))
-        else:
-            self._closed.add(kind)
-        self._wanted.discard(kind)
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether it is known of the last step that no plan fits it."""
-        return self.kind in self._closed or self._trained >= self._too_long.get(self.kind, self._trained + 1)
-
-    def found_planned(self) -> None:
-        """The recorded step has a plan already."""
-        self.tried()
-        self._wanted.discard(self.kind)
-
-    def tried(self) -> None:
-        """A step that was to be recorded ran nothing that can be planned."""
-        self._records[self.kind.structure] += 1
-
-    def give_up(self, kind: Kind) -> None:
-        """Record no step of ``kind`` again."""
-        self._records[kind.structure] = MOST_RECORDS + 1
-        self._wanted.discard(kind)
-
-    def forget(self) -> None:
-        """Every plan."""
-        self._plans.clear()
 
     # -- what was seen -----------------------------------------------------------------------------
 
@@ -925,7 +614,7 @@ class Session:
         for seen in self.calls:
             self._learn(seen)
 
-    def _learn(self, seen: _Seen) -> None:
+    def _learn(self, seen: Seen) -> None:
         if seen.variant is None and seen.used is None and not seen.looked:
             return
         at = seen.region.number, seen.turn_of
@@ -938,7 +627,7 @@ class Session:
         if came == seen.able:
             self._full.add(at)
         if seen.used is not None and not came <= seen.used:
-            self._want(self.kind)
+            self.plans.want(self.kind, self.trained)
 
     def record(self) -> record.Record:
         """What the recorded step did.
@@ -947,7 +636,7 @@ class Session:
         """
         recorder = self.recorder
         assert recorder is not None
-        self._records[self.kind.structure] += 1
+        self.plans.tried(self.kind)
         if any(seen.looked for seen in self.calls):
             raise ValueError(
                 "each of its steps runs code that was not seen before (for a number in it that changes with "
@@ -998,31 +687,6 @@ class Session:
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
 
 
-@functools.cache
-def _before_optimizers() -> None:
-    """From here on recorders that have seen their steps are taken off before an optimizer's."""
-    register_optimizer_step_pre_hook(_take_off_those_through)
-
-
-def _take_off_those_through(*_: Any) -> None:
-    for recorder in list(_RECORDERS):
-        if not recorder.counts:
-            _take_off(recorder)
-
-
-def _take_off(recorder: Recorder) -> bool:
-    """End its record, if this is the place to take it off."""
-    _, thread, keys = _RECORDERS[recorder]
-    if threading.get_ident() != thread or _compat.current_backward() != -1:
-        return False
-    if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != keys:
-        return False
-    del _RECORDERS[recorder]
-    recorder.counts = False
-    recorder.__exit__(None, None, None)
-    return True
-
-
 def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
     """With its events where they are now; what dies behind the last one outlives the step."""
     died = crossing.died
@@ -1031,7 +695,3 @@ def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
         born=to[crossing.born],
         died=None if died is None or died >= len(to) else to[died],
     )
-
-
-def _tracked(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad

@@ -41,7 +41,14 @@ from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["PendingCall", "SegmentNode", "memory_explained", "pass_of", "refuse_capture", "without_autocast"]
+__all__ = [
+    "PendingCall",
+    "SegmentNode",
+    "memory_explained",
+    "pass_of",
+    "refuse_capture",
+    "without_autocast",
+]
 
 
 _KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
@@ -433,6 +440,7 @@ class SegmentNode(torch.autograd.Function):
         return torch.empty(0, device=call.step.device)
 
     @staticmethod
+    @_compat.left_alone
     def backward(ctx: Any, *tangents: Any) -> Any:
         call, index = ctx.call, ctx.index
         if torch.is_grad_enabled():
@@ -461,6 +469,7 @@ class Gate(torch.autograd.Function):
         return call.passed(output)
 
     @staticmethod
+    @_compat.left_alone
     def backward(ctx: Any, *tangents: Any) -> Any:
         (tangent,) = tangents
         if tangent is not None and ctx.above:

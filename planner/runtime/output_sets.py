@@ -72,11 +72,11 @@ class Start:
             inputs = len(leaves) - sum(constant is not None for constant in self._constants)
             for argument in (Argument("input", i) for i in range(inputs)):
                 self._given[argument] = weakref.ref(given[argument])
-        self._versions: list[int] = []
+        self._versions: dict[Argument, int] = {}
 
     def ran(self, given: dict[Argument, Any]) -> None:
         """The forward has run: from here on nobody may change what it read."""
-        self._versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in given.values()]
+        self._versions = {a: t._version for a, t in given.items() if isinstance(t, torch.Tensor)}
 
     def let_go(self) -> None:
         """A backward is through: whoever still holds the loss is not to hold the batch by it."""
@@ -94,7 +94,6 @@ class Start:
         """
         own = [a for s in segments for a in s.arguments if a.kind in _GIVEN]
         needed = _needed_by(program, segments) | set(own)
-        versions = dict(zip(self._given, self._versions, strict=True))
         out: dict[Argument, Any] = {}
         for argument in dict.fromkeys((*program.arguments, *own)):
             name = str(argument.key)
@@ -111,7 +110,7 @@ class Start:
                 value = self.before[name].clone()
             elif changes:
                 value = value.clone()
-            elif argument in needed and versions.get(argument, 0) != getattr(value, "_version", 0):
+            elif argument in needed and self._versions.get(argument, 0) != getattr(value, "_version", 0):
                 raise PlannerError(f"{argument.kind} {name} {_GONE}")
             out[argument] = value
         return out

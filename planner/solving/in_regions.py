@@ -31,10 +31,11 @@ from planner.plans.lowering import lower
 from planner.plans.plan_data import RegionSummary
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
+from planner.regions.kept import Foresight, Own
 from planner.regions.observe import NotInRegions, observe
 from planner.regions.proposal import proposal
 from planner.regions.record import Record
-from planner.regions.session import Foresight, Own, Session
+from planner.regions.session import Session
 from planner.runtime.apply import put, restored
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
@@ -80,7 +81,7 @@ class JoinedStep(BudgetedStep):
 
         Raises ``ValueError`` for a record in which something is read before it is made.
         """
-        known = {} if session is None else session.sizes.get(session.kind, {})
+        known = {} if session is None else session.plans.sizes.get(session.kind, {})
         joined = join(record, known, margin=margin)
         captured = RecordedStep(model, inputs, joined)
         memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
@@ -194,7 +195,7 @@ class JoinedStep(BudgetedStep):
         if session is None or session.model is not model:
             return apply_plan(plan, model)
         session.calls = list(self.calls)  # others may have run since
-        session.forget()
+        session.plans.forget()
         solved = self.solved(plan)
         session.follow(solved.parts, solved, solved.foresight)
         return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))

@@ -86,7 +86,7 @@ class InRegions:
 
     def settle(self) -> None:
         """Another call than a training one comes: a recorder that is still on has done its work."""
-        self.session.settle()
+        self.session.watching.settle()
 
     # -- planning ----------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class InRegions:
             if self.session.loops.are_left and step.share < MOST_LEFT:
                 return None
             tight = step_of(margin=False) if step.joined.sizes.differ else None
-            self.session.remember(step.joined.sizes)
+            self.session.plans.remember(self.session.kind, step.joined.sizes)
             try:
                 return self._planned(step, began)
             except InfeasibleBudgetError as error:

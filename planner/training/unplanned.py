@@ -78,7 +78,7 @@ def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
     for key, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _parts(child, f"{path}{key}.")
-        elif not isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
+        elif not isinstance(child, (nn.Embedding, nn.EmbeddingBag, torch.jit.ScriptModule)):
             yield path + key, child
 
 

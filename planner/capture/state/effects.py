@@ -62,6 +62,7 @@ class Effects:
                  container of a module's attribute is ``vars(module)``.
     ``written``  by (id of a dict, key): whatever was left there; by (id of a list or set, ``None``).
     ``left``     containers that had changed, and what they then held.
+    ``hooks``    on modules that it set: where, under which key, and what.
     ``touched``  names of all that had changed, ``changed`` and ``stored`` among it.
     ``look``     looks at another container, by its name, from here on.
     """
@@ -71,6 +72,7 @@ class Effects:
     changed: list[tuple[str, Any, Any, Any, Any]] = field(default_factory=list)
     written: dict[tuple[int, Any], Any] = field(default_factory=dict)
     left: list[tuple[_Container | Slot, Any]] = field(default_factory=list)
+    hooks: list[tuple[dict[Any, Any], Any, Any]] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     look: Callable[[str, Any], None] = lambda _, __: None
 
@@ -82,6 +84,8 @@ class Effects:
 
     def again(self) -> None:
         """Leave it all once more."""
+        for held, key, hook in self.hooks:
+            held[key] = hook
         for container, contents in self.left:
             if isinstance(container, Slot):
                 container.put(contents)
@@ -247,7 +251,7 @@ def attributes_kept(model: nn.Module, others: Iterable[tuple[str, Any]] = ()) ->
         kept.put_back(effects)
         for held, was in hooks:
             for key in held.keys() - was.keys():
-                del held[key]
+                effects.hooks.append((held, key, held.pop(key)))
 
 
 class Before:
@@ -364,7 +368,7 @@ class _Kept:
         if id(value) in self._held or isinstance(value, (str, int, float, torch.Tensor)):
             return
         if isinstance(value, nn.Module) or is_plain_object(value) or type(value) is SimpleNamespace:
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Module) and type(value._modules) is dict:  # a scripted one has another
                 self._keep(name, value._modules, OWN)
             held = getattr(value, "__dict__", None)
             if type(held) is dict and id(held) not in self._held:

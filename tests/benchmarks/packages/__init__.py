@@ -21,8 +21,9 @@ from tests.benchmarks.packages._builds import ready
 __all__ = ["CASES", "MODULES", "Case", "Sample", "case", "classes", "load", "squares"]
 
 MODULES = (
-    "adapters", "audio", "diffusion", "graphs", "layers", "medical", "molecules", "probability", "recurrent",
-    "science", "spiking", "tables", "time_series", "vision", "vision_tasks",
+    "adapters", "audio", "diffusion", "graphs", "hugging_face", "layers", "mechanisms", "medical",
+    "molecules", "probability", "recurrent", "research", "science", "spiking", "tables", "time_series",
+    "vision", "vision_tasks",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
-from planner.regions.writes import argument, base_of, name_of, updates_statistics, written_by
+from planner.regions.cut.writes import argument, base_of, name_of, updates_statistics, written_by
 
 __all__ = ["torn"]
 

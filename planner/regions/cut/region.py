@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import le
@@ -27,11 +27,11 @@ from planner.graph.captured import CapturedStep
 from planner.graph.reading_once import reading_once
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.plans.lowering import lower
-from planner.regions.checkpointed import Checkpointed
-from planner.regions.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
-from planner.regions.piece import Piece, Slot, apart, with_homes
-from planner.regions.plain import as_eager
-from planner.regions.writes import positions
+from planner.regions.cut.checkpointed import Checkpointed
+from planner.regions.cut.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
+from planner.regions.cut.piece import Piece, Slot, apart, with_homes
+from planner.regions.cut.plain import as_eager
+from planner.regions.cut.writes import positions
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.output_sets import OutputSets
@@ -229,7 +229,7 @@ class Region:
     ``numbers``  what it computes of Python's numbers; ``plain``: the rest, which is what is meant elsewhere.
     ``scalars``  arguments that may be another number at each call, within one capture.
     ``spoilt``   arguments (positions) that something behind it writes over before its backward, which
-                 therefore reads nothing of them again.
+                 therefore reads nothing of them again; ``spoilt_outputs`` likewise (tensors, by number).
     """
 
     def __init__(
@@ -251,6 +251,7 @@ class Region:
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
         self.spoilt: frozenset[int] = frozenset()
+        self.spoilt_outputs: frozenset[int] = frozenset()
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
     @property
@@ -344,7 +345,7 @@ class Region:
             for i, x in enumerate(args)
             if isinstance(x, nn.Parameter)
         )
-        return self.code, tuple(slots), parameters, key, used, self.spoilt
+        return self.code, tuple(slots), parameters, key, used, self.spoilt, self.spoilt_outputs
 
     @cached_property
     def code(self) -> tuple[Any, ...] | None:
@@ -386,17 +387,22 @@ class Region:
         made = Variant(slots, base)
         spoilt = {(a.kind, a.key) for a, position in made.arguments if position in self.spoilt}
         try:
-            graph, made.costs, _ = target.price(reading_once(training_graph(joint), spoilt))
+            graph, made.costs, _ = target.price(
+                reading_once(training_graph(joint), spoilt, self.spoilt_outputs)
+            )
         except PlannerError as error:
             made.why = str(error)
         else:
             made.captured = CapturedStep.of(piece, joint, graph)
         return made
 
-    def is_spoilt_at(self, position: int) -> None:
-        """Something writes over this argument between a call and its backward."""
-        if position not in self.spoilt:
-            self.spoilt |= {position}
+    def is_spoilt_at(self, arguments: Collection[int], outputs: Collection[int]) -> None:
+        """Something writes over these arguments and outputs between a call and its backward."""
+        if not (self.spoilt.issuperset(arguments) and self.spoilt_outputs.issuperset(outputs)):
+            self.spoilt, self.spoilt_outputs = (
+                self.spoilt.union(arguments),
+                self.spoilt_outputs.union(outputs),
+            )
             self.variants.clear()
 
     def _scalars(

@@ -1,15 +1,18 @@
-"""What is written over between a forward and its backward: the backward must not read it again."""
+"""Loops that do more than call layers: writes behind a forward, draws, hooks and backwards within it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import planner
+from planner.options import Search
 from planner.regions.forward import RegionsForward
+from planner.solving.priced import prepare
 
 WIDE = 8
 
@@ -110,8 +113,7 @@ class _Scaled(nn.Module):
 def test_one_graph_refuses_a_backward_that_would_read_what_was_written_by_hand() -> None:
     torch.manual_seed(0)
     model, x = _Scaled(), torch.randn(256, WIDE)
-    most = planner.plan(model, 1.0, (x,), costs="roofline", time_limit_s=1.0)
-    least = planner.plan(model, most.minimum_peak_bytes / 1e9, (x,), costs="roofline", time_limit_s=1.0)
+    least = prepare(model, (x,), costs="roofline", search=Search(time_limit_s=0.5)).least_plan()
     assert any(p.op == "aten.clone" and p.decision == "recompute" for p in least.placements)
     least.apply(model)
     loss = model(x)
@@ -193,5 +195,119 @@ def test_a_hook_that_comes_later_is_seen_where_the_step_is_in_regions() -> None:
             loss.backward()
             seen.append(loss.item())
         return seen
+
+    assert losses(False) == losses(True)
+
+
+class _Cached(nn.Module):
+    """A gradient cache: a backward within the forward, and a hook that runs the encoder again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(WIDE, 16), nn.GELU(), nn.Linear(16, WIDE))
+        self.scale = nn.Linear(WIDE, WIDE)
+
+    def score(self, made: Tensor) -> Tensor:
+        return (self.scale(made) @ made.T).logsumexp(-1).mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            made = self.encoder(x)
+        made = made.detach().requires_grad_()
+        loss = self.score(made)
+        loss.backward()
+        loss = loss.detach().requires_grad_()
+
+        def again(_: Tensor) -> None:
+            with torch.enable_grad():
+                (self.encoder(x) * made.grad).sum().backward()
+
+        loss.register_hook(again)
+        return loss
+
+
+def test_a_forward_may_run_a_backward_of_its_own() -> None:
+    (plain, _), (planned, _) = _trained(_Cached, ""), _trained(_Cached, "regions")
+    assert all(map(torch.equal, plain, planned))
+
+
+class _Drawing(nn.Module):
+    """Draws of numpy's in a forward of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDE, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = np.random.rand(len(x)) + np.random.randint(0, 3, (len(x),)) + np.random.normal()
+        return (self.net(x).squeeze(-1) * torch.from_numpy(kept.astype(np.float32))).mean()
+
+
+def test_numpy_draws_in_regions_as_it_draws_in_eager() -> None:
+    found = []
+    for capture in ("", "regions"):
+        np.random.seed(3)
+        found.append((_trained(_Drawing, capture), np.random.get_state()))
+    ((plain, _), before), ((planned, model), after) = found
+    assert all(map(torch.equal, plain, planned)) and planner.plan_of(model) is not None
+    assert before[2] == after[2] and (before[1] == after[1]).all()
+
+
+class _Heads(nn.Module):
+    """Two outputs, and a constant that the trace keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.table = nn.Linear(WIDE, 8), nn.Linear(8, 8), [torch.randn(8, 8)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x) @ self.table[0])
+        return hidden.sum(1), self.second(hidden)
+
+
+def test_other_outputs_than_before_get_gradients_where_the_step_has_constants() -> None:
+    def gradients(planned: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x = _Heads(), torch.randn(4, WIDE)
+        if planned:
+            planner.plan(
+                model, 1.0, (x,), loss_fn=lambda out: out[1].mean(), costs="roofline", time_limit_s=1.0
+            ).apply(model)
+        sum(out.mean() for out in model(x)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_two_forwards_before_a_backward_of_a_layer_that_normalizes_its_spectrum() -> None:
+    """The second writes over the vectors that the first one's backward needs."""
+
+    def gradients(planned: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDE, 16))
+        model = nn.Sequential(first, nn.GELU(), nn.Linear(16, 1))
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0, capture="regions")
+        for _ in range(4):
+            model.zero_grad()
+            sum(model(torch.randn(4, WIDE)).pow(2).mean() for _ in range(2)).backward()
+        assert not planned or planner.plan_of(model) is not None
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+def test_a_model_with_a_scripted_layer_is_enabled_and_trains() -> None:
+    def losses(planned: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDE, 8), torch.jit.script(nn.Linear(8, 8)), nn.Tanh())
+        if planned:
+            planner.enable(model, 1.0, now=True, costs="roofline", time_limit_s=1.0)
+        out = []
+        for _ in range(3):
+            loss = model(torch.randn(4, WIDE)).mean()
+            loss.backward()
+            out.append(loss.item())
+        return out
 
     assert losses(False) == losses(True)

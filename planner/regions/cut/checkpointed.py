@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from planner import _compat
-from planner.regions.writes import base_of, positions, written_by
+from planner.regions.cut.writes import base_of, positions, written_by
 
 __all__ = ["Checkpointed"]
 
