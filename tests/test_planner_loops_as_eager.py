@@ -311,3 +311,34 @@ def test_a_model_with_a_scripted_layer_is_enabled_and_trains() -> None:
         return out
 
     assert losses(False) == losses(True)
+
+
+class _Taught(nn.Module):
+    """A teacher that each forward moves, and a bank large enough for a first step to be made again."""
+
+    def __init__(self, binds: bool) -> None:
+        super().__init__()
+        self.net, self.teacher = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE).requires_grad_(False)
+        self.register_buffer("bank", torch.randn(WIDE, 40_000))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+        self.binds = binds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            if self.binds:
+                own.data = own.data * 0.9 + other.data * 0.1
+            else:
+                own.data.mul_(0.9).add_(other.data, alpha=0.1)
+        loss = (self.net(x) @ self.bank.clone()).logsumexp(-1).mean()
+        at = int(self.place)
+        with torch.no_grad():
+            self.bank[:, at : at + len(x)] = self.teacher(x).T
+        self.place += len(x)
+        return loss * 1.0
+
+
+@pytest.mark.parametrize("binds", [False, True], ids=["in place", "bound anew"])
+def test_a_first_step_that_is_made_again_moves_a_teacher_once(binds: bool) -> None:
+    (plain, _), (planned, model) = (_trained(lambda: _Taught(binds), of) for of in ("", "regions"))
+    assert all(map(torch.equal, plain, planned))
+    assert any(_spoilt(model))

@@ -163,7 +163,8 @@ class RegionsForward:
             return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
-        while session.leave_spoilt_to_eager():  # what runs otherwise from then on may show more
+        # what runs otherwise from then on may show more
+        while session.leave_spoilt_to_eager() and not before.is_lost():
             del outputs
             before.put_back()
             session.begin("look", session.kind)

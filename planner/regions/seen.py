@@ -61,9 +61,10 @@ class Seen:
         """Tell the region of what was written to since :meth:`lend`; the arguments among it."""
         now = ((i, ref(), version, is_taken) for i, ref, version, is_taken in self.lent)
         found = [(i, x, taken) for i, x, version, taken in now if x is not None and x._version != version]
+        known = self.region.spoilt  # what was known before, whose copies the step has made
         if found:
             self.region.is_spoilt_at([i for i, _, taken in found if taken], [i for i, _, t in found if not t])
-        return [x for _, x, taken in found if taken]
+        return [x for i, x, taken in found if taken and i not in known]
 
 
 def tracked(x: Any) -> bool:

@@ -83,6 +83,7 @@ class Session:
         self.stage: Stage = "look"
         self.regions: list[Region] = []
         self._captures: dict[Any, Variant] = {}  # by structure
+        self._is_torn = False
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
@@ -123,6 +124,7 @@ class Session:
         if apart is None:
             return functools.partial(self.run, self._region(graph))
         whole, eager = apart
+        self._is_torn = True
         for name, part in list(whole.named_children()):
             if isinstance(part, fx.GraphModule) and name.startswith("submod_"):
                 run = functools.partial(self.run, self._region(part, eager.get(name, "")))
@@ -132,9 +134,20 @@ class Session:
 
     def _region(self, graph: fx.GraphModule, why_eager: str = "") -> Region:
         homes = {id(m): n for n, m in self.model.named_modules()}
+        for first in self.regions:
+            if first.is_alone:  # no longer
+                first.is_alone = False
+                first.variants.clear()
+                self.plans.forget()
         region = Region(len(self.regions), graph, homes, why_eager, self._captures)
         self.regions.append(region)
         return region
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether one region is all of the forward, as far as is known."""
+        turns = {turn_of for _, turn_of in self._came}
+        return len(self.regions) == 1 and turns == {0} and not (self._is_torn or self.breaks)
 
     def with_loops_turned(self) -> Session:
         """The same model cut anew: in its loops too, or, where those are too long, not in them."""
@@ -235,6 +248,7 @@ class Session:
             place = self._place(number, region, key, args)
             used = self._used(region, turn_of) if place is None else place.used
             seen = Seen(self._step, number, region, turn_of, None, key, used)
+            region.is_alone = self._is_whole
             if used is None or used:
                 variant = region.variants.get((key, used)) or region.variant(
                     key, args, self._names, self.target, used

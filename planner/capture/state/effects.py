@@ -255,22 +255,41 @@ def attributes_kept(model: nn.Module, others: Iterable[tuple[str, Any]] = ()) ->
 
 
 class Before:
-    """A model before its forward runs: attributes, buffers, random states, put back where it runs twice."""
+    """A model before its forward runs: attributes, buffers, random states, put back where it runs twice.
+
+    Of weights that do not train (a teacher that the forward moves) there is a copy, unless they are more
+    than those that do.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = _Kept()
         for path, module in model.named_modules():
             self._kept.look(f"{path}." if path else "", module)
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        plain = [p for p in model.parameters() if type(p.data) is torch.Tensor and not p.is_inference()]
+        self._bound = [(p, p.data, p._version) for p in plain]
+        frozen = [p for p in plain if not p.requires_grad]
+        few = 2 * sum(p.nbytes for p in frozen) <= sum(p.nbytes for p in plain)
+        self._copies = {id(p): p.detach().clone() for p in frozen if few}
         self._states = global_sources()
         self._torch = torch.get_rng_state()
         devices = sorted({b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"})
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
+    def is_lost(self) -> bool:
+        """Whether weights were written over of which there is no copy."""
+        return any(p._version != version and id(p) not in self._copies for p, _, version in self._bound)
+
     def put_back(self) -> None:
         """As it was."""
         self._kept.put_back(Effects())
         with torch.no_grad():
+            for parameter, data, _ in self._bound:
+                if parameter.data.data_ptr() != data.data_ptr():
+                    parameter.data = data
+                copy = self._copies.get(id(parameter))
+                if copy is not None and not torch.equal(parameter, copy):
+                    parameter.copy_(copy)
             for buffer, was in self._buffers:
                 if not torch.equal(buffer, was):
                     buffer.copy_(was)

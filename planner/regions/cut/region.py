@@ -43,6 +43,7 @@ __all__ = ["Region", "Variant", "recomputing_all"]
 
 log = logging.getLogger(__name__)
 
+MOST_USES = 8  # of one tensor in a region beside others
 LEAST_S = 3.0  # of search for a region's lowest peak
 
 Names = Mapping[int, str]  # of the model's tensors, or modules, by identity
@@ -250,6 +251,7 @@ class Region:
         self.writes = positions(rest.graph)  # of what is written, a buffer is made
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
+        self.is_alone = False  # all of the forward, called once
         self.spoilt: frozenset[int] = frozenset()
         self.spoilt_outputs: frozenset[int] = frozenset()
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
@@ -370,7 +372,9 @@ class Region:
             return found
         try:
             joint, terms = capture_piece(piece, inputs, used)
+            terms = {} if self.is_alone else terms
             scalars = self._scalars(joint, piece, inputs, used)
+            _refuse_many(terms)
         except PlannerError as error:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             made = Variant(piece.slots, base, why=str(error))
@@ -451,3 +455,15 @@ def _common(paths: list[list[str]]) -> str:
             break
         out.append(parts[0])
     return ".".join(out)
+
+
+def _refuse_many(terms: Mapping[str | int, Sequence[fx.Node]]) -> None:
+    """Raise where gradients that are handed on one by one, to be added up in eager's order, are too many."""
+    for key, of in terms.items():
+        if len(of) > MOST_USES:
+            name = key if isinstance(key, str) else f"input {key}"
+            raise PlannerError(
+                f"it reads {name} {len(of)} times, as a recurrence does, and each time's gradient is handed on "
+                f"by itself, since code outside of the region may read it too; more than {MOST_USES} take more "
+                "than is saved. Plan the layer that does so by itself (planner.enable)"
+            )
