@@ -313,7 +313,7 @@ def test_a_model_with_a_scripted_layer_is_enabled_and_trains() -> None:
 
 
 class _Taught(nn.Module):
-    """A teacher that each forward moves, and a bank that is large enough for a first step to be made again."""
+    """A teacher that each forward moves, and a bank so large that the first step is made again."""
 
     def __init__(self, binds: bool) -> None:
         super().__init__()
