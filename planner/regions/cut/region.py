@@ -463,7 +463,7 @@ def _refuse_many(terms: Mapping[str | int, Sequence[fx.Node]]) -> None:
         if len(of) > MOST_USES:
             name = key if isinstance(key, str) else f"input {key}"
             raise PlannerError(
-                f"it reads {name} {len(of)} times, as a recurrence does, and the gradient of each time is handed"
+                f"it reads {name} {len(of)} times, as a recurrence does, and each of the gradients is handed"
                 f" on by itself, since code outside of it may read that too; more than {MOST_USES} take more "
                 "than is saved. Plan the layer that does so by itself (planner.enable)"
             )
