@@ -564,3 +564,32 @@ def test_a_step_of_one_region_is_planned_as_one_graph_is() -> None:
     assert a.status == b.status == "optimal" and a.recompute_s > 0
     assert b.recompute_s == pytest.approx(a.recompute_s, rel=1e-9)
     assert b.overhead_bound * b.step_s == pytest.approx(a.overhead_bound * a.step_s, rel=1e-6)
+
+
+class Recurrent(nn.Module):
+    """A GRU, whose weights are read at each of twelve turns; ``apart``: beside code of eager's."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.net, self.head, self.apart = nn.GRU(16, 16, batch_first=True), nn.Linear(16, 4), apart
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.net(x)[0]
+        if self.apart:
+            torch._dynamo.graph_break()
+        return self.head(x).pow(2).mean()
+
+
+def test_a_recurrence_is_planned_where_nothing_else_can_read_its_weights() -> None:
+    x = torch.randn(1, 12, 16)
+    whole = prepare(Recurrent(False), (x,), costs="roofline", search=Search(time_limit_s=1.0))
+    alone, beside = (in_regions(Recurrent(apart), x) for apart in (False, True))
+    assert alone.baseline_peak_bytes == whole.baseline_peak_bytes  # no gradient of a turn is kept by itself
+    assert alone.session is not None and not alone.session.left_to_eager
+    assert beside.session is not None and len(beside.record.calls) == 1
+    (why,) = beside.session.left_to_eager
+    assert "reads weight_hh_l0 12 times" in why
+    for step in (alone, beside):
+        plan = step.plan_bytes(step.baseline_peak_bytes, Search(time_limit_s=1.0))
+        report = plan.verify()
+        assert report.equal and report.peak_bytes <= plan.peak_bytes, str(report)

@@ -144,12 +144,17 @@ def alike(
     ``call``   runs the forward within a context of dispatch; ``named``: the tensors that it is given.
     """
     others, ran = list(others), [_Ops(named), _Ops(named)]
-    with attributes_kept(model, others) as first:
-        call(ran[0])
-    with attributes_kept(model, others):
-        first.again()
-        with attributes_kept(model, others) as second:
-            call(ran[1])
+    remembers = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a second call would find what the first one cast
+    try:
+        with attributes_kept(model, others) as first:
+            call(ran[0])
+        with attributes_kept(model, others):
+            first.again()
+            with attributes_kept(model, others) as second:
+                call(ran[1])
+    finally:
+        torch.set_autocast_cache_enabled(remembers)
     return Alike(ran[0].seen == ran[1].seen, not second.changed)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.capture import meta
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture_piece
 from planner.costs.op_costs import Costs
@@ -43,7 +44,7 @@ __all__ = ["Region", "Variant", "recomputing_all"]
 
 log = logging.getLogger(__name__)
 
-MOST_USES = 8  # of one tensor in a region beside others
+MANY = 8  # reads of one tensor
 LEAST_S = 3.0  # of search for a region's lowest peak
 
 Names = Mapping[int, str]  # of the model's tensors, or modules, by identity
@@ -374,12 +375,13 @@ class Region:
             joint, terms = capture_piece(piece, inputs, used)
             terms = {} if self.is_alone else terms
             scalars = self._scalars(joint, piece, inputs, used)
-            _refuse_many(terms)
         except PlannerError as error:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             made = Variant(piece.slots, base, why=str(error))
         else:
             made = self._made(piece, base, *apart(joint, terms, piece.slots), target)
+            if made.captured is not None and (many := _too_many(terms, made.captured.graph)):
+                made = Variant(piece.slots, base, why=many)
             made.scalars = scalars
             made.again = lambda _, inputs, used: self._captured(key, piece, inputs, base, target, used)
         self.variants[key, used] = made
@@ -457,13 +459,18 @@ def _common(paths: list[list[str]]) -> str:
     return ".".join(out)
 
 
-def _refuse_many(terms: Mapping[str | int, Sequence[fx.Node]]) -> None:
-    """Raise where gradients that are handed on one by one, to be added up in eager's order, are too many."""
+def _too_many(terms: Mapping[str | int, Sequence[fx.Node]], graph: TrainingGraph) -> str:
+    """Why gradients that are handed on one by one, to be added up in eager's order, are too many; "": they
+    are not.
+    """
+    forward = {v for op in graph.ops if op.phase == "forward" for v in op.outputs}
+    forward_bytes = sum(graph.values[v].bytes for v in forward)
     for key, of in terms.items():
-        if len(of) > MOST_USES:
+        if len(of) > MANY and sum(meta.tensor(term).nbytes for term in of[1:]) > forward_bytes:
             name = key if isinstance(key, str) else f"input {key}"
-            raise PlannerError(
-                f"it reads {name} {len(of)} times, as a recurrence does, and each of the gradients is handed"
-                f" on by itself, since code outside of it may read that too; more than {MOST_USES} take more "
-                "than is saved. Plan the layer that does so by itself (planner.enable)"
+            return (
+                f"it reads {name} {len(of)} times, as a recurrence does, and each of the gradients is handed "
+                "on by itself, since code outside of it may read that too, which takes more than a plan "
+                "would save. Plan the layer that does so by itself (planner.enable)"
             )
+    return ""
