@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import planner
+from planner.capture.state.effects import Before
 from planner.errors import TraceError
 from planner.measure import StepRecord, StorageMeter, compare
 from tests import tiny
@@ -179,3 +180,13 @@ def test_weights_that_wrap_others_are_refused_as_quantized_ones_and_keep_eagers_
                 one.zero_grad()
                 one(x).backward()
             assert torch.equal(model.layer.weight.grad, twin.layer.weight.grad)
+
+
+def test_what_a_layer_takes_from_its_weight_is_there_again_where_a_forward_runs_twice() -> None:
+    layer: Any = nn.Linear(4, 4)
+    layer.weight.scales = scales = torch.rand(4, 1)
+    before = Before(layer)
+    layer.scales, layer.weight.scales, layer.weight.packed = layer.weight.scales, None, scales
+    before.put_back()
+    assert layer.weight.scales is scales and not hasattr(layer, "scales")
+    assert not hasattr(layer.weight, "packed")

@@ -270,6 +270,9 @@ class Before:
         self._kept = _Kept()
         for path, module in model.named_modules():
             self._kept.look(f"{path}." if path else "", module)
+        for name, parameter in model.named_parameters():
+            if vars(parameter):  # a quantized weight has its scales there, which its layer takes away
+                self._kept.keep(f"{name}.", vars(parameter))
         self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
         plain = [p for p in model.parameters() if type(p.data) is torch.Tensor and not p.is_inference()]
         self._bound = [(p, p.data, p._version) for p in plain]
@@ -393,26 +396,27 @@ class _Kept:
             return
         if isinstance(value, nn.Module) or is_plain_object(value) or type(value) is SimpleNamespace:
             if isinstance(value, nn.Module) and type(value._modules) is dict:  # a scripted one has another
-                self._keep(name, value._modules, OWN)
+                self.keep(name, value._modules, OWN)
             held = getattr(value, "__dict__", None)
             if type(held) is dict and id(held) not in self._held:
-                self._keep(name, held, OWN if isinstance(value, nn.Module) else frozenset())
+                self.keep(name, held, OWN if isinstance(value, nn.Module) else frozenset())
                 for key, item in held.items():
                     if key not in OWN or not isinstance(value, nn.Module):
                         self.look(f"{name}{key}" + "." * _has_attributes(item), item)
         elif isinstance(value, (list, tuple)):
             if type(value) is list:
-                self._keep(name, value)
+                self.keep(name, value)
             for i, item in enumerate(value):
                 self.look(f"{name}[{i}]" + "." * _has_attributes(item), item)
         elif type(value) is dict:
-            self._keep(name, value)
+            self.keep(name, value)
             for key, item in value.items():
                 self.look(f"{name}[{key!r}]" + "." * _has_attributes(item), item)
         elif type(value) is set:
-            self._keep(name, value)
+            self.keep(name, value)
 
-    def _keep(self, name: str, container: _Container, but: frozenset[str] = frozenset()) -> None:
+    def keep(self, name: str, container: _Container, but: frozenset[str] = frozenset()) -> None:
+        """Remember what is in ``container``; all but what is under these keys, of a module's attributes."""
         self._held[id(container)] = name, container, container.copy(), but
 
     def put_back(self, effects: Effects) -> None:
