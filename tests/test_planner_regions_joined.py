@@ -433,6 +433,17 @@ def test_the_fingerprint_is_of_what_runs_and_not_of_what_was_measured(step: Join
 # -- steps that ran -------------------------------------------------------------------------------
 
 
+class Block(nn.Module):
+    """No ``nn.Sequential``, whose code Dynamo leaves alone once it was called under a mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(96, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
 class Looped(nn.Module):
     """One block called over and over, until a number that is read in Python says stop.
 
@@ -441,7 +452,7 @@ class Looped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32))
+        self.block = Block()
 
     @torch._dynamo.disable(recursive=False)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
