@@ -20,6 +20,7 @@ from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import capture
 from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import target_for
+from planner.devices.rates import Device
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.memory.resident import Resident
@@ -47,12 +48,15 @@ PIECES: dict[str, list[nn.Module]] = {
 }
 
 
+RATES = Device("made", 5e10, 1e11, 1e11, 1e11, 1e10, 1e-6)  # no machine's: all schedules are looked at
+
+
 @functools.cache
 def piece(kind: str) -> tuple[TrainingGraph, Costs]:
     """A region's own step, and what it costs; captured once."""
     x = torch.randn(16, WIDTH, requires_grad=True)
     graph = training_graph(capture(nn.Sequential(*PIECES[kind]), (x,), None))
-    return graph, graph_costs(graph, "roofline")
+    return graph, graph_costs(graph, "roofline", rates=RATES)
 
 
 def named(graph: TrainingGraph, prefix: str) -> dict[str, str]:
