@@ -31,7 +31,10 @@ PAGES = {
 }
 README, ALL = PAGES[FRONT], "\n".join(PAGES.values())
 # Written by the benchmarks, with tests of their own.
-GENERATED = {f"tests/benchmarks/results/{name}.md" for name in ("cuda", "families", "packages", "solvers")}
+GENERATED = {
+    f"tests/benchmarks/results/{name}.md"
+    for name in ("cuda", "families", "packages", "packages_families", "solvers")
+}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 BREAK = "==== next block ===="
