@@ -99,6 +99,7 @@ class Session:
         self._open: list[Kept] = []  # those that the step that runs may still be of
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
+        self._unsure: set[tuple[int, int]] = set()  # where they may have come from within the region
         self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
@@ -289,7 +290,8 @@ class Session:
         leaves = piece.arguments(args)  # type: ignore[operator]
         several = sum(leaf.requires_grad for leaf in step.template.leaves) > 1
         in_spec = variant.captured.joint.in_spec
-        start = Start(step, given, leaves, in_spec, hold=used is not None) if several else None
+        hold = used is not None or (region.number, turn_of) in self._unsure
+        start = Start(step, given, leaves, in_spec, hold=hold) if several else None
         pending = functools.partial(
             Pending,
             sets=variant.sets_of(steps, step),
@@ -655,12 +657,17 @@ class Session:
         at = seen.region.number, seen.turn_of
         self._known_regions.add(seen.region.number)
         known = self._came.get(at, frozenset())
-        came = known | (seen.present or frozenset())
+        present = seen.present or frozenset()
+        came = known | present
+        if seen.looked and present & seen.region.read_within and at not in self._came:
+            self._unsure.add(at)
+        elif at in self._unsure and not seen.looked:
+            self._unsure.discard(at)
+            came = present
         if at in self._came and came == known:
             return
         self._came[at] = came
-        if came == seen.able:
-            self._full.add(at)
+        (self._full.add if came == seen.able else self._full.discard)(at)
         if seen.used is not None and not came <= seen.used:
             self.plans.want(self.kind, self.trained)
 
@@ -686,6 +693,8 @@ class Session:
             wanted = seen.able if seen.used is None else seen.used
             if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
                 raise ValueError("gradients come for other outputs in each of its steps")
+            if seen.variant is not None and seen.used != self._used(seen.region, seen.turn_of):
+                raise ValueError("its gradients come for fewer outputs than its first step told")
         index = {number: k for k, (number, _) in enumerate(ran)}
         numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}

@@ -5,7 +5,8 @@ Which outputs the loss reads is known at the first backward, not when a step is 
 gradients.  It reads no more than the forward has saved, and where the whole one fits, so does it.
 
 * A call whose gradients are all absent is not made; what it would have made is absent.
-* A sum by which the engine adds up gradients, with one of them absent, is the other one.
+* A sum by which the engine adds up gradients, with one of them absent, is the other one, if that is laid out
+  as the sum; else eager runs other calls behind it, and there is no pruning, as below.
 * A backward of several outputs (``split``, ``unbind``) is given zeros for an absent one, as autograd gives
   them.  Any other formula that is given some of its gradients only (a custom ``autograd.Function``,
   ``var_mean``, an LSTM) is not guessed at: there is no pruning then, and the step is captured again with
@@ -132,6 +133,8 @@ def _fates(backward: Backward, present: frozenset[int]) -> _Fates | None:
             fates.absent.add(node)
         elif len(there) < len(operands):
             if meta.sums_gradients(node):
+                if _layout(node) != _layout(there[0]):
+                    return None  # what reads the sum was traced for its layout: eager's calls may be others
                 fates.sole[node] = there[0]
             elif node.target in _FILLED and not backward.sized:
                 fates.filled[node] = [n for n in operands if n in fates.absent]
@@ -300,6 +303,13 @@ class _Pruner:
             ]  # fmt: skip
             out.append(segment_of(k, part, home, first, last, self.arguments, self.gradients, passing))
         return out
+
+
+def _layout(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """Sizes and steps, as they are written; of one element the step is nothing."""
+    tensor = meta.tensor(node)
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple((str(n), "" if str(n) == "1" else str(step)) for n, step in sizes)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner._compat import pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture_piece
@@ -263,6 +264,14 @@ class Region:
         return _compat.is_under_autocast() or any(
             n.target is _compat.ENTERS_AUTOCAST for n in self.plain.graph.nodes
         )
+
+    @cached_property
+    def read_within(self) -> frozenset[int]:
+        """Outputs (tensors, by number) that others are computed from."""
+        (output,) = self.plain.graph.find_nodes(op="output")
+        nodes = (n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node))
+        made = [n for n in nodes if isinstance(n.meta.get("example_value"), torch.Tensor)]
+        return frozenset(i for i, n in enumerate(made) if any(user is not output for user in n.users))
 
     @cached_property
     def checkpointed(self) -> Checkpointed:
