@@ -19,6 +19,11 @@ def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
     return {} if found is None else found
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts (made under inference mode); 1.9+."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata
