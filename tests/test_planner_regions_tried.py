@@ -168,3 +168,71 @@ def test_what_was_made_under_inference_mode_may_come_in(looks: bool) -> None:
     for a, b in zip(*seen, strict=True):
         assert torch.equal(a, b)
     assert planner.plan_of(model) is not None
+
+
+class Heads(nn.Module):
+    """Three heads that read one value, in a graph of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked, self.heads = Looked(), nn.ModuleList(nn.Linear(16, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.looked(x)
+        torch._dynamo.graph_break()
+        return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 2, 3, 3), (3, 1, 2, 3, 1)])
+def test_more_or_fewer_gradients_than_planned_for_are_added_up_where_one_value_is_read(
+    counts: tuple[int, ...],
+) -> None:
+    model = Heads()
+    plain = copy.deepcopy(model)
+    planner.enable(model, 1, now=True, capture="regions", **FAST)
+    seen = []
+    for one in (plain, model):
+        torch.manual_seed(1)
+        for count in counts:
+            one.zero_grad()
+            torch.stack([y.square().mean() for y in one(torch.randn(32, 16))[:count]]).sum().backward()
+            seen += [(one is model, p.grad) for p in one.parameters()]
+    half = len(seen) // 2
+    for (_, a), (_, b) in zip(seen[:half], seen[half:], strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_weight_that_autocast_casts_once_for_two_regions(
+    shares: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dynamo may cut one of them anew in a later step, while the other is eager's."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.a(x))
+            if x.sum().item() > 1e9:
+                x = -x
+            y: Tensor = torch.tanh((self.a if shares else self.b)(x)).float()
+            return y
+
+    model = Twice()
+    plain = copy.deepcopy(model)
+    planner.enable(model, 1, now=True, capture="regions", **FAST)
+    seen = []
+    for one in (plain, model):
+        torch.manual_seed(1)
+        for _ in range(5):
+            one.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = one(torch.randn(32, 16))
+            y.square().mean().backward()
+            seen.append([p.grad for p in one.parameters() if p.grad is not None])
+    for a, b in zip(seen[:5], seen[5:], strict=True):
+        assert all(map(torch.equal, a, b))
+    assert ("casts once" in caplog.text) == shares
+    assert (planner.plan_of(model) is None) == shares

@@ -248,7 +248,7 @@ class RegionsForward:
             self._turn_loops()
         elif session.is_recorded:
             self._plan()
-        elif session.stage != "look" and session.regions and not session.calls:
+        elif session.regions and not session.calls and (session.stage != "look" or session.is_all_eager):
             self._none_ran()
         elif self._steps and not session.calls and session.loops.are_left:
             self._turn_loops()
@@ -304,14 +304,13 @@ class RegionsForward:
 
     def _none_ran(self) -> None:
         session = self.session
-        eager = len(session.eager)
         session.plans.tried(session.kind)
-        if eager == len(session.regions):
+        if session.is_all_eager:
             self._tell(
                 "eager",
-                "trains without a plan: each of its %d regions is differentiated twice, and runs as eager "
-                "runs it",
-                eager,
+                "trains without a plan: each of its %d regions runs as eager runs it. %s",
+                len(session.regions),
+                "; ".join(session.left_to_eager),
             )
         else:
             self._tell(
