@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import planner
+from planner.regions.forward import PATIENCE
 from tests.hf import FAST
 
 
@@ -236,3 +237,21 @@ def test_a_weight_that_autocast_casts_once_for_two_regions(
         assert all(map(torch.equal, a, b))
     assert ("casts once" in caplog.text) == shares
     assert (planner.plan_of(model) is None) == shares
+
+
+def test_a_backward_that_comes_after_the_next_forward_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = Looked()
+    planner.enable(model, 1, now=True, capture="regions", **FAST)
+    waiting: list[Tensor] = []
+    for _ in range(PATIENCE + 3):
+        waiting.append(model(torch.randn(32, 16)).square().mean())
+        if len(waiting) > 1:
+            waiting.pop(0).backward()
+    assert "came before the backward of the last" in caplog.text
+    # and it is planned from when they come in turn, with no word where one now and then does not come
+    waiting.clear()
+    for k in range(5):
+        loss = model(torch.randn(32, 16)).square().mean()
+        if k:
+            loss.backward()
+    assert planner.plan_of(model) is not None

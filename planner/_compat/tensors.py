@@ -35,7 +35,8 @@ def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if wraps_others(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return tuple(part for name in names for part in dense_parts(getattr(tensor, name)))
+        inner = (getattr(tensor, name) for name in names)  # of a DTensor its mesh too
+        return tuple(part for one in inner if isinstance(one, torch.Tensor) for part in dense_parts(one))
     if tensor.layout is torch.strided:
         return (tensor,)
     if tensor.layout is torch.sparse_coo:

@@ -535,6 +535,11 @@ class Session:
         """Whether a backward came through the last step."""
         return any(seen.present is not None for seen in self.calls)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether none did, where one could."""
+        return any(seen.able for seen in self.calls) and not self.is_differentiated
+
     def leave_spoilt_to_eager(self) -> bool:
         """Whether the forward that was looked at wrote over what a region had read, which no region keeps:
         those run as eager runs them from here on.
