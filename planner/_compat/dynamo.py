@@ -48,6 +48,24 @@ def switches_gradients(node: fx.Node) -> bool | None:
     return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None
 
 
+def nests(node: fx.Node) -> int:
+    """1 where a call in one of Dynamo's graphs enters a transform of ``torch.func``, -1 where it leaves one,
+    else 0; 2.1+.
+    """
+    name = getattr(node.target, "__name__", "")
+    return (name in _ENTERS or name.endswith("_increment_nesting")) - (
+        name in _LEAVES or name.endswith("_decrement_nesting")
+    )
+
+
+def forbids_hooks(node: fx.Node) -> bool:
+    """Whether hooks on saved tensors are an error from a call in one of Dynamo's graphs on; 2.1+."""
+    return getattr(node.target, "__name__", "") in _ENTERS
+
+
+_ENTERS, _LEAVES = ("_saved_tensors_hooks_disable",), ("_saved_tensors_hooks_enable",)
+
+
 def split_graph(graph: fx.GraphModule, part_of: Callable[[fx.Node], int]) -> fx.GraphModule:
     """``graph`` in parts, each a module ``submod_<number>`` of the result; 2.6+ for modes that span parts."""
     from torch.fx.passes.split_module import split_module
@@ -123,6 +141,8 @@ class _DynamoAsEager:
         self._hf: tuple[Any, Any] | None = None
         self._translator = importlib.import_module("torch._dynamo.symbolic_convert").InstructionTranslatorBase
         self._in_a_loop = getattr(self._translator, _IN_A_LOOP, None)
+        functions: Any = importlib.import_module("torch._dynamo.variables.misc").AutogradFunctionVariable
+        self._functions, self._apply = functions, functions.call_apply  # 2.0+
         _SINGLE.append(self)
         for entry in _ENTRIES[:1]:  # all have one code
             importlib.import_module("torch._dynamo.eval_frame").skip_code(entry.__code__)  # 2.1+
@@ -180,6 +200,7 @@ class _DynamoAsEager:
         self._fakes.__enter__()
         if self._in_a_loop is not None:
             setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
+        self._functions.call_apply = _asks_for_none(self._apply)
         module = sys.modules.get("transformers.utils.output_capturing")
         was = getattr(module, _HF_QUESTION, None)
         if was is not None:  # outputs are collected by a ContextVar, which ends graphs, or as it compiles
@@ -195,6 +216,7 @@ class _DynamoAsEager:
             self._hf = None
         if self._in_a_loop is not None:
             setattr(self._translator, _IN_A_LOOP, self._in_a_loop)
+        self._functions.call_apply = self._apply
         self._followed -= self._followed_here
         self._advises.removeFilter(_is_no_advice)
         self._fakes.__exit__(None, None, None)
@@ -318,6 +340,24 @@ def _asks_loops(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return found if loops is None or not found else loops.leaves(translator)
 
     return in_a_loop
+
+
+def _asks_for_none(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo ends a graph before an ``autograd.Function`` that asks for ``None`` where no gradient comes: it
+    would follow its backward for zeros, and parameters would get zeros where eager leaves ``None``.
+    """
+
+    def call_apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        methods = self.fn_cls.forward, self.fn_cls.setup_context
+        if any("set_materialize_grads" in getattr(m, "__code__", _yes.__code__).co_names for m in methods):
+            from torch._dynamo.exc import Unsupported
+
+            raise Unsupported(
+                f"{self.fn_cls.__name__} calls set_materialize_grads: it is told where no gradient comes"
+            )
+        return original(self, *args, **kwargs)
+
+    return call_apply
 
 
 @functools.cache

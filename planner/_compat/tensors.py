@@ -19,6 +19,11 @@ def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
     return {} if found is None else found
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts (made under inference mode); 1.9+."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind a (fake) tensor: equal for views, unequal otherwise."""
     return tensor.untyped_storage()._cdata
@@ -30,7 +35,8 @@ def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if wraps_others(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return tuple(part for name in names for part in dense_parts(getattr(tensor, name)))
+        inner = (getattr(tensor, name) for name in names)  # of a DTensor its mesh too
+        return tuple(part for one in inner if isinstance(one, torch.Tensor) for part in dense_parts(one))
     if tensor.layout is torch.strided:
         return (tensor,)
     if tensor.layout is torch.sparse_coo:

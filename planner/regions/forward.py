@@ -124,6 +124,7 @@ class RegionsForward:
         self._failed: Counter[Hashable] = Counter()
         self._waited = 0  # steps that could not be recorded for somebody else's mode
         self._behind = 0  # or for that of another model's record
+        self._late = 0  # steps in a row whose backward did not come before the next forward
         self._told: set[str] = set()
         self._thread = threading.get_ident()
         self.original = session.original
@@ -241,6 +242,15 @@ class RegionsForward:
     def _act(self, inputs: Any) -> None:
         session = self.session
         session.ended()
+        self._late = self._late + 1 if session.is_late else 0
+        if self._late == PATIENCE and not session.plans:
+            self._tell(
+                "late",
+                "is not planned yet, and saves next to nothing: in each of %d steps the next forward came "
+                "before the backward of the last. Run the backward first; where none is to come, call the "
+                "model under torch.no_grad()",
+                PATIENCE,
+            )
         kept = session.runs
         if session.is_seen and (session.stage == "record" or session.strayed):
             self._tell_over(session.counted_bytes)
@@ -248,7 +258,7 @@ class RegionsForward:
             self._turn_loops()
         elif session.is_recorded:
             self._plan()
-        elif session.stage != "look" and session.regions and not session.calls:
+        elif session.regions and not session.calls and (session.stage != "look" or session.is_all_eager):
             self._none_ran()
         elif self._steps and not session.calls and session.loops.are_left:
             self._turn_loops()
@@ -304,14 +314,13 @@ class RegionsForward:
 
     def _none_ran(self) -> None:
         session = self.session
-        eager = len(session.eager)
         session.plans.tried(session.kind)
-        if eager == len(session.regions):
+        if session.is_all_eager:
             self._tell(
                 "eager",
-                "trains without a plan: each of its %d regions is differentiated twice, and runs as eager "
-                "runs it",
-                eager,
+                "trains without a plan: each of its %d regions runs as eager runs it. %s",
+                len(session.regions),
+                "; ".join(session.left_to_eager),
             )
         else:
             self._tell(

@@ -107,7 +107,7 @@ class Session:
         self._pending: list[weakref.ref[Pending]] = []
         self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
-        self._cast_for: dict[int, list[Region]] = {}  # of this step, that read a weight under autocast
+        self._cast_for: set[frozenset[tuple[int, bool]]] = set()  # calls that shared no cast, or are eager
         self._closes = False  # whether the recorder hears when the backward that runs is through
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[Step] | None = None  # dies with the last call that may have a backward
@@ -187,7 +187,7 @@ class Session:
         self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = Step(), Counter(), None, None
-        self._cast_for, self._closes = {}, False
+        self._closes = False
         self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,6 +239,11 @@ class Session:
         return frozenset(region.number for region in self.regions if region.is_eager)
 
     @property
+    def is_all_eager(self) -> bool:
+        """Whether each region does."""
+        return bool(self.regions) and all(region.is_eager for region in self.regions)
+
+    @property
     def runs(self) -> Kept | None:
         """The plan that the step is of so far."""
         return self._open[0] if self.stage == "plan" and self._open and not self.strayed else None
@@ -252,6 +257,7 @@ class Session:
 
     def _run(self, region: Region, args: Sequence[Any]) -> Any:
         if region.is_eager or not torch.is_grad_enabled() or not any(map(tracked, args)):
+            self._times[region.number] += bool(torch.is_grad_enabled() and region.casts_of(args))
             return region.plain.forward(*args)
         number, key = len(self.calls), region.signature(args)
         self._last_turn = self._backwards
@@ -340,25 +346,27 @@ class Session:
         if self.stage == "plan":
             self.strayed = True
         region, is_first = seen.region, self.stage == "look"
-        if region.is_under_autocast:
-            self._note_casts(region, args)
+        region.casts_of(args)
         outputs = region.checkpointed(
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
         seen.lend(args, outputs)
         return self._watched(seen, outputs)
 
-    def _note_casts(self, region: Region, args: Sequence[Any]) -> None:
+    def _note_casts(self) -> None:
         """Autocast casts a weight once for all that read it, and their gradients are added before they are
-        cast back: calls that share one run as eager runs them.
+        cast back: calls of a step that share one run as eager runs them.
         """
-        for x in args:
-            if isinstance(x, nn.Parameter) and x.requires_grad:
-                for other in self._cast_for.setdefault(id(x), []):
-                    for one in (region, other):
-                        one.is_eager = True
-                        one.why = one.why or "a weight that autocast casts once for this and another region"
-                self._cast_for[id(x)].append(region)
+        called = frozenset((number, times > 1) for number, times in self._times.items())
+        if called in self._cast_for:
+            return
+        self._cast_for.add(called)
+        ran = [(self.regions[number], again) for number, again in called]
+        reads = Counter(x for region, again in ran for x in (*(region.casts or ()),) * (1 + again))
+        for region, _ in ran:
+            if any(reads[x] > 1 for x in region.casts or ()):
+                region.is_eager = True
+                region.why = region.why or "a weight that autocast casts once for this and another region"
 
     def _watched(self, seen: Seen, outputs: Any) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
@@ -529,6 +537,11 @@ class Session:
         """Whether a backward came through the last step."""
         return any(seen.present is not None for seen in self.calls)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether none did, where one could."""
+        return any(seen.able for seen in self.calls) and not self.is_differentiated
+
     def leave_spoilt_to_eager(self) -> bool:
         """Whether the forward that was looked at wrote over what a region had read, which no region keeps:
         those run as eager runs them from here on.
@@ -569,7 +582,8 @@ class Session:
 
     def ended(self) -> None:
         """The last step is over: what it showed is kept."""
-        if self.stage == "look" and self.regions and len(self.eager) == len(self.regions):
+        self._note_casts()
+        if self.stage == "look" and self.is_all_eager:
             self._is_looked = True
         if not self.is_differentiated:
             return
@@ -610,7 +624,7 @@ class Session:
         """What is done with the next step, one of ``kind``."""
         if not self._is_looked and not self.plans:
             return "look"
-        if self.regions and len(self.eager) == len(self.regions):
+        if self.is_all_eager:
             return "plan"  # nothing is
         return "record" if self.plans.wants(kind) else "plan"
 

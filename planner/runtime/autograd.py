@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from planner import _compat
+from planner._compat import version_of
 from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.rewrite.program import Argument, Segment
@@ -103,7 +104,7 @@ class PendingCall:
         self.nodes: list[Any] = [None] * len(program.segments)  # weak: they hold this call
         self.direct = {argument: given[argument] for argument in step.direct}
         self.versions = {  # of buffers that the backward reads
-            argument: _version_of(tensor)
+            argument: version_of(tensor)
             for argument, tensor in self.direct.items()
             if argument.kind == "buffer" and argument.key in program.watched
         }
@@ -301,7 +302,7 @@ class PendingCall:
         self.held[index] = {}
         if self.now.keep or self.now.present in self.sets.followed_by_another:
             wanted = here if self.now.keep else rest
-            self.held[index] = {a: (t, t._version) for a, t in wanted.items()}
+            self.held[index] = {a: (t, version_of(t)) for a, t in wanted.items()}
         return boxed
 
     def _own(self, argument: Argument, segment: Segment, tensor: torch.Tensor) -> torch.Tensor:
@@ -312,7 +313,7 @@ class PendingCall:
     def _refuse_written(self, argument: Argument) -> None:
         """Autograd sees in-place changes of what it saved; a buffer is not saved."""
         seen = self.versions.get(argument)
-        if seen is not None and seen != _version_of(self.direct[argument]):
+        if seen is not None and seen != version_of(self.direct[argument]):
             self.was_written(argument)
             raise PlannerError(
                 f"the buffer {argument.key} was written to between a planned forward and its backward, which "
@@ -396,7 +397,7 @@ def _ran(step: ExecutableStep, segment: Segment, boxed: list[Any]) -> list[Any]:
 
 
 def _unchanged(argument: Argument, tensor: torch.Tensor, version: int) -> torch.Tensor:
-    if tensor._version != version:
+    if version_of(tensor) != version:
         what = "a saved tensor" if argument.kind == "saved" else f"{argument.kind} {argument.key}"
         raise PlannerError(
             f"{what}, which this backward needs, has been modified by an inplace operation since the last "
@@ -413,11 +414,6 @@ def _hooks_on(tensor: torch.Tensor) -> dict[int, Any]:
     tensor.register_hook(lambda _: None).remove()
     hooks: dict[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
     return hooks
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; -1 where nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class SegmentNode(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from planner import _compat
-from planner._compat import pytree
+from planner._compat import pytree, version_of
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph import kernels
@@ -76,7 +76,7 @@ class Start:
 
     def ran(self, given: dict[Argument, Any]) -> None:
         """The forward has run: from here on nobody may change what it read."""
-        self._versions = {a: t._version for a, t in given.items() if isinstance(t, torch.Tensor)}
+        self._versions = {a: version_of(t) for a, t in given.items() if isinstance(t, torch.Tensor)}
 
     def let_go(self) -> None:
         """A backward is through: whoever still holds the loss is not to hold the batch by it."""
@@ -110,7 +110,7 @@ class Start:
                 value = self.before[name].clone()
             elif changes:
                 value = value.clone()
-            elif argument in needed and self._versions.get(argument, 0) != getattr(value, "_version", 0):
+            elif argument in needed and self._versions.get(argument, 0) != _version(value):
                 raise PlannerError(f"{argument.kind} {name} {_GONE}")
             out[argument] = value
         return out
@@ -299,3 +299,7 @@ def _needed_by(program: Program, segments: Sequence[Segment]) -> set[Argument]:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return {argument[n] for n in seen if n in argument}
+
+
+def _version(value: Any) -> int:
+    return version_of(value) if isinstance(value, torch.Tensor) else 0

@@ -9,7 +9,9 @@ torch.func's transforms could do anything with it.  So they are given the model'
   one runs as planned.
 * a plan never runs compiled, not even in parts: a submodule compiled before planning is captured as
   what it computes, and a plan of a model compiled already is refused.
-* what another thread compiles meanwhile is no concern of a call, which runs as planned.
+* what another thread compiles meanwhile is no concern of a call, which runs as planned;
+* a plan for a model around this one is made from the model's own forward, and so is whatever else a fake
+  mode or a tracer of ops sees.
 
 What it would take to plan inside: torch's partitioner hands its joint graph over
 (``custom_partitioner_fn``), so a schedule made on that graph, with the costs of fused kernels, could
@@ -36,7 +38,7 @@ def is_traced(model_name: str) -> bool:
     if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and _compat.compiles_here()):
         _tell(model_name)
         return True
-    return _compat.is_transformed()
+    return _compat.is_transformed() or _compat.is_faked()
 
 
 def _tell(model_name: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from planner._compat import is_faked, watching_modes
+from planner._compat import watching_modes
 from planner.measure.meter import StorageMeter
 from planner.measure.step import tensors_in
 from planner.runtime.tracing import is_traced
@@ -102,7 +102,7 @@ def take_hooks(module: nn.Module) -> None:
 
 def is_real(name: str) -> bool:
     """Whether a call computes: nobody traces it, and its tensors have memory."""
-    return not (is_faked() or is_traced(name))
+    return not is_traced(name)
 
 
 def when_differentiated(outputs: Any, then: Callable[[bool], None]) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from planner._compat import version_of
 from planner.capture.state.reads import OWN, Reads, is_plain_object
 from planner.errors import StalePlanError
 
@@ -153,7 +154,7 @@ class _Freezer:
         elif id(value) in self.tensors:
             node.kind, node.value = "registered", self.tensors[id(value)]
         elif isinstance(value, torch.Tensor):
-            node.kind, node.value = "tensor", (value, _spec(value), self.by_value, value._version)
+            node.kind, node.value = "tensor", (value, _spec(value), self.by_value, version_of(value))
         elif isinstance(value, np.ndarray):
             node.kind, node.value = "array", _bytes(value)
         elif isinstance(value, _Lists) and (
@@ -356,14 +357,14 @@ class _Binder:
     def _tensor(self, now: Any, node: Node, path: str) -> None:
         taken, spec, by_value, version = node.value
         if now is taken:
-            if _spec(now) != spec or (by_value and now._version != version):
+            if _spec(now) != spec or (by_value and version_of(now) != version):
                 self._differs(path, node, now)
             self.bound.tensors.append((now, spec, version if by_value else None))
             return
         # Another instance's: the graph has the values of the first, which therefore have to stay.
-        if _spec(now) != spec or taken._version != version or not torch.equal(now, taken):
+        if _spec(now) != spec or version_of(taken) != version or not torch.equal(now, taken):
             self._differs(path, node, now)
-        self.bound.tensors.append((now, spec, now._version))
+        self.bound.tensors.append((now, spec, version_of(now)))
 
     def _array(self, now: Any, node: Node, path: str) -> None:
         if _bytes(now) != node.value:
@@ -496,7 +497,7 @@ class Bound:
             if now is not was and not (isinstance(now, _PLAIN) and _equal(now, was)):
                 return False
         return all(
-            _spec(t) == spec and (version is None or t._version == version)
+            _spec(t) == spec and (version is None or version_of(t) == version)
             for t, spec, version in self.tensors
         ) and all(_bytes(array) == were for array, were in self.arrays)
 

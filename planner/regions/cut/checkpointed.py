@@ -7,6 +7,7 @@ torch runs again when its backward comes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ class Checkpointed:
         at = {n: i for i, n in enumerate(nodes)}
         cuts = where(nodes, at)
         self._parts = [_part(plain, nodes[a:b]) for a, b in zip([0, *cuts], [*cuts, len(nodes)], strict=True)]
+        # a gradient that is taken within, by torch.func: it says no to a checkpoint around it
+        self._held = [any(map(_compat.forbids_hooks, run.graph.nodes)) for run, _, _ in self._parts]
         (output,) = plain.graph.find_nodes(op="output")
         self._results = output.args[0]
         self._given = plain.graph.find_nodes(op="placeholder")
@@ -56,7 +59,7 @@ class Checkpointed:
         without a gradient, by whatever code: it is copied from here on.
         """
         spoilt = any(alias._version != version for alias, version in self._read)
-        written = {node for node, x, version in self._relied if x._version != version}
+        written = {node for node, x, version in self._relied if _compat.version_of(x) != version}
         self._read, self._relied = [], []
         self._copied |= written
         if spoilt:
@@ -83,7 +86,7 @@ class Checkpointed:
         small = min(SMALL_BYTES, budget_bytes * SMALL_SHARE) if note and budget_bytes else SMALL_BYTES
         writes = {self._given[i] for i in self.written.union(spoilt)}
         values: dict[fx.Node, Any] = dict(zip(self._given, args, strict=True))
-        for (run, takes, makes), gone in zip(self._parts, self._gone, strict=True):
+        for (run, takes, makes), gone, is_held in zip(self._parts, self._gone, self._held, strict=True):
             given = [values[n] for n in takes]
             tracked = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
             if note:
@@ -94,11 +97,11 @@ class Checkpointed:
                     (n, x) for n, x, is_copied in zip(takes, given, copied, strict=True) if not is_copied
                 ]
                 plain = ((n, x) for n, x in pairs if isinstance(x, torch.Tensor) and not x.requires_grad)
-                self._relied += ((n, x.detach(), x._version) for n, x in plain if n not in writes)
+                self._relied += ((n, x.detach(), _compat.version_of(x)) for n, x in plain if n not in writes)
             again = _again(run, given, [n in writes for n in takes], copied)
             # to its end: what stops it early is an exception, which libraries that write code wrap in theirs
             with set_checkpoint_early_stop(False):
-                made = checkpoint(again, *tracked, use_reentrant=False)
+                made = run(*given) if is_held else checkpoint(again, *tracked, use_reentrant=False)
             values.update(zip(makes, made, strict=True))
             del made
             for node in gone:
@@ -136,7 +139,7 @@ def _again(
                 now.append(x)
             elif copies[i] is not None:
                 now.append(copies[i].clone() if is_written else copies[i])
-            elif x._version != versions[i]:
+            elif _compat.version_of(x) != versions[i]:
                 raise RuntimeError(
                     f"a tensor {tuple(x.shape)} that the forward read was modified by an inplace operation "
                     "before its backward, which reads it again: in the first step of training in regions the "
@@ -146,7 +149,7 @@ def _again(
                 now.append(x)
         outputs = run(*now)
         if first:
-            versions[:] = [x._version if isinstance(x, torch.Tensor) else 0 for x in given]
+            versions[:] = [_compat.version_of(x) if isinstance(x, torch.Tensor) else 0 for x in given]
         first = False
         return outputs
 
@@ -161,6 +164,9 @@ def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
     # what is written is written in the part that makes it: another would run again on what is written by then
     joined = [(at[base_of(x)], at[n]) for n in nodes for x in written_by(n) if base_of(x) in at]
     within = {k for made, wrote in joined for k in range(made + 1, wrote + 1)}
+    # what is inside a transform of torch.func is nothing outside of it
+    depths = itertools.accumulate(map(_compat.nests, nodes))
+    within.update(k for k, depth in enumerate(depths, 1) if depth)
     alive = [0] * (count + 1)
     for node in nodes:
         last = max((at[u] for u in node.users if u in at), default=-1)

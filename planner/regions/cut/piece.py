@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from planner import _compat
@@ -100,12 +101,16 @@ class _Run(fx.Interpreter):
 
 
 def apart(
-    joint: JointGraph, terms: Mapping[str | int, Sequence[fx.Node]], slots: Sequence[Slot]
+    joint: JointGraph,
+    terms: Mapping[str | int, Sequence[fx.Node]],
+    slots: Sequence[Slot],
+    like: Sequence[Slot] | None = None,
 ) -> tuple[JointGraph, tuple[Slot, ...]]:
     """``joint`` with an argument for each use of a tensor, and the slots with their uses.
 
     ``terms``  the gradients of what is used more than once, by name of a parameter or position of an input
                (:func:`planner.capture.joint_graph.capture_piece`).
+    ``like``   slots with the uses that there are to be, those of a call that runs: what is more is added up.
     """
     step = joint.step
     position = {node: i for i, node in enumerate(step.module.graph.nodes)}
@@ -114,7 +119,7 @@ def apart(
     input_gradients: dict[int, fx.Node] = {}
     out: list[Slot] = []
     number = 0
-    for slot in slots:
+    for at, slot in enumerate(slots):
         key: str | int = slot.name if slot.kind == "parameter" else number
         if slot.kind == "input":
             number += 1
@@ -122,7 +127,9 @@ def apart(
             out.append(slot)
             continue
         own = _one_by_one(list(terms.get(key, ())), position)
-        out.append(replace(slot, uses=max(1, len(own))))
+        uses = max(1, len(own)) if like is None else like[at].uses
+        own = _at_most(uses, own)
+        out.append(replace(slot, uses=uses))
         if isinstance(key, int):
             whole = step.input_gradients.get(key)
             inputs[len(inputs)] = placeholder = step.inputs[key]
@@ -130,11 +137,13 @@ def apart(
                 input_gradients[len(inputs) - 1] = own[0] if own else whole  # type: ignore[assignment]
         elif own:
             placeholder, gradients[key] = step.parameters[key], own[0]
-        for term in own[1:]:
+        for k in range(1, uses):
             with step.module.graph.inserting_after(placeholder):
                 use = step.module.graph.placeholder(f"{placeholder.name}_use")
             use.meta = dict(placeholder.meta)
-            input_gradients[len(inputs)], inputs[len(inputs)] = term, use
+            if k < len(own):
+                input_gradients[len(inputs)] = own[k]
+            inputs[len(inputs)] = use
     moved = replace(step, inputs=inputs, gradients=gradients, input_gradients=input_gradients)
     return replace(joint, step=moved), tuple(out)
 
@@ -148,6 +157,18 @@ def _one_by_one(terms: list[fx.Node], position: Mapping[fx.Node, int]) -> list[f
                 terms[k] = term.graph.call_function(kernels.gradient_apart, (term,))
             with _compat.fake_mode_of(meta.tensor(term)):
                 meta.describe(terms[k], kernels.gradient_apart(meta.tensor(term)), term)
+    return terms
+
+
+def _at_most(count: int, terms: list[fx.Node]) -> list[fx.Node]:
+    """``terms``, the first of them added up, as the engine does that comes to them with nothing else."""
+    while len(terms) > count:
+        first, second, *rest = terms
+        with second.graph.inserting_after(second):
+            added = second.graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+        with _compat.fake_mode_of(meta.tensor(second)):
+            meta.describe(added, torch.add(meta.tensor(first), meta.tensor(second)), second)
+        terms = [added, *rest]
     return terms
 
 

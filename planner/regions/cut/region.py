@@ -254,16 +254,18 @@ class Region:
         self.variants: dict[Any, Variant] = {}
         self.is_eager = bool(why)
         self.is_alone = False  # all of the forward, called once
+        self.casts: frozenset[int] | None = None  # by identity, weights that it reads under autocast
         self.spoilt: frozenset[int] = frozenset()
         self.spoilt_outputs: frozenset[int] = frozenset()
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
-    @property
-    def is_under_autocast(self) -> bool:
-        """Whether it runs in a context of autocast, or opens one."""
-        return _compat.is_under_autocast() or any(
-            n.target is _compat.ENTERS_AUTOCAST for n in self.plain.graph.nodes
-        )
+    def casts_of(self, args: Sequence[Any]) -> frozenset[int]:
+        """By identity, the weights that it reads in a context of autocast, its caller's or its own."""
+        if self.casts is None:
+            entered = (n.target is _compat.ENTERS_AUTOCAST for n in self.plain.graph.nodes)
+            cast = args if _compat.is_under_autocast() or any(entered) else ()
+            self.casts = frozenset(id(x) for x in cast if isinstance(x, nn.Parameter) and x.requires_grad)
+        return self.casts
 
     @cached_property
     def read_within(self) -> frozenset[int]:
@@ -375,9 +377,18 @@ class Region:
         return tuple(lines)
 
     def _captured(
-        self, key: Any, piece: Piece, inputs: Inputs, base: str, target: Target, used: frozenset[int] | None
+        self,
+        key: Any,
+        piece: Piece,
+        inputs: Inputs,
+        base: str,
+        target: Target,
+        used: frozenset[int] | None,
+        like: tuple[Slot, ...] | None = None,
     ) -> Variant:
-        found = self.variants.get((key, used))
+        """``like``: its arguments are to be those of a call that runs, by these slots."""
+        known = (key, used) if like is None else (key, used, like)
+        found = self.variants.get(known)
         if found is not None:
             return found
         try:
@@ -388,12 +399,14 @@ class Region:
             log.info("region %d runs as eager runs it: %s", self.number, error)
             made = Variant(piece.slots, base, why=str(error))
         else:
-            made = self._made(piece, base, *apart(joint, terms, piece.slots), target)
+            made = self._made(piece, base, *apart(joint, terms, piece.slots, like), target)
             if made.captured is not None and (many := _too_many(terms, made.captured.graph)):
                 made = Variant(piece.slots, base, why=many)
             made.scalars = scalars
-            made.again = lambda _, inputs, used: self._captured(key, piece, inputs, base, target, used)
-        self.variants[key, used] = made
+            made.again = lambda _, inputs, used: self._captured(
+                key, piece, inputs, base, target, used, made.slots
+            )
+        self.variants[known] = made
         return made
 
     def _made(
