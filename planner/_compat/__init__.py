@@ -27,7 +27,13 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
-from planner._compat.autocast import ENTERS_AUTOCAST, autocast_depth, autocast_watched, is_under_autocast
+from planner._compat.autocast import (
+    ENTERS_AUTOCAST,
+    autocast_depth,
+    autocast_notes,
+    autocast_watched,
+    is_under_autocast,
+)
 from planner._compat.dynamo import (
     RECOMPILES,
     TURNS,
@@ -70,6 +76,7 @@ from planner._compat.running import (
     modes_set_aside,
     saved_tensors_hooks_set_aside,
     watching_modes,
+    will_run,
 )
 from planner._compat.sizes import (
     compiled,
@@ -129,6 +136,7 @@ __all__ = [
     "after_backward",
     "at_end_of_backward",
     "autocast_depth",
+    "autocast_notes",
     "autocast_watched",
     "backward_functions",
     "batch_norm_is_cudnns",
@@ -192,6 +200,7 @@ __all__ = [
     "values_unchecked",
     "watching_modes",
     "weak_storage",
+    "will_run",
     "wraps_others",
     "writes_arguments",
     "writes_keep_layout",

@@ -154,6 +154,11 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def will_run(node: Any) -> bool:
+    """Whether the backward that is running goes through ``node``, or has; 2.0+."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
 def at_end_of_backward(check: Callable[[], None]) -> None:
     """Call ``check`` when the backward that is running is through; what it raises, that raises; 1.5+."""
     torch.autograd.Variable._execution_engine.queue_callback(check)

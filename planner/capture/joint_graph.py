@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -44,7 +46,7 @@ from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.inputs import Inputs
 from planner.capture.module import original_forward
 from planner.capture.outputs import LossFn, OutputTemplate, template_of
-from planner.capture.pieces import ReadsOf, summands
+from planner.capture.pieces import ReadsOf, note_summands, summands
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
@@ -63,6 +65,8 @@ from planner.capture.state.watched import Watched, watched
 from planner.errors import PlannerError, TraceError
 
 __all__ = ["NO_GRADIENT", "JointGraph", "Traced", "capture", "capture_piece"]
+
+log = logging.getLogger(__name__)
 
 NO_GRADIENT = "no gradient reaches any parameter or input of this region from its outputs"
 
@@ -279,13 +283,15 @@ def _captured(
         if loss_fn is not None:
             with attributes_kept(model):  # what it notes on the model, it notes in the user's own loop
                 loss, used = _trace_loss(model, given, loss_fn)
-        step = _FlatModel(model, flat, fake, in_spec, used)
+        reads = ReadsOf()
+        step = _FlatModel(model, flat, fake, in_spec, used, watch=reads)
         noted = Noted(model)
         with _module_paths(model), generators.watched(), noted.watched():
             try:
                 module = _exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
             finally:
                 step.installed.remove()
+                reads.forget()
         if calls.count:
             raise checkpoints_itself(type(model).__name__, "its forward calls torch.utils.checkpoint")
         questions.refuse(type(model).__name__)
@@ -293,7 +299,8 @@ def _captured(
         step.installed.refuse(functools.partial(_step_on_fakes, model, given))
         generators.refuse(model, module, lambda: _step_on_fakes(model, given), step.effects.left)
     traced = _sort_out(module, step.names, tuple(step.rebound))
-    cast_once(module, traced.parameters, traced.gradients)
+    fewer = cast_once(module, traced.parameters, traced.gradients)
+    _note_sums(traced, reads.counts - fewer)
     _note_what_goes_on(traced, given)
     _refuse_formulas_of_values(traced)
     _refuse_sparse(traced)
@@ -367,6 +374,21 @@ def _refuse_sparse(traced: Traced) -> None:
                     f"a tensor of its step is {str(x.layout).removeprefix('torch.')} ({node.name}), whose "
                     "size is known only when it is made; a plan is for dense ones (embeddings: sparse=False)"
                 )
+
+
+def _note_sums(traced: Traced, reads: Counter[str | int]) -> None:
+    """Note the sums of gradients that the engine makes where the step reads something more than once.
+
+    Where they cannot be told apart they stay what they are, one sum.
+    """
+    whole: dict[str | int, fx.Node] = {}
+    whole.update(traced.gradients.items())
+    whole.update(traced.input_gradients.items())
+    for key, gradient in whole.items():
+        try:
+            note_summands(gradient, reads[key])
+        except TraceError as error:
+            log.debug("of %s: %s", key, error)
 
 
 def _note_what_goes_on(traced: Traced, given: Inputs) -> None:

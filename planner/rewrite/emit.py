@@ -25,6 +25,7 @@ from planner.graph.nodes import ignores_running_stats, is_mutation, is_random, t
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
+from planner.rewrite.apart import summands_of
 from planner.rewrite.program import Argument, Backward, Program, Segment
 from planner.rewrite.segments import cuts_behind, cuts_of, in_order, module_of, segment_of
 
@@ -259,7 +260,8 @@ class _Writer:
     def _parts(self, segments: int | None) -> list[list[fx.Node]]:
         _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
         calls = [n for n in self.backward.nodes if n.op == "call_function"]
-        starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments)
+        many = [term for n in self.gradient_results if len(of := summands_of(n)) > 2 for term in of]
+        starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments, many)
         taken = consumed_of(self.source)
         if taken and segments is None:
             results = {n for n, name in self.gradient_results.items() if name in taken}

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,9 +37,12 @@ import torch
 from planner import _compat
 from planner.errors import PlannerError
 from planner.graph import kernels
-from planner.rewrite.program import Argument, Segment
+from planner.rewrite.apart import argument_of
+from planner.rewrite.program import Argument, Key, Low, Segment, Term
+from planner.rewrite.prune import Pruned
 from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.shared_casts import SharedCasts
 from planner.runtime.step import ExecutableStep
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "without_autocast",
 ]
 
+
+_BEGUN: deque[int] = deque(maxlen=64)  # backwards that came to a planned call
 
 _KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
 
@@ -67,11 +73,11 @@ class _Pass:
     segments: tuple[Segment, ...]
     present: frozenset[int]
     keep: bool
-    made: dict[str | int, Any] | None = None
+    made: dict[Key, Any] | None = None
     mail: dict[str, Any] = field(default_factory=dict)
 
 
-def pass_of(present: frozenset[int], made: dict[str | int, Any]) -> _Pass:
+def pass_of(present: frozenset[int], made: dict[Key, Any]) -> _Pass:
     """A backward for the outputs ``present`` whose gradients are ``made`` already."""
     return _Pass((), present, True, made)
 
@@ -95,7 +101,9 @@ class PendingCall:
         self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
         self._gated: dict[int, torch.Tensor] = {}
         self.task = -1  # the backward that the first node ran in last
-        self.names = [segment.gradients for segment in program.segments]  # of each node's gradients
+        self.casts: SharedCasts | None = None
+        self._low: dict[Key, torch.Tensor] = {}  # parameters that are cast, by whose gradient it is
+        self.names = [*step.slots]  # of each node's gradients
         self.names[-1] += tuple(a.key for a in step.others if given[a].requires_grad)
         self.spent = [False] * len(program.segments)
         self.passes: list[frozenset[int]] = []  # whose backwards have run and kept nothing
@@ -109,6 +117,18 @@ class PendingCall:
         }
         self.keep = [[saved[int(a.key)] if a.kind == "saved" else given[a] for a in at] for at in step.held]
         self.held: list[dict[Argument, tuple[torch.Tensor, int]] | None] = [None] * len(program.segments)
+
+    def share(self, casts: SharedCasts | None, given: dict[Argument, Any]) -> None:
+        """The casts of its parameters are those of other calls in the same context of autocast too."""
+        if casts is not None:
+            self._low = {slot: given[argument_of(slot)] for of in self.step.apart.casts for slot in of}
+            self.casts = casts
+            casts.join(self)
+
+    @property
+    def cast(self) -> frozenset[int]:
+        """The parameters (identities) that autocast casts for it, and which get gradients."""
+        return frozenset(map(id, self._low.values()))
 
     def handed_out(self) -> tuple[torch.Tensor, ...]:
         """What the first node hands out, by :attr:`tracked`; of several, each goes through a gate."""
@@ -167,26 +187,43 @@ class PendingCall:
     def begin(self, tangents: tuple[Any, ...]) -> None:
         """Choose what runs for the gradients that came; ``PlannerError`` where nothing can."""
         refuse_capture(self.step)
-        self.task = _compat.current_backward()
+        task = self.task = _compat.current_backward()
+        is_first, is_alone = task not in _BEGUN, self.casts is None or not self.casts.begin(self, task)
+        _BEGUN.append(task)
         present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
         self.refuse_within(present)
         keep = _compat.graph_is_kept()
         if self.passes:
             self._refuse_freed(present)
             self.sets.followed(self.passes[-1])
-        self.now = self._chosen(present, tangents, keep)
+        part = self._apart(present, is_first=is_first, is_alone=is_alone)
+        self.now = self._chosen(present, tangents, keep, part)
         if keep:
             self.sets.tell_kept(self.step)
         else:
             self.passes.append(present)
         self.sets.came(present)
 
-    def _chosen(self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool) -> _Pass:
+    def _apart(self, present: frozenset[int], *, is_first: bool, is_alone: bool) -> Pruned | None:
+        """The backward with gradients one by one, where they are added to what another call made.
+
+        ``is_first``  no other call began in this backward; ``is_alone``: none shares casts with it.
+        """
+        apart = self.step.apart
+        if (is_alone and (is_first or not apart.reads_several)) or not present <= self.step.differentiated:
+            return None
+        self.sets.tell_apart(self.step)
+        return apart.of(present, low=not is_alone)
+
+    def _chosen(
+        self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool, part: Pruned | None
+    ) -> _Pass:
         step = self.step
         whole = present == step.differentiated
-        if whole and all(held is None for held in self.held):
+        if whole and part is None and all(held is None for held in self.held):
             return _Pass(step.program.segments, present, keep)
-        part = step.prunings.of(present) if present <= step.differentiated else None
+        if part is None and present <= step.differentiated:
+            part = step.prunings.of(present)
         if part is None:
             return self._again(present, tangents, keep)
         for k, segment in enumerate(part.segments):
@@ -234,9 +271,12 @@ class PendingCall:
         if self.start is not None and not self.waits:
             self.start.let_go()
         if now.made is not None:
+            if self.casts is not None:
+                self._cast_back(self.casts, index, now.made)
             return [now.made.pop(name, None) for name in self.names[index]]
         segment = now.segments[index]
         plain = segment is self.step.program.segments[index] and self.held[index] is None and not now.keep
+        plain = plain and (self.casts is None or not self.casts.low)
         take = self._all if plain else self._some
         boxed = take(index, segment, held, tangents)
         results = _ran(self.step, segment, boxed)
@@ -244,9 +284,21 @@ class PendingCall:
         now.mail.update(zip(segment.mail, results[made:], strict=True))
         if plain:
             return [*results[:made], *[None] * (len(self.names[index]) - made)]
-        by_name = dict(zip(segment.gradients, results[:made], strict=True))
+        by_name: dict[Key, Any] = dict(zip(segment.gradients, results[:made], strict=True))
         del results
+        if self.casts is not None:
+            self._cast_back(self.casts, index, by_name)
         return [by_name.pop(name, None) for name in self.names[index]]
+
+    def _cast_back(self, casts: SharedCasts, index: int, by_name: dict[Key, Any]) -> None:
+        """Put what is of autocast's casts to that of other calls, and take the sums that are through."""
+        for key in [key for key in by_name if isinstance(key, Low)]:
+            casts.add(self._low[key.slot], by_name.pop(key))
+        for slot in self.step.apart.casts[index]:
+            gradient = casts.taken(self, self._low[slot])
+            if gradient is not None:
+                own = by_name.get(slot)
+                by_name[slot] = gradient if own is None else gradient + own
 
     def _all(
         self,
@@ -343,7 +395,7 @@ class PendingCall:
         if not keep:
             self._release()
         saved = self._saved_again(step, given)
-        made: dict[str | int, torch.Tensor] = {}
+        made: dict[Key, torch.Tensor] = {}
         mail: dict[str, Any] = {}
         for segment in segments:
             boxed = []
@@ -430,7 +482,8 @@ class SegmentNode(torch.autograd.Function):
         ctx: Any, call: PendingCall, index: int, token: torch.Tensor | None, *leaves: torch.Tensor
     ) -> Any:
         ctx.call, ctx.index = call, index
-        ctx.leaves = [leaf if leaf.is_leaf else None for leaf in leaves]
+        pairs = zip(leaves, call.names[index], strict=True)  # of what is read again, the first one counts
+        ctx.leaves = [leaf if leaf.is_leaf and not isinstance(key, Term) else None for leaf, key in pairs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.keep[index])
         call.keep[index] = []

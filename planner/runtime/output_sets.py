@@ -26,12 +26,15 @@ from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph import kernels
 from planner.rewrite.program import Argument, Program, Segment
 from planner.runtime.step import ExecutableStep
+from planner.units import bytes_text
 
 __all__ = ["OutputSets", "Start"]
 
 log = logging.getLogger(__name__)
 
 _MOST_STEPS = 8  # plans for other sets
+_BESIDE = 0.01  # of a plan's peak that is a little
+_NAMED = 3  # of what is named
 _OFTEN = 6  # forwards that ran again before that is said
 
 
@@ -277,6 +280,24 @@ class OutputSets:
             held_gb,
             self.name,
         )
+
+    def tell_apart(self, step: ExecutableStep) -> None:
+        """Say once what it takes to hand out gradients one by one, where that is more than a little."""
+        beside_bytes = step.apart.beside_bytes
+        if step.plan is not None and beside_bytes > _BESIDE * step.plan.peak_bytes:
+            names, more = [str(name) for name in step.apart.names], ""
+            if len(names) > _NAMED:
+                names, more = names[:_NAMED], f" and {len(names) - _NAMED} more"
+            self._tell(
+                "apart",
+                "a backward goes through several calls of %s, which reads %s%s several times in each: those "
+                "gradients are handed out one by one, to be added up in eager's order, and up to %s are held "
+                "beside what the plan counts",
+                self.name,
+                ", ".join(names),
+                more,
+                bytes_text(beside_bytes),
+            )
 
     def _tell(self, what: str, message: str, *values: object) -> None:
         if what not in self._told:

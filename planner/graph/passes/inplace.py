@@ -145,6 +145,9 @@ def _replace(node: fx.Node, operand: fx.Node) -> None:
         node.target = IN_PLACE[node.target][0]
         if node.args[0] is not operand:  # sums and products are the same both ways round
             node.args = (operand, node.args[0])
+            first = meta.adds_reads(node)
+            if first is not None:
+                meta.note_adds_reads(node, 1 - first)
     else:
         form, name = {**OUT, **OUT_ON_CPU}[node.target]
         node.target, node.kwargs = form, {**node.kwargs, name: operand}
