@@ -19,6 +19,7 @@ _acc``         here
 ``adds_reads`` which operand of the engine's sum came  capture/pieces, casts       rewrite/apart
                before the other, where both are
                gradients of what is read twice
+``is_engines`` whether that sum is left to the engine   passes/inplace              rewrite/emit
 ``casts_back`` whether autocast cast a parameter, and  capture/as_eager/casts      rewrite/apart
                this casts its gradient back
 ``again``      (target, args) of any further execution  passes: buffers,            training_graph, rewrite
@@ -58,6 +59,7 @@ __all__ = [
     "formula",
     "goes_on",
     "instead_of",
+    "is_engines",
     "module",
     "note_adds_reads",
     "note_again",
@@ -66,6 +68,7 @@ __all__ = [
     "note_draw",
     "note_goes_on",
     "note_instead_of",
+    "note_is_engines",
     "note_over",
     "note_recompute",
     "note_rng_state",
@@ -167,6 +170,16 @@ def adds_reads(node: fx.Node) -> int | None:
 def note_adds_reads(node: fx.Node, first: int = 0) -> None:
     """The call adds two gradients for what the step reads more than once; operand ``first`` came first."""
     node.meta = {**node.meta, "adds_reads": first}
+
+
+def is_engines(node: fx.Node) -> bool:
+    """Whether the engine is given what the call adds, instead of the sum."""
+    return bool(node.meta.get("is_engines", False))
+
+
+def note_is_engines(node: fx.Node) -> None:
+    """The engine is given what the call adds, and adds it."""
+    node.meta = {**node.meta, "is_engines": True}
 
 
 def casts_back(node: fx.Node) -> bool:

@@ -41,7 +41,7 @@ class _Read:
 class Apart:
     """The gradients of a backward, one by one.
 
-    ``slots``  the further gradients that each segment may hand out, beside its own.
+    ``slots``  whose gradients, or parts of them, each segment may hand out beside its own.
     ``casts``  of each segment, whose gradients are cast back from autocast's type.
     """
 
@@ -49,11 +49,12 @@ class Apart:
         self.backward = backward
         home = {n: k for k, part in enumerate(backward.parts) for n in part}
         self._reads = {node: _reads(node, key, home) for node, key in backward.gradients.items()}
-        slots: dict[int, list[Term]] = defaultdict(list)
+        own = set(backward.gradients.values())
+        slots: dict[int, list[str | int | Term]] = defaultdict(list)
         casts: dict[int, list[str | int | Term]] = defaultdict(list)
         for reads in self._reads.values():
             for read in reads:
-                if isinstance(read.slot, Term):
+                if read.slot not in own:
                     slots[read.part].append(read.slot)
                 if read.low:
                     casts[read.part].append(read.slot)
@@ -68,10 +69,11 @@ class Apart:
         return any(self.slots)
 
     @property
-    def names(self) -> dict[str | int, int]:
-        """What is read more than once, and how often."""
+    def names(self) -> dict[str | int | Term, int]:
+        """What is read more than once, with its gradients added up in the backward, and how often."""
         of = self.backward.gradients.items()
-        return {key: len(self._reads[node]) for node, key in of if len(self._reads[node]) > 1}
+        counts = {key: len(summands_of(node)) for node, key in of}
+        return {key: count for key, count in counts.items() if count > 1}
 
     @cached_property
     def beside_bytes(self) -> int:
@@ -110,11 +112,13 @@ class Apart:
         return sorted(out, key=lambda of: of.part)
 
 
-def _reads(gradient: fx.Node, key: str | int, home: dict[fx.Node, int]) -> list[_Read]:
+def _reads(gradient: fx.Node, key: str | int | Term, home: dict[fx.Node, int]) -> list[_Read]:
+    of, number = key[:2] if isinstance(key, Term) else (key, 0)
     out: list[_Read] = []
-    part = 0
-    for number, term in enumerate(_terms_of(gradient)):
-        slot: str | int | Term = Term(key, number) if number else key
+    terms = _terms_of(gradient)
+    part = home[gradient] if len(terms) == 1 else 0
+    for place, term in enumerate(terms, start=1):
+        slot = Term(of, number, place) if len(terms) > 1 else key
         low: list[tuple[fx.Node, int]] = []
         if meta.casts_back(term):
             for each in _low(term):

@@ -24,14 +24,16 @@ class Argument(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One of the gradients that come for what a step reads several times.
+    """One of the gradients that come for what a step reads several times, and which the engine adds up.
 
     ``of``      a parameter's name, an input's position.
     ``number``  in their order, from 1; the first one goes by ``of`` alone.
+    ``part``    from 1, of one that is a sum itself, where that is parted too.
     """
 
     of: str | int
     number: int
+    part: int = 0
 
 
 class Low(NamedTuple):
@@ -77,7 +79,7 @@ class Backward:
 
     graph: fx.Graph
     arguments: dict[fx.Node, Argument]
-    gradients: dict[fx.Node, str | int]
+    gradients: dict[fx.Node, str | int | Term]
     parts: tuple[tuple[fx.Node, ...], ...]
     sized: bool
 

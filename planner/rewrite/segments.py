@@ -89,7 +89,7 @@ def _lies_on(node: fx.Node, key: int) -> bool:
 
 def cuts_of(
     calls: list[fx.Node],
-    gradients: dict[fx.Node, str | int],
+    gradients: Collection[fx.Node],
     arguments: dict[fx.Node, Argument],
     segments: int | None,
     summands: Collection[fx.Node] = (),

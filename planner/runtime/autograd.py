@@ -288,7 +288,9 @@ class PendingCall:
         del results
         if self.casts is not None:
             self._cast_back(self.casts, index, by_name)
-        return [by_name.pop(name, None) for name in self.names[index]]
+        gradients = [by_name.pop(name, None) for name in self.names[index]]
+        assert not by_name, f"nobody takes the gradients of {[*by_name]}"
+        return gradients
 
     def _cast_back(self, casts: SharedCasts, index: int, by_name: dict[Key, Any]) -> None:
         """Put what is of autocast's casts to that of other calls, and take the sums that are through."""
@@ -413,6 +415,11 @@ class PendingCall:
             made.update(zip(segment.gradients, results[:count], strict=True))
             mail.update(zip(segment.mail, results[count:], strict=True))
             del results
+        known = {key for names in self.names for key in names}
+        for key in [key for key in made if isinstance(key, Term) and key not in known]:
+            term = made.pop(key)  # another step's, which is read several times where this one is not
+            before = made.get(key.of)
+            made[key.of] = term if before is None else before + term
         return _Pass((), present, keep, made)
 
     def _saved_again(self, step: ExecutableStep, given: dict[Argument, Any]) -> dict[int, torch.Tensor]:
