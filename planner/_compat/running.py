@@ -159,6 +159,18 @@ def will_run(node: Any) -> bool:
     return bool(torch._C._will_engine_execute_node(node))
 
 
+def once_in_backward(node: Any, look: Callable[[tuple[Any, ...]], None]) -> None:
+    """Let ``look`` see what the backward that is running gives ``node``, before it is used; 2.0+."""
+    task = current_backward()
+
+    def seen(gradients: tuple[Any, ...]) -> None:
+        handle.remove()
+        if current_backward() == task:
+            look(gradients)
+
+    handle = node.register_prehook(seen)
+
+
 def at_end_of_backward(check: Callable[[], None]) -> None:
     """Call ``check`` when the backward that is running is through; what it raises, that raises; 1.5+."""
     torch.autograd.Variable._execution_engine.queue_callback(check)

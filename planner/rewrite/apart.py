@@ -42,6 +42,7 @@ class Apart:
     """The gradients of a backward, one by one.
 
     ``slots``  whose gradients, or parts of them, each segment may hand out beside its own.
+    ``sums``   of each segment, whose gradients it adds up.
     ``casts``  of each segment, whose gradients are cast back from autocast's type.
     """
 
@@ -52,7 +53,10 @@ class Apart:
         own = set(backward.gradients.values())
         slots: dict[int, list[str | int | Term]] = defaultdict(list)
         casts: dict[int, list[str | int | Term]] = defaultdict(list)
-        for reads in self._reads.values():
+        sums: dict[int, list[str | int | Term]] = defaultdict(list)
+        for node, reads in self._reads.items():
+            if len(reads) > 1:
+                sums[home[node]].append(backward.gradients[node])
             for read in reads:
                 if read.slot not in own:
                     slots[read.part].append(read.slot)
@@ -60,6 +64,7 @@ class Apart:
                     casts[read.part].append(read.slot)
         parts = range(len(backward.parts))
         self.slots = tuple(tuple(slots[k]) for k in parts)
+        self.sums = tuple(tuple(sums[k]) for k in parts)
         self.casts = tuple(tuple(casts[k]) for k in parts)
         self._known: dict[tuple[frozenset[int], bool], Pruned | None] = {}
 

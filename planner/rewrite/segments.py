@@ -19,7 +19,7 @@ from planner.capture import meta
 from planner.graph.nodes import layer_of
 from planner.graph.passes.inplace import destination
 from planner.rewrite.bindings import bind
-from planner.rewrite.program import Argument, Key, Segment
+from planner.rewrite.program import Argument, Key, Segment, Term
 
 __all__ = ["ONCE", "bytes_of", "cuts_behind", "cuts_of", "in_order", "module_of", "segment_of"]
 
@@ -66,11 +66,12 @@ def segment_of(
     )
 
 
-def _place(name: Key) -> int:
+def _place(name: Key) -> tuple[int, ...]:
     """Parameters in the order in which their gradients are made; inputs by number: those of the uses of one
     tensor are added up in that order.
     """
-    return name if isinstance(name, int) else -1
+    of, *rest = name if isinstance(name, Term) else (name,)
+    return (of, *rest) if isinstance(of, int) else (-1,)
 
 
 def _overwritten(part: list[fx.Node], given: dict[fx.Node, Argument]) -> Iterator[Argument]:

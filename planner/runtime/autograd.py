@@ -101,6 +101,9 @@ class PendingCall:
         self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
         self._gated: dict[int, torch.Tensor] = {}
         self.task = -1  # the backward that the first node ran in last
+        self._is_summed = (
+            True  # whether the backward that runs adds up gradients of what is read several times
+        )
         self.casts: SharedCasts | None = None
         self._low: dict[Key, torch.Tensor] = {}  # parameters that are cast, by whose gradient it is
         self.names = [*step.slots]  # of each node's gradients
@@ -198,6 +201,7 @@ class PendingCall:
             self.sets.followed(self.passes[-1])
         part = self._apart(present, is_first=is_first, is_alone=is_alone)
         self.now = self._chosen(present, tangents, keep, part)
+        self._is_summed = part is None
         if keep:
             self.sets.tell_kept(self.step)
         else:
@@ -210,7 +214,8 @@ class PendingCall:
         ``is_first``  no other call began in this backward; ``is_alone``: none shares casts with it.
         """
         apart = self.step.apart
-        if (is_alone and (is_first or not apart.reads_several)) or not present <= self.step.differentiated:
+        is_added = apart.reads_several and not (is_first and not self.sets.is_joined)
+        if not (is_added or not is_alone) or not present <= self.step.differentiated:
             return None
         self.sets.tell_apart(self.step)
         return apart.of(present, low=not is_alone)
@@ -282,6 +287,8 @@ class PendingCall:
         results = _ran(self.step, segment, boxed)
         made = len(segment.gradients)
         now.mail.update(zip(segment.mail, results[made:], strict=True))
+        if self.step.apart.sums[index] and self._is_summed:
+            self._watch_sums(index, dict(zip(segment.gradients, results[:made], strict=True)))
         if plain:
             return [*results[:made], *[None] * (len(self.names[index]) - made)]
         by_name: dict[Key, Any] = dict(zip(segment.gradients, results[:made], strict=True))
@@ -291,6 +298,25 @@ class PendingCall:
         gradients = [by_name.pop(name, None) for name in self.names[index]]
         assert not by_name, f"nobody takes the gradients of {[*by_name]}"
         return gradients
+
+    def _watch_sums(self, index: int, by_name: dict[Key, Any]) -> None:
+        """See whether something else had come for what gets a sum of gradients, before that."""
+        node, names = self.nodes[index](), self.names[index]
+        following = node.next_functions[-len(names) :]
+        for key in self.step.apart.sums[index]:
+            gradient, (end, _) = by_name.get(key), following[names.index(key)]
+            if gradient is not None and end is not None:
+                _compat.once_in_backward(end, functools.partial(self._came_first, key, gradient.data_ptr()))
+
+    def _came_first(self, key: Key, place: int, gradients: tuple[Any, ...]) -> None:
+        """The gradient of something is complete, and lies where what came first did.
+
+        Asking for the storage would make it one that the engine does not write into.
+        """
+        if all(g is None or g.data_ptr() != place for g in gradients):
+            argument = argument_of(key)
+            name = str(argument.key) if argument.kind == "parameter" else f"input {argument.key}"
+            self.sets.joined(name)
 
     def _cast_back(self, casts: SharedCasts, index: int, by_name: dict[Key, Any]) -> None:
         """Put what is of autocast's casts to that of other calls, and take the sums that are through."""

@@ -32,6 +32,9 @@ __all__ = ["OutputSets", "Start"]
 
 log = logging.getLogger(__name__)
 
+# Models whose parameters or inputs get gradients in places that no plan knows of, before those of a call.
+_JOINED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 _MOST_STEPS = 8  # plans for other sets
 _BESIDE = 0.01  # of a plan's peak that is a little
 _NAMED = 3  # of what is named
@@ -281,6 +284,24 @@ class OutputSets:
             self.name,
         )
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether gradients were added to what something else had made (a penalty on weights)."""
+        return self.model in _JOINED
+
+    def joined(self, name: str) -> None:
+        """The gradient of ``name``, a sum, was: from here on it is handed out one by one."""
+        if not self.is_joined:
+            _JOINED.add(self.model)
+            log.warning(
+                "%s of %s is read several times in a planned call and gets a gradient from elsewhere in the "
+                "same backward (a penalty, say). Eager adds one after the other; this step added up the "
+                "call's own first, and may differ in the last bits. From the next step on they are added as "
+                "in eager; capture='regions' does so from the first",
+                name,
+                self.name,
+            )
+
     def tell_apart(self, step: ExecutableStep) -> None:
         """Say once what it takes to hand out gradients one by one, where that is more than a little."""
         beside_bytes = step.apart.beside_bytes
@@ -290,9 +311,9 @@ class OutputSets:
                 names, more = names[:_NAMED], f" and {len(names) - _NAMED} more"
             self._tell(
                 "apart",
-                "a backward goes through several calls of %s, which reads %s%s several times in each: those "
-                "gradients are handed out one by one, to be added up in eager's order, and up to %s are held "
-                "beside what the plan counts",
+                "%s reads %s%s several times in a call, and a backward has other gradients of that: they are "
+                "handed out one by one, to be added up in eager's order, and up to %s are held beside what "
+                "the plan counts",
                 self.name,
                 ", ".join(names),
                 more,
