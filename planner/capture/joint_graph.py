@@ -46,7 +46,7 @@ from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.inputs import Inputs
 from planner.capture.module import original_forward
 from planner.capture.outputs import LossFn, OutputTemplate, template_of
-from planner.capture.pieces import ReadsOf, note_summands, summands
+from planner.capture.pieces import ReadsOf, note_summands, reached_from, summands
 from planner.capture.printed import code_of, headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, evaluate, fake_inputs, fake_of
@@ -513,6 +513,10 @@ class _FlatModel(nn.Module):
         self.placed |= {name for name, t in state.items() if id(t) in asked}
         self.placed |= {i for i, t in enumerate(tensors) if id(t) in asked}
         self.template, leaves = template_of(type(self.model).__name__, output, self.used)
+        tracked: dict[str | int, torch.Tensor] = {}
+        tracked.update(state)
+        tracked.update(enumerate(tensors))
+        self.template = replace(self.template, reached=reached_from(leaves, tracked))
         kept = zip(leaves, self.template.leaves, strict=True)
         results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
         self.rebound = [name for name, t in after.items() if t is not state[name]]
@@ -526,10 +530,7 @@ class _FlatModel(nn.Module):
                 )
             results.append(new.detach())
         if self.watch is not None:
-            watched_tensors: dict[str | int, torch.Tensor] = {}
-            watched_tensors.update(state)
-            watched_tensors.update(enumerate(tensors))
-            self.watch.watch(watched_tensors, results)
+            self.watch.watch(tracked, results)
         return tuple(map(_apart, results))
 
 

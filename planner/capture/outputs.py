@@ -45,12 +45,15 @@ class OutputTemplate:
     """The model's output type with its tensors taken out.
 
     ``constants[k]`` is the k-th leaf where it is not a tensor, ``None`` where ``is_tensor[k]``.
+    ``reached``  names of parameters and positions of inputs to which autograd leads from any output;
+                 ``None``: unknown.
     """
 
     spec: Any
     is_tensor: tuple[bool, ...]
     constants: tuple[Any, ...]
     leaves: tuple[Leaf, ...]
+    reached: frozenset[str | int] | None = None
 
     def rebuild(self, tensors: list[torch.Tensor]) -> Any:
         """The output object around ``tensors``."""

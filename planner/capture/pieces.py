@@ -8,7 +8,7 @@ out its gradients one by one: one sum made inside would be rounded otherwise.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,26 +35,8 @@ class ReadsOf:
         """The next backward goes from ``roots`` to ``tensors``."""
         self.forget()
         self.counts.clear()
-        edges = {}
-        for key, tensor in tensors.items():
-            if tensor.requires_grad:
-                edge = get_gradient_edge(tensor)
-                edges[edge.node, edge.output_nr] = key
-        ends = {node for node, _ in edges}
-        seen = {root.grad_fn for root in roots if root.grad_fn is not None}
-        waiting = list(seen)
-        while waiting:
-            node = waiting.pop()
-            reads = {}
-            for i, (following, number) in enumerate(node.next_functions):
-                found = None if following is None else edges.get((following, number))
-                if found is not None:
-                    reads[i] = found
-                elif following is not None and following not in seen and following not in ends:
-                    seen.add(following)
-                    waiting.append(following)
-            if reads:
-                self._hooks.append(node.register_hook(self._counting(reads)))
+        for node, reads in _readers(tensors, roots):
+            self._hooks.append(node.register_hook(self._counting(reads)))
 
     def _counting(self, reads: Mapping[int, str | int]) -> Any:
         def count(gradients: tuple[torch.Tensor | None, ...], _: Any) -> None:
@@ -67,6 +49,42 @@ class ReadsOf:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def reached_from(
+    roots: Iterable[torch.Tensor], tensors: Mapping[str | int, torch.Tensor]
+) -> frozenset[str | int]:
+    """Names of those ``tensors`` that autograd comes by on its way from ``roots``."""
+    read = {key for _, reads in _readers(tensors, roots) for key in reads.values()}
+    ends = {get_gradient_edge(root) for root in roots if root.requires_grad}
+    own = {key for key, t in tensors.items() if t.requires_grad and get_gradient_edge(t) in ends}
+    return frozenset(read | own)
+
+
+def _readers(
+    tensors: Mapping[str | int, torch.Tensor], roots: Iterable[torch.Tensor]
+) -> Iterator[tuple[Any, dict[int, str | int]]]:
+    """The nodes of autograd's graph behind ``roots`` that lead to ``tensors``, and by which input."""
+    edges = {}
+    for key, tensor in tensors.items():
+        if tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            edges[edge.node, edge.output_nr] = key
+    ends = {node for node, _ in edges}
+    seen = {root.grad_fn for root in roots if root.grad_fn is not None}
+    waiting = list(seen)
+    while waiting:
+        node = waiting.pop()
+        reads = {}
+        for i, (following, number) in enumerate(node.next_functions):
+            found = None if following is None else edges.get((following, number))
+            if found is not None:
+                reads[i] = found
+            elif following is not None and following not in seen and following not in ends:
+                seen.add(following)
+                waiting.append(following)
+        if reads:
+            yield node, reads
 
 
 def summands(gradient: fx.Node, count: int) -> list[fx.Node]:

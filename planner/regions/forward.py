@@ -29,7 +29,7 @@ from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.kept import Foresight, Kept, Kind, Parts
 from planner.regions.proposal import proposal
 from planner.regions.record import Record
-from planner.regions.session import Session
+from planner.regions.session import NewCode, Session
 from planner.regions.watching import is_watched
 from planner.runtime.apply import put, restored
 from planner.runtime.tracing import is_traced
@@ -43,7 +43,8 @@ CHECKS = 2  # steps of a plan that are counted at least
 DIFFERENT = 4  # likewise where these differ
 SPARSE = 16  # where they differ, one in so many is counted for as long as it trains
 PATIENCE = 4  # steps that cannot be recorded before that is said
-TRIES = 3  # records of one kind before it is said that there is none
+TRIES = 3  # records of steps of one structure before it is said that there is no plan
+TRIES_OF_NEW = 6  # likewise where each ran code that was not seen before
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +200,8 @@ class RegionsForward:
         """A step begins: what the last one showed is acted upon."""
         self._thread = threading.get_ident()
         self.session.watching.settle()
-        self._act(inputs)
+        with _compat.modes_set_aside():  # a meter of the user's counts what the step does
+            self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         kind = self._kind(inputs, bool(gradients))
@@ -297,6 +299,7 @@ class RegionsForward:
                 "is cut to eager, and little else was left to plan"
             )
         log.info("%s is cut anew, %s", type(self.model).__name__, how)
+        self._failed.clear()
         self.session = self.session.with_loops_turned()
 
     def _none_ran(self) -> None:
@@ -306,9 +309,9 @@ class RegionsForward:
         if eager == len(session.regions):
             self._tell(
                 "eager",
-                "trains without a plan: each of its %d regions is differentiated twice, and runs as eager "
-                "runs it",
+                "trains without a plan, whatever the budget: each of its %d regions runs as eager runs it (%s)",
                 eager,
+                "; ".join(session.left_to_eager),
             )
         else:
             self._tell(
@@ -324,7 +327,7 @@ class RegionsForward:
         """Plan what was recorded.  A kind of steps that no plan fits is refused when the next one comes."""
         session, kind = self.session, self.session.kind
         if session.is_planned:
-            self._failed.pop(kind, None)
+            self._failed.pop(kind.structure, None)
             session.plans.found(kind)
             return
         if kind in session.plans and session.plans.is_hopeless(kind, session.trained):
@@ -345,11 +348,11 @@ class RegionsForward:
                 self._refused[kind] = error
             return
         except ValueError as error:
-            self._failed[kind] += 1
-            if self._failed[kind] >= TRIES - 1 and session.loops.followed:
-                self._failed.clear()
+            self._failed[kind.structure] += 1
+            left = (TRIES_OF_NEW if isinstance(error, NewCode) else TRIES) - self._failed[kind.structure]
+            if left <= 1 and session.loops.followed:
                 self._turn_loops()
-            elif self._failed[kind] >= TRIES:
+            elif left <= 0:
                 session.plans.give_up(kind)
                 whys = dict.fromkeys(v.why for r in session.regions for v in r.variants.values() if v.why)
                 self._tell(
@@ -359,7 +362,7 @@ class RegionsForward:
                     "".join(f"\n{why}" for why in whys),
                 )
             return
-        self._failed.pop(kind, None)
+        self._failed.pop(kind.structure, None)
         if solved is None:
             self._turn_loops()
         else:

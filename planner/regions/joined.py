@@ -166,11 +166,12 @@ def parts(joined: Joined, steps: Sequence[int]) -> list[tuple[list[int], int]]:
     return found
 
 
-def join(record: Record, known: Mapping[Any, Sizes] | None = None, *, margin: bool = True) -> Joined:
+def join(record: Record, known: Mapping[Any, Sizes] | None = None, *, margin: float = 1.0) -> Joined:
     """The whole step of ``record`` as one graph.
 
     ``known``   what steps before held, by their shape: what is as large in none of them is as large here as
-                it was at most, and with ``margin`` as may be expected of one that is yet to come.
+                it was at most, and as much more as may be expected of one that is yet to come, or the
+                share ``margin`` of it.
 
     Raises ``ValueError`` if something is read before it is made.
     """

@@ -49,11 +49,15 @@ from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
 
-__all__ = ["Session", "Stage"]
+__all__ = ["NewCode", "Session", "Stage"]
 
 log = logging.getLogger(__name__)
 
 Stage = Literal["look", "record", "plan"]
+
+
+class NewCode(ValueError):
+    """A recorded step ran code that was not seen before."""
 
 
 class _Runs(nn.Module):
@@ -103,6 +107,7 @@ class Session:
         self._backwards = self._last_turn = 0  # backwards of calls; and how many when the last call ran
         self._times: Counter[int] = Counter()  # calls of each region in this step
         self._cast_for: dict[int, list[Region]] = {}  # of this step, that read a weight under autocast
+        self._closes = False  # whether the recorder hears when the backward that runs is through
         self._inside = 0  # calls of the model that are running
         self._alive: weakref.ref[Step] | None = None  # dies with the last call that may have a backward
         self.watching = Watch(self, self.device)
@@ -181,7 +186,7 @@ class Session:
         self._along, self.foreseen_bytes = None, 0
         self.calls, self._pending, self.recorder = [], [], None
         self._step, self._times, self._known, self._alive = Step(), Counter(), None, None
-        self._cast_for = {}
+        self._cast_for, self._closes = {}, False
         self._eager_before = self.eager
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,8 +198,19 @@ class Session:
         finally:
             self._inside -= 1
         if self.recorder is not None and self.recorder.counts:
-            self.recorder.returned()
+            self._returned(self.recorder, result)
         return result
+
+    def _returned(self, recorder: Recorder, result: Any) -> None:
+        """The forward has.  Where a backward came within it, another follows or none does."""
+        recorder.returned()
+        if not recorder.seen or self._inside:
+            return
+        follows = [t for t in tensors_in(result) if t.requires_grad]
+        for tensor in follows:
+            tensor.register_hook(lambda _: _compat.after_backward(functools.partial(self._through, recorder)))
+        if not follows:
+            self._through(recorder)
 
     @property
     def breaks(self) -> list[tuple[str, str]]:
@@ -361,6 +377,10 @@ class Session:
         self._backwards += 1
         seen.note_writes()
         seen.lent = []
+        recorder = self._recorder_of(seen)
+        if recorder is not None and not self._closes:
+            self._closes = True
+            _compat.after_backward(functools.partial(self._through, recorder))
         if gradients[place] is None:
             return
         seen.region.is_eager |= torch.is_grad_enabled()
@@ -494,7 +514,8 @@ class Session:
 
     def _through(self, recorder: Recorder) -> None:
         """A backward is through, and no call waits for its first one."""
-        if any((call := ref()) is not None and call.waits for ref in self._pending):
+        self._closes = False
+        if self._inside or any((call := ref()) is not None and call.waits for ref in self._pending):
             recorder.close()  # another may follow through what is kept
         else:
             recorder.finish()
@@ -652,9 +673,9 @@ class Session:
         assert recorder is not None
         self.plans.tried(self.kind)
         if any(seen.looked for seen in self.calls):
-            raise ValueError(
-                "each of its steps runs code that was not seen before (for a number in it that changes with "
-                "every step, say)"
+            raise NewCode(
+                "each of its steps runs code that was not seen before: for a number in it that changes with "
+                "every step, say, or the order of several sizes (TORCH_LOGS=recompiles tells which)"
             )
         if not recorder.seen or self.eager != self._eager_before:
             raise ValueError("its step was not seen to its end")

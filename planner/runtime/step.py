@@ -94,11 +94,13 @@ class ExecutableStep:
     def others(self) -> tuple[Argument, ...]:
         """What may get a gradient if an output does that is not differentiated."""
         own = {name for segment in self.program.segments for name in segment.gradients}
-        leaves = self.template.leaves
+        leaves, reached = self.template.leaves, self.template.reached
         if all(leaf.differentiated for leaf in leaves if leaf.requires_grad):
             return ()
         return tuple(
-            a for a in self.program.arguments if a.kind in ("parameter", "input") and a.key not in own
+            a
+            for a in self.program.arguments
+            if a.kind in ("parameter", "input") and a.key not in own and (reached is None or a.key in reached)
         )
 
     @cached_property

@@ -73,11 +73,11 @@ class JoinedStep(BudgetedStep):
         loss_fn: LossFn | None = None,
         least_limit_s: float = 30.0,
         session: Session | None = None,
-        margin: bool = True,
+        margin: float = 1.0,
     ) -> JoinedStep:
         """The step of ``record``; ``resident``: what it finds on the device and leaves there.
 
-        ``margin``  with as much as steps that the session has yet to see may hold more than those it has.
+        ``margin``  the share that is counted of what steps may hold more that the session has yet to see.
 
         Raises ``ValueError`` for a record in which something is read before it is made.
         """

@@ -11,6 +11,7 @@ may take beyond the largest (:func:`planner.regions.record.beyond`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -38,6 +39,8 @@ from planner.units import bytes_text
 __all__ = ["InRegions"]
 
 log = logging.getLogger(__name__)
+
+LESS_MARGIN = 0.5, 0.25, 0.0  # shares of what steps may hold beyond those seen, where all of it does not fit
 
 
 class InRegions:
@@ -113,7 +116,7 @@ class InRegions:
         began, s = time.perf_counter(), self.settings
         resident = self._resident(record)
 
-        def step_of(*, margin: bool) -> JoinedStep:
+        def step_of(margin: float) -> JoinedStep:
             step = JoinedStep.of(
                 record, self.root, Inputs((), {}), resident, self.session.target,
                 least_limit_s=s.search.time_limit_s, session=self.session, margin=margin,
@@ -121,33 +124,33 @@ class InRegions:
             return replace(step, why=self.why.split(". ")[0])
 
         with modes_set_aside():
-            step = step_of(margin=True)
+            step = step_of(1.0)
             if self.session.loops.are_left and step.share < MOST_LEFT:
                 return None
-            tight = step_of(margin=False) if step.joined.sizes.differ else None
+            less = [step_of(share) for share in LESS_MARGIN] if step.joined.sizes.differ else []
             self.session.plans.remember(self.session.kind, step.joined.sizes)
             try:
                 return self._planned(step, began)
             except InfeasibleBudgetError as error:
-                if tight is None:
-                    raise
-                try:
-                    solved = self._planned(tight, began)
-                except InfeasibleBudgetError:
-                    raise error from None
-                self._tell_tight(error)
-                return solved
+                for share, tight in zip(LESS_MARGIN, less, strict=False):
+                    with contextlib.suppress(InfeasibleBudgetError):
+                        solved = self._planned(tight, began)
+                        self._tell_tight(error, share)
+                        return solved
+                raise
 
-    def _tell_tight(self, error: InfeasibleBudgetError) -> None:
-        """The plan has no margin for steps that hold more than those seen."""
+    def _tell_tight(self, error: InfeasibleBudgetError, share: float = 0.0) -> None:
+        """The plan has less margin than it should for steps that hold more than those seen."""
         if not self._is_tight:
             self._is_tight = True
             log.warning(
                 "steps of %s hold other sizes from one to the next (they follow the data): it is planned for "
-                "the largest of those seen, and a larger one is over the budget. Of a plan that leaves room "
-                "for such: %s",
-                type(self.root).__name__, error,
-            )  # fmt: skip
+                "the largest of those seen and %s, and one larger than that is over the budget. Of a plan "
+                "that leaves room for such: %s",
+                type(self.root).__name__,
+                f"{share:.0%} of the room that others may need" if share else "no room for others",
+                error,
+            )
 
     def _planned(self, step: JoinedStep, began: float) -> Solved:
         assert self.settings.budget_bytes is not None
