@@ -586,7 +586,9 @@ def _as_eager_asks(model: nn.Module) -> Iterator[Questions]:
     try:
         with _compat.compiled_parts_as_eager(), questions.answered():
             yield questions
-    except Exception:
+    except (
+        Exception
+    ):  # of whatever kind: it goes on, but where an answer was another than eager's, which is why
         questions.refuse(type(model).__name__)
         raise
 

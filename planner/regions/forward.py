@@ -252,6 +252,8 @@ class RegionsForward:
             self._none_ran()
         elif self._steps and not session.calls and session.loops.are_left:
             self._turn_loops()
+        elif self._steps and session.regions and len(session.eager) == len(session.regions):
+            self._none_ran()
         elif self._steps and not session.calls and "uncut" not in self._told:
             self._tell(
                 "uncut",
@@ -309,9 +311,9 @@ class RegionsForward:
         if eager == len(session.regions):
             self._tell(
                 "eager",
-                "trains without a plan, whatever the budget: each of its %d regions runs as eager runs it (%s)",
+                "trains without a plan: each of its %d regions runs as eager runs it, for %s",
                 eager,
-                "; ".join(session.left_to_eager),
+                "; ".join(session.eager_for),
             )
         else:
             self._tell(

@@ -101,9 +101,7 @@ class PendingCall:
         self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
         self._gated: dict[int, torch.Tensor] = {}
         self.task = -1  # the backward that the first node ran in last
-        self._is_summed = (
-            True  # whether the backward that runs adds up gradients of what is read several times
-        )
+        self._is_summed = True  # whether gradients of what is read several times are added up here
         self.casts: SharedCasts | None = None
         self._low: dict[Key, torch.Tensor] = {}  # parameters that are cast, by whose gradient it is
         self.names = [*step.slots]  # of each node's gradients
