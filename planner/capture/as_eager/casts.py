@@ -7,8 +7,8 @@ the weight's own precision, which are other bits and more memory. Here the casts
 context become one, with their gradients added in the order in which they arrive.
 
 Known limits: a model that casts a shared weight to autocast's type by itself, twice in one context, is taken
-for autocast; several forwards inside one autocast context share casts in eager, and not between planned
-steps.
+for autocast.  What several forwards inside one context share is seen where they run
+(:mod:`planner.runtime.shared_casts`).
 """
 
 from __future__ import annotations
