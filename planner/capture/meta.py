@@ -8,10 +8,10 @@ key            holds                                    written by              
 ``val``        fake tensor(s) or number that it makes   torch; each pass; sizes     everyone: :func:`value`,
                                                                                     :func:`tensor`
 ``symbolic``   ``val`` before sizes became numbers      capture/sizes               graph/nodes (no-ops)
-``size``       sympy expression of a size that varies   capture/sizes, joint_graph  graph/draft, variants
-``desc``       torch's description of an input, or of   torch                       capture/joint_graph
+``size``       sympy expression of a size that varies   capture/sizes, traced       graph/draft, variants
+``desc``       torch's description of an input, or of   torch                       capture/traced
                each output (on the output node)
-``custom``     ``{"module": path}`` of the module at    capture/joint_graph         graph/nodes
+``custom``     ``{"module": path}`` of the module at    capture/flat_model          graph/nodes
                work, by ``torch.fx.traceback``
 ``seq_nr``     number of the autograd formula           torch                       graph/training_graph
 ``is_gradient  whether the engine adds up gradients     torch                       rewrite/prune

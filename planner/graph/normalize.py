@@ -33,8 +33,9 @@ import torch
 from torch import fx
 
 from planner.capture import meta
-from planner.capture.joint_graph import JointGraph, Traced
+from planner.capture.joint_graph import JointGraph
 from planner.capture.printed import code_of, headed
+from planner.capture.traced import Traced
 from planner.errors import TraceError
 from planner.graph.draft import Did, Draft, loaded
 from planner.graph.nodes import is_check, is_random
