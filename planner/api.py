@@ -33,7 +33,7 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.in_regions import captured_as, step_in_regions
+from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
 __all__ = ["frontier", "plan"]
@@ -125,18 +125,9 @@ def plan(
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
     with search.reporting() as search:
-        step = captured_as(
-            capture,
-            lambda: prepare(
-                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, dynamic=dynamic,
-                on_larger=on_larger, search=search, outputs=outputs,
-            ),
-            lambda: step_in_regions(
-                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search
-            ),
-        )  # fmt: skip
-        if gradients == "consumed" and isinstance(step, PricedStep):
-            step = step.consuming(hooked(step.model))
+        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
+        how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
+        step = _step(model, inputs, capture, gradients, how, whole)
         if calibrate and isinstance(step, PricedStep):
             made = calibrated(step, budget_bytes, search)
         else:  # in regions what is held beside them was measured
@@ -182,14 +173,29 @@ def frontier(
         raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
     with Search(solver, time_limit_s, progress).reporting() as search:
         checked_capture(capture)
-        how: dict[str, Any] = {
-            "loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search
-        }  # fmt: skip
-        step = captured_as(
-            capture,
-            lambda: prepare(model, inputs, outputs=mode, **how),
-            lambda: step_in_regions(model, inputs, **how),
-        )
-        if checked_gradients(gradients) == "consumed" and isinstance(step, PricedStep):
-            step = step.consuming(hooked(step.model))
+        checked_gradients(gradients)
+        how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
+        step = _step(model, inputs, capture, gradients, how, {"outputs": mode})
         return step.frontier(budgets, search, points=points)
+
+
+def _step(
+    model: nn.Module,
+    inputs: object,
+    capture: CaptureMode,
+    gradients: GradientsMode,
+    how: dict[str, Any],
+    whole: dict[str, Any],
+) -> PricedStep | JoinedStep:
+    """The step of ``model`` with its costs, in one graph or in regions.
+
+    ``how``  the options that both take, ``whole`` those of one graph only.
+    """
+    step: PricedStep | JoinedStep = captured_as(
+        capture,
+        lambda: prepare(model, inputs, **how, **whole),
+        lambda: step_in_regions(model, inputs, **how),
+    )
+    if gradients == "consumed" and isinstance(step, PricedStep):
+        step = step.consuming(hooked(step.model))
+    return step

@@ -31,6 +31,7 @@ PASSES = [
     "cudnn_batch_norms",
     "onednn_lstms",
     "order",
+    "leave_sums_to_engine",
     "write_in_place",
 ]
 
@@ -179,7 +180,9 @@ def test_each_pass_says_what_it_did_and_how_long_it_took(caplog: pytest.LogCaptu
         "buffers written in place": 2,
         "batch norms that move theirs": 1,
     }
-    in_place = [n for n in normalized.step.graph.nodes if meta.over(n) is not None]
+    nodes = normalized.step.graph.nodes
+    in_place = [n for n in nodes if meta.over(n) is not None and not meta.is_engines(n)]
+    assert counts["leave_sums_to_engine"]["sums"] == sum(map(meta.is_engines, nodes)) > 0
     assert counts["write_in_place"]["calls"] == len(in_place) > 0
     order = {"calls forward": len(normalized.step.forward), "backward": len(normalized.step.backward)}
     assert counts["order"] == order

@@ -322,7 +322,33 @@ def test_a_second_derivative_from_the_first_step_on_keeps_its_bits(caplog: pytes
         twin = copy.deepcopy(model)
         _enable(model)
         tiny.assert_same_bits(_run(trained, model), _run(trained, twin))
-    assert "differentiated itself" in caplog.text
+    assert "for a gradient of it is differentiated itself" in caplog.text
+
+
+class Twice(nn.Module):
+    """One layer in two regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.layer(x))
+        if x.abs().max().item() > 1e4:
+            x = x / 2
+        return self.layer(x).float().pow(2).mean()
+
+
+def test_what_trains_without_a_plan_is_told_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.random.fork_rng(), caplog.at_level(logging.WARNING):
+        model = Twice()
+        planner.enable(model, 1.0, capture="regions", costs="roofline", time_limit_s=1, now=True)
+        for _ in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(torch.randn(8, 16))
+            loss.backward()
+    assert "a weight that autocast casts once" in caplog.text
+    assert "differentiated" not in caplog.text and "no piece of its forward" not in caplog.text
 
 
 def test_a_second_derivative_that_comes_later_is_refused_and_the_next_one_is_eager() -> None:

@@ -27,7 +27,13 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
 from torch.fx.graph import _BoxedCodeGen as BoxedCodeGen  # code that takes one list and clears it; 2.1+
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op below autograd; 1.13+
 
-from planner._compat.autocast import ENTERS_AUTOCAST, autocast_depth, autocast_watched, is_under_autocast
+from planner._compat.autocast import (
+    ENTERS_AUTOCAST,
+    autocast_depth,
+    autocast_notes,
+    autocast_watched,
+    is_under_autocast,
+)
 from planner._compat.dynamo import (
     RECOMPILES,
     TURNS,
@@ -70,8 +76,10 @@ from planner._compat.running import (
     is_top_mode,
     is_transformed,
     modes_set_aside,
+    once_in_backward,
     saved_tensors_hooks_set_aside,
     watching_modes,
+    will_run,
 )
 from planner._compat.sizes import (
     compiled,
@@ -132,6 +140,7 @@ __all__ = [
     "after_backward",
     "at_end_of_backward",
     "autocast_depth",
+    "autocast_notes",
     "autocast_watched",
     "backward_functions",
     "batch_norm_is_cudnns",
@@ -179,6 +188,7 @@ __all__ = [
     "left_alone",
     "modes_set_aside",
     "nests",
+    "once_in_backward",
     "parametrized_weights_are_cached",
     "pieces_of",
     "post_accumulate_hooks",
@@ -198,6 +208,7 @@ __all__ = [
     "version_of",
     "watching_modes",
     "weak_storage",
+    "will_run",
     "wraps_others",
     "writes_arguments",
     "writes_keep_layout",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+from planner._compat.running import modes_set_aside, saved_tensors_hooks_set_aside
 
 ENTERS_AUTOCAST = torch.amp.autocast_mode._enter_autocast  # how Dynamo writes that a context opens; 2.0+
 
@@ -21,6 +24,27 @@ def autocast_depth() -> int:
 def is_under_autocast() -> bool:
     """Whether a context of autocast is open that casts anything; 2.4+."""
     return torch._C._is_any_autocast_enabled()
+
+
+_MARKERS: dict[torch.device, torch.Tensor] = {}
+
+
+def autocast_notes(device: torch.device) -> dict[str, Any] | None:
+    """What is noted here is there until the outermost context of autocast ends; 2.0+.
+
+    ``None`` where autocast keeps no casts on ``device``.  It lies with the cast of an empty tensor, in the
+    cache that the context has.
+    """
+    marker = _MARKERS.get(device)
+    if marker is None:
+        marker = _MARKERS[device] = torch.empty(0, 0, device=device, requires_grad=True)
+    with modes_set_aside(), saved_tensors_hooks_set_aside():
+        made = torch.mm(marker, marker)
+    cast: Any = made.grad_fn
+    if cast is None or made.dtype == marker.dtype:
+        return None
+    notes: dict[str, Any] = cast.next_functions[0][0].metadata
+    return notes
 
 
 @contextlib.contextmanager

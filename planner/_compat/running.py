@@ -154,6 +154,23 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def will_run(node: Any) -> bool:
+    """Whether the backward that is running goes through ``node``, or has; 2.0+."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def once_in_backward(node: Any, look: Callable[[tuple[Any, ...]], None]) -> None:
+    """Let ``look`` see what the backward that is running gives ``node``, before it is used; 2.0+."""
+    task = current_backward()
+
+    def seen(gradients: tuple[Any, ...]) -> None:
+        handle.remove()
+        if current_backward() == task:
+            look(gradients)
+
+    handle = node.register_prehook(seen)
+
+
 def at_end_of_backward(check: Callable[[], None]) -> None:
     """Call ``check`` when the backward that is running is through; what it raises, that raises; 1.5+."""
     torch.autograd.Variable._execution_engine.queue_callback(check)

@@ -8,14 +8,20 @@ key            holds                                    written by              
 ``val``        fake tensor(s) or number that it makes   torch; each pass; sizes     everyone: :func:`value`,
                                                                                     :func:`tensor`
 ``symbolic``   ``val`` before sizes became numbers      capture/sizes               graph/nodes (no-ops)
-``size``       sympy expression of a size that varies   capture/sizes, joint_graph  graph/draft, variants
-``desc``       torch's description of an input, or of   torch                       capture/joint_graph
+``size``       sympy expression of a size that varies   capture/sizes, traced       graph/draft, variants
+``desc``       torch's description of an input, or of   torch                       capture/traced
                each output (on the output node)
-``custom``     ``{"module": path}`` of the module at    capture/joint_graph         graph/nodes
+``custom``     ``{"module": path}`` of the module at    capture/flat_model          graph/nodes
                work, by ``torch.fx.traceback``
 ``seq_nr``     number of the autograd formula           torch                       graph/training_graph
 ``is_gradient  whether the engine adds up gradients     torch                       rewrite/prune
 _acc``         here
+``adds_reads`` which operand of the engine's sum came  capture/pieces, casts       rewrite/apart
+               before the other, where both are
+               gradients of what is read twice
+``is_engines`` whether that sum is left to the engine   passes/inplace              rewrite/emit
+``casts_back`` whether autocast cast a parameter, and  capture/as_eager/casts      rewrite/apart
+               this casts its gradient back
 ``again``      (target, args) of any further execution  passes: buffers,            training_graph, rewrite
                                                         batch_norm
 ``draw``       the node that draws a dropout's mask     passes/dropout              training_graph, rewrite
@@ -42,8 +48,10 @@ import torch
 from torch import fx
 
 __all__ = [
+    "adds_reads",
     "again",
     "cast_in",
+    "casts_back",
     "describe",
     "description",
     "draw",
@@ -51,12 +59,16 @@ __all__ = [
     "formula",
     "goes_on",
     "instead_of",
+    "is_engines",
     "module",
+    "note_adds_reads",
     "note_again",
     "note_cast_in",
+    "note_casts_back",
     "note_draw",
     "note_goes_on",
     "note_instead_of",
+    "note_is_engines",
     "note_over",
     "note_recompute",
     "note_rng_state",
@@ -147,6 +159,37 @@ def formula(node: fx.Node) -> int | None:
 def sums_gradients(node: fx.Node) -> bool:
     """Whether the call is the engine's own, which adds up the gradients of a tensor that is read twice."""
     return bool(node.meta.get("is_gradient_acc", False))
+
+
+def adds_reads(node: fx.Node) -> int | None:
+    """Which operand came first of a sum of gradients for one parameter or input; ``None``: it is no such."""
+    first: int | None = node.meta.get("adds_reads")
+    return first
+
+
+def note_adds_reads(node: fx.Node, first: int = 0) -> None:
+    """The call adds two gradients for what the step reads more than once; operand ``first`` came first."""
+    node.meta = {**node.meta, "adds_reads": first}
+
+
+def is_engines(node: fx.Node) -> bool:
+    """Whether the engine is given what the call adds, instead of the sum."""
+    return bool(node.meta.get("is_engines", False))
+
+
+def note_is_engines(node: fx.Node) -> None:
+    """The engine is given what the call adds, and adds it."""
+    node.meta = {**node.meta, "is_engines": True}
+
+
+def casts_back(node: fx.Node) -> bool:
+    """Whether the call makes of the gradient of autocast's cast that of the parameter."""
+    return bool(node.meta.get("casts_back", False))
+
+
+def note_casts_back(node: fx.Node) -> None:
+    """Autocast cast a parameter, and the call casts the gradient back."""
+    node.meta = {**node.meta, "casts_back": True}
 
 
 def cast_in(node: fx.Node) -> int | None:

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from planner.capture import meta
 from planner.errors import TraceError
 
-__all__ = ["ReadsOf", "summands"]
+__all__ = ["ReadsOf", "note_summands", "summands"]
 
 
 class ReadsOf:
@@ -103,3 +103,12 @@ def summands(gradient: fx.Node, count: int) -> list[fx.Node]:
         node, last = node.args[:2]  # type: ignore[assignment]
         behind.append(last)  # type: ignore[arg-type]
     return [node, *reversed(behind)]
+
+
+def note_summands(gradient: fx.Node, count: int) -> None:
+    """Note which calls add up the ``count`` gradients of ``gradient``; raises as :func:`summands`."""
+    summands(gradient, count)
+    node = gradient
+    for _ in range(count - 1):
+        meta.note_adds_reads(node)
+        node = node.args[0]  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from torch import fx
 
 from planner import _compat
 from planner.capture import meta
-from planner.capture.joint_graph import Traced
+from planner.capture.traced import Traced
 from planner.graph.nodes import changes_nothing, is_check, is_mutation, is_random, tensors_of
 
 __all__ = ["Did", "Draft", "loaded"]

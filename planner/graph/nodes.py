@@ -30,6 +30,7 @@ __all__ = [
     "same_layout",
     "spare_bytes",
     "tensors_of",
+    "transposed_twice",
 ]
 
 aten = torch.ops.aten
@@ -183,6 +184,14 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
         else:
             out.append(user)
     return out
+
+
+def transposed_twice(node: fx.Node) -> fx.Node | None:
+    """What ``t(t(x))`` is a view of, which autograd writes for each weight and its gradient."""
+    t = torch.ops.aten.t.default
+    inner = node.args[0] if node.target is t else None
+    twice = isinstance(inner, fx.Node) and inner.target is t
+    return inner.args[0] if twice else None  # type: ignore[union-attr,return-value]
 
 
 def ignores_running_stats(node: fx.Node) -> bool:

@@ -33,8 +33,9 @@ import torch
 from torch import fx
 
 from planner.capture import meta
-from planner.capture.joint_graph import JointGraph, Traced
+from planner.capture.joint_graph import JointGraph
 from planner.capture.printed import code_of, headed
+from planner.capture.traced import Traced
 from planner.errors import TraceError
 from planner.graph.draft import Did, Draft, loaded
 from planner.graph.nodes import is_check, is_random
@@ -42,7 +43,7 @@ from planner.graph.passes import batch_norm, lstm
 from planner.graph.passes.buffers import update_buffers
 from planner.graph.passes.dropout import split_dropout
 from planner.graph.passes.gradients import copy_gradients
-from planner.graph.passes.inplace import write_in_place
+from planner.graph.passes.inplace import leave_sums_to_engine, write_in_place
 from planner.graph.passes.random_state import note_random_state
 from planner.graph.passes.slices import write_parts
 
@@ -174,6 +175,10 @@ def _ordered(
     forward, backward = _order(draft)
     note("order", {"calls forward": len(forward), "backward": len(backward)})
     if in_place:
+        note(
+            "leave_sums_to_engine",
+            leave_sums_to_engine(backward, (*draft.gradients.values(), *draft.outputs)),
+        )
         note("write_in_place", write_in_place(backward, {*draft.gradients.values(), *draft.outputs}))
     return Ordered(
         draft.graph,

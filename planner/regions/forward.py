@@ -262,6 +262,8 @@ class RegionsForward:
             self._none_ran()
         elif self._steps and not session.calls and session.loops.are_left:
             self._turn_loops()
+        elif self._steps and session.regions and len(session.eager) == len(session.regions):
+            self._none_ran()
         elif self._steps and not session.calls and "uncut" not in self._told:
             self._tell(
                 "uncut",
@@ -318,9 +320,9 @@ class RegionsForward:
         if session.is_all_eager:
             self._tell(
                 "eager",
-                "trains without a plan: each of its %d regions runs as eager runs it. %s",
+                "trains without a plan: each of its %d regions runs as eager runs it, for %s",
                 len(session.regions),
-                "; ".join(session.left_to_eager),
+                "; ".join(session.eager_for),
             )
         else:
             self._tell(

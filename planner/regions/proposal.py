@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from planner.measure.step import held, tensors_in
 from planner.regions.observe import apart
 
 __all__ = ["proposal"]
+
+log = logging.getLogger(__name__)
 
 LIMIT_S = 15.0  # after which no further part is tried
 TRIES = 6
@@ -46,7 +49,8 @@ def proposal(model: nn.Module, inputs: Inputs) -> str:
         tried.append(path)
         try:
             capture(parts[path], calls[path])
-        except Exception:  # whatever stops it, it is not proposed
+        except Exception as error:  # the user's code on fakes: whatever stops it, it is not proposed
+            log.debug("model.%s is not proposed: %r", path, error)
             continue
         share = f", where {made_bytes[path] / made_bytes['']:.0%} of what the model's layers return is made"
         return (

@@ -219,8 +219,8 @@ class Session:
         return list(dict.fromkeys(_compat.dynamo_breaks()[self._before :]))
 
     @property
-    def left_to_eager(self) -> tuple[str, ...]:
-        """Which regions run as eager runs them, though gradients come by there, and why."""
+    def eager_for(self) -> dict[str, list[int]]:
+        """Why regions run as eager runs them, though gradients come by there, and which."""
         found: dict[str, list[int]] = {}
         for region in self.regions:
             whys = {variant.why for variant in region.variants.values() if variant.captured is None}
@@ -228,9 +228,14 @@ class Session:
                 whys = {region.why or "a gradient of it is differentiated itself"}
             for why in whys - {NO_GRADIENT, ""}:
                 found.setdefault(why, []).append(region.number)
+        return found
+
+    @property
+    def left_to_eager(self) -> tuple[str, ...]:
+        """The same as text."""
         return tuple(
             f"{'regions' if len(of) > 1 else 'region'} {', '.join(map(str, of))}: as eager runs it, for {why}"
-            for why, of in found.items()
+            for why, of in self.eager_for.items()
         )
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.consumed import consumed_of, first_handed_out
-from planner.graph.nodes import ignores_running_stats, is_mutation, is_random, tensors_of
+from planner.graph.nodes import ignores_running_stats, is_mutation, is_random, tensors_of, transposed_twice
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
-from planner.rewrite.program import Argument, Backward, Program, Segment
+from planner.rewrite.apart import summands_of
+from planner.rewrite.program import Argument, Backward, Program, Segment, Term
 from planner.rewrite.segments import cuts_behind, cuts_of, in_order, module_of, segment_of
 
 __all__ = ["emit"]
@@ -40,7 +42,7 @@ def emit(
     phase, which is right where ``graph`` has the loss.  ``segments``: into how many parts to cut the
     backward at most; ``None`` chooses by gradient bytes.
     """
-    writer = _Writer(graph, replayed_states(graph, steps))
+    writer = _Writer(graph, replayed_states(graph, steps), segments)
     over = written_over(graph.ops, steps)
     if turn is None:
         turn = forward_length(graph, steps)
@@ -52,22 +54,29 @@ def emit(
     for t in range(turn, len(steps)):
         if graph.ops[steps[t]].phase != "loss" and graph.ops[steps[t]].node is not None:
             writer.run(steps[t], steps[t - 1], over=t in over)
-    return writer.finish(outputs, segments)
+    return writer.finish(outputs)
 
 
 class _Writer:
     """Copies calls of the training graph into the graph being written, keeping track of current copies."""
 
-    def __init__(self, graph: TrainingGraph, replayed: set[int]) -> None:
+    def __init__(self, graph: TrainingGraph, replayed: set[int], segments: int | None) -> None:
         self.source, self.hands_out = graph, first_handed_out(graph)
-        self.replayed = replayed
+        self.replayed, self.segments = replayed, segments
         self.op_of = {
             op.node: i for i, op in enumerate(graph.ops) if op.node is not None and op.phase != "loss"
         }
         self.gradient_nodes = {node: name for name, node in graph.gradients.items()}
         self.gradients_of_value: dict[int, list[fx.Node]] = {}
-        for node in graph.gradients.values():
-            self.gradients_of_value.setdefault(graph.value_of[node], []).append(node)
+        self.sums: dict[
+            fx.Node, str | int
+        ] = {}  # that are the engine's -> whose gradient they are, or add to
+        for name, node in graph.gradients.items():
+            if not meta.is_engines(node):
+                self.gradients_of_value.setdefault(graph.value_of[node], []).append(node)
+            while meta.is_engines(node):
+                self.sums[node] = name
+                node = node.all_input_nodes[0]
         self.forward = fx.Graph()
         self.backward = fx.Graph()
         self.out = self.forward
@@ -78,7 +87,8 @@ class _Writer:
         self.placeholders: dict[tuple[int, fx.Node], fx.Node] = {}
         self.at_turn: dict[fx.Node, fx.Node] = {}
         self.saved: list[fx.Node] = []
-        self.gradient_results: dict[fx.Node, str | int] = {}
+        self.gradient_results: dict[fx.Node, str | int | Term] = {}
+        self.ends: list[fx.Node] = []  # calls behind which the engine adds what was handed out
         self.ran: set[int] = set()
         self.handed_out: fx.Node | None = None  # the call with which the first gradients are
 
@@ -88,7 +98,7 @@ class _Writer:
         """The current copy of ``node`` in the graph being written; views are made on the spot."""
         if node in self.source.sources:
             return self._placeholder(node, Argument(*self.source.sources[node]))
-        twice = _transposed_twice(node)
+        twice = transposed_twice(node)
         if twice is not None:
             return self.operand(twice)
         if self._is_made(node):
@@ -141,6 +151,8 @@ class _Writer:
         op = self.source.ops[index]
         node = op.node
         assert node is not None
+        if node in self.sums and self._is_left_to_engine(index, node):
+            return
         again = index in self.ran
         self.ran.add(index)
         drawn = meta.draw(node)
@@ -168,6 +180,9 @@ class _Writer:
             meta.note_instead_of(call, node.target)
         if index == self.hands_out:
             self.handed_out = call
+        if node in self.sums:
+            self.gradient_results.pop(call.all_input_nodes[0], None)
+            self.gradient_results[call] = self.sums[node]
         self.current[node] = call
         for user in node.users:
             if user.target is operator.getitem:
@@ -178,6 +193,33 @@ class _Writer:
             self.version[value] = self.version.get(value, 0) + 1
             for gradient in self.gradients_of_value.get(value, ()):
                 self.gradient_results[self.operand(gradient)] = self.gradient_nodes[gradient]
+
+    def _is_left_to_engine(self, index: int, node: fx.Node) -> bool:
+        """Hand out what a sum of gradients adds, for the engine to add it, if that can be done here."""
+        value_of = self.source.value_of
+        is_alone = {*self.source.ops[index].inputs} <= {value_of[n] for n in node.all_input_nodes}
+        is_begun = self.hands_out < 0 or self.handed_out is not None or (index == self.hands_out and is_alone)
+        if self.segments is not None or not is_begun:
+            return False
+        before, term = (self.operand(n) for n in node.all_input_nodes)
+        of = self.sums[node]
+        if before.op == "placeholder":  # handed out as a view, which the engine does not write into
+            calls = (n for n in self.backward.nodes if n.op != "placeholder")
+            with self.backward.inserting_before(next(calls)):
+                view = self.backward.call_function(torch.ops.aten.alias.default, (before,))
+            view.meta = before.meta
+            before = view
+        self.gradient_results[before] = of
+        number = 1 + sum(isinstance(key, Term) and key.of == of for key in self.gradient_results.values())
+        self.gradient_results[term] = Term(of, number)
+        self.current[node] = before
+        end = _last(self.backward)
+        while end.target is operator.getitem:
+            end = end.prev
+        self.ends.append(end)
+        if index == self.hands_out:
+            self.handed_out = end
+        return True
 
     def _call(self, target: Any, args: Any, kwargs: Any, like: fx.Node, again: bool) -> fx.Node:
         name = f"{like.name}_recomputed" if again else like.name
@@ -191,7 +233,7 @@ class _Writer:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def finish(self, outputs: list[fx.Node], segments: int | None) -> Program:
+    def finish(self, outputs: list[fx.Node]) -> Program:
         """Close the forward on its outputs and the saved set, and cut the backward."""
         held = set(outputs)
         saved = []
@@ -212,7 +254,7 @@ class _Writer:
         _drop_dead_getitems(self.forward)
         arguments = self.arguments[self.forward]
         used = {n for n in self.forward.nodes if n.op == "placeholder"}
-        parts = self._parts(segments)
+        parts = self._parts()
         updates = _updates(self.forward, arguments, [*distinct, *saved])
         return Program(
             module_of(self.forward, "Forward"),
@@ -256,14 +298,17 @@ class _Writer:
         arguments, cut = self.arguments[self.backward], tuple(map(tuple, parts))
         return Backward(self.backward, arguments, self.gradient_results, cut, sized)
 
-    def _parts(self, segments: int | None) -> list[list[fx.Node]]:
+    def _parts(self) -> list[list[fx.Node]]:
         _drop_dead_getitems(self.backward, keep=set(self.gradient_results))
         calls = [n for n in self.backward.nodes if n.op == "call_function"]
-        starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments)
+        many = [term for n in self.gradient_results if len(of := summands_of(n)) > 2 for term in of]
+        segments, ends = self.segments, set(self.ends)
+        starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments, many)
         taken = consumed_of(self.source)
         if taken and segments is None:
             results = {n for n, name in self.gradient_results.items() if name in taken}
             starts = cuts_behind(calls, results, starts, self.handed_out)
+        starts = sorted({*starts, *(i for i in _behind(calls, ends) if i < len(calls))})
         return [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
 
     def _cut(self, parts: list[list[fx.Node]]) -> list[Segment]:
@@ -282,12 +327,13 @@ class _Writer:
         ]
 
 
-def _transposed_twice(node: fx.Node) -> fx.Node | None:
-    """What ``t(t(x))`` is a view of, which autograd writes for each weight and its gradient."""
-    t = torch.ops.aten.t.default
-    inner = node.args[0] if node.target is t else None
-    twice = isinstance(inner, fx.Node) and inner.target is t
-    return inner.args[0] if twice else None  # type: ignore[union-attr,return-value]
+def _behind(calls: Sequence[fx.Node], ends: Collection[fx.Node]) -> Iterator[int]:
+    """The positions behind ``ends`` and the parts of what those make."""
+    for i, node in enumerate(calls, start=1):
+        if node in ends:
+            while i < len(calls) and calls[i].target is operator.getitem:
+                i += 1
+            yield i
 
 
 def _drop_dead_getitems(graph: fx.Graph, keep: set[fx.Node] | None = None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import fx
 
-__all__ = ["Argument", "Backward", "Program", "Segment"]
+__all__ = ["Argument", "Backward", "Key", "Low", "Program", "Segment", "Term"]
 
 
 class Argument(NamedTuple):
@@ -23,18 +23,46 @@ class Argument(NamedTuple):
     key: str | int
 
 
+class Term(NamedTuple):
+    """One of the gradients that come for what a step reads several times, and which the engine adds up.
+
+    ``of``      a parameter's name, an input's position.
+    ``number``  in their order, from 1; the first one goes by ``of`` alone.
+    ``part``    from 1, of one that is a sum itself, where that is parted too.
+    """
+
+    of: str | int
+    number: int
+    part: int = 0
+
+
+class Low(NamedTuple):
+    """A gradient of the copy of a parameter that autocast made; their sum is cast back.
+
+    ``slot``    whose gradient the sum then is; ``number`` in their order.
+    """
+
+    slot: str | int | Term
+    number: int
+
+
+# Whose gradient something is.
+Key: TypeAlias = "str | int | Term | Low"
+
+
 @dataclass(frozen=True)
 class Segment:
     """A contiguous part of the backward.
 
-    ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position).
+    ``gradients``   per leading result, whose gradient it is (a parameter's name, an input's position; parts
+                    of those where they are not added up here).
     ``mail``        names of the remaining results, kept for later segments.
     ``overwrites``  arguments that it writes over.
     """
 
     module: fx.GraphModule
     arguments: tuple[Argument, ...]
-    gradients: tuple[str | int, ...]
+    gradients: tuple[Key, ...]
     mail: tuple[str, ...]
     overwrites: frozenset[Argument] = frozenset()
 
@@ -51,7 +79,7 @@ class Backward:
 
     graph: fx.Graph
     arguments: dict[fx.Node, Argument]
-    gradients: dict[fx.Node, str | int]
+    gradients: dict[fx.Node, str | int | Term]
     parts: tuple[tuple[fx.Node, ...], ...]
     sized: bool
 

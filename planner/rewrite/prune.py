@@ -19,27 +19,37 @@ parameter's gradient, is looked at again.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from planner._compat import modes_set_aside, storage_key
 from planner.capture import meta
+from planner.graph import kernels
 from planner.graph.nodes import is_check, is_mutation, is_random, tensors_of
 from planner.graph.passes.inplace import destination, write_apart
-from planner.rewrite.program import Argument, Backward, Segment
+from planner.rewrite.program import Argument, Backward, Key, Segment
 from planner.rewrite.segments import ONCE, segment_of
 
-__all__ = ["Pruned", "Prunings", "pruned"]
+__all__ = ["MOST_KEPT", "Handed", "Pruned", "Prunings", "pruned"]
 
 aten = torch.ops.aten
 
-_MOST = 64  # kept of one backward; beyond that all are forgotten, and cost milliseconds again
+MOST_KEPT = 64  # kept of one backward; beyond that all are forgotten, and cost milliseconds again
 
 # Backward formulas of several outputs that read zeros where no gradient came.
 _FILLED = (aten.cat.default, aten.stack.default)
+
+
+class Handed(NamedTuple):
+    """A node of the whole backward, whose gradient it is, and the segment that hands it out."""
+
+    node: fx.Node
+    key: Key
+    part: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +63,7 @@ class Pruned:
     """
 
     segments: tuple[Segment, ...]
-    gradients: frozenset[str | int]
+    gradients: frozenset[Key]
     ran: frozenset[fx.Node]
     saved: frozenset[int]
     given: frozenset[fx.Node]
@@ -70,10 +80,18 @@ class Pruned:
         )
 
 
-def pruned(backward: Backward, present: frozenset[int]) -> Pruned | None:
-    """The backward where only the outputs ``present`` get a gradient; ``None`` where it cannot be told."""
+def pruned(
+    backward: Backward, present: frozenset[int], handed: Sequence[Handed] | None = None
+) -> Pruned | None:
+    """The backward where only the outputs ``present`` get a gradient; ``None`` where it cannot be told.
+
+    ``handed``  what it hands out instead of its gradients.
+    """
     fates = _fates(backward, present)
-    return None if fates is None else _Pruner(backward, fates).written()
+    if handed is None:
+        whose = backward.gradients
+        handed = [Handed(n, whose[n], k) for k, part in enumerate(backward.parts) for n in part if n in whose]
+    return None if fates is None else _Pruner(backward, fates, handed).written()
 
 
 class Prunings:
@@ -86,7 +104,7 @@ class Prunings:
     def of(self, present: frozenset[int]) -> Pruned | None:
         """As :func:`pruned`, made when first asked for."""
         if present not in self._known:
-            if len(self._known) >= _MOST:
+            if len(self._known) >= MOST_KEPT:
                 self._known.clear()
             with modes_set_aside():  # a meter is not to count what a binding is tried on
                 self._known[present] = pruned(self.backward, present)
@@ -153,13 +171,13 @@ def _fates(backward: Backward, present: frozenset[int]) -> _Fates | None:
 class _Pruner:
     """Writes what is left of a backward, in its order, each call in the segment it was in."""
 
-    def __init__(self, backward: Backward, fates: _Fates) -> None:
-        self.backward, self.fates = backward, fates
+    def __init__(self, backward: Backward, fates: _Fates, handed: Sequence[Handed]) -> None:
+        self.backward, self.fates, self.handed = backward, fates, handed
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}  # of the whole backward -> of this one
         self.arguments: dict[fx.Node, Argument] = {}
         self.parts: list[list[fx.Node]] = [[] for _ in backward.parts]
-        self.gradients: dict[fx.Node, str | int] = {}
+        self.gradients: dict[fx.Node, Key] = {}
         self.kept = self._kept()
 
     def written(self) -> Pruned:
@@ -187,7 +205,7 @@ class _Pruner:
     def _kept(self) -> set[fx.Node]:
         """Nodes that a gradient which is there is made from, and writes into what is not ours."""
         fates = self.fates
-        stack = [n for n in self.backward.gradients if n not in fates.absent]
+        stack = [of.node for of in self.handed if of.node not in fates.absent]
         for node in self.backward.graph.nodes:
             if node.op == "call_function" and node not in fates.absent and _acts(node):
                 stack.append(node)
@@ -244,7 +262,7 @@ class _Pruner:
     def _keep_apart(self) -> None:
         """Calls that wrote over an operand which somebody still reads under another name do so no more."""
         position = {n: t for t, n in enumerate(self.graph.nodes)}
-        handed = {self.new[n] for n in self.backward.gradients if n in self.new}
+        handed = {self.new[of.node] for of in self.handed if of.node in self.new}
         group = self._storages()
         for node in self.graph.nodes:
             over = destination(node) if node.op == "call_function" else None
@@ -262,20 +280,19 @@ class _Pruner:
         """A gradient that somebody else holds too is handed out as a copy."""
         group = self._storages()
         shared: set[int] = set()
-        for k, part in enumerate(self.backward.parts):
-            for node in part:
-                if node not in self.backward.gradients or node not in self.new:
-                    continue
-                new = self.new[node]
-                alike = group[new]
-                again = node in self.fates.sole and (new.users or new not in self.parts[k])
-                if again or id(alike) in shared or any(n.op == "placeholder" for n in alike):
-                    copy = self.graph.call_function(aten.clone.default, (new,))
-                    meta.describe(copy, meta.value(new), new)
-                    self.parts[k].append(copy)
-                    new = copy
-                shared.add(id(alike))
-                self.gradients[new] = self.backward.gradients[node]
+        for node, key, k in self.handed:
+            if node not in self.new:
+                continue
+            new = self.new[node]
+            alike = group[new]
+            again = new not in self.parts[k] or (node in self.fates.sole and new.users)
+            if again or id(alike) in shared or any(n.op == "placeholder" for n in alike):
+                copy = self.graph.call_function(kernels.gradient_apart, (new,))
+                meta.describe(copy, meta.value(new), new)
+                self.parts[k].append(copy)
+                new = copy
+            shared.add(id(alike))
+            self.gradients[new] = key
 
     # -- segments ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ use of the output gradients, which the engine holds for as long as the node that
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from planner.capture import meta
 from planner.graph.nodes import layer_of
 from planner.graph.passes.inplace import destination
 from planner.rewrite.bindings import bind
-from planner.rewrite.program import Argument, Segment
+from planner.rewrite.program import Argument, Key, Segment, Term
 
 __all__ = ["ONCE", "bytes_of", "cuts_behind", "cuts_of", "in_order", "module_of", "segment_of"]
 
@@ -34,7 +34,7 @@ def segment_of(
     first_use: dict[fx.Node, int],
     last_use: dict[fx.Node, int],
     arguments: dict[fx.Node, Argument],
-    gradients: dict[fx.Node, str | int],
+    gradients: Mapping[fx.Node, Key],
     passing: Sequence[fx.Node] = (),
 ) -> Segment:
     """Copy ``part`` into a graph of its own; ``passing``: what it is given only for later segments."""
@@ -66,11 +66,12 @@ def segment_of(
     )
 
 
-def _place(name: str | int) -> int:
+def _place(name: Key) -> tuple[int, ...]:
     """Parameters in the order in which their gradients are made; inputs by number: those of the uses of one
     tensor are added up in that order.
     """
-    return name if isinstance(name, int) else -1
+    of, *rest = name if isinstance(name, Term) else (name,)
+    return (of, *rest) if isinstance(of, int) else (-1,)
 
 
 def _overwritten(part: list[fx.Node], given: dict[fx.Node, Argument]) -> Iterator[Argument]:
@@ -89,23 +90,27 @@ def _lies_on(node: fx.Node, key: int) -> bool:
 
 def cuts_of(
     calls: list[fx.Node],
-    gradients: dict[fx.Node, str | int],
+    gradients: Collection[fx.Node],
     arguments: dict[fx.Node, Argument],
     segments: int | None,
+    summands: Collection[fx.Node] = (),
 ) -> list[int]:
-    """Positions at which segments start: after the output gradients' last use, then by gradient bytes."""
+    """Positions at which segments start: after the output gradients' last use, then by gradient bytes.
+
+    ``summands``  what gradients are sums of, and may be handed out instead.
+    """
     tangents = {n for n, a in arguments.items() if a.kind == "tangent"}
     free = 1 + max((i for i, n in enumerate(calls) if tangents & set(n.all_input_nodes)), default=-1)
     if segments == 1 or not calls:
         return [0]
-    size = {n: bytes_of(n) for n in gradients}
+    size = {n: bytes_of(n) for n in (*gradients, *summands)}
     quota = sum(size.values()) / (segments or 8)
     if segments is None:
         quota = min(quota, 25e6) if quota > 1e6 else max(quota, 1e6)
     starts, have = [0], 0.0
     later_gradients = [0] * (len(calls) + 1)
     for i in range(len(calls) - 1, -1, -1):
-        later_gradients[i] = later_gradients[i + 1] + (calls[i] in gradients)
+        later_gradients[i] = later_gradients[i + 1] + (calls[i] in size)
     for i, node in enumerate(calls[:-1], start=1):
         have += size.get(node, 0)
         layer_ends = layer_of(meta.module(calls[i]) or "") != layer_of(meta.module(node) or "")

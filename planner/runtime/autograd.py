@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +38,12 @@ from planner import _compat
 from planner._compat import version_of
 from planner.errors import PlannerError
 from planner.graph import kernels
-from planner.rewrite.program import Argument, Segment
+from planner.rewrite.apart import argument_of
+from planner.rewrite.program import Argument, Key, Low, Segment, Term
+from planner.rewrite.prune import Pruned
 from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.shared_casts import SharedCasts
 from planner.runtime.step import ExecutableStep
 
 __all__ = [
@@ -51,6 +55,8 @@ __all__ = [
     "without_autocast",
 ]
 
+
+_BEGUN: deque[int] = deque(maxlen=64)  # backwards that came to a planned call
 
 _KEPT = ("saved", "parameter", "input")  # kinds of arguments that autograd holds for a segment
 
@@ -68,11 +74,11 @@ class _Pass:
     segments: tuple[Segment, ...]
     present: frozenset[int]
     keep: bool
-    made: dict[str | int, Any] | None = None
+    made: dict[Key, Any] | None = None
     mail: dict[str, Any] = field(default_factory=dict)
 
 
-def pass_of(present: frozenset[int], made: dict[str | int, Any]) -> _Pass:
+def pass_of(present: frozenset[int], made: dict[Key, Any]) -> _Pass:
     """A backward for the outputs ``present`` whose gradients are ``made`` already."""
     return _Pass((), present, True, made)
 
@@ -96,7 +102,10 @@ class PendingCall:
         self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
         self._gated: dict[int, torch.Tensor] = {}
         self.task = -1  # the backward that the first node ran in last
-        self.names = [segment.gradients for segment in program.segments]  # of each node's gradients
+        self._is_summed = True  # whether gradients of what is read several times are added up here
+        self.casts: SharedCasts | None = None
+        self._low: dict[Key, torch.Tensor] = {}  # parameters that are cast, by whose gradient it is
+        self.names = [*step.slots]  # of each node's gradients
         self.names[-1] += tuple(a.key for a in step.others if given[a].requires_grad)
         self.spent = [False] * len(program.segments)
         self.passes: list[frozenset[int]] = []  # whose backwards have run and kept nothing
@@ -110,6 +119,18 @@ class PendingCall:
         }
         self.keep = [[saved[int(a.key)] if a.kind == "saved" else given[a] for a in at] for at in step.held]
         self.held: list[dict[Argument, tuple[torch.Tensor, int]] | None] = [None] * len(program.segments)
+
+    def share(self, casts: SharedCasts | None, given: dict[Argument, Any]) -> None:
+        """The casts of its parameters are those of other calls in the same context of autocast too."""
+        if casts is not None:
+            self._low = {slot: given[argument_of(slot)] for of in self.step.apart.casts for slot in of}
+            self.casts = casts
+            casts.join(self)
+
+    @property
+    def cast(self) -> frozenset[int]:
+        """The parameters (identities) that autocast casts for it, and which get gradients."""
+        return frozenset(map(id, self._low.values()))
 
     def handed_out(self) -> tuple[torch.Tensor, ...]:
         """What the first node hands out, by :attr:`tracked`; of several, each goes through a gate."""
@@ -168,26 +189,45 @@ class PendingCall:
     def begin(self, tangents: tuple[Any, ...]) -> None:
         """Choose what runs for the gradients that came; ``PlannerError`` where nothing can."""
         refuse_capture(self.step)
-        self.task = _compat.current_backward()
+        task = self.task = _compat.current_backward()
+        is_first, is_alone = task not in _BEGUN, self.casts is None or not self.casts.begin(self, task)
+        _BEGUN.append(task)
         present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
         self.refuse_within(present)
         keep = _compat.graph_is_kept()
         if self.passes:
             self._refuse_freed(present)
             self.sets.followed(self.passes[-1])
-        self.now = self._chosen(present, tangents, keep)
+        part = self._apart(present, is_first=is_first, is_alone=is_alone)
+        self.now = self._chosen(present, tangents, keep, part)
+        self._is_summed = part is None
         if keep:
             self.sets.tell_kept(self.step)
         else:
             self.passes.append(present)
         self.sets.came(present)
 
-    def _chosen(self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool) -> _Pass:
+    def _apart(self, present: frozenset[int], *, is_first: bool, is_alone: bool) -> Pruned | None:
+        """The backward with gradients one by one, where they are added to what another call made.
+
+        ``is_first``  no other call began in this backward; ``is_alone``: none shares casts with it.
+        """
+        apart = self.step.apart
+        is_added = apart.reads_several and not (is_first and not self.sets.is_joined)
+        if not (is_added or not is_alone) or not present <= self.step.differentiated:
+            return None
+        self.sets.tell_apart(self.step)
+        return apart.of(present, low=not is_alone)
+
+    def _chosen(
+        self, present: frozenset[int], tangents: tuple[Any, ...], keep: bool, part: Pruned | None
+    ) -> _Pass:
         step = self.step
         whole = present == step.differentiated
-        if whole and all(held is None for held in self.held):
+        if whole and part is None and all(held is None for held in self.held):
             return _Pass(step.program.segments, present, keep)
-        part = step.prunings.of(present) if present <= step.differentiated else None
+        if part is None and present <= step.differentiated:
+            part = step.prunings.of(present)
         if part is None:
             return self._again(present, tangents, keep)
         for k, segment in enumerate(part.segments):
@@ -235,19 +275,57 @@ class PendingCall:
         if self.start is not None and not self.waits:
             self.start.let_go()
         if now.made is not None:
+            if self.casts is not None:
+                self._cast_back(self.casts, index, now.made)
             return [now.made.pop(name, None) for name in self.names[index]]
         segment = now.segments[index]
         plain = segment is self.step.program.segments[index] and self.held[index] is None and not now.keep
+        plain = plain and (self.casts is None or not self.casts.low)
         take = self._all if plain else self._some
         boxed = take(index, segment, held, tangents)
         results = _ran(self.step, segment, boxed)
         made = len(segment.gradients)
         now.mail.update(zip(segment.mail, results[made:], strict=True))
+        if self.step.apart.sums[index] and self._is_summed:
+            self._watch_sums(index, dict(zip(segment.gradients, results[:made], strict=True)))
         if plain:
             return [*results[:made], *[None] * (len(self.names[index]) - made)]
-        by_name = dict(zip(segment.gradients, results[:made], strict=True))
+        by_name: dict[Key, Any] = dict(zip(segment.gradients, results[:made], strict=True))
         del results
-        return [by_name.pop(name, None) for name in self.names[index]]
+        if self.casts is not None:
+            self._cast_back(self.casts, index, by_name)
+        gradients = [by_name.pop(name, None) for name in self.names[index]]
+        assert not by_name, f"nobody takes the gradients of {[*by_name]}"
+        return gradients
+
+    def _watch_sums(self, index: int, by_name: dict[Key, Any]) -> None:
+        """See whether something else had come for what gets a sum of gradients, before that."""
+        node, names = self.nodes[index](), self.names[index]
+        following = node.next_functions[-len(names) :]
+        for key in self.step.apart.sums[index]:
+            gradient, (end, _) = by_name.get(key), following[names.index(key)]
+            if gradient is not None and end is not None:
+                _compat.once_in_backward(end, functools.partial(self._came_first, key, gradient.data_ptr()))
+
+    def _came_first(self, key: Key, place: int, gradients: tuple[Any, ...]) -> None:
+        """The gradient of something is complete, and lies where what came first did.
+
+        Asking for the storage would make it one that the engine does not write into.
+        """
+        if all(g is None or g.data_ptr() != place for g in gradients):
+            argument = argument_of(key)
+            name = str(argument.key) if argument.kind == "parameter" else f"input {argument.key}"
+            self.sets.joined(name)
+
+    def _cast_back(self, casts: SharedCasts, index: int, by_name: dict[Key, Any]) -> None:
+        """Put what is of autocast's casts to that of other calls, and take the sums that are through."""
+        for key in [key for key in by_name if isinstance(key, Low)]:
+            casts.add(self._low[key.slot], by_name.pop(key))
+        for slot in self.step.apart.casts[index]:
+            gradient = casts.taken(self, self._low[slot])
+            if gradient is not None:
+                own = by_name.get(slot)
+                by_name[slot] = gradient if own is None else gradient + own
 
     def _all(
         self,
@@ -344,7 +422,7 @@ class PendingCall:
         if not keep:
             self._release()
         saved = self._saved_again(step, given)
-        made: dict[str | int, torch.Tensor] = {}
+        made: dict[Key, torch.Tensor] = {}
         mail: dict[str, Any] = {}
         for segment in segments:
             boxed = []
@@ -362,6 +440,11 @@ class PendingCall:
             made.update(zip(segment.gradients, results[:count], strict=True))
             mail.update(zip(segment.mail, results[count:], strict=True))
             del results
+        known = {key for names in self.names for key in names}
+        for key in [key for key in made if isinstance(key, Term) and key not in known]:
+            term = made.pop(key)  # another step's, which is read several times where this one is not
+            before = made.get(key.of)
+            made[key.of] = term if before is None else before + term
         return _Pass((), present, keep, made)
 
     def _saved_again(self, step: ExecutableStep, given: dict[Argument, Any]) -> dict[int, torch.Tensor]:
@@ -426,7 +509,8 @@ class SegmentNode(torch.autograd.Function):
         ctx: Any, call: PendingCall, index: int, token: torch.Tensor | None, *leaves: torch.Tensor
     ) -> Any:
         ctx.call, ctx.index = call, index
-        ctx.leaves = [leaf if leaf.is_leaf else None for leaf in leaves]
+        pairs = zip(leaves, call.names[index], strict=True)  # of what is read again, the first one counts
+        ctx.leaves = [leaf if leaf.is_leaf and not isinstance(key, Term) else None for leaf, key in pairs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.keep[index])
         call.keep[index] = []

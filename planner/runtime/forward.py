@@ -18,6 +18,7 @@ from torch import nn
 from planner._compat import left_alone, modes_set_aside
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.rewrite.apart import argument_of
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
@@ -29,6 +30,7 @@ from planner.runtime.autograd import (
 from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.shared_casts import shared_casts
 from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.tracing import is_traced
 
@@ -191,11 +193,11 @@ def run_step(
     if call.start is not None:
         call.start.ran(given)
     del results
+    if any(step.apart.casts):
+        call.share(shared_casts(step.device), given)
     token = None
     for index in reversed(range(len(program.segments))):
-        leaves = [
-            given[Argument("parameter" if isinstance(g, str) else "input", g)] for g in call.names[index]
-        ]
+        leaves = [given[argument_of(key)] for key in call.names[index]]
         token = SegmentNode.apply(call, index, token, *leaves)
     assert token is not None
     for position, tensor in call.through_gates(token).items():

@@ -26,12 +26,18 @@ from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph import kernels
 from planner.rewrite.program import Argument, Program, Segment
 from planner.runtime.step import ExecutableStep
+from planner.units import bytes_text
 
 __all__ = ["OutputSets", "Start"]
 
 log = logging.getLogger(__name__)
 
+# Models whose parameters or inputs get gradients in places that no plan knows of, before those of a call.
+_JOINED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 _MOST_STEPS = 8  # plans for other sets
+_BESIDE = 0.01  # of a plan's peak that is a little
+_NAMED = 3  # of what is named
 _OFTEN = 6  # forwards that ran again before that is said
 
 
@@ -277,6 +283,42 @@ class OutputSets:
             held_gb,
             self.name,
         )
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether gradients were added to what something else had made (a penalty on weights)."""
+        return self.model in _JOINED
+
+    def joined(self, name: str) -> None:
+        """The gradient of ``name``, a sum, was: from here on it is handed out one by one."""
+        if not self.is_joined:
+            _JOINED.add(self.model)
+            log.warning(
+                "%s of %s is read several times in a planned call and gets a gradient from elsewhere in the "
+                "same backward (a penalty, say). Eager adds one after the other; this step added up the "
+                "call's own first, and may differ in the last bits. From the next step on they are added as "
+                "in eager; capture='regions' does so from the first",
+                name,
+                self.name,
+            )
+
+    def tell_apart(self, step: ExecutableStep) -> None:
+        """Say once what it takes to hand out gradients one by one, where that is more than a little."""
+        beside_bytes = step.apart.beside_bytes
+        if step.plan is not None and beside_bytes > _BESIDE * step.plan.peak_bytes:
+            names, more = [str(name) for name in step.apart.names], ""
+            if len(names) > _NAMED:
+                names, more = names[:_NAMED], f" and {len(names) - _NAMED} more"
+            self._tell(
+                "apart",
+                "%s reads %s%s several times in a call, and a backward has other gradients of that: they are "
+                "handed out one by one, to be added up in eager's order, and up to %s are held beside what "
+                "the plan counts",
+                self.name,
+                ", ".join(names),
+                more,
+                bytes_text(beside_bytes),
+            )
 
     def _tell(self, what: str, message: str, *values: object) -> None:
         if what not in self._told:

@@ -14,7 +14,8 @@ from planner.capture.expectation import Expectation
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import OutputTemplate
 from planner.plans.plan_data import PlanData
-from planner.rewrite.program import Argument, Program
+from planner.rewrite.apart import Apart
+from planner.rewrite.program import Argument, Key, Program
 from planner.rewrite.prune import Prunings
 
 __all__ = ["ExecutableStep", "Lifetimes", "StepsBySize"]
@@ -111,6 +112,17 @@ class ExecutableStep:
                 if self.template.leaves[i].requires_grad and self.template.leaves[j].requires_grad:
                     above.setdefault(j, []).append(i)
         return {j: tuple(above[j]) for j in sorted(above, key=lambda j: len(above[j]))}
+
+    @cached_property
+    def apart(self) -> Apart:
+        """Its backward with the gradients of what is read several times one by one."""
+        return Apart(self.program.backward)
+
+    @cached_property
+    def slots(self) -> tuple[tuple[Key, ...], ...]:
+        """Whose gradients, or parts of them, each segment may hand out."""
+        pairs = zip(self.program.segments, self.apart.slots, strict=True)
+        return tuple(segment.gradients + more for segment, more in pairs)
 
     @cached_property
     def prunings(self) -> Prunings:

@@ -18,14 +18,13 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
-from planner.memory.resident import budget_bytes_of
-from planner.options import CaptureMode, GradientsMode, OutputsMode, Search
+from planner.options import CaptureMode, GradientsMode, OutputsMode
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
 from planner.training import huggingface
-from planner.training.settings import Settings
+from planner.training.settings import OPTIONS, Settings
 from planner.training.switch import Switch
 
 __all__ = ["disable", "enable", "plan_of"]
@@ -93,14 +92,11 @@ def enable(
     that make no sense, ``PlannerError`` for a model compiled already; a budget that cannot be met raises
     ``InfeasibleBudgetError`` when the first batch comes.
     """
+    given = dict(locals())  # the options by their names
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
-    budget_bytes = None if budget_gb is None else budget_bytes_of(budget_gb)
-    search = Search(solver, time_limit_s, progress)
-    settings = Settings(
-        budget_bytes, loss_fn, optimizer, costs, on_larger, max_plans, calls_per_step, search, outputs,
-        gradients, capture,
-    )  # fmt: skip
+    options = {name: given[name] for name in OPTIONS if name != "budget_gb" or budget_gb is not None}
+    settings = Settings(None).changed(options)
     root = unwrapped(model)
     switch = vars(root).get(_KEY)
     if switch is None:

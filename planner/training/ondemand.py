@@ -224,7 +224,7 @@ class OnDemand:
         before_bytes = self._calls.held_bytes
         try:
             outputs = kept.runner.run(call.leaves, call.in_spec)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the meter must not stay on
             self._as_run.end()
             raise
         self._started(kept)

@@ -20,7 +20,7 @@ from planner.options import (
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
 
-__all__ = ["Settings"]
+__all__ = ["OPTIONS", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Settings:
 
         Raises as they do, and ``TypeError`` for a name that is none of them.
         """
-        unknown = options.keys() - _OPTIONS
+        unknown = options.keys() - OPTIONS
         if unknown:
             raise TypeError(
                 f"{sorted(unknown)[0]!r} is no option of the planner; there are budget_gb, "
-                f"{', '.join(sorted(_OPTIONS - {'budget_gb'}))}"
+                f"{', '.join(sorted(OPTIONS - {'budget_gb'}))}"
             )
         own = dict(options)
         asked = {name: own.pop(name) for name in _SEARCH & own.keys()}
@@ -82,6 +82,5 @@ class Settings:
 
 
 _SEARCH = frozenset(f.name for f in fields(Search))
-_OPTIONS = (
-    (frozenset(f.name for f in fields(Settings)) - {"budget_bytes", "search"}) | _SEARCH | {"budget_gb"}
-)
+# As :func:`planner.enable` names them.
+OPTIONS = (frozenset(f.name for f in fields(Settings)) - {"budget_bytes", "search"}) | _SEARCH | {"budget_gb"}

@@ -7,8 +7,8 @@ the weight's own precision, which are other bits and more memory. Here the casts
 context become one, with their gradients added in the order in which they arrive.
 
 Known limits: a model that casts a shared weight to autocast's type by itself, twice in one context, is taken
-for autocast; several forwards inside one autocast context share casts in eager, and not between planned
-steps.
+for autocast.  What several forwards inside one context share is seen where they run
+(:mod:`planner.runtime.shared_casts`).
 """
 
 from __future__ import annotations
@@ -58,32 +58,48 @@ def contexts_noted() -> Iterator[None]:
 
 def cast_once(
     module: fx.GraphModule, parameters: dict[str, fx.Node], gradients: dict[str, fx.Node]
-) -> Counter[str]:
+) -> Counter[str | int]:
     """Merge each weight's casts in ``module``; how many fewer gradients each weight is then given.
 
-    ``gradients`` by name of a parameter, brought up to date.
+    ``gradients`` by name of a parameter, brought up to date.  What casts them back is noted.
     """
-    fewer: Counter[str] = Counter()
+    fewer: Counter[str | int] = Counter()
     for name, parameter in parameters.items():
         groups: dict[tuple[int, torch.dtype], list[fx.Node]] = defaultdict(list)
         for node in parameter.users:
-            context = meta.cast_in(node)
-            if context is not None and node.target is aten._to_copy.default:
-                dtype = node.kwargs.get("dtype")
-                if dtype in _LOW and len(node.kwargs) == 1:
-                    groups[context, dtype].append(node)  # type: ignore[index]
+            if _is_autocasts(node):
+                groups[meta.cast_in(node), node.kwargs["dtype"]].append(node)  # type: ignore[index]
+        own = {meta.formula(cast) for casts in groups.values() for cast in casts}
         several = [casts for casts in groups.values() if len(casts) > 1]
-        if not several:
-            continue
         formulas = [{meta.formula(cast) for cast in casts} for casts in several]
         for first, *others in several:
             for other in others:
                 other.replace_all_uses_with(first)
                 module.graph.erase_node(other)
-        if name in gradients:
+        if name in gradients and several:
             fewer[name] = _add_low(module.graph, gradients, name, formulas)
+        if name in gradients and own:
+            _note_casts_back(gradients[name], own)
     module.recompile()
     return fewer
+
+
+def _note_casts_back(gradient: fx.Node, formulas: set[int | None]) -> None:
+    """Note the calls that cast a weight's gradient back from autocast's type, and the sums before them."""
+    for term in _terms(gradient)[0]:
+        if term.target is aten._to_copy.default and meta.formula(term) in formulas:
+            meta.note_casts_back(term)
+            for add in _terms(term.all_input_nodes[0])[1]:
+                meta.note_adds_reads(add)
+
+
+def _is_autocasts(node: fx.Node) -> bool:
+    return (
+        meta.cast_in(node) is not None
+        and node.target is aten._to_copy.default
+        and node.kwargs.get("dtype") in _LOW
+        and len(node.kwargs) == 1
+    )
 
 
 def _add_low(

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import os
 import pickle
 import random
@@ -44,6 +45,8 @@ from planner.capture.as_eager.places import is_users, line_of, users_place
 from planner.errors import TraceError
 
 __all__ = ["Generators", "global_sources", "global_states", "global_states_kept", "seed_all"]
+
+log = logging.getLogger(__name__)
 
 _DRAWS = (
     "the forward of {0} draws from {1} at {2}; a planned step would use what was drawn while planning at "
@@ -469,8 +472,8 @@ def _line_that_moves(source: _Source, again: Callable[[], object]) -> str | None
     sys.settrace(enter)
     try:
         again()
-    except Exception:  # it ran once; what it trips over now is no news
-        pass
+    except Exception as error:  # the user's code, run again to find a line for an error that is raised anyhow
+        log.debug("looking for the line: %r", error)
     finally:
         sys.settrace(before)
     return found
@@ -493,6 +496,9 @@ class _Passed(TorchFunctionMode):
 
 def _line_that_passes_a_generator(again: Callable[[], object]) -> str | None:
     passed = _Passed()
-    with contextlib.suppress(Exception), passed:
-        again()
+    try:
+        with passed:
+            again()
+    except Exception as error:  # as above
+        log.debug("looking for the line: %r", error)
     return passed.place

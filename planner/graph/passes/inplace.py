@@ -15,7 +15,7 @@ left alone, since a plan may repeat them.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -25,11 +25,13 @@ from torch import fx
 from planner._compat import storage_key
 from planner.capture import meta
 from planner.graph.draft import Did
-from planner.graph.nodes import is_mutation, tensors_of
+from planner.graph.nodes import is_mutation, tensors_of, transposed_twice
 
-__all__ = ["IN_PLACE", "destination", "write_apart", "write_in_place"]
+__all__ = ["IN_PLACE", "destination", "leave_sums_to_engine", "write_apart", "write_in_place"]
 
 aten = torch.ops.aten
+
+MOST, MOST_SUMS = 3, 24  # gradients for one tensor, and sums in all, that are left to the engine
 
 # Call -> its in-place form, and which operands it may overwrite.
 IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
@@ -65,28 +67,121 @@ def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> Di
 
     Of a replaced node :func:`planner.capture.meta.over` is the operand whose storage its result lies on.
     """
-    position = {node: t for t, node in enumerate(backward)}
-    on: dict[int, list[fx.Node]] = defaultdict(list)
-    for node in backward:
-        for tensor in tensors_of(node):
-            on[storage_key(tensor)].append(node)
-    inside = {k for k, nodes in on.items() if not any(_foreign(n, k, position) for n in nodes)}
-    held = {storage_key(t) for node in kept for t in tensors_of(node)}
+    places = _Places(backward, kept)
     written = 0
-    for t, node in enumerate(backward):
+    for node in backward:
         for operand in _overwritable(node):
-            key = storage_key(meta.tensor(operand))
-            if key not in inside or key in held or storage_key(meta.tensor(node)) in held:
+            if storage_key(meta.tensor(node)) in places.held or meta.is_engines(node):
                 continue
-            others = [n for n in node.all_input_nodes if n is not operand]
-            if any(storage_key(x) == key for n in others for x in tensors_of(n)):
-                continue
-            last = max(position.get(user, len(backward)) for n in on[key] for user in n.users)
-            if last == t and _same_place(operand, node):
+            if places.is_last_read(operand, node) and _same_place(operand, node):
                 _replace(node, operand)
                 written += 1
                 break
     return {"calls": written}
+
+
+def leave_sums_to_engine(backward: Sequence[fx.Node], kept: Sequence[fx.Node]) -> Did:
+    """Leave sums of gradients to the engine, given what they add, where that takes what they take here.
+
+    ``kept``  gradients and outputs, as often as they are.
+
+    Of a few gradients, added up as they come: in place where the engine does, which writes over what
+    is nobody else's and no view.  Whatever else it is given for the same is then added in eager's order.  Of
+    more, as a recurrence has them, the step makes one sum, so that its backward is not cut behind each
+    (:mod:`planner.rewrite.apart` parts them where it must).
+    """
+    places = _Places(backward, kept)
+    times = Counter(storage_key(t) for node in kept for t in tensors_of(node))
+    parts: Counter[int] = Counter()
+    chosen = []
+    for total in dict.fromkeys(kept):
+        sums, terms = _sums(total)
+        if not 0 < len(sums) < MOST or times[storage_key(meta.tensor(total))] > 1:
+            continue
+        keys = {storage_key(meta.tensor(n)) for n in terms}
+        over = _as_engine(sums, terms, places) if len(keys) == len(terms) else None
+        if over is not None:
+            chosen.append((sums, over, keys))
+            parts.update(keys)
+    left = 0
+    for sums, over, keys in sorted(chosen, key=lambda of: len(of[0])):
+        if any(parts[key] > 1 for key in keys) or left + len(sums) > MOST_SUMS:
+            continue
+        left += len(sums)
+        for add in sums:
+            meta.note_is_engines(add)
+        for add in over:
+            _replace(add, add.all_input_nodes[0])
+    return {"sums": left}
+
+
+def _sums(total: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The sums that ``total`` is made by, the first one first, and what they add up, in that order."""
+    sums: list[fx.Node] = []
+    terms: list[fx.Node] = []
+    node = total
+    while meta.adds_reads(node) is not None:
+        sums.append(node)
+        node, term = node.args[:2]  # type: ignore[assignment]
+        terms.append(term)  # type: ignore[arg-type]
+    return sums[::-1], [node, *reversed(terms)]
+
+
+def _as_engine(sums: Sequence[fx.Node], terms: Sequence[fx.Node], places: _Places) -> list[fx.Node] | None:
+    """Which of ``sums`` the engine, given ``terms``, would make in place; ``None``: it would do otherwise."""
+    keys = [storage_key(meta.tensor(node)) for node in terms]
+    if not places.held.isdisjoint(keys) or not places.inside.issuperset(keys[1:]):
+        return None
+    before = terms[0]
+    if keys[0] in places.inside:
+        maker = places.on[keys[0]][0]
+        is_whole, made = maker is (transposed_twice(before) or before), places.position[maker]
+    else:  # the gradient of an output, which is the caller's
+        is_whole, made = False, places.position.get(before, -1)
+    over = []
+    for add, term in zip(sums, terms[1:], strict=True):
+        if add.target is not aten.add.Tensor or add.kwargs or places.made(term) < made:
+            return None
+        if is_whole and places.is_last_read(before, add):
+            if not _same_place(before, add):
+                return None
+            over.append(add)
+        before, made, is_whole = add, places.position[add], True
+    return over
+
+
+class _Places:
+    """Where the calls of a backward are, and the storages that they lie on.
+
+    ``held``  storages that the caller holds.
+    """
+
+    def __init__(self, backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> None:
+        self.position = {node: t for t, node in enumerate(backward)}
+        self.on: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in backward:
+            for tensor in tensors_of(node):
+                self.on[storage_key(tensor)].append(node)
+        self.inside = {k for k, of in self.on.items() if not any(_foreign(n, k, self.position) for n in of)}
+        self.held = {storage_key(t) for node in kept for t in tensors_of(node)}
+
+    def made(self, node: fx.Node) -> int:
+        """Where the storage of ``node`` is made."""
+        return self.position[self.on[storage_key(meta.tensor(node))][0]]
+
+    def is_last_read(self, operand: fx.Node, node: fx.Node) -> bool:
+        """Whether nothing reads the storage of ``operand``, which is the backward's, behind ``node``, nor
+        ``node`` itself by another name.
+        """
+        key = storage_key(meta.tensor(operand))
+        if key not in self.inside or key in self.held:
+            return False
+        others = [n for n in node.all_input_nodes if n is not operand]
+        if any(storage_key(x) == key for n in others for x in tensors_of(n)):
+            return False
+        behind = len(self.position)
+        last = max(self.position.get(user, behind) for n in self.on[key] for user in n.users)
+        return last == self.position[node]
 
 
 def _foreign(node: fx.Node, key: int, position: dict[fx.Node, int]) -> bool:
@@ -145,6 +240,9 @@ def _replace(node: fx.Node, operand: fx.Node) -> None:
         node.target = IN_PLACE[node.target][0]
         if node.args[0] is not operand:  # sums and products are the same both ways round
             node.args = (operand, node.args[0])
+            first = meta.adds_reads(node)
+            if first is not None:
+                meta.note_adds_reads(node, 1 - first)
     else:
         form, name = {**OUT, **OUT_ON_CPU}[node.target]
         node.target, node.kwargs = form, {**node.kwargs, name: operand}

@@ -165,7 +165,7 @@ def qwen3_next() -> Sample:
 
 @case("transformers")
 def reformer() -> Sample:
-    """Reversible layers of their own backward, attention by hashing; the seed that they draw is given here."""
+    """Reversible layers of their own backward, attention by hashing; their seeds are given here."""
     from transformers.models.reformer.modeling_reformer import ReformerLayer
 
     class Seeded(ReformerLayer):  # type: ignore[misc]

@@ -1,0 +1,192 @@
+"""The model as the tracer takes it: a function of flat tensors, run as eager runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+
+from planner import _compat
+from planner._compat import pytree
+from planner.capture.as_eager.backward import Installed
+from planner.capture.as_eager.casts import contexts_noted
+from planner.capture.as_eager.masks import masks_as_eager
+from planner.capture.as_eager.questions import stand_in, standing_in
+from planner.capture.as_eager.recurrences import gru, lstm_gradients
+from planner.capture.module import original_forward
+from planner.capture.outputs import OutputTemplate, template_of
+from planner.capture.pieces import ReadsOf, reached_from
+from planner.capture.state.effects import Effects, attributes_kept, others_kept, tensors_kept
+from planner.capture.state.reads import Reads
+from planner.errors import TraceError
+
+__all__ = ["FlatModel", "apart", "called", "exported", "module_paths"]
+
+
+class FlatModel(nn.Module):
+    """The model as a function of flat tensors, each parameter once.
+
+    Tied parameters would otherwise be two leaves whose gradients somebody has to add again; here
+    autograd adds them inside the graph, in the order eager does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: list[Any],
+        fake: list[Any],
+        spec: Any,
+        used: frozenset[int] | None,
+        *,
+        records: bool = True,
+        watch: ReadsOf | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.records, self.watch = model, records, watch
+        self.given = (given,)  # no parameter among them is this module's
+        self.fake, self.spec, self.used = fake, spec, used
+        self.installed = Installed(model)
+        self.names: dict[str, str] = {}
+        self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
+        self.template: OutputTemplate | None = None
+        self.reads, self.effects = Reads(), Effects()
+        self.placed: frozenset[str | int] = frozenset()
+        self.keeps_casts = torch.is_autocast_cache_enabled()
+        for name, parameter in model.named_parameters():
+            self.register_parameter(self._mangle(name), parameter)
+        for name, buffer in model.named_buffers():
+            self.register_buffer(self._mangle(name), buffer)
+        self.training = model.training  # not train(): that would reset the flags below
+
+    def _mangle(self, name: str) -> str:
+        mangled = "|" + name.replace(".", "|")
+        self.names[mangled] = name
+        return mangled
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter([(n, p) for n, p in self._parameters.items() if p is not None])
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter([(n, b) for n, b in self._buffers.items() if b is not None])
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.installed.remove()
+        state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
+        it = iter(tensors)
+        flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
+        for tensor, original in zip(flat, self.given[0], strict=True):
+            if isinstance(tensor, torch.Tensor):
+                stand_in(tensor, original)
+        args, kwargs = pytree.tree_unflatten(flat, self.spec)
+        after = dict(state)
+        # The tracer calls this more than once, and each time is to find the model as it was.
+        with attributes_kept(self.model, self.reads.containers) as self.effects:
+            self.reads.look = self.effects.look
+            with (
+                self.reads.recording() if self.records else contextlib.nullcontext(),
+                contexts_noted() if self.keeps_casts else contextlib.nullcontext(),
+            ):
+                output = called(self.model, after, args, kwargs)
+        self.installed.put(after)
+        asked = {id(t) for t in self.reads.placed}
+        self.placed |= {name for name, t in state.items() if id(t) in asked}
+        self.placed |= {i for i, t in enumerate(tensors) if id(t) in asked}
+        self.template, leaves = template_of(type(self.model).__name__, output, self.used)
+        tracked: dict[str | int, torch.Tensor] = {}
+        tracked.update(state)
+        tracked.update(enumerate(tensors))
+        self.template = replace(self.template, reached=reached_from(leaves, tracked))
+        kept = zip(leaves, self.template.leaves, strict=True)
+        results = [t if leaf.differentiated else t.detach() for t, leaf in kept]
+        self.rebound = [name for name, t in after.items() if t is not state[name]]
+        for name in self.rebound:
+            old, new = state[name], after[name]
+            if isinstance(old, nn.Parameter) or (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise TraceError(
+                    f"the forward of {type(self.model).__name__} replaces {name}, {tuple(old.shape)} of "
+                    f"{old.dtype}, by a tensor {tuple(new.shape)} of {new.dtype}; a plan can only update a "
+                    "buffer's values"
+                )
+            results.append(new.detach())
+        if self.watch is not None:
+            self.watch.watch(tracked, results)
+        return tuple(map(apart, results))
+
+
+class _Bare(nn.Module):
+    """The model's own forward without the model's hooks, which go on firing around a planned step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with fx_traceback.annotate({"module": ""}):
+            return original_forward(self.model)(*args, **kwargs)
+
+
+def called(
+    model: nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``model`` with ``state`` for its parameters and buffers; ``state`` then holds what it left there."""
+    named = {f"model.{name}": tensor for name, tensor in state.items()}
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    pairs = {name: (tensor, held[name]) for name, tensor in state.items()}
+    with others_kept(model), tensors_kept(model), standing_in(model, pairs):
+        output = torch.func.functional_call(_Bare(model), named, args, kwargs)
+    state.update({name: named[f"model.{name}"] for name in state})
+    return output
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that tells the tracer to treat an output as a tensor of its own; :func:`told_apart` removes it.
+
+    Outputs that are views of each other, of inputs or of parameters would be handed out as their base
+    and lose their gradients.
+    """
+    return tensor.clone()
+
+
+def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphModule:
+    """The joint graph of ``module``, of the kernels that eager would run."""
+    on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
+    with (
+        _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
+        _compat.writes_keep_layout(),
+        masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
+    ):
+        return _compat.export_joint(module, inputs, {})
+
+
+@contextlib.contextmanager
+def module_paths(model: nn.Module) -> Iterator[None]:
+    """Leave the path of the running module in each node; see :func:`planner.capture.meta.module`."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    open_contexts: list[contextlib.AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in paths:
+            context = fx_traceback.annotate({"module": paths[id(module)]})
+            context.__enter__()
+            open_contexts.append(context)
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in paths and open_contexts:
+            open_contexts.pop().__exit__(None, None, None)
+
+    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        before.remove()
+        after.remove()
+        while open_contexts:  # an exception passed through the modules
+            open_contexts.pop().__exit__(None, None, None)
