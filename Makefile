@@ -24,8 +24,9 @@ test: $(VENV)/.ready
 	test $$tests -eq 0 -a $$types -eq 0
 
 # The solvers' tests with twenty times the examples (some 19,000 graphs against all their schedules), the tests
-# marked nightly (a race from end to end, the methods beside the optimum), and two reports: how well time limits
-# are kept, for which no other work should run, and how often the optimum is found.
+# marked nightly (a race from end to end, the methods beside the optimum, the other notebooks and the other sizes
+# of other tools), and two reports: how well time limits are kept, for which no other work should run, and how
+# often the optimum is found.
 test-nightly: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --hypothesis-profile nightly tests/test_solvers_*.py
 	OMP_NUM_THREADS=1 $(PYTEST) -m nightly

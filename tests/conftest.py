@@ -12,8 +12,6 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from planner.costs.cache import VARIABLE
-
 EXAMPLES = settings.get_profile("default").max_examples
 settings.register_profile("nightly", max_examples=10 * EXAMPLES)
 settings.register_profile("day", settings.default, max_examples=EXAMPLES // 2)
@@ -23,33 +21,42 @@ settings.load_profile("day")  # unless an option names another
 @pytest.fixture(scope="session", autouse=True)
 def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For this process and those it starts."""
+    from planner.costs.cache import VARIABLE  # which takes torch, and the process that hands out tests none
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("costs")))
         yield
 
 
 LONGEST = (
-    "test_notebooks.py",
-    "test_planner_training.py",
-    "test_planner_regions_training.py",
+    "test_planner_few_plans.py",  # looks through all that is alive at every plan: least at the start
     "test_readme.py",
-    "test_planner_capture.py",
-    "test_planner_cross_encoder.py",
-    "test_planner_enable.py",
+    "test_planner_distributed.py",
     "test_planner_dynamic.py",
-    "test_planner_internvl2.py",
-    "test_planner_peers.py",
+    "test_planner_training.py",
+    "test_planner_shared_plans.py",
+    "test_planner_cross_encoder.py",
+    "test_planner_regions_training.py",
+    "test_planner_capture.py",
+    "test_notebooks.py",
     "test_planner_errors.py",
-    "test_solvers_frontier.py",
     "test_planner_runtime.py",
-    "test_planner_precision.py",
     "test_solvers_bounds.py",
     "test_planner_ways_of_training.py",
-    "test_planner_distributed.py",
+    "test_planner_precision.py",
     "test_planner_huggingface.py",
-    "test_solvers_local_search.py",
-    "test_planner_shared_plans.py",
+    "test_planner_internvl2.py",
+    "test_solvers_frontier.py",
+    "test_planner_enable.py",
+    "test_benchmarks.py",
+    "test_solvers_staged.py",
+    "test_planner_accelerate.py",
+    "test_planner_regions_joined.py",
+    "test_planner_cli.py",
     "test_planner_compile.py",
+    "test_planner_demo.py",
+    "test_solvers_anytime.py",
+    "test_solvers_local_search.py",
 )
 
 

@@ -3,11 +3,15 @@
 python -m tests.test_notebooks [NAME ...]      executes them in place, after an edit (``make notebooks``)
 
 The tests run them with the smaller sizes of ``SMALL``, all in one kernel, which is emptied in between: most
-of the time of a short notebook is spent on importing what the one before it has imported.
+of the time of a short notebook is spent on importing what the one before it has imported.  By day they run
+those of ``BY_DAY``; of the others what can be known without a run, as what they show has tests of its own.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import re
 import socket
@@ -27,6 +31,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 600_000
+BY_DAY = ("01_plan_and_inspect", "05_solvers", "06_graph_network")
 
 # What the tests put behind a notebook's cell of parameters (tagged so), by its name.
 SMALL: Mapping[str, str] = {
@@ -40,7 +45,7 @@ BUDGETS_GB, BUDGET_GB = [3.65], 3.7
 from planner.examples.internvl2 import SHAPES
 for tower in (SHAPES["tiny"].vision, SHAPES["tiny"].text):
     tower["num_hidden_layers"] = 1""",
-    "06_graph_network": "NODES, EDGES, WIDTH, LAYERS, SEARCH_S = 600, 3000, 48, 2, 1",
+    "06_graph_network": "NODES, EDGES, WIDTH, LAYERS, SEARCH_S = 600, 3000, 48, 1, 0.5",
     "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.9], 2, 4",
 }
 
@@ -104,7 +109,11 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
     kernel.shutdown_kernel(now=True)
 
 
-@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+def marks(path: Path) -> tuple[pytest.MarkDecorator, ...]:
+    return () if path.stem in BY_DAY else (pytest.mark.nightly,)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(p, marks=marks(p), id=p.stem) for p in NOTEBOOKS])
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
 
@@ -117,7 +126,7 @@ def executed(path: Path, kernel: KernelManager) -> NotebookNode:
 
 
 def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS and SMALL.keys() <= {path.stem for path in NOTEBOOKS}
+    assert NOTEBOOKS and SMALL.keys() | {*BY_DAY} <= {path.stem for path in NOTEBOOKS}
 
 
 def test_every_cell_runs(executed: NotebookNode) -> None:
@@ -139,6 +148,50 @@ def test_committed_outputs_are_those_of_a_run(path: Path, executed: NotebookNode
     assert sum(bool(cell.outputs) for cell in committed) > len(committed) // 2
 
 
+OURS = ("planner", "solvers", "tests")
+
+
+def names_of(tree: ast.Module) -> dict[str, object]:
+    """What a notebook's imports from here give it, by the names they have there."""
+    names: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for one in node.names:
+                if one.name.split(".")[0] in OURS:
+                    module = importlib.import_module(one.name)
+                    names[one.asname or one.name.split(".")[0]] = (
+                        module if one.asname else sys.modules[one.name.split(".")[0]]
+                    )
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in OURS:
+            module = importlib.import_module(str(node.module))
+            names |= {one.asname or one.name: getattr(module, one.name) for one in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_calls_exists_and_takes_what_it_is_given(path: Path) -> None:
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))))
+    names, checked = names_of(tree), 0
+
+    def ours(node: ast.expr) -> object:
+        if isinstance(node, ast.Attribute):
+            holder = ours(node.value)
+            return None if holder is None else getattr(holder, node.attr)
+        return names.get(node.id) if isinstance(node, ast.Name) else None
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            ours(node)
+        elif isinstance(node, ast.Call) and callable(called := ours(node.func)):
+            starred = any(isinstance(arg, ast.Starred) for arg in node.args)
+            given = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+            if not starred:
+                inspect.signature(called).bind_partial(*node.args, **given)
+                checked += 1
+    assert names and checked > 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebook_is_clean(path: Path) -> None:
     """Run once from top to bottom, without warnings, and without a trace of where."""
     notebook = nbformat.read(path, as_version=4)

@@ -26,7 +26,7 @@ from tests import tiny
 QUICK = {"costs": "roofline", "solver": "recompute_all"}
 FULL = [tiny.batch(16, seed=seed, labels=True) for seed in range(5)]
 UNEVEN = [*FULL, tiny.batch(7, seed=9, labels=True)]
-PRECISIONS = ["no", "bf16"]
+ORDERS = ("before", "after")
 
 
 def same(got: list[Tensor], want: list[Tensor]) -> bool:
@@ -73,16 +73,15 @@ def accelerated(
     return [*losses, *(p.detach() for p in model.parameters())], model
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_an_accelerate_loop(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "first", "second"), [("no", *ORDERS), ("bf16", *reversed(ORDERS))])
+def test_an_accelerate_loop(precision: str, first: str, second: str) -> None:
+    """A plan is made ``first``, before or after accelerate prepares the model, a switch set ``second``."""
     want, _ = accelerated(FULL, precision)
-    for order in ("before", "after"):
-        got, model = accelerated(FULL, precision, **{order: planned})
-        assert same(got, want), order
+    got, _ = accelerated(FULL, precision, **{first: planned})
+    assert same(got, want)
     want, _ = accelerated(UNEVEN, precision)
-    for order in ("before", "after"):
-        got, model = accelerated(UNEVEN, precision, **{order: enabled})
-        assert same(got, want) and planner.plan_of(model) is not None, order
+    got, model = accelerated(UNEVEN, precision, **{second: enabled})
+    assert same(got, want) and planner.plan_of(model) is not None
 
 
 def test_a_plan_made_outside_accelerates_autocast_says_so() -> None:
@@ -163,8 +162,7 @@ def fitted(model: Any, batches: list[dict[str, Tensor]], precision: str, where: 
     return [*model.losses, *(p.detach() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("through_forward", [False, True])
+@pytest.mark.parametrize(("precision", "through_forward"), [("no", False), ("bf16", True)])
 def test_a_lightning_module(precision: str, through_forward: bool, tmp_path: Any) -> None:
     want = fitted(lit()(through_forward), FULL, precision, tmp_path)
     model = lit()(through_forward)

@@ -81,12 +81,12 @@ def _fires(rank: int, share: float = 0.4) -> dict[str, tuple[list[float], int]]:
     """For each bucket, how much of the backward's FLOPs had run when its reduction began; and of how many
     segments the backward is."""
     batch = data(rank, 64, 256)
-    step = prepare(blocks(12, 256), (batch,), costs="roofline")
+    step = prepare(blocks(8, 256), (batch,), costs="roofline")
     low, high = step.floor_bytes, step.baseline.peak_bytes
     budget = round(low + share * (high - low))
     found = {}
     for how in ("plain", "planned", "one segment"):
-        model = blocks(12, 256)
+        model = blocks(8, 256)
         segments = 1
         if how != "plain":
             with _emitted_in(1 if how == "one segment" else None):
@@ -176,9 +176,9 @@ def _accumulates(rank: int) -> dict[str, Any]:
     """Three micro-batches, two of them under ``no_sync``, twice; and the peak of the second one."""
     out: dict[str, Any] = {}
     tensors: dict[str, list[Tensor]] = {}
-    step = prepare(blocks(12, 256), (data(rank, 4, 256),), costs="roofline")
+    step = prepare(blocks(8, 256), (data(rank, 4, 256),), costs="roofline")
     for how in ("plain", "planned", "one segment"):
-        model = blocks(12, 256)
+        model = blocks(8, 256)
         if how != "plain":
             with _emitted_in(1 if how == "one segment" else None):
                 step.plan_bytes(10**9, search=Search("keep_all")).apply(model)

@@ -5,8 +5,8 @@ The ranks are :class:`JobStore` objects on one store in memory, called one after
 
 from __future__ import annotations
 
+import math
 import threading
-import time
 from unittest import mock
 
 import pytest
@@ -88,9 +88,7 @@ def test_who_waits_for_what_is_withdrawn_is_told(
     name = ranks[0].name_of("plans", "a step")
     assert ranks[0].is_first(name) and not ranks[1].is_first(name)
     threading.Timer(0.2, lambda: store.delete_key(f"{name}/asked")).start()
-    began = time.monotonic()
-    assert ranks[1].wait(name, 60.0) is None
-    assert time.monotonic() - began < 30.0
+    assert ranks[1].wait(name, math.inf) is None
     assert ranks[1].is_first(name)
 
 

@@ -57,7 +57,7 @@ def test_without_padding_the_plan_runs_causal_attention_on_grouped_keys() -> Non
     for call in calls:
         assert call["rest"] == (0.0, True) and "attn_mask" not in call and call["heads"] == 2
     eager = run_step(model, inputs)
-    plan = replace(prepare(model, inputs, costs="roofline"), least_limit_s=2.0).least_plan()
+    plan = replace(prepare(model, inputs, costs="roofline"), least_limit_s=0.5).least_plan()
     plan.apply(model)
     assert compare(eager, run_step(model, inputs)).equal
 
@@ -77,7 +77,7 @@ def test_a_padding_mask_is_captured_whatever_it_holds() -> None:
     assert all("attn_mask" in call for call in _attention(step))
     padded = {**inputs, "attention_mask": mask.clone().index_fill(1, torch.tensor([14, 15]), 0)}
     eager = run_step(model, padded)
-    replace(step, least_limit_s=2.0).least_plan().apply(model)
+    replace(step, least_limit_s=0.5).least_plan().apply(model)
     assert compare(eager, run_step(model, padded)).gradients.max_relative < 1e-4
 
 

@@ -14,8 +14,8 @@ from tests.peer_steps import Measured, Peer, applied, by_hand, measured_plan, pe
 SOLVE_S = 3.0
 
 
-# Two of the four by day: attention and convolutions.
-BY_DAY = ("peers-gpt2", "peers-resnet")
+# One of the four by day; of attention, tests/test_planner_cross_encoder.py says as much.
+BY_DAY = ("peers-resnet",)
 PARAMS = [pytest.param(n, marks=() if n in BY_DAY else pytest.mark.nightly) for n in sorted(PEERS_EAGER_MB)]
 
 

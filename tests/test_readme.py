@@ -84,8 +84,9 @@ def examples() -> list[Example]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the blocks print, run one after the other in a fresh interpreter."""
-    script = PRELUDE + f"print({BREAK!r})\n".join(example.code for example in examples())
+    """What the blocks print, run one after the other in a fresh interpreter, a second for each search."""
+    codes = [re.sub(r"\btime_limit_s=\d+", "time_limit_s=1", example.code) for example in examples()]
+    script = PRELUDE + f"print({BREAK!r})\n".join(codes)
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     ran = subprocess.run(
         [sys.executable, "-c", script],

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from tests.signals import HEARD, IGNORING
 from tests.solver_graphs import training_chain
 
 ROOT = Path(__file__).parent.parent
-# Nothing here measures a clock: where a search is ended, its limit is so far away that coming back before
-# HANG_S shows that it was.  `make test-nightly` measures how well limits are kept.
-FAR_S, HANG_S = 600.0, 120.0
+# Nothing here measures a clock: where a search is ended, its limit is so far away that coming back shows it.
+# `make test-nightly` measures how well limits are kept.
+FAR_S = 3600.0
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +80,7 @@ def test_a_callback_that_returns_true_ends_the_search(resnet: Problem) -> None:
         seen.append(solution)
         return solution.fits and solution.solver not in ("every_block", "sqrt", "recompute_all")
 
-    started = time.perf_counter()
     best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=enough)
-    assert time.perf_counter() - started < HANG_S
     assert best.fits and best.interrupted
     # What was in flight when the search was ended may still have come in, if it was better.
     assert best.seconds <= min(solution.seconds for solution in seen if solution.fits)
@@ -91,8 +88,7 @@ def test_a_callback_that_returns_true_ends_the_search(resnet: Problem) -> None:
 
 def test_a_callback_that_returns_true_at_once(resnet: Problem) -> None:
     best = solve(resnet, half(resnet), time_limit_s=FAR_S, progress=lambda _: True)
-    assert best.solve_seconds < HANG_S
-    assert best.schedule != Schedule.keep_all(resnet)
+    assert best.interrupted and best.schedule != Schedule.keep_all(resnet)
 
 
 def test_an_error_in_a_callback_comes_out() -> None:
@@ -115,7 +111,7 @@ def test_frontier_hands_its_callback_on() -> None:
 
 # Ctrl-C comes with the first plan that takes a search, so always in the middle of one.
 INTERRUPTED = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 from solvers import minimum_peak, simulate, solve
 from solvers.core.incumbent import Incumbent
 from tests import joint_graphs
@@ -128,19 +124,18 @@ sent, offer = [], Incumbent.offer
 def offer_and_interrupt(self, steps, solver):
     verdict = offer(self, steps, solver)
     if solver in ("staged", "chain", "local search") and not sent:
-        sent.append(time.perf_counter())
+        sent.append(solver)
         os.kill(os.getpid(), signal.SIGINT)
     return verdict
 
 Incumbent.offer = offer_and_interrupt
 if what == "solve":
-    best = solve(problem, budget, time_limit_s=600)
+    best = solve(problem, budget, time_limit_s=3600)
 else:
-    best = minimum_peak(problem, time_limit_s=600)
-back = time.perf_counter()
+    best = minimum_peak(problem, time_limit_s=3600)
 line = simulate(problem, best.schedule)
 print(json.dumps({
-    "answered_after_s": back - sent[0],
+    "sent": len(sent),
     "fits": best.fits,
     "as_simulated": (line.seconds, line.peak_bytes) == (best.seconds, best.peak_bytes),
     "lower": best.peak_bytes < joint_graphs.keep_all_peak(problem),
@@ -158,11 +153,11 @@ def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=HANG_S,
+        timeout=FAR_S / 6,
         check=True,
     )
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["answered_after_s"] >= 0
+    assert answer["sent"] == 1
     assert answer["fits"] and answer["as_simulated"] and answer["lower"] and answer["interrupted"]
     assert "interrupted: answering with the best schedule so far" in done.stderr
 
@@ -190,10 +185,9 @@ def test_hardly_any_time_is_no_error(limit_s: float) -> None:
 
 @pytest.mark.parametrize("solver", ["auto", "staged", "chain", "exact"])
 def test_a_limit_ends_the_search(resnet: Problem, solver: str) -> None:
-    """Only that it comes back: the search itself would take minutes."""
-    answer = solve(resnet, half(resnet), solver=solver, time_limit_s=1)
-    assert answer.solve_seconds < HANG_S
-    assert answer.fits and not answer.interrupted
+    """It comes back without having closed the gap, which would take minutes."""
+    answer = solve(resnet, 0.3 * keep_all_peak(resnet), solver=solver, time_limit_s=0.5)
+    assert answer.status != "optimal" and not answer.interrupted
 
 
 def test_without_a_limit_the_search_ends_by_itself() -> None:

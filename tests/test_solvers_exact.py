@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -124,9 +123,7 @@ def test_a_cut_search_returns_its_best_plan_and_a_bound() -> None:
     low, _ = checkmate.minimum_peak(problem, time_limit_s=3)
     top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     budget = (simulate(problem, low).peak_bytes + top) // 2
-    started = time.perf_counter()
     cut = checkmate.solve(problem, budget, time_limit_s=0.2)
-    assert time.perf_counter() - started < 3
     assert cut.peak_bytes <= budget
     assert problem.total_seconds <= cut.bound_seconds <= cut.seconds
     assert cut.status == ("optimal" if cut.gap_seconds == 0 else "feasible")

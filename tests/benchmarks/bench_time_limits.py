@@ -1,5 +1,7 @@
 """How well a time limit is kept: wall-clock seconds of ``solve`` and ``minimum_peak`` beside the limit.
 
+The exact method's too, which on graphs of this size is :func:`solvers.bounds.lower_bounds.time_bound`.
+
     python -m tests.benchmarks.bench_time_limits [GRAPH ...]
 
 On graphs that take longer than the limit.  A limit is kept if the answer comes within a tenth of it, or
@@ -30,6 +32,8 @@ def seconds(problem: Problem, limit_s: float, what: str) -> float:
     began = time.perf_counter()
     if what == "solve":
         solve(problem, budget, time_limit_s=limit_s)
+    elif what == "exact":
+        solve(problem, budget, solver="exact", time_limit_s=limit_s)
     else:
         minimum_peak(problem, time_limit_s=limit_s)
     return time.perf_counter() - began
@@ -39,7 +43,7 @@ def main(names: list[str]) -> int:
     rows = []
     for name in names:
         problem = read_problem(HERE / "graphs" / f"{name}.json.gz")
-        for what in ("solve", "minimum_peak"):
+        for what in ("solve", "minimum_peak", "exact"):
             for limit_s in LIMITS_S:
                 took_s = seconds(problem, limit_s, what)
                 rows.append({"graph": name, "call": what, "limit_s": limit_s, "took_s": round(took_s, 3)})
