@@ -176,3 +176,63 @@ def test_steps_that_always_run_new_code_are_told_of(caplog: pytest.LogCaptureFix
             sizes[number % 6], sizes[number // 6] = 30 + number, 20 + number
             model([torch.randn(n, WIDE) for n in sizes]).sum().backward()
     assert "code that was not seen before" in caplog.text and "TORCH_LOGS=recompiles" in caplog.text
+
+
+class Shown(nn.Module):
+    """Attention whose weights come out too, and are laid out otherwise than their gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.values = nn.Linear(WIDE, 4 * 8), nn.Linear(WIDE, 4 * 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.weights(x).view(2, -1, 4, 8).softmax(-1)
+        values = self.values(x).view(2, -1, 4, 8).transpose(1, 2).cumsum(2)
+        return (values * weights.transpose(1, 2)).sum((-1, -3)), weights
+
+
+class Unread(nn.Module):
+    """Whose weights nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention, self.head = nn.Linear(WIDE, WIDE), Shown(), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        mixed, _ = self.attention(x)
+        torch._dynamo.graph_break()
+        out = self.head(mixed)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def test_what_a_region_reads_of_its_own_outputs_is_no_gradient_from_outside() -> None:
+    torch.manual_seed(0)
+    model = Unread()
+    plain = copy.deepcopy(model)
+    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    for _ in range(5):
+        x = torch.randn(2, 16, WIDE)
+        for one in (model, plain):
+            one.zero_grad()
+            one(x).square().sum().backward()
+        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))
+    plan = planner.plan_of(model)
+    assert plan is not None and len(plan.regions) == 3
+
+
+def test_a_sum_without_one_gradient_is_laid_out_as_the_other() -> None:
+    """What reads it then runs other calls, so that the step is captured for the gradients that came."""
+    torch.manual_seed(0)
+    model = Shown()
+    plain = copy.deepcopy(model)
+    planner.enable(model, 0.01, loss_fn=lambda out: out[0].sum() + out[1].sum(), **FAST, now=True)
+    for both in (True, True, False, False):
+        x = torch.randn(2, 16, WIDE)
+        for one in (model, plain):
+            one.zero_grad()
+            mixed, weights = one(x)
+            (mixed.square().sum() + (weights.square().sum() if both else 0)).backward()
+        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))

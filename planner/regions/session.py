@@ -302,7 +302,8 @@ class Session:
         several = sum(leaf.requires_grad for leaf in step.template.leaves) > 1
         in_spec = variant.captured.joint.in_spec
         hold = used is not None or (region.number, turn_of) in self._unsure
-        start = Start(step, given, leaves, in_spec, hold=hold) if several else None
+        inputs = variant.inputs
+        start = Start(step, given, leaves, in_spec, hold=hold, inputs=inputs) if several else None
         pending = functools.partial(
             Pending,
             sets=variant.sets_of(steps, step),

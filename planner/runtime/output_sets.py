@@ -56,8 +56,12 @@ class Start:
         in_spec: Any,
         *,
         hold: bool,
+        inputs: Sequence[int] | None = None,
     ) -> None:
-        """Before the forward runs; ``given``: its arguments."""
+        """Before the forward runs; ``given``: its arguments.
+
+        ``inputs``  the program's input that each tensor of ``leaves`` is; ``None``: they are numbered alike.
+        """
         program = step.program
         self._constants = [None if isinstance(x, torch.Tensor) else (x,) for x in leaves]
         self.in_spec = in_spec
@@ -73,11 +77,13 @@ class Start:
                 if read
             }
         self.updates = program.updates
+        count = sum(constant is None for constant in self._constants)
+        self._inputs = range(count) if inputs is None else inputs
         self._given = dict(given)
         if not hold:
-            inputs = len(leaves) - sum(constant is not None for constant in self._constants)
-            for argument in (Argument("input", i) for i in range(inputs)):
-                self._given[argument] = weakref.ref(given[argument])
+            for argument in given:
+                if argument.kind == "input":
+                    self._given[argument] = weakref.ref(given[argument])
         self._versions: dict[Argument, int] = {}
 
     def ran(self, given: dict[Argument, Any]) -> None:
@@ -124,15 +130,15 @@ class Start:
     def leaves(self) -> list[Any]:
         """The call's arguments, flat; ``PlannerError`` for a tensor that is gone."""
         out: list[Any] = []
-        tensors = 0
+        inputs = iter(self._inputs)
         for constant in self._constants:
             if constant is not None:
                 out.append(constant[0])
                 continue
-            out.append(self.value(Argument("input", tensors)))
+            number = next(inputs)
+            out.append(self.value(Argument("input", number)))
             if out[-1] is None:
-                raise PlannerError(f"input {tensors} {_GONE}")
-            tensors += 1
+                raise PlannerError(f"input {number} {_GONE}")
         return out
 
     def value(self, argument: Argument) -> Any:

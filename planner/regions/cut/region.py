@@ -211,6 +211,15 @@ class Variant:
             inputs += more
         return tuple(found)
 
+    @cached_property
+    def inputs(self) -> tuple[int, ...]:
+        """The program's input that each of the piece's is, first where it is several."""
+        first: dict[int, int] = {}
+        for argument, position in self.arguments:
+            if argument.kind == "input" and self.slots[position].kind == "input":
+                first.setdefault(position, int(argument.key))
+        return tuple(first[position] for position in sorted(first))
+
     def given(self, args: Sequence[Any]) -> dict[Argument, Any]:
         """A program's arguments, of those of Dynamo's graph."""
         out = {argument: args[position] for argument, position in self.arguments}
