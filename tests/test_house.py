@@ -32,6 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("solvers.solve",),
     ("solvers.frontier",),
     ("planner/_compat",),
+    ("planner.alive",),
     ("planner.options",),
     ("planner/devices", "planner/capture"),
     ("planner/graph", "planner/measure"),

@@ -7,7 +7,6 @@ whole step must count its state.  So the live objects are looked through, once p
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 from dataclasses import replace
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from planner.alive import instances_of, kinds_of
 from planner.errors import PlannerError
 from planner.measure.step import Batch
 from planner.memory.optimizer_state import OptimizerBytes, OptimizerLike, optimizer_state_bytes
@@ -38,20 +38,13 @@ def optimizers_of(model: nn.Module) -> list[Optimizer]:
 
 
 def _holding(parameters: set[int]) -> list[Optimizer]:
-    kinds, things = _kinds(Optimizer), gc.get_objects()  # no Python between one of so many and the next
-    found = itertools.compress(things, map(kinds.__contains__, map(type, things)))
-    alive = [o for o in found if hasattr(o, "param_groups")]
+    alive = [o for o in instances_of(kinds_of(Optimizer)) if hasattr(o, "param_groups")]
     inner = {id(o): o for o in alive if not isinstance(getattr(o, "optimizer", None), Optimizer)}
     return [
         o
         for o in inner.values()
         if any(id(p) in parameters for group in o.param_groups for p in group["params"])
     ]
-
-
-def _kinds(of: type) -> frozenset[type]:
-    """The class and all that derive from it."""
-    return frozenset({of}).union(*map(_kinds, of.__subclasses__()))
 
 
 def found_optimizer_bytes(model: nn.Module, device: torch.device) -> OptimizerBytes:

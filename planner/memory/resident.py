@@ -7,7 +7,6 @@ count once; on CUDA each is rounded up as its allocator does.  Optimizer state: 
 
 from __future__ import annotations
 
-import gc
 import math
 import numbers
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from planner._compat import (
     storage_key,
 )
+from planner.alive import instances_of, kinds_of
 from planner.devices.state import allocation_grain
 from planner.measure.step import Batch, device_of, tensors_in
 from planner.memory.optimizer_state import (
@@ -148,7 +148,7 @@ def bucket_bytes(model: nn.Module) -> int:
     if not dist.is_available() or not dist.is_initialized():
         return 0
     mine = {id(p) for p in model.parameters()}
-    found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    found = instances_of(kinds_of(DistributedDataParallel))
     return sum(_bucket_bytes(ddp) for ddp in found if any(id(p) in mine for p in ddp.parameters()))
 
 

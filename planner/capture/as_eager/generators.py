@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import pickle
@@ -41,6 +40,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from planner import _compat
+from planner.alive import instances_of, kinds_of, numbers_of
 from planner.capture.as_eager.places import is_users, line_of, users_place
 from planner.errors import TraceError
 
@@ -144,22 +144,30 @@ def _of_torch(generator: torch.Generator) -> _Source:
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from global_sources()
-    numpys = _kinds(*_numpys())
-    pythons = _kinds(random.Random) - _kinds(random.SystemRandom)
-    things = gc.get_objects()  # hundreds of thousands: no Python between one and the next
-    for thing in itertools.compress(things, map(pythons.union(numpys).__contains__, map(type, things))):
+    for thing in instances_of(kinds_of(random.Random) - kinds_of(random.SystemRandom)):
         with contextlib.suppress(Exception):  # half made, or a subclass without a state
-            yield _of_python(thing) if type(thing) in pythons else _of_numpy(thing)
+            yield _of_python(thing)
+    for thing in _numpy_instances():
+        with contextlib.suppress(Exception):
+            yield _of_numpy(thing)
+
+
+def _numpy_instances() -> list[Any]:
+    """Numpy's classes are built in: each instance is found by its bit generator, and that by its lock."""
+    numpy_random, kinds = _numpy_random(), kinds_of(*_numpys())
+    if numpy_random is None:
+        return []
+    shared = numpy_random.mtrand._rand._bit_generator
+    if numbers_of(kinds) <= sum(type(x) in kinds for x in gc.get_referrers(shared)):
+        return []  # but for the global ones, which is to be told sooner
+    locks = instances_of({type(numpy_random.PCG64().lock)})
+    bits = [x for x in gc.get_referrers(*locks) if issubclass(type(x), numpy_random.BitGenerator)]
+    return [x for x in gc.get_referrers(*bits) if type(x) in kinds]
 
 
 def _numpys() -> tuple[type, ...]:
     numpy_random = _numpy_random()
     return () if numpy_random is None else (numpy_random.Generator, numpy_random.RandomState)
-
-
-def _kinds(*classes: type) -> frozenset[type]:
-    """The classes and all that derive from them."""
-    return frozenset(classes).union(*(_kinds(*c.__subclasses__()) for c in classes))
 
 
 def _torchs() -> Iterator[_Source]:
@@ -300,7 +308,7 @@ class Generators:
 
 def _made_and_kept(left: Iterable[tuple[Any, Any]]) -> str | None:
     """Under which key or attribute the forward left a generator that was not there before."""
-    kinds = tuple(_kinds(random.Random, *_numpys(), torch.Generator) - _kinds(random.SystemRandom))
+    kinds = tuple(kinds_of(random.Random, *_numpys(), torch.Generator) - kinds_of(random.SystemRandom))
     for was, contents in left:
         slot = isinstance(was, tuple)  # of a global or a class: (whose, key)
         there, now = ({}, {was[1]: contents}) if slot else (_items(was), _items(contents))
