@@ -202,6 +202,11 @@ class _Writer:
         if self.segments is not None or not is_begun:
             return False
         before, term = (self.operand(n) for n in node.all_input_nodes)
+        end = _last(self.backward)
+        while end.target is operator.getitem:
+            end = end.prev
+        if end in self.ends:  # the engine would add up both, in an order of its own
+            return False
         of = self.sums[node]
         if before.op == "placeholder":  # handed out as a view, which the engine does not write into
             calls = (n for n in self.backward.nodes if n.op != "placeholder")
@@ -213,9 +218,6 @@ class _Writer:
         number = 1 + sum(isinstance(key, Term) and key.of == of for key in self.gradient_results.values())
         self.gradient_results[term] = Term(of, number)
         self.current[node] = before
-        end = _last(self.backward)
-        while end.target is operator.getitem:
-            end = end.prev
         self.ends.append(end)
         if index == self.hands_out:
             self.handed_out = end

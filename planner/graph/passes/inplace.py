@@ -25,7 +25,7 @@ from torch import fx
 from planner._compat import storage_key
 from planner.capture import meta
 from planner.graph.draft import Did
-from planner.graph.nodes import is_mutation, tensors_of, transposed_twice
+from planner.graph.nodes import is_mutation, tensors_of
 
 __all__ = ["IN_PLACE", "destination", "leave_sums_to_engine", "write_apart", "write_in_place"]
 
@@ -85,9 +85,10 @@ def leave_sums_to_engine(backward: Sequence[fx.Node], kept: Sequence[fx.Node]) -
 
     ``kept``  gradients and outputs, as often as they are.
 
-    Of a few gradients, added up as they come: in place where the engine does, which writes over what
-    is nobody else's and no view.  Whatever else it is given for the same is then added in eager's order.  Of
-    more, as a recurrence has them, the step makes one sum, so that its backward is not cut behind each
+    Of a few gradients, added up as they come.  Whatever else it is given for the same is then added in
+    eager's order.  Each sum counts as a tensor of its own: whether the engine writes over the one before
+    depends on who else has looked at it (a meter).  Of more, as a recurrence has them, the step makes one sum,
+    so that its backward is not cut behind each
     (:mod:`planner.rewrite.apart` parts them where it must).
     """
     places = _Places(backward, kept)
@@ -99,19 +100,16 @@ def leave_sums_to_engine(backward: Sequence[fx.Node], kept: Sequence[fx.Node]) -
         if not 0 < len(sums) < MOST or times[storage_key(meta.tensor(total))] > 1:
             continue
         keys = {storage_key(meta.tensor(n)) for n in terms}
-        over = _as_engine(sums, terms, places) if len(keys) == len(terms) else None
-        if over is not None:
-            chosen.append((sums, over, keys))
+        if len(keys) == len(terms) and _adds_apart(sums, terms, places):
+            chosen.append((sums, keys))
             parts.update(keys)
     left = 0
-    for sums, over, keys in sorted(chosen, key=lambda of: len(of[0])):
+    for sums, keys in sorted(chosen, key=lambda of: len(of[0])):
         if any(parts[key] > 1 for key in keys) or left + len(sums) > MOST_SUMS:
             continue
         left += len(sums)
         for add in sums:
             meta.note_is_engines(add)
-        for add in over:
-            _replace(add, add.all_input_nodes[0])
     return {"sums": left}
 
 
@@ -127,27 +125,18 @@ def _sums(total: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return sums[::-1], [node, *reversed(terms)]
 
 
-def _as_engine(sums: Sequence[fx.Node], terms: Sequence[fx.Node], places: _Places) -> list[fx.Node] | None:
-    """Which of ``sums`` the engine, given ``terms``, would make in place; ``None``: it would do otherwise."""
+def _adds_apart(sums: Sequence[fx.Node], terms: Sequence[fx.Node], places: _Places) -> bool:
+    """Whether the engine, given ``terms``, would make these sums, each as a tensor of its own."""
     keys = [storage_key(meta.tensor(node)) for node in terms]
     if not places.held.isdisjoint(keys) or not places.inside.issuperset(keys[1:]):
-        return None
-    before = terms[0]
-    if keys[0] in places.inside:
-        maker = places.on[keys[0]][0]
-        is_whole, made = maker is (transposed_twice(before) or before), places.position[maker]
-    else:  # the gradient of an output, which is the caller's
-        is_whole, made = False, places.position.get(before, -1)
-    over = []
+        return False
+    # else the gradient of an output, which is the caller's
+    made = places.made(terms[0]) if keys[0] in places.inside else places.position.get(terms[0], -1)
     for add, term in zip(sums, terms[1:], strict=True):
         if add.target is not aten.add.Tensor or add.kwargs or places.made(term) < made:
-            return None
-        if is_whole and places.is_last_read(before, add):
-            if not _same_place(before, add):
-                return None
-            over.append(add)
-        before, made, is_whole = add, places.position[add], True
-    return over
+            return False
+        made = places.position[add]
+    return True
 
 
 class _Places:
