@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from planner.capture import meta
 from planner.errors import TraceError
 
-__all__ = ["ReadsOf", "note_summands", "summands"]
+__all__ = ["ReadsOf", "note_summands", "reached_from", "readers", "summands"]
 
 
 class ReadsOf:
@@ -35,7 +35,7 @@ class ReadsOf:
         """The next backward goes from ``roots`` to ``tensors``."""
         self.forget()
         self.counts.clear()
-        for node, reads in _readers(tensors, roots):
+        for node, reads in readers(tensors, roots):
             self._hooks.append(node.register_hook(self._counting(reads)))
 
     def _counting(self, reads: Mapping[int, str | int]) -> Any:
@@ -55,13 +55,13 @@ def reached_from(
     roots: Iterable[torch.Tensor], tensors: Mapping[str | int, torch.Tensor]
 ) -> frozenset[str | int]:
     """Names of those ``tensors`` that autograd comes by on its way from ``roots``."""
-    read = {key for _, reads in _readers(tensors, roots) for key in reads.values()}
+    read = {key for _, reads in readers(tensors, roots) for key in reads.values()}
     ends = {get_gradient_edge(root) for root in roots if root.requires_grad}
     own = {key for key, t in tensors.items() if t.requires_grad and get_gradient_edge(t) in ends}
     return frozenset(read | own)
 
 
-def _readers(
+def readers(
     tensors: Mapping[str | int, torch.Tensor], roots: Iterable[torch.Tensor]
 ) -> Iterator[tuple[Any, dict[int, str | int]]]:
     """The nodes of autograd's graph behind ``roots`` that lead to ``tensors``, and by which input."""

@@ -45,6 +45,7 @@ from planner.regions.plans import Plans
 from planner.regions.recorder import Recorder
 from planner.regions.seen import Seen, Step, tracked
 from planner.regions.watching import Watch
+from planner.regions.within import Within
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
@@ -99,7 +100,6 @@ class Session:
         self._open: list[Kept] = []  # those that the step that runs may still be of
         self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
         self._full: set[tuple[int, int]] = set()  # where these are all that can
-        self._unsure: set[tuple[int, int]] = set()  # where they may have come from within the region
         self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
@@ -301,8 +301,7 @@ class Session:
         leaves = piece.arguments(args)  # type: ignore[operator]
         several = sum(leaf.requires_grad for leaf in step.template.leaves) > 1
         in_spec = variant.captured.joint.in_spec
-        hold = used is not None or (region.number, turn_of) in self._unsure
-        inputs = variant.inputs
+        hold, inputs = used is not None, variant.inputs
         start = Start(step, given, leaves, in_spec, hold=hold, inputs=inputs) if several else None
         pending = functools.partial(
             Pending,
@@ -357,7 +356,7 @@ class Session:
             args, note=is_first, spoilt=region.spoilt, budget_bytes=self.budget_bytes
         )
         seen.lend(args, outputs)
-        return self._watched(seen, outputs)
+        return self._watched(seen, outputs, args)
 
     def _note_casts(self) -> None:
         """Autocast casts a weight once for all that read it, and their gradients are added before they are
@@ -374,22 +373,24 @@ class Session:
                 region.is_eager = True
                 region.why = region.why or "a weight that autocast casts once for this and another region"
 
-    def _watched(self, seen: Seen, outputs: Any) -> Any:
+    def _watched(self, seen: Seen, outputs: Any, args: Sequence[Any]) -> Any:
         """Learn which of these outputs of a call that runs as eager runs it get gradients."""
         made = tensors_in(outputs)
         seen.able = frozenset(i for i, t in enumerate(made) if t.grad_fn is not None)
         holder = self._holder() if seen.able else None
+        within = Within(made, seen.able & seen.region.read_within, [x for x in args if tracked(x)])
         for i in seen.able:
             node: Any = made[i].grad_fn
-            node.register_prehook(functools.partial(self._came_for, holder, seen, i, made[i].output_nr))
+            came = functools.partial(self._came_for, holder, within, seen, i, made[i].output_nr)
+            node.register_prehook(came)
         return outputs
 
     def _plain(self, seen: Seen, args: Sequence[Any]) -> Any:
         """As eager runs it; a gradient that comes nevertheless is learned of."""
         outputs = seen.region.plain.forward(*args)
-        return outputs if seen.used is None else self._watched(seen, outputs)
+        return outputs if seen.used is None else self._watched(seen, outputs, args)
 
-    def _came_for(self, _: Any, seen: Seen, output: int, place: int, gradients: Any) -> None:
+    def _came_for(self, _: Any, within: Within, seen: Seen, output: int, place: int, gradients: Any) -> None:
         self._backwards += 1
         seen.note_writes()
         seen.lent = []
@@ -397,7 +398,7 @@ class Session:
         if recorder is not None and not self._closes:
             self._closes = True
             _compat.after_backward(functools.partial(self._through, recorder))
-        if gradients[place] is None:
+        if gradients[place] is None or within.is_all(output, gradients[place]):
             return
         seen.region.is_eager |= torch.is_grad_enabled()
         seen.present = (seen.present or frozenset()) | {output}
@@ -677,17 +678,12 @@ class Session:
         at = seen.region.number, seen.turn_of
         self._known_regions.add(seen.region.number)
         known = self._came.get(at, frozenset())
-        present = seen.present or frozenset()
-        came = known | present
-        if seen.looked and present & seen.region.read_within and at not in self._came:
-            self._unsure.add(at)
-        elif at in self._unsure and not seen.looked:
-            self._unsure.discard(at)
-            came = present
+        came = known | (seen.present or frozenset())
         if at in self._came and came == known:
             return
         self._came[at] = came
-        (self._full.add if came == seen.able else self._full.discard)(at)
+        if came == seen.able:
+            self._full.add(at)
         if seen.used is not None and not came <= seen.used:
             self.plans.want(self.kind, self.trained)
 
@@ -713,8 +709,6 @@ class Session:
             wanted = seen.able if seen.used is None else seen.used
             if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
                 raise ValueError("gradients come for other outputs in each of its steps")
-            if seen.variant is not None and seen.used != self._used(seen.region, seen.turn_of):
-                raise ValueError("its gradients come for fewer outputs than its first step told")
         index = {number: k for k, (number, _) in enumerate(ran)}
         numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}

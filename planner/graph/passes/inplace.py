@@ -87,9 +87,8 @@ def leave_sums_to_engine(backward: Sequence[fx.Node], kept: Sequence[fx.Node]) -
 
     Of a few gradients, added up as they come.  Whatever else it is given for the same is then added in
     eager's order.  Each sum counts as a tensor of its own: whether the engine writes over the one before
-    depends on who else has looked at it (a meter).  Of more, as a recurrence has them, the step makes one sum,
-    so that its backward is not cut behind each
-    (:mod:`planner.rewrite.apart` parts them where it must).
+    depends on who else has looked at it (a meter).  Of more, as a recurrence has them, the step makes one
+    sum, so that its backward is not cut behind each (:mod:`planner.rewrite.apart` parts them where it must).
     """
     places = _Places(backward, kept)
     times = Counter(storage_key(t) for node in kept for t in tensors_of(node))
