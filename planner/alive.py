@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -30,5 +29,4 @@ def numbers_of(kinds: Collection[type]) -> int:
     """How many objects of just these classes there are, built in or not."""
     # all of it runs in C: no other thread does before the list of all objects is gone
     things = itertools.chain.from_iterable(map(gc.get_objects, (None,)))
-    counts = Counter(map(id, map(type, things)))
-    return sum(counts[id(kind)] for kind in kinds)
+    return sum(map(frozenset(map(id, kinds)).__contains__, map(id, map(type, things))))

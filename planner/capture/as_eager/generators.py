@@ -144,22 +144,23 @@ def _of_torch(generator: torch.Generator) -> _Source:
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from global_sources()
-    for thing in instances_of(kinds_of(random.Random) - kinds_of(random.SystemRandom)):
-        with contextlib.suppress(Exception):  # half made, or a subclass without a state
-            yield _of_python(thing)
-    for thing in _numpy_instances():
-        with contextlib.suppress(Exception):
-            yield _of_numpy(thing)
+    numpy_random, kinds = _numpy_random(), kinds_of(random.Random) - kinds_of(random.SystemRandom)
+    shared = [] if numpy_random is None else [numpy_random.mtrand._rand._bit_generator]
+    known = gc.get_referrers(*kinds, *shared)  # in one walk
+    for thing in known:
+        if type(thing) in kinds:
+            with contextlib.suppress(Exception):  # half made, or a subclass without a state
+                yield _of_python(thing)
+    numpys = kinds_of(*_numpys())
+    if numbers_of(numpys) > sum(type(x) in numpys for x in known):  # beside those on the global state
+        for thing in _numpy_instances():
+            with contextlib.suppress(Exception):
+                yield _of_numpy(thing)
 
 
 def _numpy_instances() -> list[Any]:
     """Numpy's classes are built in: each instance is found by its bit generator, and that by its lock."""
     numpy_random, kinds = _numpy_random(), kinds_of(*_numpys())
-    if numpy_random is None:
-        return []
-    shared = numpy_random.mtrand._rand._bit_generator
-    if numbers_of(kinds) <= sum(type(x) in kinds for x in gc.get_referrers(shared)):
-        return []  # but for the global ones, which is to be told sooner
     locks = instances_of({type(numpy_random.PCG64().lock)})
     bits = [x for x in gc.get_referrers(*locks) if issubclass(type(x), numpy_random.BitGenerator)]
     return [x for x in gc.get_referrers(*bits) if type(x) in kinds]
