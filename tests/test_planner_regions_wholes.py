@@ -150,6 +150,43 @@ def test_no_backward_runs_into_a_step_before(capture: Any) -> None:
     assert planner.plan_of(model) is not None
 
 
+class Begun(nn.Module):
+    """A norm that its first batch sets, weights and flag, each by another tensor."""
+
+    done: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 2)
+        self.scale, self.shift = nn.Parameter(torch.zeros(WIDE)), nn.Parameter(torch.zeros(WIDE))
+        self.register_buffer("done", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not self.done:
+            self.scale.data = x.std(0).log().data
+            self.shift.data = x.mean(0).data
+            self.done = torch.tensor(1.0)
+        out = self.head((x - self.shift) * torch.exp(-self.scale))
+        assert isinstance(out, Tensor)
+        return out
+
+
+def test_a_first_step_that_is_made_again_begins_where_the_first_one_did() -> None:
+    torch.manual_seed(0)
+    model = Begun()
+    plain = copy.deepcopy(model)
+    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    for _ in range(4):
+        x, y = _rows()
+        for one in (model, plain):
+            one.zero_grad()
+            cross_entropy(one(3 + x), y).backward()
+        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))
+        tiny.assert_same_bits(*(dict(of.state_dict()) for of in (model, plain)))
+    assert planner.plan_of(model) is not None
+
+
 class Ragged(nn.Module):
     """The padding of a list asks which of its sizes is the largest: a piece of its own for each order."""
 

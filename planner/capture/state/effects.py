@@ -269,7 +269,11 @@ class Before:
     def __init__(self, model: nn.Module) -> None:
         self._kept = _Kept()
         for path, module in model.named_modules():
-            self._kept.look(f"{path}." if path else "", module)
+            inside = f"{path}." if path else ""
+            self._kept.look(inside, module)
+            for held in (module._parameters, module._buffers):  # others may be put there
+                if type(held) is dict:
+                    self._kept.keep(inside, held)
         for name, parameter in model.named_parameters():
             if vars(parameter):  # a quantized weight has its scales there, which its layer takes away
                 self._kept.keep(f"{name}.", vars(parameter))
