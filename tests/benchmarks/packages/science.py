@@ -192,6 +192,8 @@ def kolmogorov_arnold() -> Sample:
     from kan import KAN
 
     model = KAN(width=[4, 8, 2], grid=3, k=3, auto_save=False, seed=0)
+    for layer in model.act_fun:  # fitted by least squares, whose last bits are not the same in every run
+        nn.init.normal_(layer.coef, std=0.1)
     return Sample(model, lambda: (torch.rand(128, 4),), squares)
 
 
