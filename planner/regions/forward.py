@@ -360,7 +360,8 @@ class RegionsForward:
             return
         except ValueError as error:
             self._failed[kind.structure] += 1
-            left = (TRIES_OF_NEW if isinstance(error, NewCode) else TRIES) - self._failed[kind.structure]
+            may_settle = isinstance(error, NewCode) and not session.loops.followed
+            left = (TRIES_OF_NEW if may_settle else TRIES) - self._failed[kind.structure]
             if left <= 1 and session.loops.followed:
                 self._turn_loops()
             elif left <= 0:
