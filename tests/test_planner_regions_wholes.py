@@ -30,6 +30,17 @@ def _rows(count: int = 64) -> tuple[Tensor, Tensor]:
     return torch.randn(count, WIDE), torch.arange(count) % 2
 
 
+def _enabled_beside(model: nn.Module) -> nn.Module:
+    """Enable ``model`` in regions; a twin that is not."""
+    plain = copy.deepcopy(model)
+    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    return plain
+
+
+def _assert_same_gradients(*models: nn.Module) -> None:
+    tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in models))
+
+
 class Cut(nn.Module):
     """Two pieces."""
 
@@ -99,8 +110,7 @@ class Cached(nn.Module):
 def test_a_backward_within_a_forward_is_not_the_end_of_the_step() -> None:
     torch.manual_seed(0)
     model = Cached()
-    plain = copy.deepcopy(model)
-    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    plain = _enabled_beside(model)
     for _ in range(4):
         x, y = _rows()
         for one in (model, plain):
@@ -175,14 +185,13 @@ class Begun(nn.Module):
 def test_a_first_step_that_is_made_again_begins_where_the_first_one_did() -> None:
     torch.manual_seed(0)
     model = Begun()
-    plain = copy.deepcopy(model)
-    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    plain = _enabled_beside(model)
     for _ in range(4):
         x, y = _rows()
         for one in (model, plain):
             one.zero_grad()
             cross_entropy(one(3 + x), y).backward()
-        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))
+        _assert_same_gradients(model, plain)
         tiny.assert_same_bits(*(dict(of.state_dict()) for of in (model, plain)))
     assert planner.plan_of(model) is not None
 
@@ -248,14 +257,13 @@ class Unread(nn.Module):
 def test_what_a_region_reads_of_its_own_outputs_is_no_gradient_from_outside() -> None:
     torch.manual_seed(0)
     model = Unread()
-    plain = copy.deepcopy(model)
-    planner.enable(model, 0.01, capture="regions", **FAST, now=True)
+    plain = _enabled_beside(model)
     for _ in range(5):
         x = torch.randn(2, 16, WIDE)
         for one in (model, plain):
             one.zero_grad()
             one(x).square().sum().backward()
-        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))
+        _assert_same_gradients(model, plain)
     plan = planner.plan_of(model)
     assert plan is not None and len(plan.regions) == 3
 
@@ -272,4 +280,4 @@ def test_a_sum_without_one_gradient_is_laid_out_as_the_other() -> None:
             one.zero_grad()
             mixed, weights = one(x, values)
             (mixed.square().sum() + (weights.square().sum() if both else 0)).backward()
-        tiny.assert_same_bits(*({n: p.grad for n, p in of.named_parameters()} for of in (model, plain)))
+        _assert_same_gradients(model, plain)

@@ -1,7 +1,8 @@
 """The optimizers that hold a model's parameters, found without being told.
 
 A trainer makes its optimizer before the first batch, and the model never hears of it; but a budget for the
-whole step must count its state.  So the live objects are looked through, once per plan: milliseconds.
+whole step must count its state.  So the live objects are looked through, once per plan: 80 ms
+among half a million.
 """
 
 from __future__ import annotations
