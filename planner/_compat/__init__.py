@@ -9,6 +9,7 @@ torch upgrade is a change to this folder.
     dynamo.py   how Dynamo cuts a forward
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
+    sharded.py  parameters that are spread over ranks
     ops.py      what is to be known of single ops, of kernels, of libraries below them
 """
 
@@ -80,6 +81,17 @@ from planner._compat.running import (
     saved_tensors_hooks_set_aside,
     watching_modes,
     will_run,
+)
+from planner._compat.sharded import (
+    gathered_names,
+    hear_no_resizes,
+    hear_resizes,
+    held_by_shards,
+    is_fully_sharded,
+    is_spread,
+    sharded_parameters,
+    sharding_now,
+    unreduced_gradients,
 )
 from planner._compat.sizes import (
     compiled,
@@ -168,17 +180,23 @@ __all__ = [
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
+    "gathered_names",
     "generator_key",
     "gone",
     "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
+    "hear_no_resizes",
+    "hear_resizes",
+    "held_by_shards",
     "hide_from_dynamo",
     "is_autograd_function",
     "is_checkpoint",
     "is_data_dependent",
     "is_faked",
+    "is_fully_sharded",
     "is_out_of_memory",
+    "is_spread",
     "is_symbol",
     "is_top_mode",
     "is_transformed",
@@ -195,6 +213,8 @@ __all__ = [
     "pytree",
     "reads_a_number",
     "saved_tensors_hooks_set_aside",
+    "sharded_parameters",
+    "sharding_now",
     "size_hint",
     "split_graph",
     "stand_ins_derive_from",
@@ -204,6 +224,7 @@ __all__ = [
     "symbolic_fake",
     "symbolic_mode",
     "tensors_on",
+    "unreduced_gradients",
     "values_unchecked",
     "version_of",
     "watching_modes",

@@ -152,15 +152,20 @@ def _talks_to_ranks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError
                 "forward; a captured step cannot. Use BatchNorm, or plan parts of the model without it"
             )
         if name and is_sharded(module):
-            return PlannerError(sharded_message(name))
+            return _sharded(module, name)
     return None
 
 
 def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, _types("torch.distributed.tensor", "DTensor")):
-            return PlannerError(sharded_message(name) if is_sharded(model) else _SPREAD.format(name))
+            return _sharded(model, name) if is_sharded(model) else PlannerError(_SPREAD.format(name))
     return None
+
+
+def _sharded(module: nn.Module, name: str) -> PlannerError:
+    kind = TraceError if _compat.is_fully_sharded(module) else PlannerError
+    return kind(sharded_message(name))
 
 
 def _wrapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:

@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from planner._compat import (
-    storage_key,
-)
+from planner._compat import dense_parts, storage_key
 from planner.alive import instances_of, kinds_of
 from planner.devices.state import allocation_grain
 from planner.measure.step import Batch, device_of, tensors_in
@@ -122,8 +120,9 @@ def resident_of(
 
     def count(tensors: Iterable[Tensor | None]) -> int:
         total = 0
-        for tensor in tensors:
-            if tensor is None or not on_device(tensor.device, where) or storage_key(tensor) in seen:
+        dense = (part for tensor in tensors if tensor is not None for part in dense_parts(tensor))
+        for tensor in dense:
+            if not on_device(tensor.device, where) or storage_key(tensor) in seen:
                 continue
             seen.add(storage_key(tensor))
             total += rounded_up(int(tensor.untyped_storage().nbytes()), grain)
