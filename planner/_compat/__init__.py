@@ -84,6 +84,7 @@ from planner._compat.running import (
 )
 from planner._compat.sharded import (
     gathered_names,
+    gathers,
     hear_no_resizes,
     hear_resizes,
     held_by_shards,
@@ -181,6 +182,7 @@ __all__ = [
     "forbids_hooks",
     "foreach_takes_fakes",
     "gathered_names",
+    "gathers",
     "generator_key",
     "gone",
     "graph_in_tracing",

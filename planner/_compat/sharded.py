@@ -1,4 +1,4 @@
-"""Parameters that are spread over ranks: FSDP2's shards, and DTensors.  Asked for only where there are any."""
+"""Parameters that are spread over ranks: FSDP2's shards, and DTensors; asked for where there are any."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to ``module`` itself (FSDP2); 2.6+."""
     found = sys.modules.get("torch.distributed.fsdp")
     return found is not None and isinstance(module, found.FSDPModule)
+
+
+def gathers(hook: Any) -> bool:
+    """Whether a hook on a gradient is FSDP2's, which gathers parameters and hands the gradient on; 2.6+."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

@@ -383,10 +383,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def sharded_message(name: str) -> str:
-    """What to do about a sharded module inside a plan."""
+    """What to do about a sharded module inside a plan of one graph."""
     return (
         f"{name} is sharded (FSDP) and gathers its parameters by hooks, which a captured step would not run. "
-        "Plan each block by itself before it is sharded: plan.apply(block), then fully_shard(block)"
+        "Under FSDP2 plan the sharded model in regions: planner.enable(model, ...) before or after "
+        "fully_shard; or plan each block by itself before it is sharded, plan.apply(block), then "
+        "fully_shard(block)"
     )
 
 

@@ -28,7 +28,9 @@ from planner._compat import (
     DataDependentOutputException,
     FakeTensorMode,
     TorchDispatchMode,
+    dense_parts,
     foreach_takes_fakes,
+    is_spread,
     reads_a_number,
 )
 from planner.devices.state import allocation_grain
@@ -166,11 +168,24 @@ def _run_on_fakes(
 
 
 def _fake_of(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode."""
+    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode.
+
+    Of one that is spread over ranks (FSDP2's shards, tensor parallelism): of what this rank has of it.
+    """
+    if is_spread(type(tensor)):
+        (local,) = dense_parts(tensor)
+        return _fake_of(_like(local, tensor), device)
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def _like(local: Tensor, whole: Tensor) -> Tensor:
+    """``local``, a parameter if ``whole`` is one."""
+    if isinstance(whole, nn.Parameter):
+        return nn.Parameter(local.detach(), requires_grad=whole.requires_grad)
+    return local.detach().requires_grad_(whole.requires_grad)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
