@@ -164,8 +164,12 @@ def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerEr
 
 
 def _sharded(module: nn.Module, name: str) -> PlannerError:
-    kind = TraceError if _compat.is_fully_sharded(module) else PlannerError
-    return kind(sharded_message(name))
+    if not _compat.is_fully_sharded(module):
+        return PlannerError(sharded_message(name))
+    return TraceError(
+        f"{name} is sharded (FSDP2) and gathers its parameters by hooks, which one graph would not run. The "
+        'step can be planned in regions, between them: capture="auto" or "regions"'
+    )
 
 
 def _wrapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
@@ -386,8 +390,8 @@ def sharded_message(name: str) -> str:
     """What to do about a sharded module inside a plan of one graph."""
     return (
         f"{name} is sharded (FSDP) and gathers its parameters by hooks, which a captured step would not run. "
-        "Under FSDP2 plan the sharded model in regions: planner.enable(model, ...) before or after "
-        "fully_shard; or plan each block by itself before it is sharded, plan.apply(block), then "
+        "Under FSDP2 plan the model when it is sharded (planner.enable and planner.plan cut it into regions "
+        "between these hooks), or each block by itself before it is: plan.apply(block), then "
         "fully_shard(block)"
     )
 

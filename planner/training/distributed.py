@@ -49,11 +49,13 @@ from torch import nn
 from planner import _compat
 from planner.api import plan
 from planner.errors import PlannerError
+from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
 from planner.runtime.build import check_is_of
+from planner.solving.in_regions import step_in_regions
 from planner.solving.priced import prepare
 from planner.training.job_store import JobStore
 
@@ -80,6 +82,9 @@ def shared_plan(
     whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.
     """
 
+    if any(map(_compat.is_fully_sharded, model.modules())):
+        return _shared_of_sharded(model, budget_gb, inputs, group, options)
+
     def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
         given = inputs_of(received, device) if inputs is None else inputs
@@ -88,6 +93,29 @@ def shared_plan(
         return Plan.of(received, step.as_planned(received))
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
+
+
+def _shared_of_sharded(
+    model: nn.Module, budget_gb: float, inputs: object, group: Any, options: Mapping[str, Any]
+) -> Plan:
+    """One plan for all ranks of a sharded model, whose step they run together to see it."""
+    how = _of_the_step(options)
+    unknown = set(how) - {"loss_fn", "optimizer", "costs", "search", "capture"}
+    if unknown or how.pop("capture", "auto") == "one graph":
+        raise ValueError(f"a sharded model is planned in regions, for which {sorted(unknown)} says nothing")
+    budget_bytes = budget_bytes_of(budget_gb)
+    step = step_in_regions(model, inputs, **how)
+
+    def adopt(received: PlanData) -> Plan:
+        plan = step.as_run_here(received, budget_bytes)
+        if plan is None:
+            raise PlannerError(
+                f"the plan of rank 0 does not fit {budget_gb} GB here, or this rank's step is another (batches "
+                "of other sizes): give rank 0 the largest batch"
+            )
+        return plan
+
+    return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
 
 def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
