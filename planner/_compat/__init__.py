@@ -83,6 +83,7 @@ from planner._compat.running import (
     will_run,
 )
 from planner._compat.sharded import (
+    checkpointed_around,
     gathered_names,
     gathers,
     hear_no_resizes,
@@ -92,6 +93,7 @@ from planner._compat.sharded import (
     is_spread,
     sharded_parameters,
     sharding_now,
+    spread_parameters,
     unreduced_gradients,
 )
 from planner._compat.sizes import (
@@ -159,6 +161,7 @@ __all__ = [
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
+    "checkpointed_around",
     "clear_cublas_workspaces",
     "compiled",
     "compiled_parts_as_eager",
@@ -219,6 +222,7 @@ __all__ = [
     "sharding_now",
     "size_hint",
     "split_graph",
+    "spread_parameters",
     "stand_ins_derive_from",
     "storage_key",
     "storage_uses",

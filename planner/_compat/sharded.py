@@ -22,6 +22,21 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return found is not None and isinstance(module, found.FSDPModule)
 
 
+def checkpointed_around(model: nn.Module) -> str:
+    """The path of a module of torch's that checkpoints what ``fully_shard`` was applied to, or of one with a
+    checkpoint among its hooks; "": there is none; 2.6+.
+    """
+    wrappers = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    contract = sys.modules.get("torch.distributed._composable.contract")
+    for path, module in model.named_modules():
+        if wrappers is not None and isinstance(module, wrappers.CheckpointWrapper):
+            if any(is_fully_sharded(inner) for inner in module.modules() if inner is not module):
+                return path or type(module).__name__
+        if contract is not None and "checkpoint" in (contract._get_registry(module) or {}):
+            return path or type(module).__name__
+    return ""
+
+
 def gathers(hook: Any) -> bool:
     """Whether a hook on a gradient is FSDP2's, which gathers parameters and hands the gradient on; 2.6+."""
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
@@ -52,6 +67,19 @@ def sharded_parameters(model: nn.Module) -> list[nn.Parameter]:
     }
     found = (shards.get(id(p), p) for p in model.parameters())
     return list({id(p): p for p in found}.values())
+
+
+def spread_parameters(model: nn.Module) -> list[str]:
+    """Parameters that are DTensors, other than by FSDP2 alone: their ops may talk to other ranks; 2.6+."""
+    shards = {
+        id(of.sharded_param) for group in _groups(model) for of in group.fsdp_params if not of.is_dtensor
+    }
+    gathered = gathered_names(model)
+    return [
+        name
+        for name, p in model.named_parameters()
+        if id(p) not in shards and (is_spread(type(p)) or (id(p) in gathered and is_spread(type(p.data))))
+    ]
 
 
 def gathered_names(model: nn.Module) -> dict[int, str]:

@@ -130,6 +130,14 @@ def _checkpoints(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | 
         if getattr(module, "gradient_checkpointing", False) is True:
             how = f"{name or 'model'}.gradient_checkpointing is True"
             return checkpoints_itself(type(model).__name__, how)
+    around = _compat.checkpointed_around(model)
+    if around:
+        return PlannerError(
+            f"{around} is checkpointed by PyTorch around its sharding, or by hooks: what is made again there "
+            "gathers parameters again, which no plan may do. Leave the checkpoint out, the plan decides what "
+            "to recompute; or wrap the module before it is sharded, fully_shard(checkpoint_wrapper(block)), "
+            "and the plan takes its place"
+        )
     return None
 
 
@@ -157,9 +165,10 @@ def _talks_to_ranks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError
 
 
 def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, _types("torch.distributed.tensor", "DTensor")):
-            return _sharded(model, name) if is_sharded(model) else PlannerError(_SPREAD.format(name))
+    for name in _compat.spread_parameters(model):
+        return PlannerError(_SPREAD.format(name))
+    if is_sharded(model):
+        return _sharded(model, "the model")
     return None
 
 
@@ -403,8 +412,10 @@ def _types(module: str, *names: str) -> tuple[type, ...]:
 
 
 _SPREAD = (
-    "{} is a DTensor, spread over several devices; a plan is for one device. Plan the parts that are not, or "
-    "before the model is spread"
+    "{} is a DTensor, spread over several devices by tensor parallelism; a plan is for the ops of one device. "
+    "An op on such a tensor may talk to the other ranks (a row-wise matmul adds up over them), and made again "
+    "in the backward it would do so again, in an order that no other rank knows of. Shard by FSDP2 alone "
+    "(fully_shard), which is planned, or plan the parts that are not spread"
 )
 
 
