@@ -100,8 +100,8 @@ class Watched(_compat.TorchDispatchMode):
 def _trained(
     rank: int, model: Model, *, rows: int = 4, micro: int = 1, last_only: bool = False, steps: int = STEPS
 ) -> tuple[list[Tensor], list[int], list[str]]:
-    """Losses, gradients and parameters of all steps; the peaks of the last one's micro-batches; what the ranks
-    talked about in the one before.
+    """Losses, gradients and parameters of all steps; the peaks of the last one's micro-batches; what the
+    ranks talked about in the one before.
     """
     if micro == 1:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -187,7 +187,7 @@ def test_a_planned_model_trains_as_plain_fsdp2_within_its_budget(
 
 
 def _uneven(rank: int, path: str) -> dict[str, Any]:
-    """Batches of other sizes in two dtypes; a checkpoint of the planned model; one plan made before training."""
+    """Batches of other sizes in two dtypes; a checkpoint of the planned model; a plan made before."""
     bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     how = {"rows": 4 + 2 * rank, "micro": 2}
     want, peaks, _ = _trained(rank, _shard(_model(tied=False), **bf16), **how)
@@ -203,12 +203,11 @@ def _uneven(rank: int, path: str) -> dict[str, Any]:
     loaded.load_state_dict(state)
     shared = shared_plan(loaded, max(peaks) / 1e9, (_ids(0, 1),), costs="roofline", time_limit_s=0.3)
     shared.apply()
+    plain, planned = (_trained(rank, of, micro=2, steps=2)[0] for of in (model, loaded))
     return {
         "equal": same(got, want),
         "within": measured[-1] <= plan.peak_bytes and max(measured) <= plan.budget_bytes,
-        "loads": same(
-            _trained(rank, loaded, micro=2, steps=2)[0], _trained(rank, model, micro=2, steps=2)[0]
-        ),
+        "loads": same(planned, plain),
         "sequence": shared.sequence,
     }
 

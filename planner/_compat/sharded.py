@@ -29,10 +29,10 @@ def checkpointed_around(model: nn.Module) -> str:
     wrappers = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     contract = sys.modules.get("torch.distributed._composable.contract")
     for path, module in model.named_modules():
-        if wrappers is not None and isinstance(module, wrappers.CheckpointWrapper):
-            if any(is_fully_sharded(inner) for inner in module.modules() if inner is not module):
-                return path or type(module).__name__
-        if contract is not None and "checkpoint" in (contract._get_registry(module) or {}):
+        is_around = wrappers is not None and isinstance(module, wrappers.CheckpointWrapper)
+        inside = (inner for inner in module.modules() if inner is not module)
+        hooked = contract is not None and "checkpoint" in (contract._get_registry(module) or {})
+        if hooked or (is_around and any(map(is_fully_sharded, inside))):
             return path or type(module).__name__
     return ""
 

@@ -412,10 +412,10 @@ def _types(module: str, *names: str) -> tuple[type, ...]:
 
 
 _SPREAD = (
-    "{} is a DTensor, spread over several devices by tensor parallelism; a plan is for the ops of one device. "
-    "An op on such a tensor may talk to the other ranks (a row-wise matmul adds up over them), and made again "
-    "in the backward it would do so again, in an order that no other rank knows of. Shard by FSDP2 alone "
-    "(fully_shard), which is planned, or plan the parts that are not spread"
+    "{} is a DTensor, spread over several devices by tensor parallelism; a plan is for the ops of one "
+    "device. An op on such a tensor may talk to the other ranks (a row-wise matmul adds up over them), and "
+    "made again in the backward it would talk again. Shard by FSDP2 alone (fully_shard), which is planned, "
+    "or plan the parts that are not spread"
 )
 
 
