@@ -226,13 +226,15 @@ def test_ranks_of_other_sizes_checkpoints_and_one_plan_for_all(ranks: Ranks, tmp
 
 def _refused(rank: int) -> list[str]:
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    outside, spread = _model(), _model(tied=False)
+    outside, spread, compiled = _model(), _model(tied=False), _model()
     for k, block in enumerate(outside.blocks):
         outside.blocks[k] = checkpoint_wrapper(fully_shard(block, mesh=mesh))
     for block in spread.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for block in compiled.blocks:
+        block.compile(backend="eager")
     said = []
-    for model in (fully_shard(outside, mesh=mesh), spread):
+    for model in (fully_shard(outside, mesh=mesh), spread, _shard(compiled)):
         planner.enable(model, 1.0, **QUICK)
         with pytest.raises(PlannerError) as raised:
             model(_ids(rank, 0))
@@ -241,6 +243,9 @@ def _refused(rank: int) -> list[str]:
 
 
 def test_what_would_talk_again_is_refused_with_the_way_out(ranks: Ranks) -> None:
-    for around, spread in ranks(_refused):
+    for around, spread, compiled in ranks(_refused):
+        assert (
+            "blocks.0 is compiled by itself and sharded" in compiled and "Leave the compile out" in compiled
+        )
         assert "blocks.0 is checkpointed by PyTorch" in around and "fully_shard(checkpoint_wrapper(" in around
         assert "blocks.0.up.weight is a DTensor" in spread and "tensor parallelism" in spread

@@ -84,6 +84,7 @@ from planner._compat.running import (
 )
 from planner._compat.sharded import (
     checkpointed_around,
+    compiled_part,
     gathered_names,
     gathers,
     hear_no_resizes,
@@ -164,6 +165,7 @@ __all__ = [
     "checkpointed_around",
     "clear_cublas_workspaces",
     "compiled",
+    "compiled_part",
     "compiled_parts_as_eager",
     "compiler_flags",
     "compiles_here",

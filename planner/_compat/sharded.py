@@ -37,6 +37,16 @@ def checkpointed_around(model: nn.Module) -> str:
     return ""
 
 
+def compiled_part(model: nn.Module) -> str | None:
+    """The path of a module that is compiled by itself, in place or in a wrapper; ``None``: none is; 2.0+."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    for path, module in model.named_modules():
+        is_wrapper = frames is not None and isinstance(module, frames.OptimizedModule)
+        if is_wrapper or getattr(module, "_compiled_call_impl", None) is not None:
+            return path
+    return None
+
+
 def gathers(hook: Any) -> bool:
     """Whether a hook on a gradient is FSDP2's, which gathers parameters and hands the gradient on; 2.6+."""
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
