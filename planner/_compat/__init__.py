@@ -7,6 +7,7 @@ torch upgrade is a change to this folder.
     sizes.py    sizes that are symbols
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
+    quick.py    the same trace in less time
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
     ops.py      what is to be known of single ops, of kernels, of libraries below them
@@ -64,6 +65,7 @@ from planner._compat.ops import (
     reads_a_number,
     writes_arguments,
 )
+from planner._compat.quick import collecting_seldom
 from planner._compat.running import (
     after_backward,
     at_end_of_backward,
@@ -111,6 +113,7 @@ from planner._compat.tracing import (
     compiler_flags,
     export_joint,
     fake_mode_of,
+    fakes_as_last_time,
     foreach_takes_fakes,
     graph_in_tracing,
     is_data_dependent,
@@ -147,6 +150,7 @@ __all__ = [
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
     "clear_cublas_workspaces",
+    "collecting_seldom",
     "compiled",
     "compiled_parts_as_eager",
     "compiler_flags",
@@ -165,6 +169,7 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
