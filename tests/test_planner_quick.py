@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import functools
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn, optim
 
+import planner
 from planner._compat import collecting_seldom
 from planner.capture.joint_graph import capture
 from planner.errors import PlannerError
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # -- optimizers: some parameters of each kind step, the rest are counted --------------------------------
 
@@ -163,3 +169,40 @@ def test_a_garbage_collector_that_is_off_stays_off() -> None:
         assert gc.get_threshold()[0] == 0
     finally:
         gc.set_threshold(*before)
+
+
+# -- imports --------------------------------------------------------------------------------------------
+
+
+def _python(code: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ran.stdout.strip()
+
+
+def test_importing_the_package_and_its_help_import_no_torch() -> None:
+    asked = (
+        "import sys, planner\n"
+        "from planner.cli.parser import parser\n"
+        "parser().format_help()\n"
+        "print(sorted(sys.modules.keys() & {'torch', 'numpy', 'solvers', 'planner.api'}), *planner.__all__)\n"
+        "print(set(planner.__all__) <= set(dir(planner)))"
+    )
+    said, whole = _python(asked).splitlines()
+    assert said == " ".join(["[]", *planner.__all__])
+    assert whole == "True"
+
+
+def test_names_are_what_they_are_whoever_imported_a_file_of_that_name_before() -> None:
+    import planner.frontier
+    import planner.plan
+
+    assert planner.plan is planner.api.plan and planner.frontier is planner.api.frontier  # type: ignore
+    asked = (
+        "import planner.plan, planner.frontier, sys\n"
+        "from planner import plan, frontier\n"
+        "print(*(x.__module__ for x in (planner.plan, planner.frontier, plan, frontier, planner.Plan)))"
+    )
+    assert _python(asked) == "planner.api planner.api planner.api planner.api planner.plan"
+    assert {name for name in planner.__all__ if getattr(planner, name) is None} == set()
+    with pytest.raises(AttributeError, match="'planner' has no attribute 'plann'"):
+        planner.plann  # type: ignore[attr-defined]  # noqa: B018

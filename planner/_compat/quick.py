@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -251,4 +252,202 @@ def fakes_remembered(known: Remembered) -> Iterator[None]:
 def code_when_run() -> Iterator[None]:
     """The code of a graph module that is made here is written when it is asked for; 2.3+."""
     with _use_lazy_graph_module(True):
+        yield
+
+
+# -- what is asked at every op --------------------------------------------------------------------------
+
+_kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
+
+_LEAF: Any = object()
+
+
+class _Odd(Exception):
+    """A container that only torch's own flattening knows."""
+
+
+class _Shape:
+    """How a nest of tuples, lists and dicts was flattened."""
+
+    __slots__ = ("nest",)
+
+    def __init__(self, nest: Any) -> None:
+        self.nest = nest
+
+
+class _Flattening:
+    """Torch's flattening of containers, quick for the tuples, lists and dicts that ops take; 2.0+."""
+
+    def __init__(self, torchs: Any) -> None:
+        self._torchs = torchs
+        self._leaves: dict[type, bool] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchs, name)
+
+    def _is_leaf(self, x: Any) -> bool:
+        kind = _kind_of(x)
+        known = self._leaves.get(kind)
+        if known is None:
+            torchs = self._torchs
+            known = self._leaves[kind] = kind not in torchs.SUPPORTED_NODES and not issubclass(kind, tuple)
+        if not known:
+            raise _Odd
+        return True
+
+    def _flat(self, x: Any, leaves: list[Any]) -> Any:
+        kind = _kind_of(x)
+        if kind is tuple or kind is list:
+            return kind, [self._flat(item, leaves) for item in x]
+        if kind is dict:
+            return list(x), [self._flat(item, leaves) for item in x.values()]
+        self._is_leaf(x)
+        leaves.append(x)
+        return _LEAF
+
+    def _made(self, nest: Any, leaves: Iterator[Any]) -> Any:
+        if nest is _LEAF:
+            return next(leaves)
+        kind, items = nest
+        if kind is tuple:
+            return tuple([self._made(item, leaves) for item in items])
+        if kind is list:
+            return [self._made(item, leaves) for item in items]
+        return dict(zip(kind, [self._made(item, leaves) for item in items], strict=True))
+
+    def _mapped(self, only: Any, change: Any, x: Any) -> Any:
+        kind = _kind_of(x)
+        if kind is tuple:
+            return tuple([self._mapped(only, change, item) for item in x])
+        if kind is list:
+            return [self._mapped(only, change, item) for item in x]
+        if kind is dict:
+            return {key: self._mapped(only, change, item) for key, item in x.items()}
+        self._is_leaf(x)
+        return change(x) if isinstance(x, only) else x
+
+    def tree_flatten(self, tree: Any, *how: Any, **more: Any) -> Any:
+        if not how and not more:
+            leaves: list[Any] = []
+            with contextlib.suppress(_Odd):
+                return leaves, _Shape(self._flat(tree, leaves))
+        return self._torchs.tree_flatten(tree, *how, **more)
+
+    def tree_leaves(self, tree: Any, *how: Any, **more: Any) -> Any:
+        return self.tree_flatten(tree, *how, **more)[0]
+
+    def tree_unflatten(self, leaves: Any, shape: Any) -> Any:
+        if _kind_of(shape) is _Shape:
+            return self._made(shape.nest, iter(leaves))
+        return self._torchs.tree_unflatten(leaves, shape)
+
+    def tree_map_only(self, only: Any, change: Any, tree: Any, *more: Any, **how: Any) -> Any:
+        if isinstance(only, _kind_of) and not more and not how:
+            with contextlib.suppress(_Odd):
+                return self._mapped(only, change, tree)
+        return self._torchs.tree_map_only(only, change, tree, *more, **how)
+
+
+def _snapshot(torchs: Any) -> Any:
+    """A fake for the node of a graph: on the storage of the one that the program holds, apart from it."""
+    held: dict[str, Any] = {}
+
+    def snapshot_fake(val: Any, include_real: bool = False) -> Any:
+        if _kind_of(val) is not FakeTensor or include_real or val._has_symbolic_sizes_strides:
+            return torchs(val, include_real)
+        if not held:
+            made = torchs(val)
+            held.update((name, None) for name in vars(made))
+            return made
+        mode, device = val.fake_mode, val.fake_device
+        if mode._allow_unsafe_data_ptr_access:
+            return torchs(val)
+        with torch._C._DisableTorchDispatch():
+            made = torch.Tensor._make_subclass(
+                FakeTensor, val, False, dispatch_device=True, device_for_backend_keys=device
+            )
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(held)
+        made.fake_mode, made.fake_device = mode, device
+        return made
+
+    return snapshot_fake
+
+
+def _remembering(torchs: Any, key_of: Any) -> Any:
+    """``torchs``, asked once for each key; where there is none, each time."""
+    known: dict[Any, Any] = {}
+
+    def asked(*args: Any) -> Any:
+        key = key_of(*args)
+        if key is None:
+            return torchs(*args)
+        if key not in known:
+            known[key] = torchs(*args)
+        return known[key]
+
+    return asked
+
+
+def _op_and_device(func: Any, flat_args: Any) -> Any:
+    return func, next((a.device.type for a in flat_args if isinstance(a, torch.Tensor)), None)
+
+
+def _op(func: Any) -> Any:
+    return func if isinstance(func, OpOverload) else None
+
+
+def _plain_value(value: Any) -> Any:
+    return _kind_of(value) if _kind_of(value) in _VALUES or isinstance(value, torch.Tensor) else None
+
+
+@contextlib.contextmanager
+def _names_of(module: Any, **names: Any) -> Iterator[None]:
+    """Names of a module's own code, put back; those that the module lacks but for builtins are left out."""
+    own = vars(module)
+    names = {name: value for name, value in names.items() if name in own or name in ("type", "id")}
+    before = {name: own[name] for name in names if name in own}
+    own.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            del own[name]
+        own.update(before)
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
+
+    And nodes get no ``tensor_meta``, which says in other words what ``val`` does.
+    """
+    effects: Any = importlib.import_module("torch._higher_order_ops.effects")
+    automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
+    functional: Any = importlib.import_module("torch._subclasses.functional_tensor")
+    proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
+    described = proxies._extract_tensor_metadata
+    builtin = {"type": _kind_of, "id": _identity}
+    flattening = _Flattening(importlib.import_module("torch.utils._pytree"))
+    decomposed = _remembering(proxies.autograd_would_have_decomposed, _op_and_device)
+    with contextlib.ExitStack() as stack:
+        put = stack.enter_context
+        put(_names_of(effects, has_effects=_remembering(effects.has_effects, _op)))
+        asked = automatic.can_auto_functionalize
+        put(_names_of(automatic, can_auto_functionalize=_remembering(asked, _op)))
+        put(_names_of(functional, **builtin, pytree=flattening, autograd_would_have_decomposed=decomposed))
+        put(
+            _names_of(
+                proxies,
+                **builtin,
+                pytree=flattening,
+                autograd_would_have_decomposed=decomposed,
+                is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
+                snapshot_fake=_snapshot(proxies.snapshot_fake),
+                _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
+            )
+        )
+        for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
+            put(_names_of(importlib.import_module(name), **builtin))
+        put(_names_of(_fake_tensor, **builtin))
         yield

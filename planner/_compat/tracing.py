@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -33,7 +34,7 @@ from torch._subclasses.functional_tensor import (
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from planner._compat.quick import Remembered, code_when_run, fakes_remembered
+from planner._compat.quick import Remembered, asked_once, code_when_run, fakes_remembered
 
 
 @contextlib.contextmanager
@@ -338,6 +339,14 @@ def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Calla
     return on_dense
 
 
+# Nodes need not say which Python function made them, which a mode would watch for at every call; 2.10+
+_UNNAMED: dict[str, Any] = (
+    {"_disable_torch_fn_metadata_mode": True}
+    if "_disable_torch_fn_metadata_mode" in inspect.signature(aot_export_joint_with_descriptors).parameters
+    else {}
+)
+
+
 def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
@@ -346,8 +355,8 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), code_when_run(), contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
+    with _tracing_flags(), code_when_run(), asked_once(), contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, **_UNNAMED)
         return joint.graph_module
 
 
