@@ -7,6 +7,7 @@ torch upgrade is a change to this folder.
     sizes.py    sizes that are symbols
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
+    inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
     ops.py      what is to be known of single ops, of kernels, of libraries below them
@@ -51,6 +52,18 @@ from planner._compat.dynamo import (
     nests,
     split_graph,
     switches_gradients,
+)
+from planner._compat.inductor import (
+    IS_REALIZED,
+    Lowered,
+    Split,
+    compile_split,
+    copy_of,
+    forward_and_backward,
+    is_fused,
+    is_lowered,
+    is_view_of_operand,
+    lowered,
 )
 from planner._compat.ops import (
     batch_norm_is_cudnns,
@@ -125,6 +138,7 @@ from planner._compat.tracing import (
 
 __all__ = [
     "ENTERS_AUTOCAST",
+    "IS_REALIZED",
     "RECOMPILES",
     "STAND_INS",
     "TURNS",
@@ -135,7 +149,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "Loops",
+    "Lowered",
     "OpOverload",
+    "Split",
     "TorchDispatchMode",
     "after_backward",
     "at_end_of_backward",
@@ -147,10 +163,12 @@ __all__ = [
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
     "clear_cublas_workspaces",
+    "compile_split",
     "compiled",
     "compiled_parts_as_eager",
     "compiler_flags",
     "compiles_here",
+    "copy_of",
     "cuda_driver_version",
     "current_backward",
     "cut_by_dynamo",
@@ -168,6 +186,7 @@ __all__ = [
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
+    "forward_and_backward",
     "generator_key",
     "gone",
     "graph_in_tracing",
@@ -178,14 +197,18 @@ __all__ = [
     "is_checkpoint",
     "is_data_dependent",
     "is_faked",
+    "is_fused",
+    "is_lowered",
     "is_out_of_memory",
     "is_symbol",
     "is_top_mode",
     "is_transformed",
     "is_under_autocast",
+    "is_view_of_operand",
     "job_store",
     "kernels_as_eager",
     "left_alone",
+    "lowered",
     "modes_set_aside",
     "nests",
     "once_in_backward",

@@ -1,0 +1,51 @@
+"""What the code that inductor generates for a graph allocates: played on tensors without data.
+
+The generated Python is run as it is, with kernels that do nothing, so buffers that are written over, freed and
+reused are those of the compiled step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planner._compat import Lowered
+from planner.measure.meter import StorageMeter
+
+__all__ = ["Played", "play"]
+
+
+@dataclass(frozen=True)
+class Played:
+    """Bytes of what a call makes.
+
+    ``peak_bytes``   most at once beyond what was there when it began; of arguments that it frees, less.
+    ``left_bytes``   of what it returns beyond its arguments.
+    ``results``      what it returned.
+    """
+
+    peak_bytes: int
+    left_bytes: int
+    results: tuple[Any, ...]
+
+
+def play(code: Lowered, args: Sequence[Any], given: Sequence[Any] = ()) -> Played:
+    """Run ``code`` on fake ``args``; those of them in ``given`` stay alive with whoever has them."""
+    meter = StorageMeter()
+    with code.mode, torch.no_grad():
+        fresh = [_like(a) if isinstance(a, torch.Tensor) else a for a in args]
+        meter.register(*(a for a in fresh if isinstance(a, torch.Tensor)))
+        before = meter.live_bytes
+        held = [x for x, a in zip(fresh, args, strict=True) if any(a is g for g in given)]
+        with meter:
+            results = code.run(fresh)
+        peak, left = meter.peak_bytes - before, meter.live_bytes - before
+    del held
+    return Played(peak, left, tuple(results))
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
