@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import operator
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -41,6 +42,9 @@ _LIBRARY = {
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward, aten._int_mm,
     aten.mkldnn_rnn_layer,
 }  # fmt: skip
+
+# Settings under which kernels run in the order in which a graph calls them.
+_AS_WRITTEN = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
 
 # What is written into its readers, beside what torch tags as pointwise.
 _INLINED = {
@@ -91,8 +95,22 @@ def forward_and_backward(
     """The two modules of ``joint``, in which nothing behind ``saved`` and ``sizes`` is read across; 2.9+."""
     from torch._functorch import partitioners
 
-    return partitioners._extract_fwd_bwd_modules(
+    halves = partitioners._extract_fwd_bwd_modules(
         joint, saved, sizes, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
+    )
+    for half in halves:  # what may draw random numbers is kept, read or not, attention without dropout too
+        for node in reversed(list(half.graph.nodes)):
+            if node.op == "call_function" and not node.users and not writes(node):
+                half.graph.erase_node(node)
+        half.recompile()
+    return halves
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call acts on something else than its results."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and (schema.is_mutable or "c10d" in schema.name)) or (
+        node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
     )
 
 
@@ -120,6 +138,29 @@ def _partitioner() -> Any:
     return Partitioner
 
 
+@functools.cache
+def _choices() -> Any:
+    """What decides which loops become one: those between the same two calls of libraries' kernels.
+
+    Inductor otherwise joins whatever reads the same, and what is made again late would be made early.
+    """
+    from torch._inductor.choices import InductorChoices  # 2.6+
+
+    class BetweenKernels(InductorChoices):  # type: ignore[misc]
+        @staticmethod
+        def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            kernels = getattr(scheduler, "_kernels_at", None)
+            if kernels is None:
+                kernels = sorted(n.min_order for n in scheduler.nodes if n.is_extern())
+                scheduler._kernels_at = kernels
+            first, last = min(node1.min_order, node2.min_order), max(node1.max_order, node2.max_order)
+            if bisect(kernels, first) != bisect(kernels, last) and not (node1.is_extern() or node2.is_extern()):
+                return False
+            return bool(InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score))
+
+    return BetweenKernels()
+
+
 def compile_split(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -134,10 +175,15 @@ def compile_split(
     ``inner``  compiles each half instead of inductor's code generator: (graph module, inputs, settings).
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        with V.set_choices_handler(_choices()):
+            return compile_fx_inner(*args, **kwargs)
 
     own = copy_of(gm)
-    patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key)}
-    made: Callable[..., Any] = compile_fx(own, inputs, inner or compile_fx_inner, config_patches=patches)
+    patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key), **_AS_WRITTEN}
+    made: Callable[..., Any] = compile_fx(own, inputs, inner or compiled, config_patches=patches)
     return made
 
 
@@ -235,7 +281,9 @@ def lowered(
     context = TracingContext(fake_mode)
     context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated))  # type: ignore[assignment]
     c.view_to_reshape(gm)
-    with torch.no_grad(), V.set_fake_mode(fake_mode), tracing(context), DebugContext():
+    with torch.no_grad(), V.set_fake_mode(fake_mode), tracing(context), DebugContext(), V.set_choices_handler(
+        _choices()
+    ), c.config.patch(_AS_WRITTEN):
         c.fake_tensor_prop(gm, inputs)
         c._recursive_record_original_output_strides(gm)
         c._recursive_post_grad_passes(gm, is_inference=False)
