@@ -64,6 +64,7 @@ from planner._compat.inductor import (
     is_lowered,
     is_view_of_operand,
     lowered,
+    stored,
 )
 from planner._compat.ops import (
     batch_norm_is_cudnns,
@@ -223,6 +224,7 @@ __all__ = [
     "stand_ins_derive_from",
     "storage_key",
     "storage_uses",
+    "stored",
     "switches_gradients",
     "symbolic_fake",
     "symbolic_mode",

@@ -25,6 +25,7 @@ __all__ = [
     "is_view_of_operand",
     "copy_of",
     "lowered",
+    "stored",
 ]
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,18 @@ def forward_and_backward(
                 half.graph.erase_node(node)
         half.recompile()
     return halves
+
+
+def stored(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What a kernel made, apart from the calls that read it: they are not joined to it; 2.6+."""
+    value = node.meta["val"]
+    if any(isinstance(n, torch.SymInt) for n in value.stride()):
+        return node
+    from torch._inductor import inductor_prims
+
+    new = graph.call_function(inductor_prims.force_stride_order, (node, list(value.stride())))
+    new.meta = dict(node.meta)
+    return new
 
 
 def writes(node: fx.Node) -> bool:

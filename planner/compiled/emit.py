@@ -8,6 +8,7 @@ Calls that are written into their readers are written out for each reader.
 from __future__ import annotations
 
 import operator
+from bisect import bisect, bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.compiled.fused import FusedStep, is_size
+from planner.graph.training_graph import GraphOp
 
 __all__ = ["Written", "write"]
 
@@ -52,13 +54,14 @@ class _Writer:
         old = self.step.joint.graph
         for node in old.find_nodes(op="placeholder"):
             self.now[node] = self._copied(node)
-        for i in steps[:turn]:
-            self._run(i, clear=i in self.ran)
+        self.apart = self._apart(steps)
+        for k, i in enumerate(steps[:turn]):
+            self._run(k, i, clear=i in self.ran)
         results = [self._of(n) for n in self.step.results[: self.step.forwards]]
         self.early = set(self.graph.nodes)
         self.inlined.clear()
-        for i in steps[turn:]:
-            self._run(i, clear=True)
+        for k, i in enumerate(steps[turn:], turn):
+            self._run(k, i, clear=True)
         self.inlined.clear()
         results += [self._of(n) for n in self.step.results[self.step.forwards :]]
         (output,) = old.find_nodes(op="output")
@@ -66,7 +69,26 @@ class _Writer:
         new.meta = dict(output.meta)
         return self._finished(new)
 
-    def _run(self, i: int, *, clear: bool) -> None:
+    def _apart(self, steps: Sequence[int]) -> set[int]:
+        """Places of products that are first read when another kernel of a library has run.
+
+        Inductor would join such a product and the sum that reads it to one kernel, which runs where the sum does,
+        and what is multiplied would be held until then.
+        """
+        ops = self.step.graph.ops
+        kernels = [k for k, i in enumerate(steps) if not _compat.is_lowered(_node(ops[i]))]
+        found = set()
+        made: dict[int, int] = {}
+        for k, i in enumerate(steps):
+            for v in ops[i].inputs:
+                at = made.pop(v, None)
+                if at is not None and bisect(kernels, at) < bisect_left(kernels, k):
+                    found.add(at)
+            if _node(ops[i]).target is torch.ops.aten.mm.default:
+                made[ops[i].outputs[0]] = k
+        return found
+
+    def _run(self, k: int, i: int, *, clear: bool) -> None:
         op = self.step.graph.ops[i]
         assert op.node is not None
         if clear:
@@ -75,6 +97,8 @@ class _Writer:
         if self.early and i in self.ran:
             made.meta["recompute_of"] = op.node.name
         self.ran.add(i)
+        if k in self.apart:
+            made = _compat.stored(self.graph, made)
         if op.node in self.step.stored:
             self.now[op.node] = made
         for part in op.node.users:
@@ -143,3 +167,8 @@ class _Writer:
                 needed.add(node)
                 needed.update(node.all_input_nodes)
         return [n for n in late if n in needed]
+
+
+def _node(op: GraphOp) -> fx.Node:
+    assert op.node is not None
+    return op.node
