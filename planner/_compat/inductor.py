@@ -16,6 +16,10 @@ import torch
 from torch import fx
 __all__ = [
     "IS_REALIZED",
+    "allocated_peak",
+    "compile_as_torch",
+    "seeded",
+    "torchs_split",
     "Lowered",
     "Split",
     "compile_split",
@@ -198,6 +202,56 @@ def compile_split(
     patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key), **_AS_WRITTEN}
     made: Callable[..., Any] = compile_fx(own, inputs, inner or compiled, config_patches=patches)
     return made
+
+
+def compile_as_torch(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """``gm`` compiled by inductor, its joint graph split as torch would; 2.0+."""
+    from torch._inductor.compile_fx import compile_fx
+
+    made: Callable[..., Any] = compile_fx(copy_of(gm), inputs)
+    return made
+
+
+def torchs_split(joint: fx.GraphModule, forwards: int, static: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The two modules of ``joint`` as torch splits it where no memory is to be saved; 2.0+."""
+    from torch._functorch.partitioners import default_partition
+
+    return default_partition(joint, (), num_fwd_outputs=forwards, static_lifetime_input_nodes=static)
+
+
+def seeded(gm: fx.GraphModule) -> None:
+    """Let calls that draw numbers from a seed draw the same from the same one, run by the dispatcher; 2.1+."""
+    from torch._inductor import inductor_prims
+
+    def random(size: Any, seed: torch.Tensor, mode: str, *, offset: int = 0) -> torch.Tensor:
+        source = torch.Generator(seed.device).manual_seed(int(seed))
+        draw = torch.rand if mode == "rand" else torch.randn
+        return draw(size, device=seed.device, generator=source)
+
+    def randint(low: int, high: int, size: Any, seed: torch.Tensor, *, offset: int = 0) -> torch.Tensor:
+        source = torch.Generator(seed.device).manual_seed(int(seed))
+        return torch.randint(low, high, size, device=seed.device, generator=source)
+
+    instead = {inductor_prims.random: random, inductor_prims.randint: randint}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in instead:
+            node.target = instead[node.target]
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Most bytes that the CPU's allocator had handed out while ``run`` ran, beyond those before; 1.9+.
+
+    The generated code allocates below the dispatcher, so no mode sees it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    results: Any = seen.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:

@@ -24,27 +24,26 @@ class Played:
 
     ``peak_bytes``   most at once beyond what was there when it began; of arguments that it frees, less.
     ``left_bytes``   of what it returns beyond its arguments.
-    ``results``      what it returned.
     """
 
     peak_bytes: int
     left_bytes: int
-    results: tuple[Any, ...]
 
 
-def play(code: Lowered, args: Sequence[Any], given: Sequence[Any] = ()) -> Played:
-    """Run ``code`` on fake ``args``; those of them in ``given`` stay alive with whoever has them."""
+def play(code: Lowered, args: Sequence[Any], held: Sequence[int] = ()) -> Played:
+    """Run ``code`` on fake ``args``; those at the positions ``held`` stay alive with whoever has them."""
     meter = StorageMeter()
     with code.mode, torch.no_grad():
         fresh = [_like(a) if isinstance(a, torch.Tensor) else a for a in args]
         meter.register(*(a for a in fresh if isinstance(a, torch.Tensor)))
         before = meter.live_bytes
-        held = [x for x, a in zip(fresh, args, strict=True) if any(a is g for g in given)]
+        kept = [fresh[i] for i in held]
         with meter:
             results = code.run(fresh)
         peak, left = meter.peak_bytes - before, meter.live_bytes - before
-    del held
-    return Played(peak, left, tuple(results))
+    del kept
+    del results
+    return Played(peak, left)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,31 @@
+"""A model's forward, compiled with its plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.compiled.session import CompiledSession
+
+__all__ = ["CompiledForward"]
+
+
+class CompiledForward:
+    """Stands for the forward of ``model``; ``original`` is what it was.
+
+    An outer ``torch.compile`` calls it as it is, and does not look inside.  Without gradients, in evaluation and
+    at other sizes its graphs are compiled as torch compiles them.
+    """
+
+    def __init__(self, model: nn.Module, session: CompiledSession) -> None:
+        self.before: Any = None
+        standing = vars(model).get("forward")
+        self.original = getattr(standing, "original", None) or model.forward
+        self.session = session
+        self._call = torch.compile(self.original, backend=session.backend, dynamic=False)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
