@@ -29,6 +29,17 @@ class Written:
     def __init__(self, joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], forwards: int) -> None:
         self.joint, self.saved, self.sizes, self.forwards = joint, saved, sizes, forwards
 
+    @property
+    def held(self) -> set[str]:
+        """Names of nodes on whose storages outputs of the forward lie, which the caller holds."""
+        (output,) = self.joint.graph.find_nodes(op="output")
+        found = set()
+        for node in output.args[0][: self.forwards]:
+            while isinstance(node, fx.Node):
+                found.add(node.name)
+                node = node.args[0] if _compat.is_view_of_operand(node) else None
+        return found
+
     def split(self, static: Any = None) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The two graphs."""
         return _compat.forward_and_backward(

@@ -47,7 +47,7 @@ class Piece:
         self.given = [n.name for n in gm.graph.find_nodes(op="placeholder")]
         self.planned: Own | None = None
         self._compiled: dict[Own | None, Callable[..., Any]] = {}
-        self._played: dict[Own, tuple[Played, Played]] = {}
+        self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
@@ -90,8 +90,8 @@ class Piece:
                 return _run(gm, given)
             seen = self._open.pop() if self._open else None
             if seen is not None:
-                tangents = [x for n, x in zip(names, given, strict=True) if n.startswith("tangents")]
-                self.hears.backward_begins(seen, tangents)
+                places = [i for i, n in enumerate(names) if n.startswith("tangents")]
+                self.hears.backward_begins(seen, [given[i] for i in places])
             made = _run(gm, given)
             if seen is not None:
                 self.hears.backward_ends(seen, made)
@@ -151,12 +151,16 @@ class Piece:
         assert self.step is not None
         return write(self.step, *own)
 
-    def played(self, own: Own) -> tuple[Played, Played]:
-        """What the forward and the backward allocate that inductor makes of a schedule."""
-        if own not in self._played:
+    def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
+        """What the forward and the backward allocate that inductor makes of a schedule.
+
+        ``going``  numbers of output gradients that nobody holds while the backward runs.
+        """
+        key = own, going
+        if key not in self._played:
             assert self.step is not None
-            self._played[own] = _played(self.written(own), self.step.forwards)
-        return self._played[own]
+            self._played[key] = _played(self.written(own), self.step.forwards, going)
+        return self._played[key]
 
 
 class Hears:
@@ -203,14 +207,19 @@ def _run(gm: fx.GraphModule, given: list[Any]) -> Any:
     raise AssertionError("a graph without an output")
 
 
-def _played(written: Written, forwards: int) -> tuple[Played, Played]:
+def _played(written: Written, forwards: int, going: frozenset[int]) -> tuple[Played, Played]:
     forward, backward = written.split()
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
     first = play(_compat.lowered(forward, is_backward=False, visible=range(forwards)), given, range(len(given)))
     nodes = backward.graph.find_nodes(op="placeholder")
-    donated = [i for i, n in enumerate(nodes) if not n.name.startswith(("primals", "tangents"))]
+    held = written.held
+    donated = [
+        i for i, n in enumerate(nodes) if not n.name.startswith(("primals", "tangents")) and n.name not in held
+    ]
     (output,) = backward.graph.find_nodes(op="output")
     visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]
     given = [n.meta["val"] for n in nodes]
     code = _compat.lowered(backward, is_backward=True, visible=visible, donated=donated)
-    return first, play(code, given, [i for i in range(len(given)) if i not in donated])
+    tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
+    freed = {*donated, *(i for k, i in enumerate(tangents) if k in going)}
+    return first, play(code, given, [i for i in range(len(given)) if i not in freed])

@@ -81,9 +81,9 @@ class CompiledStep(JoinedStep):
             what = self.record.events[event]
             if what.call is None:
                 continue
-            piece = self.owner.calls[what.call].piece if self.calls == () else self.calls[what.call].piece
+            piece = self.calls[what.call].piece
             positions, turn = own[what.call]
-            forward, backward = piece.played((tuple(positions), turn))
+            forward, backward = piece.played((tuple(positions), turn), self._going(what.call))
             peak = (forward if what.kind == "forward" else backward).peak_bytes
             before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
             top = before + peak
@@ -92,6 +92,16 @@ class CompiledStep(JoinedStep):
                 slack[t] = min(0, top - int(live[t]))
             slack[at] = top - int(live[at])
         return Execution(ran.problem, ran.timeline, slack)
+
+    def _going(self, number: int) -> frozenset[int]:
+        """Output gradients that were gone when the backward of a call had run: who made them let go of them."""
+        call, at = self.record.calls[number], self.record.events_of(number)[1]
+        crossings = self.record.crossings
+        return frozenset(
+            int(key)
+            for (kind, key), k in call.crossings.items()
+            if kind == "tangent" and at is not None and crossings[k].died == at
+        )
 
     def plan_bytes(
         self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
