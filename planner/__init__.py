@@ -17,6 +17,7 @@ from planner.errors import (
 from planner.frontier import Frontier
 from planner.plan import Placement, Plan, load
 from planner.runtime.verify import Report
+from planner.training.compiled import inductor
 from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "distributed",
     "enable",
     "frontier",
+    "inductor",
     "load",
     "measure",
     "plan",

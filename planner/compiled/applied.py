@@ -22,9 +22,14 @@ class CompiledForward:
     def __init__(self, model: nn.Module, session: CompiledSession) -> None:
         self.before: Any = None
         standing = vars(model).get("forward")
-        self.original = getattr(standing, "original", None) or model.forward
+        own = getattr(standing, "original", standing)  # set on the instance, and not by us
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # Dynamo would find a bound one by its name: this one
+            return type(model).forward(model, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+        self.original = model.forward if own is None else own
         self.session = session
-        self._call = torch.compile(self.original, backend=session.backend, dynamic=False)
+        self._call = torch.compile(forward, backend=session.backend, dynamic=False)
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import nn
 
-from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
@@ -22,16 +19,17 @@ from planner.compiled.session import CompiledSession
 from planner.compiled.verify import CompiledReport, verified
 from planner.costs.target import CostSource, target_for
 from planner.errors import PlannerError
-from planner.measure.step import backward, call, device_of, held, passed_on, tangents_for
+from planner.measure.step import backward, device_of, held, passed_on, tangents_for
 from planner.memory.execution import Execution
 from planner.memory.optimizer_state import OptimizerLike
-from planner.memory.resident import resident_of
+from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.observe import apart
+from planner.regions.record import Record
 from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
@@ -51,6 +49,27 @@ class CompiledStep(JoinedStep):
     """A recorded step whose regions are the graphs that inductor compiles."""
 
     graphs: CompiledSession | None = None  # that recorded it
+
+    @classmethod
+    def of_session(
+        cls,
+        session: CompiledSession,
+        record: Record,
+        model: nn.Module,
+        inputs: Inputs,
+        resident: Resident,
+        *,
+        loss_fn: LossFn | None = None,
+        least_limit_s: float = 30.0,
+    ) -> CompiledStep:
+        """The step of ``record``, which ``session`` has seen; ``resident``: what it found and left."""
+        captured = RecordedStep(model, inputs, join(record))
+        target = session.target
+        memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
+        return cls(
+            captured, captured.joined.costs, memory, target,
+            loss_fn=loss_fn, least_limit_s=least_limit_s, calls=tuple(session.calls), graphs=session,
+        )  # fmt: skip
 
     @property
     def owner(self) -> CompiledSession:
@@ -233,12 +252,9 @@ def compiled_step(
     resident = resident_of(
         model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
     )
-    captured = RecordedStep(model, given, join(record))
-    memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
-    return CompiledStep(
-        captured, captured.joined.costs, memory, target,
-        loss_fn=loss_fn, least_limit_s=search.time_limit_s, calls=tuple(session.calls), graphs=session,
-    )  # fmt: skip
+    return CompiledStep.of_session(
+        session, record, model, given, resident, loss_fn=loss_fn, least_limit_s=search.time_limit_s
+    )
 
 
 def _step(forward: CompiledForward, inputs: Inputs, loss_fn: LossFn | None) -> None:

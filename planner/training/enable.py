@@ -18,7 +18,7 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import CaptureMode, GradientsMode, OutputsMode
+from planner.options import BackendMode, CaptureMode, GradientsMode, OutputsMode
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -47,6 +47,7 @@ def enable(
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    backend: BackendMode = "eager",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -84,6 +85,10 @@ def enable(
                    a
                    kind of batches is looked at and the second recorded, both with next to nothing saved, and
                    from the third on they run as planned.
+
+    ``backend``    "inductor": it trains compiled (:mod:`planner.training.compiled`); the first step of a kind
+                   runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an outer
+                   ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this one compiles it.
 
     ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 

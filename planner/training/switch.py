@@ -30,6 +30,7 @@ from planner.errors import PlannerError, TraceError
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
 from planner.training import huggingface, unplanned
+from planner.training.compiled import Compiled
 from planner.training.calls import Call, Signature
 from planner.training.in_regions import InRegions
 from planner.training.ondemand import OnDemand
@@ -54,6 +55,7 @@ class Switch:
 
     def _watch(self) -> None:
         self._regions: InRegions | None = None  # where the step is not one graph
+        self._compiled: Compiled | None = None
         self._flagged: list[nn.Module] = []  # modules whose own checkpointing serves calls without a plan
         self._running = 0  # calls without a plan that have begun
         self._told: set[str] = set()
@@ -71,6 +73,8 @@ class Switch:
     @property
     def plan(self) -> Plan | None:
         """The plan of the last training call, ``None`` before the first."""
+        if self._compiled is not None:
+            return self._compiled.last
         return self._plans.last if self._regions is None else self._regions.last
 
     @property
@@ -113,6 +117,8 @@ class Switch:
 
     def change(self, settings: Settings) -> None:
         """From the next training call on."""
+        if settings != self.settings:
+            self._compiled = None
         self._plans.change(settings)
         if self._regions is not None and settings.capture != "one graph":
             self._regions.change(settings)
@@ -149,6 +155,11 @@ class Switch:
         if not self.planned.training and not self._is_known_to_train(args, kwargs):
             return self._unplanned(args, kwargs)
         asked = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
+        if self.settings.backend == "inductor":
+            if self._compiled is None:
+                unplanned.take_hooks(self.planned)  # Dynamo would look into them
+                self._compiled = Compiled(self.root, self.planned, self.settings, self._plain())
+            return self._compiled(*args, **asked)
         if self._regions is None and self.settings.capture == "regions":
             self._cut("so it was asked for")
         if self._regions is not None:
@@ -172,6 +183,17 @@ class Switch:
         if self._before is not None:
             return self._before(*args, **kwargs)
         return type(self.planned).forward(self.planned, *args, **kwargs)
+
+    def _plain(self) -> Callable[..., Any]:
+        """A function that runs the forward, which Dynamo follows."""
+        before, planned = self._before, self.planned
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                return before(*args, **kwargs)
+            return type(planned).forward(planned, *args, **kwargs)
+
+        return forward
 
     def _cut(self, why: str) -> InRegions:
         """From here on in regions."""
