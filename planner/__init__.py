@@ -7,6 +7,7 @@ p.apply()          # or module = p.rewrite()
 
 from planner import distributed, measure
 from planner.api import frontier, plan
+from planner.compiled.loop import inductor
 from planner.errors import (
     InfeasibleBudgetError,
     InvalidPlanFileError,
@@ -17,7 +18,6 @@ from planner.errors import (
 from planner.frontier import Frontier
 from planner.plan import Placement, Plan, load
 from planner.runtime.verify import Report
-from planner.training.compiled import inductor
 from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"

@@ -140,7 +140,9 @@ def plan(
         step: PricedStep | JoinedStep
         if backend == "inductor":
             _refuse_with_inductor(dynamic, calibrate, capture, gradients)
-            step = compiled_step(model, inputs, **how)
+            step = compiled_step(
+                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search
+            )
         else:
             step = _step(model, inputs, capture, gradients, how, whole)
         if calibrate and isinstance(step, PricedStep):
@@ -172,8 +174,8 @@ def _refuse_with_inductor(
     for name, is_given in given.items():
         if is_given:
             raise ValueError(
-                f"{name} is not for backend='inductor': Dynamo cuts the step, each size is compiled for itself, "
-                "and what the generated code takes is played beforehand"
+                f"{name} is not for backend='inductor': Dynamo cuts the step, each size is compiled by itself"
+                ", and what the generated code takes is played beforehand"
             )
 
 

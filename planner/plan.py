@@ -30,7 +30,7 @@ from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.variants import Replanner, Variants, Varying
-from planner.runtime.verify import Report, verify
+from planner.runtime.verify import verify
 from planner.view import block, depth, diff, display, explain, plots, snapshot
 from planner.view.diff import PlanDiff
 from planner.view.explain import Explanation

@@ -43,6 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner.plan",),
     ("planner.frontier",),
     ("planner/solving",),
+    ("planner/compiled",),
     ("planner.api",),
     ("planner/training",),
     ("planner.distributed",),

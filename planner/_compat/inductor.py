@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import operator
 from bisect import bisect
@@ -14,22 +15,23 @@ from typing import Any
 
 import torch
 from torch import fx
+
 __all__ = [
     "IS_REALIZED",
-    "allocated_peak",
-    "compile_as_torch",
-    "seeded",
-    "torchs_split",
     "Lowered",
     "Split",
+    "allocated_peak",
+    "compile_as_torch",
     "compile_split",
+    "copy_of",
     "forward_and_backward",
     "is_fused",
     "is_lowered",
     "is_view_of_operand",
-    "copy_of",
     "lowered",
+    "seeded",
     "stored",
+    "torchs_split",
 ]
 
 log = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ def _partitioner() -> Any:
     """The class of our partitioner: what it derives from is imported with inductor, which takes a while."""
     from torch._inductor.custom_graph_pass import CustomPartitionerFn  # 2.9+
 
-    class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    class Partitioner(CustomPartitionerFn):
         def __init__(self, split: Split, key: str | None) -> None:
             self.split, self.key = split, key
 
@@ -163,7 +165,7 @@ def _choices() -> Any:
     """
     from torch._inductor.choices import InductorChoices  # 2.6+
 
-    class BetweenKernels(InductorChoices):  # type: ignore[misc]
+    class BetweenKernels(InductorChoices):
         @staticmethod
         def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
             kernels = getattr(scheduler, "_kernels_at", None)
@@ -171,7 +173,9 @@ def _choices() -> Any:
                 kernels = sorted(n.min_order for n in scheduler.nodes if n.is_extern())
                 scheduler._kernels_at = kernels
             first, last = min(node1.min_order, node2.min_order), max(node1.max_order, node2.max_order)
-            if bisect(kernels, first) != bisect(kernels, last) and not (node1.is_extern() or node2.is_extern()):
+            if bisect(kernels, first) != bisect(kernels, last) and not (
+                node1.is_extern() or node2.is_extern()
+            ):
                 return False
             return bool(InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score))
 
@@ -200,7 +204,7 @@ def compile_split(
 
     own = copy_of(gm)
     patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key), **_AS_WRITTEN}
-    made: Callable[..., Any] = compile_fx(own, inputs, inner or compiled, config_patches=patches)
+    made: Any = compile_fx(own, inputs, inner or compiled, config_patches=patches)
     return made
 
 
@@ -208,7 +212,7 @@ def compile_as_torch(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
     """``gm`` compiled by inductor, its joint graph split as torch would; 2.0+."""
     from torch._inductor.compile_fx import compile_fx
 
-    made: Callable[..., Any] = compile_fx(copy_of(gm), inputs)
+    made: Any = compile_fx(copy_of(gm), inputs)
     return made
 
 
@@ -220,7 +224,7 @@ def torchs_split(joint: fx.GraphModule, forwards: int, static: Any) -> tuple[fx.
 
 
 def seeded(gm: fx.GraphModule) -> None:
-    """Let calls that draw numbers from a seed draw the same from the same one, run by the dispatcher; 2.1+."""
+    """Let calls that draw from a seed draw the same from the same one, run by the dispatcher; 2.1+."""
     from torch._inductor import inductor_prims
 
     def random(size: Any, seed: torch.Tensor, mode: str, *, offset: int = 0) -> torch.Tensor:
@@ -243,7 +247,9 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 
     The generated code allocates below the dispatcher, so no mode sees it.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
         run()
     results: Any = seen.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
@@ -295,7 +301,7 @@ def _no_kernels() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The Python that inductor generates for a graph, to be run on fakes; it compiles and computes nothing."""
+    """The Python that inductor generates for a graph, to be run on fakes: it computes nothing."""
 
     source: str
     constants: dict[str, Any]
@@ -336,7 +342,8 @@ def lowered(
     ``visible``  positions of outputs that the user sees; ``donated`` those of inputs that it may write over.
     """
     from torch._guards import TracingContext, detect_fake_mode, tracing
-    from torch._inductor import compile_fx as c
+
+    c: Any = importlib.import_module("torch._inductor.compile_fx")
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -348,9 +355,14 @@ def lowered(
     context = TracingContext(fake_mode)
     context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated))  # type: ignore[assignment]
     c.view_to_reshape(gm)
-    with torch.no_grad(), V.set_fake_mode(fake_mode), tracing(context), DebugContext(), V.set_choices_handler(
-        _choices()
-    ), c.config.patch(_AS_WRITTEN):
+    with (
+        torch.no_grad(),
+        V.set_fake_mode(fake_mode),
+        tracing(context),
+        DebugContext(),
+        V.set_choices_handler(_choices()),
+        c.config.patch(_AS_WRITTEN),
+    ):
         c.fake_tensor_prop(gm, inputs)
         c._recursive_record_original_output_strides(gm)
         c._recursive_post_grad_passes(gm, is_inference=False)

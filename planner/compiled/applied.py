@@ -15,8 +15,8 @@ __all__ = ["CompiledForward"]
 class CompiledForward:
     """Stands for the forward of ``model``; ``original`` is what it was.
 
-    An outer ``torch.compile`` calls it as it is, and does not look inside.  Without gradients, in evaluation and
-    at other sizes its graphs are compiled as torch compiles them.
+    An outer ``torch.compile`` calls it as it is, and does not look inside.  Without gradients, in evaluation
+    and at other sizes its graphs are compiled as torch compiles them.
     """
 
     def __init__(self, model: nn.Module, session: CompiledSession) -> None:
@@ -31,6 +31,6 @@ class CompiledForward:
         self.session = session
         self._call = torch.compile(forward, backend=session.backend, dynamic=False)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

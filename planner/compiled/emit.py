@@ -1,8 +1,8 @@
 """A schedule of stored values, written out as the forward and the backward that inductor compiles.
 
-The joint graph is written anew: the forward in the schedule's order, then the backward, in which every further
-execution is a call of its own.  What a call of the backward reads of the forward's own calls is what is saved.
-Calls that are written into their readers are written out for each reader.
+The joint graph is written anew: the forward in the schedule's order, then the backward, in which every
+further execution is a call of its own.  What a call of the backward reads of the forward's own calls is what
+is saved.  Calls that are written into their readers are written out for each reader.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ __all__ = ["Written", "write"]
 class Written:
     """``joint`` rewritten, and what its backward reads of its forward."""
 
-    def __init__(self, joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], forwards: int) -> None:
+    def __init__(
+        self, joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], forwards: int
+    ) -> None:
         self.joint, self.saved, self.sizes, self.forwards = joint, saved, sizes, forwards
 
     @property
@@ -83,8 +85,8 @@ class _Writer:
     def _apart(self, steps: Sequence[int]) -> set[int]:
         """Places of products that are first read when another kernel of a library has run.
 
-        Inductor would join such a product and the sum that reads it to one kernel, which runs where the sum does,
-        and what is multiplied would be held until then.
+        Inductor would join such a product and the sum that reads it to one kernel, which runs where the sum
+        does, and what is multiplied would be held until then.
         """
         ops = self.step.graph.ops
         kernels = [k for k, i in enumerate(steps) if not _compat.is_lowered(_node(ops[i]))]
@@ -114,11 +116,11 @@ class _Writer:
             self.now[op.node] = made
         for part in op.node.users:
             if part.target is operator.getitem:
-                self.now[part] = new = self.graph.node_copy(part, lambda _, made=made: made)
+                self.now[part] = new = self.graph.node_copy(part, dict.fromkeys([op.node], made).__getitem__)
                 new.meta = dict(part.meta)
-        if self.early and isinstance(meta.value(op.node), torch.Tensor) and _compat.is_fused(op.node):
-            if op.phase == "forward":
-                made.meta[_compat.IS_REALIZED] = True
+        is_again = bool(self.early) and op.phase == "forward"
+        if is_again and isinstance(meta.value(op.node), torch.Tensor) and _compat.is_fused(op.node):
+            made.meta[_compat.IS_REALIZED] = True
         if not op.outputs:
             self.now[op.node] = made
 
@@ -154,7 +156,8 @@ class _Writer:
     def _finished(self, output: fx.Node) -> Written:
         old = self.step.joint
         late = [n for n in self.graph.nodes if n not in self.early and n.op != "output"]
-        results = set(output.args[0][self.step.forwards :])
+        returned: Any = output.args[0]
+        results = set(returned[self.step.forwards :])
         read: dict[fx.Node, None] = {}
         for node in self._live(late, results):
             for n in node.all_input_nodes:

@@ -2,8 +2,8 @@
 
 Inductor writes most elementwise calls into the loops of whoever reads them: they take no memory, hardly any
 time, and are made again wherever they are needed.  So they are no ops of the problem.  What is left are the
-*stored* values: results of libraries' kernels and what those read, of reductions, and elementwise results that
-are smaller than what they are made from, a sum of two others say.
+*stored* values: results of libraries' kernels and what those read, of reductions, and elementwise results
+that are smaller than what they are made from, a sum of two others say.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class _Reader:
         self.inputs = tuple(n for n in given if n not in self.tangents)
         if len(self.inputs) != len(sources):
             raise PlannerError(
-                f"a graph of {len(sources)} inputs has {len(self.inputs)} when it is compiled: torch gives it "
-                "others (tensors that share memory, subclasses, effects)"
+                f"a graph of {len(sources)} inputs has {len(self.inputs)} when it is compiled: torch gives "
+                "it others (tensors that share memory, subclasses, effects)"
             )
         (output,) = joint.graph.find_nodes(op="output")
         self.results = list(output.args[0])
-        self.sources = {n: of for n, of in zip(self.inputs, sources, strict=True)}
+        self.sources = dict(zip(self.inputs, sources, strict=True))
         self.sources |= {n: ("tangent", i) for i, n in enumerate(self.tangents)}
         self.values: list[GraphValue] = []
         self.ops: list[GraphOp] = []
@@ -111,7 +111,8 @@ class _Reader:
         for node in self.nodes:  # of several results all belong to the call
             if node.target is operator.getitem and node.args[0] in needed:
                 needed.add(node)
-        forward, backward = [], []
+        forward: list[fx.Node] = []
+        backward: list[fx.Node] = []
         for node in self.nodes:
             if node.op in ("placeholder", "output") or node not in live:
                 continue
@@ -187,10 +188,10 @@ class _Reader:
         last: dict[fx.Node, int] = {}
         found = set()
         for node in reversed(self.nodes):
-            inlined = _compat.is_fused(node) and node not in self.taken or _compat.is_view_of_operand(node)
+            inlined = (_compat.is_fused(node) and node not in self.taken) or _compat.is_view_of_operand(node)
             places = []
             for user in node.users:
-                own = _compat.is_fused(user) and user not in self.taken or _compat.is_view_of_operand(user)
+                own = (_compat.is_fused(user) and user not in self.taken) or _compat.is_view_of_operand(user)
                 if own and user in first:
                     places += [first[user], last[user]]
                 elif user.op != "output":
@@ -208,7 +209,9 @@ class _Reader:
             return
         self.stored[node] = len(self.values)
         self.reads[node] = (len(self.values),)
-        self.values.append(GraphValue(str(name) if isinstance(name, str) else node.name, _bytes(node), kind, None, node))
+        self.values.append(
+            GraphValue(str(name) if isinstance(name, str) else node.name, _bytes(node), kind, None, node)
+        )
 
     def _read_of(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(dict.fromkeys(v for n in node.all_input_nodes for v in self.reads.get(n, ())))
@@ -243,7 +246,9 @@ class _Reader:
         self.reads.setdefault(node, tuple(outputs))
         again = phase == "forward" and not _runs_once(node)
         self.ops.append(
-            GraphOp(node.name, node, phase, meta.module(node) or "", reads, tuple(outputs), recomputable=again)
+            GraphOp(
+                node.name, node, phase, meta.module(node) or "", reads, tuple(outputs), recomputable=again
+            )
         )
 
     def _is_worth_storing(self, node: fx.Node, reads: Sequence[int], phase: str) -> bool:
@@ -299,7 +304,7 @@ class _Reader:
             dict(self.sources),
             tuple(outputs),
             gradients,
-            {i: n for i, n in enumerate(self.tangents)},
+            dict(enumerate(self.tangents)),
             device=device,
         )
 

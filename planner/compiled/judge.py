@@ -1,7 +1,7 @@
 """What the code that inductor generates for a graph allocates: played on tensors without data.
 
-The generated Python is run as it is, with kernels that do nothing, so buffers that are written over, freed and
-reused are those of the compiled step.
+The generated Python is run as it is, with kernels that do nothing, so buffers that are written over, freed
+and reused are those of the compiled step.
 """
 
 from __future__ import annotations

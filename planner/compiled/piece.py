@@ -1,7 +1,7 @@
 """One of Dynamo's graphs: seen once, on tensors, then compiled by inductor as a plan says.
 
-Seen means: taken through torch's own preparation for inductor, so that it is the graph that will be compiled, and
-run by the dispatcher.  Nothing is compiled for that.
+Seen means: taken through torch's own preparation for inductor, so that it is the graph that will be compiled,
+and run by the dispatcher.  Nothing is compiled for that.
 """
 
 from __future__ import annotations
@@ -116,12 +116,11 @@ class Piece:
         return made(*args)
 
     def _compile(self) -> Callable[..., Any]:
-        own, called = self.planned, []
+        own = self.planned
         if own is None or self.step is None:
             return _compat.compile_as_torch(self.gm, self.inputs)
 
         def split(joint: fx.GraphModule, forwards: int, static: Any) -> Any:
-            called.append(None)
             step = FusedStep.of(joint, forwards, self._sources())
             assert self.step is not None
             if [op.name for op in step.graph.ops] != [op.name for op in self.step.graph.ops]:
@@ -210,11 +209,15 @@ def _run(gm: fx.GraphModule, given: list[Any]) -> Any:
 def _played(written: Written, forwards: int, going: frozenset[int]) -> tuple[Played, Played]:
     forward, backward = written.split()
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
-    first = play(_compat.lowered(forward, is_backward=False, visible=range(forwards)), given, range(len(given)))
+    first = play(
+        _compat.lowered(forward, is_backward=False, visible=range(forwards)), given, range(len(given))
+    )
     nodes = backward.graph.find_nodes(op="placeholder")
     held = written.held
     donated = [
-        i for i, n in enumerate(nodes) if not n.name.startswith(("primals", "tangents")) and n.name not in held
+        i
+        for i, n in enumerate(nodes)
+        if not n.name.startswith(("primals", "tangents")) and n.name not in held
     ]
     (output,) = backward.graph.find_nodes(op="output")
     visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]

@@ -1,14 +1,14 @@
 """The graphs of one compiled model: a step of them is seen, planned as one, and then runs compiled.
 
-A step that is seen runs each graph call by call, with nothing recomputed, and is recorded as one in regions is
-(:mod:`planner.regions.record`): in which order its graphs ran, what passed between them, what else was held.
+A step that is seen runs each graph call by call, with nothing recomputed, and is recorded as one in regions
+is (:mod:`planner.regions.record`): in which order its graphs ran, what passed between them, and what
+else was held.
 Steps with other graphs than those planned for are seen and planned anew.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,6 @@ from planner.compiled.fused import FusedStep
 from planner.compiled.piece import Hears, Own, Piece
 from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import Target
-from planner.errors import PlannerError
 from planner.regions import record
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
@@ -119,7 +118,11 @@ class CompiledSession(Hears):
                 self._note(call.crossings, ("input", i), x)
         recorder.enter("forward", call.number)
         outputs = piece.see(args, call)
-        made = [x for x in outputs if isinstance(x, torch.Tensor)] if isinstance(outputs, (tuple, list)) else [outputs]
+        made = (
+            [x for x in outputs if isinstance(x, torch.Tensor)]
+            if isinstance(outputs, (tuple, list))
+            else [outputs]
+        )
         for i, x in enumerate(made):
             self._note(call.gives, ("output", i), x)
         del made
@@ -203,7 +206,9 @@ class CompiledSession(Hears):
         gone = recorder.gone_bytes
         found = recorder.live_bytes - recorder.made_bytes - gone
         events = [  # what a graph takes is what its schedule takes, and not what its calls one by one did
-            replace(e, peak_bytes=e.peak_bytes + gone if e.call is None else 0, live_bytes=e.live_bytes + gone)
+            replace(
+                e, peak_bytes=e.peak_bytes + gone if e.call is None else 0, live_bytes=e.live_bytes + gone
+            )
             for e in events
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found)

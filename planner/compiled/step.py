@@ -34,7 +34,7 @@ from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep
-from solvers import InfeasibleError, Schedule, solve
+from solvers import InfeasibleError, solve
 
 __all__ = ["CompiledStep", "compiled_step"]
 
@@ -113,7 +113,7 @@ class CompiledStep(JoinedStep):
         return Execution(ran.problem, ran.timeline, slack)
 
     def _going(self, number: int) -> frozenset[int]:
-        """Output gradients that were gone when the backward of a call had run: who made them let go of them."""
+        """Output gradients that were gone when the backward of a call had run: their maker let them go."""
         call, at = self.record.calls[number], self.record.events_of(number)[1]
         crossings = self.record.crossings
         return frozenset(
@@ -127,8 +127,8 @@ class CompiledStep(JoinedStep):
     ) -> Plan:
         """The plan for a budget in bytes, by what the generated code allocates.
 
-        The solvers count values that inductor may never store; what a schedule really takes is played, and the
-        target moved by the difference.  Nothing is proved of a better schedule then: the bound is 0.
+        The solvers count values that inductor may never store; what a schedule really takes is played, and
+        the target moved by the difference.  Nothing is proved of a better schedule then: the bound is 0.
 
         Raises ``InfeasibleBudgetError`` where no schedule that was tried fits.
         """
@@ -142,7 +142,10 @@ class CompiledStep(JoinedStep):
         for _ in range(ROUNDS):
             try:
                 found = solve(
-                    self.problem, min(target, most), solver=search.solver, time_limit_s=search.time_limit_s / 2
+                    self.problem,
+                    min(target, most),
+                    solver=search.solver,
+                    time_limit_s=search.time_limit_s / 2,
                 )
             except InfeasibleError:
                 found = None
@@ -155,7 +158,9 @@ class CompiledStep(JoinedStep):
                     best = dataclasses.replace(least, budget_bytes=budget_bytes)
                 break
             ran = self.execution_of(found.schedule)
-            log.info("target %d: simulated %d, generated code takes %d", target, found.peak_bytes, ran.peak_bytes)
+            log.info(
+                "target %d: simulated %d, generated code takes %d", target, found.peak_bytes, ran.peak_bytes
+            )
             if ran.peak_bytes <= budget_bytes:
                 total = self.problem.total_seconds
                 if best is None or found.seconds < best.seconds:
@@ -163,7 +168,11 @@ class CompiledStep(JoinedStep):
                                   found.solve_seconds)  # fmt: skip
                 left = budget_bytes - ran.peak_bytes
                 low = max(low, target)
-                if left <= NEAR * budget_bytes or found.peak_bytes >= most or found.seconds <= total * (1 + 1e-9):
+                if (
+                    left <= NEAR * budget_bytes
+                    or found.peak_bytes >= most
+                    or found.seconds <= total * (1 + 1e-9)
+                ):
                     break
                 target = min(target + left, high - 1)
             else:
@@ -194,7 +203,9 @@ class CompiledStep(JoinedStep):
         self.owner.calls = list(self.calls)
         self.owner.follow(self.parts(plan))
 
-    def verified(self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int) -> CompiledReport:
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> CompiledReport:
         """The compiled step with the plan beside ``torch.compile``'s without a budget."""
         given = self.captured.inputs if inputs is None else Inputs.of(model, inputs)
         return verified(plan, model, given, loss_fn or self.loss_fn, seed, self.memory)
@@ -211,8 +222,8 @@ def compiled_step(
 ) -> CompiledStep:
     """The step of ``model`` as ``torch.compile`` cuts it and inductor stores it.  Everything is put back.
 
-    Raises ``PlannerError`` for a model without memory, a GPU that is elsewhere, and a step of which nothing is
-    compiled.
+    Raises ``PlannerError`` for a model without memory, a GPU that is elsewhere, and a step of which nothing
+    is compiled.
     """
     search = search or Search()
     model = unwrapped(model)

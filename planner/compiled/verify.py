@@ -62,7 +62,7 @@ class CompiledReport:
             f"{'ok' if self.ok else 'NOT OK'}: gradients differ from torch.compile's without a budget by "
             f"{self.difference:.1e} of their norm at most ({self.where})\n"
             f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted; "
-            f"budget {self.budget_bytes / mb:.3f}; {self.compiled_peak_bytes / mb:.3f} compiled without the plan"
+            f"budget {self.budget_bytes / mb:.3f}; {self.compiled_peak_bytes / mb:.3f} without the plan"
         )
 
 
@@ -91,7 +91,13 @@ def verified(
     state = memory.resident.optimizer_state_bytes
     there = memory.total_bytes - state
     return CompiledReport(
-        worst, where, plan.budget_bytes, there + ours_bytes, _predicted(plan) - state, there + theirs_bytes, state
+        worst,
+        where,
+        plan.budget_bytes,
+        there + ours_bytes,
+        _predicted(plan) - state,
+        there + theirs_bytes,
+        state,
     )
 
 

@@ -86,9 +86,9 @@ def enable(
                    kind of batches is looked at and the second recorded, both with next to nothing saved, and
                    from the third on they run as planned.
 
-    ``backend``    "inductor": it trains compiled (:mod:`planner.training.compiled`); the first step of a kind
-                   runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an outer
-                   ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this one compiles it.
+    ``backend``    "inductor": it trains compiled (:mod:`planner.compiled.loop`); the first step of a kind
+                   runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an
+                   outer ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this compiles.
 
     ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
 

@@ -26,11 +26,11 @@ from torch import nn
 from planner._compat import left_alone
 from planner.capture.inputs import Inputs
 from planner.capture.module import home_of
+from planner.compiled.loop import Compiled
 from planner.errors import PlannerError, TraceError
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
 from planner.training import huggingface, unplanned
-from planner.training.compiled import Compiled
 from planner.training.calls import Call, Signature
 from planner.training.in_regions import InRegions
 from planner.training.ondemand import OnDemand
@@ -147,6 +147,8 @@ class Switch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.planned:  # bound once more, by a library that unwraps forwards
             args = args[1:]
+        if self.settings.backend == "inductor" and torch.compiler.is_dynamo_compiling():
+            return _outside(self, args, kwargs)  # whoever compiles around it leaves it to itself
         if not self._trains(args, kwargs):
             self._plans.settle()
             if self._regions is not None:
@@ -158,7 +160,7 @@ class Switch:
         if self.settings.backend == "inductor":
             if self._compiled is None:
                 unplanned.take_hooks(self.planned)  # Dynamo would look into them
-                self._compiled = Compiled(self.root, self.planned, self.settings, self._plain())
+                self._compiled = self._of_graphs()
             return self._compiled(*args, **asked)
         if self._regions is None and self.settings.capture == "regions":
             self._cut("so it was asked for")
@@ -183,6 +185,13 @@ class Switch:
         if self._before is not None:
             return self._before(*args, **kwargs)
         return type(self.planned).forward(self.planned, *args, **kwargs)
+
+    def _of_graphs(self) -> Compiled:
+        s = self.settings
+        assert s.budget_bytes is not None
+        return Compiled(
+            self.root, self.planned, self._plain(), s.budget_bytes, s.optimizer, s.costs, s.search
+        )
 
     def _plain(self) -> Callable[..., Any]:
         """A function that runs the forward, which Dynamo follows."""
@@ -326,6 +335,11 @@ class Switch:
         vars(self).update(state)
         self._planning = False
         self._plans = OnDemand(self.root, self.planned, settings, self._aside)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside(switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return switch(*args, **kwargs)
 
 
 def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Plans for a model that trains compiled, made as its steps come; and the backend for code that compiles itself.
+"""Plans for a model that trains compiled, made as its steps come; the backend for code that compiles itself.
 
 The first step of a kind is seen: its graphs run call by call, with nothing recomputed, so that it takes what
 eager takes, or somewhat more.  When the next step begins it is planned, and compiled as planned.
@@ -26,7 +26,6 @@ from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
-from planner.training.settings import Settings
 
 __all__ = ["Compiled", "Inductor", "inductor"]
 
@@ -40,11 +39,17 @@ class Compiled:
     """
 
     def __init__(
-        self, root: nn.Module, planned: nn.Module, settings: Settings, forward: Callable[..., Any]
+        self,
+        root: nn.Module,
+        planned: nn.Module,
+        forward: Callable[..., Any],
+        budget_bytes: int,
+        optimizer: OptimizerLike | Literal["find"] | None,
+        costs: CostSource,
+        search: Search,
     ) -> None:
-        self.root, self.planned, self.settings = root, planned, settings
-        assert settings.budget_bytes is not None
-        self.session = CompiledSession(target_for(planned, settings.costs), root, self._planned)
+        self.root, self.budget_bytes, self.optimizer, self.search = root, budget_bytes, optimizer, search
+        self.session = CompiledSession(target_for(planned, costs), root, self._planned)
         self.last: Plan | None = None
         self._call = torch.compile(forward, backend=self.session.backend, dynamic=False)
 
@@ -53,16 +58,18 @@ class Compiled:
         return self._call(*args, **kwargs)
 
     def _planned(self, session: CompiledSession) -> None:
-        s = self.settings
-        assert s.budget_bytes is not None
-        self.last = _plan_of(session, self.root, s.budget_bytes, s.optimizer, s.search)
+        self.last = _plan_of(session, self.root, self.budget_bytes, self.optimizer, self.search)
 
 
 class Inductor:
     """What :func:`inductor` returns: a backend for ``torch.compile``.  ``plan``: the last one, or None."""
 
     def __init__(
-        self, budget_bytes: int, optimizer: OptimizerLike | Literal["find"] | None, costs: CostSource, search: Search
+        self,
+        budget_bytes: int,
+        optimizer: OptimizerLike | Literal["find"] | None,
+        costs: CostSource,
+        search: Search,
     ) -> None:
         self.budget_bytes, self.optimizer, self.costs, self.search = budget_bytes, optimizer, costs, search
         self.plan: Plan | None = None
@@ -94,10 +101,10 @@ def inductor(
     solver: str = "auto",
     time_limit_s: float = 30.0,
 ) -> Inductor:
-    """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(budget_gb=8))``.
+    """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(8))``.
 
-    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step.  The first step
-    runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
+    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step.  The first
+    step runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
     (another batch size, a branch), that step is seen and all of them are planned anew.
 
     Arguments as for :func:`planner.enable`.  Raises ``TypeError`` or ``ValueError`` for those that make no
