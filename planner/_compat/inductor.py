@@ -29,6 +29,7 @@ __all__ = [
     "is_lowered",
     "is_view_of_operand",
     "lowered",
+    "recompile_limit",
     "seeded",
     "stored",
     "torchs_split",
@@ -240,6 +241,13 @@ def seeded(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in instead:
             node.target = instead[node.target]
+
+
+def recompile_limit() -> int:
+    """How often a piece of code is compiled before Dynamo leaves it to eager; 2.5+."""
+    from torch._dynamo import config
+
+    return int(config.recompile_limit)
 
 
 def allocated_peak(run: Callable[[], Any]) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from planner._compat import modes_set_aside
+from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.compiled.session import CompiledSession
 from planner.compiled.step import CompiledStep
@@ -51,11 +51,22 @@ class Compiled:
         self.root, self.budget_bytes, self.optimizer, self.search = root, budget_bytes, optimizer, search
         self.session = CompiledSession(target_for(planned, costs), root, self._planned)
         self.last: Plan | None = None
+        self._told = False
         self._call = torch.compile(forward, backend=self.session.backend, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
-        return self._call(*args, **kwargs)
+        before = self.session.called
+        outputs = self._call(*args, **kwargs)
+        if self.session.called == before and not self._told:
+            self._told = True
+            log.warning(
+                "a call of %s ran as eager runs it, outside the plan and its budget: torch.compile has "
+                "given up on it (its limit of recompilations, torch._dynamo.config.recompile_limit, is %d; "
+                "TORCH_LOGS=recompiles tells what differed). Pad batches to few sizes, or raise the limit",
+                type(self.root).__name__, _compat.recompile_limit(),
+            )  # fmt: skip
+        return outputs
 
     def _planned(self, session: CompiledSession) -> None:
         self.last = _plan_of(session, self.root, self.budget_bytes, self.optimizer, self.search)
@@ -123,7 +134,7 @@ def _plan_of(
 ) -> Plan:
     """Plan the step that ``session`` has seen, and let its graphs run so."""
     began = time.perf_counter()
-    with modes_set_aside(), search.reporting() as search:
+    with _compat.modes_set_aside(), search.reporting() as search:
         record = session.record()
         found = resident_in_training(root, None, optimizer, session.target.here)
         known = found.parameters_bytes + found.buffers_bytes

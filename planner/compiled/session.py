@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 # What loops that inductor writes take of what the same calls take one by one.
 FUSED = 0.05
 
+MOST_CALLS = 256  # of graphs in a step that is seen: there is no end to one that has no backward
+TRIES = 3  # steps that are seen before it is said that they cannot be planned
+
 
 @dataclass(eq=False)
 class _Call:
@@ -64,9 +67,8 @@ class CompiledSession(Hears):
         self.recorder: Recorder | None = None
         self.parameters: dict[int, nn.Parameter] = {}
         self.watching = Watch(self, target.here)
-        self.planned_for: tuple[int, ...] = ()  # numbers of the graphs, in order of their calls
-        self._ran: list[int] = []  # likewise of this step
-        self._backwards = 0
+        self.called = 0  # calls of graphs so far
+        self._tries = 0
         self._names = {} if model is None else {
             id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())
         }  # fmt: skip
@@ -88,13 +90,13 @@ class CompiledSession(Hears):
         return run
 
     def _call(self, piece: Piece, args: Sequence[Any]) -> Any:
+        self.called += 1
         if piece.step is None or not torch.is_grad_enabled():
             return piece.run(args)
-        recording = self.recorder is not None and self.recorder.counts
-        if not recording:
+        if self.plan is not None:
             self._between_steps()
-            recording = self.recorder is not None and self.recorder.counts
-        if not recording and piece.planned is not None:
+        recording = self.recorder is not None and self.recorder.counts
+        if not recording and (piece.planned is not None or piece.why):
             return piece.run(args)
         return self._see(piece, args)
 
@@ -166,26 +168,48 @@ class CompiledSession(Hears):
         return bool(self.calls) and not all(call.is_through for call in self.calls)
 
     def _between_steps(self) -> None:
-        """At a call that is not part of a recorded step: plan what was seen, or begin to see."""
-        if self.plan is None:
-            return
-        if self.recorder is not None and self.recorder.seen and self.calls:
+        """At a call that begins a step: plan what was seen, or begin to see."""
+        recorder = self.recorder
+        if recorder is not None and recorder.counts:
+            is_over = any(call.is_through for call in self.calls) and _compat.current_backward() == -1
+            if not is_over and len(self.calls) < MOST_CALLS:
+                return
+            recorder.finish()
+        if recorder is not None:
             self.watching.settle()
-            self.plan(self)
-            self.calls = []
-            self.recorder = None
+            self._plan_seen(recorder)
             return
-        if any(p.step is not None and p.planned is None for p in self.pieces) and self.watching.may_begin():
+        if any(p.step is not None and p.planned is None and not p.why for p in self.pieces):
+            if not self.watching.may_begin():
+                return
             self.begin(self.watching.begin(self.parameters.values()))
             log.info("a step is seen: it runs call by call, with nothing recomputed")
+
+    def _plan_seen(self, recorder: Recorder) -> None:
+        """Plan the step that was seen; what cannot be planned in a few of them is compiled as torch would."""
+        assert self.plan is not None
+        try:
+            self.plan(self)
+        except ValueError as error:
+            self._tries += 1
+            if self._tries >= TRIES:
+                for call in self.calls:
+                    if call.piece.planned is None:
+                        call.piece.why = str(error)
+                log.warning(
+                    "the graphs of this step are compiled as torch compiles them, without a plan, and the "
+                    "budget does not hold: %d steps were seen, and %s",
+                    self._tries, error,
+                )  # fmt: skip
+        self.calls, self.recorder = [], None
 
     # -- planning ----------------------------------------------------------------------------------
 
     def record(self) -> record.Record:
         """What the seen step did.  Raises ``ValueError`` for one that was not seen to its end."""
         recorder = self.recorder
-        if recorder is None or not recorder.seen or not self.calls:
-            raise ValueError("no step was seen to its end")
+        if recorder is None or not recorder.seen or not any(call.is_through for call in self.calls):
+            raise ValueError("no backward came through any of its graphs")
         numbers = {n for c in self.calls for n in (*c.crossings.values(), *c.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
         events, moved = record.last_backwards(recorder.seen)
