@@ -44,6 +44,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner.frontier",),
     ("planner/solving",),
     ("planner/sharded",),
+    ("planner/compiled",),
     ("planner.api",),
     ("planner/training",),
     ("planner.distributed",),
