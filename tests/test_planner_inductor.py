@@ -166,7 +166,7 @@ def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     read = planner.load(tmp_path / "plan.json")
     assert (read.backend, read.peak_bytes) == ("inductor", plan.peak_bytes)
-    with pytest.raises(planner.PlannerError, match="planner.plan"):
+    with pytest.raises(planner.PlannerError, match=r"planner.plan"):
         read.apply(model)
 
 
