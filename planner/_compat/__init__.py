@@ -7,6 +7,8 @@ torch upgrade is a change to this folder.
     sizes.py    sizes that are symbols
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
+    quick.py    the same trace in less time
+    inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
     sharded.py  parameters that are spread over ranks
@@ -53,6 +55,24 @@ from planner._compat.dynamo import (
     split_graph,
     switches_gradients,
 )
+from planner._compat.inductor import (
+    IS_REALIZED,
+    Lowered,
+    Split,
+    allocated_peak,
+    compile_as_torch,
+    compile_split,
+    copy_of,
+    forward_and_backward,
+    is_fused,
+    is_lowered,
+    is_view_of_operand,
+    lowered,
+    recompile_limit,
+    seeded,
+    stored,
+    torchs_split,
+)
 from planner._compat.ops import (
     batch_norm_is_cudnns,
     batch_norm_reserve_bytes,
@@ -65,6 +85,7 @@ from planner._compat.ops import (
     reads_a_number,
     writes_arguments,
 )
+from planner._compat.quick import collecting_seldom
 from planner._compat.running import (
     after_backward,
     at_end_of_backward,
@@ -127,6 +148,7 @@ from planner._compat.tracing import (
     compiler_flags,
     export_joint,
     fake_mode_of,
+    fakes_as_last_time,
     foreach_takes_fakes,
     graph_in_tracing,
     is_data_dependent,
@@ -141,6 +163,7 @@ from planner._compat.tracing import (
 
 __all__ = [
     "ENTERS_AUTOCAST",
+    "IS_REALIZED",
     "RECOMPILES",
     "STAND_INS",
     "TURNS",
@@ -151,9 +174,12 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "Loops",
+    "Lowered",
     "OpOverload",
+    "Split",
     "TorchDispatchMode",
     "after_backward",
+    "allocated_peak",
     "at_end_of_backward",
     "autocast_depth",
     "autocast_notes",
@@ -164,11 +190,15 @@ __all__ = [
     "checkpoint_calls",
     "checkpointed_around",
     "clear_cublas_workspaces",
+    "collecting_seldom",
+    "compile_as_torch",
+    "compile_split",
     "compiled",
     "compiled_part",
     "compiled_parts_as_eager",
     "compiler_flags",
     "compiles_here",
+    "copy_of",
     "cuda_driver_version",
     "current_backward",
     "cut_by_dynamo",
@@ -183,9 +213,11 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
+    "forward_and_backward",
     "gathered_names",
     "gathers",
     "generator_key",
@@ -202,15 +234,19 @@ __all__ = [
     "is_data_dependent",
     "is_faked",
     "is_fully_sharded",
+    "is_fused",
+    "is_lowered",
     "is_out_of_memory",
     "is_spread",
     "is_symbol",
     "is_top_mode",
     "is_transformed",
     "is_under_autocast",
+    "is_view_of_operand",
     "job_store",
     "kernels_as_eager",
     "left_alone",
+    "lowered",
     "modes_set_aside",
     "nests",
     "once_in_backward",
@@ -219,7 +255,9 @@ __all__ = [
     "post_accumulate_hooks",
     "pytree",
     "reads_a_number",
+    "recompile_limit",
     "saved_tensors_hooks_set_aside",
+    "seeded",
     "sharded_parameters",
     "sharding_now",
     "size_hint",
@@ -228,10 +266,12 @@ __all__ = [
     "stand_ins_derive_from",
     "storage_key",
     "storage_uses",
+    "stored",
     "switches_gradients",
     "symbolic_fake",
     "symbolic_mode",
     "tensors_on",
+    "torchs_split",
     "unreduced_gradients",
     "values_unchecked",
     "version_of",

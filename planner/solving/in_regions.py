@@ -119,7 +119,7 @@ class JoinedStep(BudgetedStep):
         """The plan that another rank made of the same step, with what it takes here; ``None`` if that is over
         the budget, or it is of another step.
         """
-        schedule = self._schedule_of(received)
+        schedule = self.schedule_of(received)
         if received.fingerprint != self.captured.fingerprint or schedule is None:
             return None
         ran, total = self.execution_of(schedule), self.problem.total_seconds

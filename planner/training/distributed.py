@@ -242,6 +242,11 @@ def _text_of(plan: Plan) -> str | None:
         return None
 
 
+def is_shared() -> bool:
+    """Whether plans are those of a job of several ranks."""
+    return _is_running(None)
+
+
 def _is_running(group: Any) -> bool:
     """Whether there is a process group of more than one rank, with this one in it."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
