@@ -131,7 +131,9 @@ def _trained(
             meter = StorageMeter("cpu")
             meter.register(ids, *(x for of in optimizer.state.values() for x in of.values()))
             meter.register(*(p.grad for p in model.parameters() if p.grad is not None), *model.parameters())
-            meter.register(*_compat.held_by_shards(model), *_compat.unreduced_gradients(model))
+            meter.register(
+                *_compat.held_by_shards(model), *_compat.unreduced_gradients(_compat.shard_groups(model))
+            )
             looks: Any = {steps - 2: watched, steps - 1: meter}.get(step, contextlib.nullcontext())
             with looks:
                 loss = model(ids)

@@ -79,6 +79,11 @@ class ShardedStep(JoinedStep):
         }
         return self.execution(self.joined.as_run(own))
 
+    @property
+    def checkpointed_peak_bytes(self) -> int:
+        """What that takes, the optimizer's step included."""
+        return max(self.checkpointed.peak_bytes, self.memory.optimizer_step_bytes)
+
     def overhead_of(self, ran: Execution) -> float:
         """Seconds of recomputation in a step, as a share of the step without."""
         return ran.timeline.recompute_seconds / self.problem.total_seconds
