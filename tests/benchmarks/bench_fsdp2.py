@@ -21,7 +21,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,24 +159,21 @@ def on_rank(rank: int, name: str, setting: str, share: float) -> dict[str, Any]:
     }
 
 
-def ranks_table(counts: list[int], share: float = 0.85) -> list[dict[str, Any]]:
+def ranks_rows(counts: list[int], share: float = 0.85) -> Iterator[dict[str, Any]]:
     """All models in all settings on so many processes."""
-    rows = []
     for count in counts:
         group = Ranks(count)
-        for name in FAMILIES:
-            for setting in SETTINGS:
-                found = group(on_rank, name, setting, share, timeout_s=400.0)
+        for setting in SETTINGS:
+            for name in FAMILIES:
+                found = group(on_rank, name, setting, share, timeout_s=600.0)
                 worst = max(found, key=lambda row: row["most_bytes"])
                 row = {"ranks": count, "model": name, "setting": setting, **worst}
                 row["equal"] = all(one["equal"] for one in found)
                 off = [1 - one["measured_bytes"] / max(1, one["predicted_bytes"]) for one in found]
                 row["off"] = [min(off), max(off)]
                 row["well"] = row["equal"] and min(off) >= 0 and max(off) <= MOST_BELOW
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+                yield row
         group.stop()
-    return rows
 
 
 # -- for a cluster ---------------------------------------------------------------------------------------
@@ -279,14 +276,11 @@ def cluster_row(name: str, ranks: int) -> dict[str, Any]:
     return row
 
 
-def cluster_table(some: list[str]) -> list[dict[str, Any]]:
+def cluster_rows(some: list[str]) -> Iterator[dict[str, Any]]:
     """Both models on both clusters; ``some``: words of which one is in the name."""
-    rows = []
     for name in (n for n in LLAMAS if not some or any(word in n for word in some)):
         for ranks in (8, 256):
-            rows.append(cluster_row(name, ranks))
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield cluster_row(name, ranks)
 
 
 def _percent(of: dict[str, Any] | None, key: str = "overhead") -> str:
@@ -316,25 +310,30 @@ def _shown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(aligned(lines, "l" + "r" * (len(head) - 1), ruled=True))
 
 
+def _keep(part: str, row: dict[str, Any]) -> None:
+    """Write a row down, in place of the one of its kind."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kind = [row.get(key) for key in ("ranks", "model", "setting")]
+    others = [r for r in known.get(part, ()) if [r.get(key) for key in ("ranks", "model", "setting")] != kind]
+    known.update({"torch": str(torch.__version__), "machine": platform.machine(), part: [*others, row]})
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    print(json.dumps(row), flush=True)
+
+
 def main(arguments: list[str]) -> int:
     """Run what is asked for; the exit code."""
     what, *more = arguments or ["cluster"]
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known.update(torch=str(torch.__version__), machine=platform.machine())
+    well = True
     if what == "ranks":
-        rows = ranks_table([int(count) for count in more] or [2, 4])
-        counts = {row["ranks"] for row in rows}
-        known["ranks"] = [row for row in known.get("ranks", ()) if row["ranks"] not in counts] + rows
-        failed = not all(row["well"] for row in rows)
+        for row in ranks_rows([int(count) for count in more] or [2, 4]):
+            well &= row["well"]
+            _keep(what, row)
     else:
-        rows = cluster_table(more)
-        names = {row["model"] for row in rows}
-        known["cluster"] = [row for row in known.get("cluster", ()) if row["model"] not in names] + rows
-        failed = any(row["prepared_s"] > MOST_PREPARED_S for row in known["cluster"])
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    if what == "cluster":
-        print(_shown(known["cluster"]))
-    return int(failed)
+        for row in cluster_rows(more):
+            well &= row["prepared_s"] <= MOST_PREPARED_S
+            _keep(what, row)
+        print(_shown(json.loads(RESULTS.read_text())["cluster"]))
+    return int(not well)
 
 
 if __name__ == "__main__":
