@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner import distributed, measure
+    from planner import distributed, measure, sharded
     from planner.api import frontier, plan
     from planner.compiled.loop import inductor
     from planner.errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "measure",
     "plan",
     "plan_of",
+    "sharded",
 ]
 
 # Where each name is from; what is not here is a module of this package.

@@ -19,6 +19,7 @@ optimizers to sort bytes by kind; a judge needs only their sum, and so no hooks.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,9 @@ from planner._compat import (
 from planner.units import rounded_up
 
 __all__ = ["StorageMeter"]
+
+
+LET_GO_S = 0.002  # gloo's threads let go of what they moved a little after it is there
 
 
 def _op_tensors(value: Any) -> Iterator[Tensor]:
@@ -154,6 +158,11 @@ class StorageMeter(TorchDispatchMode):
         self._sized(ref, rounded_up(int(storage.nbytes()), self.grain))
         self._peak_over_base = max(self._peak_over_base, self.live_bytes - self._base_bytes)
 
+    def settle(self) -> None:
+        """Wait for what the last op, a collective, holds in threads of its own."""
+        if self._talked and self.device is not None and self.device.type == "cpu":
+            time.sleep(LET_GO_S)
+
     def __enter__(self) -> Any:
         hear_resizes(self._resized)
         return super().__enter__()
@@ -175,6 +184,7 @@ class StorageMeter(TorchDispatchMode):
         if (pieces := pieces_of(func)) is not None:
             with self:
                 return pieces(*args, **kwargs)
+        self.settle()
         seen = [*_op_tensors(args), *_op_tensors(tuple(kwargs.values()))]
         # torch.tensor(...) makes its storage out of sight and shows it first to lift_fresh.
         # Likewise gloo, which scatters the sum of a copy, and shows that when it is through.
