@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("solvers.fixed_order",),
     ("solvers.free_order",),
     ("solvers.solve",),
-    ("solvers.frontier",),
+    ("solvers.frontier", "solvers.beside"),
     ("planner/_compat",),
     ("planner.alive",),
     ("planner.options",),

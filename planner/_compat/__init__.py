@@ -10,6 +10,7 @@ torch upgrade is a change to this folder.
     quick.py    the same trace in less time
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
+    sharded.py  parameters that are spread over ranks
     ops.py      what is to be known of single ops, of kernels, of libraries below them
 """
 
@@ -83,6 +84,20 @@ from planner._compat.running import (
     watching_modes,
     will_run,
 )
+from planner._compat.sharded import (
+    checkpointed_around,
+    gathered_names,
+    gathers,
+    hear_no_resizes,
+    hear_resizes,
+    held_by_shards,
+    is_fully_sharded,
+    is_spread,
+    sharded_parameters,
+    sharding_now,
+    spread_parameters,
+    unreduced_gradients,
+)
 from planner._compat.sizes import (
     compiled,
     evaluated,
@@ -149,6 +164,7 @@ __all__ = [
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
+    "checkpointed_around",
     "clear_cublas_workspaces",
     "collecting_seldom",
     "compiled",
@@ -173,17 +189,24 @@ __all__ = [
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
+    "gathered_names",
+    "gathers",
     "generator_key",
     "gone",
     "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
+    "hear_no_resizes",
+    "hear_resizes",
+    "held_by_shards",
     "hide_from_dynamo",
     "is_autograd_function",
     "is_checkpoint",
     "is_data_dependent",
     "is_faked",
+    "is_fully_sharded",
     "is_out_of_memory",
+    "is_spread",
     "is_symbol",
     "is_top_mode",
     "is_transformed",
@@ -200,8 +223,11 @@ __all__ = [
     "pytree",
     "reads_a_number",
     "saved_tensors_hooks_set_aside",
+    "sharded_parameters",
+    "sharding_now",
     "size_hint",
     "split_graph",
+    "spread_parameters",
     "stand_ins_derive_from",
     "storage_key",
     "storage_uses",
@@ -209,6 +235,7 @@ __all__ = [
     "symbolic_fake",
     "symbolic_mode",
     "tensors_on",
+    "unreduced_gradients",
     "values_unchecked",
     "version_of",
     "watching_modes",

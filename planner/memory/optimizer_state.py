@@ -35,8 +35,10 @@ from planner._compat import (
     DataDependentOutputException,
     FakeTensorMode,
     TorchDispatchMode,
+    dense_parts,
     fakes_as_last_time,
     foreach_takes_fakes,
+    is_spread,
     reads_a_number,
     storage_key,
 )
@@ -239,7 +241,8 @@ def _by_kinds(
     kinds: dict[int, Any] = {}
     for p in params:
         part = group_of.get(id(p), 0), p.dtype, p.device
-        kinds[id(p)] = part, tuple(p.shape), p.stride(), type(p)
+        here = dense_parts(p)[0] if is_spread(type(p)) else p
+        kinds[id(p)] = part, tuple(here.shape), here.stride(), type(p)
     first = {kinds[id(p)]: p for p in reversed(params)}
     # Some eight parameters of each kind step here; of those that do not train, some make state all the same.
     if 8 * len(first) >= len(kinds) or not all(p.requires_grad for p in params):
@@ -316,11 +319,24 @@ _EACH_BY_ITSELF = frozenset({
 
 
 def _fake_of(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode."""
+    """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode.
+
+    Of one that is spread over ranks (FSDP2's shards, tensor parallelism): of what this rank has of it.
+    """
+    if is_spread(type(tensor)):
+        (local,) = dense_parts(tensor)
+        return _fake_of(_like(local, tensor), device)
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def _like(local: Tensor, whole: Tensor) -> Tensor:
+    """``local``, a parameter if ``whole`` is one."""
+    if isinstance(whole, nn.Parameter):
+        return nn.Parameter(local.detach(), requires_grad=whole.requires_grad)
+    return local.detach().requires_grad_(whole.requires_grad)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

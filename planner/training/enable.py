@@ -85,7 +85,9 @@ def enable(
                    kind of batches is looked at and the second recorded, both with next to nothing saved, and
                    from the third on they run as planned.
 
-    ``costs``, ``solver``, ``time_limit_s`` and ``progress`` as for :func:`planner.plan`.
+    ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
+                   was found by then, the rest is spent beside training (:mod:`planner.solving.better`).
+    ``costs``, ``solver`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside
     ``DistributedDataParallel`` is enabled in there.  Raises ``TypeError`` or ``ValueError`` for arguments
