@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch._subclasses.fake_tensor
+from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
@@ -436,20 +437,70 @@ def not_hidden(run: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _mode_not_hidden(mode: Any) -> Iterator[None]:
-    before = vars(mode)["__torch_dispatch__"]
-    type.__setattr__(mode, "__torch_dispatch__", not_hidden(before))
+def _method_of(cls: Any, name: str, instead_of: Any) -> Iterator[None]:
+    """A method that a class defines itself, put back; ``instead_of(torch's)`` is what stands there."""
+    before = vars(cls)[name]
+    type.__setattr__(cls, name, instead_of(before))
     try:
         yield
     finally:
-        type.__setattr__(mode, "__torch_dispatch__", before)
+        type.__setattr__(cls, name, before)
+
+
+def _argument(torchs: Any) -> Any:
+    """What a node of a graph is called with: nodes and plain values, tuples and lists of them."""
+
+    def create_arg(tracer: Any, a: Any) -> Any:
+        kind = _kind_of(a)
+        if kind in _VALUES:
+            return a
+        if kind is fx.Proxy:
+            return a.node
+        if kind is tuple:
+            return tuple([create_arg(tracer, item) for item in a])
+        if kind is list:
+            return [create_arg(tracer, item) for item in a]
+        return torchs(tracer, a)
+
+    return create_arg
+
+
+class _Thunks:
+    """Whether sizes that are computed are written to the graph only when they are used, within a context."""
+
+    __slots__ = ("before", "enable", "tracer")
+
+    def __init__(self, tracer: Any, *, enable: bool = True) -> None:
+        self.tracer, self.enable = tracer, enable
+
+    def __enter__(self) -> None:
+        self.before = self.tracer.enable_thunkify
+        self.tracer.enable_thunkify = self.enable
+
+    def __exit__(self, *_: object) -> None:
+        self.tracer.enable_thunkify = self.before
+
+
+def _tracked(proxies: Any) -> Any:
+    """A tensor is noted with its node, and sizes of it with theirs where they are symbols."""
+    track_tensor, note = proxies.track_tensor, proxies.set_proxy_slot
+    noted: Any = proxies._ProxyTensor
+
+    def track(tensor: Any, proxy: Any, *, constant: Any, tracer: Any) -> None:
+        if tensor._has_symbolic_sizes_strides or tensor.layout is not torch.strided:
+            track_tensor(tensor, proxy, constant=constant, tracer=tracer)
+        else:
+            note(tensor, tracer, noted(proxy, constant))
+
+    return track
 
 
 @contextlib.contextmanager
 def asked_once() -> Iterator[None]:
     """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
 
-    And nodes get no ``tensor_meta``, which says in other words what ``val`` does.
+    And nodes get no ``tensor_meta`` and no ``original_aten``, which say in other words what ``val`` and the
+    target do.
     """
     effects: Any = importlib.import_module("torch._higher_order_ops.effects")
     automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
@@ -473,10 +524,14 @@ def asked_once() -> Iterator[None]:
                 autograd_would_have_decomposed=decomposed,
                 is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
                 snapshot_fake=_snapshot(proxies.snapshot_fake),
+                track_tensor=_tracked(proxies),
+                _enable_thunkify=_Thunks,
+                set_original_aten_op=contextlib.nullcontext,
                 _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
             )
         )
-        put(_mode_not_hidden(proxies.ProxyTorchDispatchMode))
+        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", not_hidden))
+        put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
         for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
             put(_names_of(importlib.import_module(name), **builtin))
         put(_names_of(_fake_tensor, **builtin))
