@@ -4,9 +4,10 @@
 
 For each model, in turn, a process of the tree that this file is in and one of the earlier commit, which is
 checked out into a temporary folder, capture the step, price it, and state its problem: models without memory
-in bfloat16, AdamW, roofline costs.  What counts is CPU seconds of the process (other work on the machine only
-adds to them, so the least of the repeats stands) and its peak RSS, torch and transformers included.  Imports
-are a row of their own: ``import planner`` beyond torch's, and all that a first small step imports and does.
+in bfloat16 (a real one where sizes are symbols), AdamW, roofline costs.  What counts is CPU seconds of the
+process (other work on the machine only adds to them, so the least of the repeats stands) and its peak RSS,
+torch and transformers included.  Imports are a row of their own: ``import planner`` beyond torch's, and all
+that a first small step imports and does.
 
 Prints a table, writes ``results/prepare.json`` and ``results/prepare.md`` when all rows are asked for, and
 says what falls short of ``TARGETS``; exit code 1 if anything does.
@@ -15,6 +16,7 @@ says what falls short of ``TARGETS``; exit code 1 if anything does.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -132,10 +134,9 @@ def measure(name: str) -> dict[str, Any]:
 
     hf.logging.set_verbosity_error()
     began = time.process_time()
-    import planner
-
+    importlib.import_module("planner")
     import_s = time.process_time() - began
-    step_of = importlib_of("solving.priced", "prepared").prepare
+    step_of = _module("solving.priced", "prepared").prepare
     small = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
 
     def loss_fn(out: Any) -> Any:
@@ -147,19 +148,18 @@ def measure(name: str) -> dict[str, Any]:
         return {"cpu_s": first_s, "import_s": import_s, "ops": 0, "rss_bytes": _peak_rss_bytes()}
     from tests.benchmarks.graphs import without_memory
 
-    model, batch = without_memory(MODELS[name])
+    symbolic = "symbolic" in name
+    model, batch = MODELS[name]() if symbolic else without_memory(MODELS[name])
+    model.train()
     began = time.process_time()
-    step = step_of(model, batch, optimizer=torch.optim.AdamW, costs="roofline", dynamic="symbolic" in name)
+    step = step_of(model, batch, optimizer=torch.optim.AdamW, costs="roofline", dynamic=symbolic)
     ops = len(step.problem.ops)
     taken_s = time.process_time() - began
-    assert planner.__file__
     return {"cpu_s": taken_s, "ops": ops, "rss_bytes": _peak_rss_bytes()}
 
 
-def importlib_of(*names: str) -> Any:
+def _module(*names: str) -> Any:
     """The first of these modules of the package that the tree has."""
-    import importlib
-
     for name in names:
         try:
             return importlib.import_module(f"planner.{name}")
