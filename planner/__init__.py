@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner import distributed, measure
     from planner.api import frontier, plan
+    from planner.compiled.loop import inductor
     from planner.errors import (
         InfeasibleBudgetError,
         InvalidPlanFileError,
@@ -46,6 +47,7 @@ __all__ = [
     "distributed",
     "enable",
     "frontier",
+    "inductor",
     "load",
     "measure",
     "plan",
@@ -61,6 +63,7 @@ _FROM = {
     "disable": "training.enable",
     "enable": "training.enable",
     "frontier": "api",
+    "inductor": "compiled.loop",
     "load": "plan",
     "plan": "api",
     "plan_of": "training.enable",

@@ -15,16 +15,19 @@ from torch import nn
 
 from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
+from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
 from planner.frontier import Frontier
 from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
+    BackendMode,
     CaptureMode,
     GradientsMode,
     OutputsMode,
     Search,
+    checked_backend,
     checked_capture,
     checked_gradients,
     checked_outputs,
@@ -57,6 +60,7 @@ def plan(
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "held",
     capture: CaptureMode = "auto",
+    backend: BackendMode = "eager",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -104,6 +108,11 @@ def plan(
                       for that, and put back: parameters, gradients, buffers, attributes of modules, random
                       states; not what the forward does elsewhere (files, globals).  "auto": one graph, or
                       regions where that is refused, with a line in the log.
+    ``backend``       "inductor": the step is compiled by ``torch.compile``, and the plan chooses what its
+                      forward keeps for its backward and what that computes again.  All graphs that Dynamo
+                      cuts share the budget.  As with regions, steps of the real model are run for that and
+                      put back.  The applied model trains compiled: gradients are those of ``torch.compile``
+                      without a budget but for the last bits.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -120,6 +129,7 @@ def plan(
     checked_outputs(outputs)
     checked_gradients(gradients)
     checked_capture(capture)
+    checked_backend(backend)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -127,7 +137,14 @@ def plan(
     with search.reporting() as search:
         whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step = _step(model, inputs, capture, gradients, how, whole)
+        step: PricedStep | JoinedStep
+        if backend == "inductor":
+            _refuse_with_inductor(dynamic, calibrate, capture, gradients)
+            step = compiled_step(
+                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search
+            )
+        else:
+            step = _step(model, inputs, capture, gradients, how, whole)
         if calibrate and isinstance(step, PricedStep):
             made = calibrated(step, budget_bytes, search)
         else:  # in regions what is held beside them was measured
@@ -143,6 +160,23 @@ def plan(
             ", ".join(made.released),
         )
     return made
+
+
+def _refuse_with_inductor(
+    dynamic: Dynamic, calibrate: bool, capture: CaptureMode, gradients: GradientsMode
+) -> None:
+    given = {
+        "dynamic": bool(dynamic),
+        "calibrate": calibrate,
+        "capture": capture != "auto",
+        "gradients": gradients == "consumed",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{name} is not for backend='inductor': Dynamo cuts the step, each size is compiled by itself"
+                ", and what the generated code takes is played beforehand"
+            )
 
 
 def frontier(

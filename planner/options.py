@@ -12,10 +12,12 @@ from solvers import SOLVERS
 from solvers.fixed_order import checked_time_limit
 
 __all__ = [
+    "BackendMode",
     "CaptureMode",
     "GradientsMode",
     "OutputsMode",
     "Search",
+    "checked_backend",
     "checked_capture",
     "checked_gradients",
     "checked_outputs",
@@ -28,6 +30,9 @@ OutputsMode: TypeAlias = Literal["held", "released", "auto"]
 # Whether the step is to be one captured graph, pieces of one with other code between them, or whichever it
 # can.
 CaptureMode: TypeAlias = Literal["one graph", "regions", "auto"]
+
+# What runs the step: the dispatcher, call by call, or code that inductor generates for it.
+BackendMode: TypeAlias = Literal["eager", "inductor"]
 
 # Until when the gradients of parameters are there: beyond the step, until a hook uses them up inside the
 # backward, or as the first step shows.
@@ -46,6 +51,13 @@ def checked_capture(capture: CaptureMode) -> CaptureMode:
     if capture not in ("one graph", "regions", "auto"):
         raise ValueError(f"capture must be 'one graph', 'regions' or 'auto', not {capture!r}")
     return capture
+
+
+def checked_backend(backend: BackendMode) -> BackendMode:
+    """``backend`` if it is one of the two; ``ValueError`` if not."""
+    if backend not in ("eager", "inductor"):
+        raise ValueError(f"backend must be 'eager' or 'inductor', not {backend!r}")
+    return backend
 
 
 def checked_gradients(gradients: GradientsMode) -> GradientsMode:

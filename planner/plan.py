@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -30,7 +30,7 @@ from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.variants import Replanner, Variants, Varying
-from planner.runtime.verify import Report, verify
+from planner.runtime.verify import verify
 from planner.view import block, depth, diff, display, explain, plots, snapshot
 from planner.view.diff import PlanDiff
 from planner.view.explain import Explanation
@@ -66,6 +66,12 @@ class Origin(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> Any:
+        """What ``plan.verify`` finds of a compiled step."""
+        ...
 
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
         """Make ``model`` train as ``plan``, where that is of a step in regions."""
@@ -244,6 +250,7 @@ class Plan(PlanData):
         """
         self._refuse_elsewhere()
         model, origin = self._model(model), self._origin
+        self._refuse_compiled_from_file()
         if self.regions:
             return apply_plan(self, model) if origin is None else origin.applied(self, model)
         learns = origin is not None and origin.outputs == "auto"
@@ -261,7 +268,7 @@ class Plan(PlanData):
         *,
         loss_fn: LossFn | None = None,
         seed: int = 0,
-    ) -> Report:
+    ) -> Any:
         """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs.
 
         ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
@@ -272,6 +279,10 @@ class Plan(PlanData):
         model, origin = self._model(model), self._origin
         if loss_fn is None and origin is not None:
             loss_fn = origin.loss_fn
+        if self.backend == "inductor":
+            self._refuse_compiled_from_file()
+            assert origin is not None
+            return origin.verified(self, model, inputs, loss_fn, seed)
         step = partial(self.apply, model) if self.regions else self.executable(model)
         return verify(self, step, model, inputs, loss_fn=loss_fn, seed=seed)
 
@@ -280,6 +291,13 @@ class Plan(PlanData):
         serialize.save(self, path)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _refuse_compiled_from_file(self) -> None:
+        if self.backend == "inductor" and self._origin is None:
+            raise PlannerError(
+                "this plan is of graphs that torch.compile cut and inductor compiles, and a file has none of "
+                "them: it is for looking; planner.plan(model, ..., backend='inductor') makes it again"
+            )
 
     def _refuse_elsewhere(self) -> None:
         if self.planned_for:

@@ -43,6 +43,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner.plan",),
     ("planner.frontier",),
     ("planner/solving",),
+    ("planner/sharded",),
+    ("planner/compiled",),
     ("planner.api",),
     ("planner/training",),
     ("planner.distributed",),

@@ -19,6 +19,7 @@ from planner.plans.outline import Outline
 from planner.units import bytes_text
 
 __all__ = [
+    "Backend",
     "Calibration",
     "Decision",
     "InputRecord",
@@ -32,6 +33,7 @@ __all__ = [
 # Inputs by structure and sizes, as JSON holds them: what a plan from a file knows of its batch.
 InputRecord: TypeAlias = Mapping[str, Any]
 
+Backend = Literal["eager", "inductor"]
 Decision = Literal["save", "recompute", "free"]
 
 # Until when the caller holds an output: to the end of the step, until the backward begins, or, as a name that
@@ -189,6 +191,8 @@ class PlanData:
     ``regions``              of a step in regions their calls, in order; empty where the step is one graph.
     ``cuts``                 where the forward was cut into them and why, a line each.
 
+    ``backend``              what runs it: "eager", or "inductor", which compiles it.
+
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
     ``outline``              the step in outline, by which the plan is played through and explained; ``None``
@@ -236,6 +240,7 @@ class PlanData:
     outline: Outline | None = dataclasses.field(default=None, repr=False)
     regions: tuple[RegionSummary, ...] = ()
     cuts: tuple[str, ...] = ()
+    backend: Backend = "eager"
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):

@@ -115,6 +115,12 @@ class BudgetedStep:
         """``plan.apply(model)`` of a step in regions."""
         return plan.apply(model)
 
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> Any:
+        """``plan.verify()`` of a compiled step."""
+        raise NotImplementedError
+
     @property
     def lightest(self) -> BudgetedStep:
         """The step whose least peak is the least that may be planned for."""

@@ -18,7 +18,7 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import CaptureMode, GradientsMode, OutputsMode
+from planner.options import BackendMode, CaptureMode, GradientsMode, OutputsMode
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -47,6 +47,7 @@ def enable(
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    backend: BackendMode = "eager",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -81,9 +82,12 @@ def enable(
                    optimizer's step in the backward); "held" or "consumed" as for :func:`planner.plan`.
 
     ``capture``    "one graph", "regions" or "auto" as for :func:`planner.plan`; in regions the first step of
-                   a
-                   kind of batches is looked at and the second recorded, both with next to nothing saved, and
-                   from the third on they run as planned.
+                   a kind of batches is looked at and the second recorded, both with next to nothing saved,
+                   and from the third on they run as planned.
+
+    ``backend``    "inductor": it trains compiled (:mod:`planner.compiled.loop`); the first step of a kind
+                   runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an
+                   outer ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this compiles.
 
     ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
                    was found by then, the rest is spent beside training (:mod:`planner.solving.better`).

@@ -9,10 +9,12 @@ from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
+    BackendMode,
     CaptureMode,
     GradientsMode,
     OutputsMode,
     Search,
+    checked_backend,
     checked_capture,
     checked_gradients,
     checked_outputs,
@@ -41,11 +43,13 @@ class Settings:
     outputs: OutputsMode = "auto"
     gradients: GradientsMode = "auto"
     capture: CaptureMode = "auto"
+    backend: BackendMode = "eager"
 
     def __post_init__(self) -> None:
         checked_outputs(self.outputs)
         checked_gradients(self.gradients)
         checked_capture(self.capture)
+        checked_backend(self.backend)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}

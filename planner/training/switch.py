@@ -26,6 +26,7 @@ from torch import nn
 from planner._compat import left_alone
 from planner.capture.inputs import Inputs
 from planner.capture.module import home_of
+from planner.compiled.loop import Compiled
 from planner.errors import PlannerError, TraceError
 from planner.plan import Plan
 from planner.runtime.tracing import is_traced
@@ -54,6 +55,7 @@ class Switch:
 
     def _watch(self) -> None:
         self._regions: InRegions | None = None  # where the step is not one graph
+        self._compiled: Compiled | None = None
         self._flagged: list[nn.Module] = []  # modules whose own checkpointing serves calls without a plan
         self._running = 0  # calls without a plan that have begun
         self._told: set[str] = set()
@@ -71,6 +73,8 @@ class Switch:
     @property
     def plan(self) -> Plan | None:
         """The plan of the last training call, ``None`` before the first."""
+        if self._compiled is not None:
+            return self._compiled.last
         return self._plans.last if self._regions is None else self._regions.last
 
     @property
@@ -113,6 +117,8 @@ class Switch:
 
     def change(self, settings: Settings) -> None:
         """From the next training call on."""
+        if settings != self.settings:
+            self._compiled = None
         self._plans.change(settings)
         if self._regions is not None and settings.capture != "one graph":
             self._regions.change(settings)
@@ -141,6 +147,8 @@ class Switch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.planned:  # bound once more, by a library that unwraps forwards
             args = args[1:]
+        if self.settings.backend == "inductor" and torch.compiler.is_dynamo_compiling():
+            return _outside(self, args, kwargs)  # whoever compiles around it leaves it to itself
         if not self._trains(args, kwargs):
             self._plans.settle()
             if self._regions is not None:
@@ -149,6 +157,11 @@ class Switch:
         if not self.planned.training and not self._is_known_to_train(args, kwargs):
             return self._unplanned(args, kwargs)
         asked = huggingface.training_arguments(self.original, getattr(self.planned, "config", None), kwargs)
+        if self.settings.backend == "inductor":
+            if self._compiled is None:
+                unplanned.take_hooks(self.planned)  # Dynamo would look into them
+                self._compiled = self._of_graphs()
+            return self._compiled(*args, **asked)
         if self._regions is None and self.settings.capture == "regions":
             self._cut("so it was asked for")
         if self._regions is not None:
@@ -172,6 +185,24 @@ class Switch:
         if self._before is not None:
             return self._before(*args, **kwargs)
         return type(self.planned).forward(self.planned, *args, **kwargs)
+
+    def _of_graphs(self) -> Compiled:
+        s = self.settings
+        assert s.budget_bytes is not None
+        return Compiled(
+            self.root, self.planned, self._plain(), s.budget_bytes, s.optimizer, s.costs, s.search
+        )
+
+    def _plain(self) -> Callable[..., Any]:
+        """A function that runs the forward, which Dynamo follows."""
+        before, planned = self._before, self.planned
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                return before(*args, **kwargs)
+            return type(planned).forward(planned, *args, **kwargs)
+
+        return forward
 
     def _cut(self, why: str) -> InRegions:
         """From here on in regions."""
@@ -304,6 +335,11 @@ class Switch:
         vars(self).update(state)
         self._planning = False
         self._plans = OnDemand(self.root, self.planned, settings, self._aside)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside(switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return switch(*args, **kwargs)
 
 
 def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:

@@ -1,0 +1,384 @@
+"""How inductor splits, lowers and compiles a graph; and what its generated code allocates."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import operator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = [
+    "IS_REALIZED",
+    "Lowered",
+    "Split",
+    "allocated_peak",
+    "compile_as_torch",
+    "compile_split",
+    "copy_of",
+    "forward_and_backward",
+    "is_fused",
+    "is_lowered",
+    "is_view_of_operand",
+    "lowered",
+    "recompile_limit",
+    "seeded",
+    "stored",
+    "torchs_split",
+]
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+# (joint module, number of the forward's outputs, nodes of static inputs) -> forward and backward
+Split = Callable[[fx.GraphModule, int, Any], tuple[fx.GraphModule, fx.GraphModule]]
+
+# Key of ``node.meta``: inductor stores what the node makes instead of writing it into its readers; 2.11+
+IS_REALIZED = "inductor_realize_to_strides"
+
+# Libraries' kernels that inductor calls though it has lowerings for them.
+_LIBRARY = {
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward, aten._int_mm,
+    aten.mkldnn_rnn_layer,
+}  # fmt: skip
+
+# Settings under which kernels run in the order in which a graph calls them.
+_AS_WRITTEN = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+
+# What is written into its readers, beside what torch tags as pointwise.
+_INLINED = {
+    aten.full, aten.full_like, aten.arange, aten.scalar_tensor, aten.clone, aten.embedding, aten.gather,
+    aten.index, aten._unsafe_index, aten._unsafe_masked_index, aten.constant_pad_nd, aten.where, aten.copy,
+    aten.slice_scatter, aten.select_scatter, aten.masked_fill, aten.index_select, aten.flip, aten.roll,
+    aten.empty, aten.zeros, aten.ones, aten.expand, aten.repeat, aten.tril, aten.triu, aten.diagonal_scatter,
+    aten._to_copy, aten.lift_fresh_copy, aten.ones_like, aten.zeros_like, aten.new_zeros, aten.new_ones,
+    aten.new_full,
+    torch.ops.prims.convert_element_type, torch.ops.prims.iota, torch.ops.prims.fma,
+    torch.ops.prims.inductor_random, torch.ops.prims.inductor_randint, torch.ops.prims.inductor_lookup_seed,
+    torch.ops.prims._low_memory_max_pool_offsets_to_indices,
+}  # fmt: skip
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_view_of_operand(node: fx.Node) -> bool:
+    """Whether a call makes another look at an operand and no storage."""
+    schema = getattr(node.target, "_schema", None)
+    if node.target is operator.getitem or schema is None:
+        return False
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def is_lowered(node: fx.Node) -> bool:
+    """Whether inductor writes the loops of a call itself, and takes operands that are not stored; 2.11+."""
+    from torch._inductor import lowering
+
+    if node.target is operator.getitem or _packet(node) in _LIBRARY:
+        return False
+    return node.target in lowering.lowerings and node.target not in lowering.fallbacks
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether the loops of such a call are written into those of its readers."""
+    if not is_lowered(node):
+        return False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or _packet(node) in _INLINED
+
+
+def forward_and_backward(
+    joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], *, num_fwd_outputs: int, static: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The two modules of ``joint``, in which nothing behind ``saved`` and ``sizes`` is read across; 2.9+."""
+    from torch._functorch import partitioners
+
+    halves = partitioners._extract_fwd_bwd_modules(
+        joint, saved, sizes, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
+    )
+    for half in halves:  # what may draw random numbers is kept, read or not, attention without dropout too
+        for node in reversed(list(half.graph.nodes)):
+            if node.op == "call_function" and not node.users and not writes(node):
+                half.graph.erase_node(node)
+        half.recompile()
+    return halves
+
+
+def stored(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What a kernel made, apart from the calls that read it: they are not joined to it; 2.6+."""
+    value = node.meta["val"]
+    if any(isinstance(n, torch.SymInt) for n in value.stride()):
+        return node
+    from torch._inductor import inductor_prims
+
+    new = graph.call_function(inductor_prims.force_stride_order, (node, list(value.stride())))
+    new.meta = dict(node.meta)
+    return new
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call acts on something else than its results."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and (schema.is_mutable or "c10d" in schema.name)) or (
+        node.is_impure() and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    )
+
+
+@functools.cache
+def _partitioner() -> Any:
+    """The class of our partitioner: what it derives from is imported with inductor, which takes a while."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn  # 2.9+
+
+    class Partitioner(CustomPartitionerFn):
+        def __init__(self, split: Split, key: str | None) -> None:
+            self.split, self.key = split, key
+
+        def uuid(self) -> Any:
+            return self.key
+
+        def __getstate__(self) -> Any:
+            return self.key
+
+        def __setstate__(self, key: Any) -> None:
+            self.key = key
+
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            return self.split(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_nodes"))
+
+    return Partitioner
+
+
+@functools.cache
+def _choices() -> Any:
+    """What decides which loops become one: those between the same two calls of libraries' kernels.
+
+    Inductor otherwise joins whatever reads the same, and what is made again late would be made early.
+    """
+    from torch._inductor.choices import InductorChoices  # 2.6+
+
+    class BetweenKernels(InductorChoices):
+        @staticmethod
+        def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            kernels = getattr(scheduler, "_kernels_at", None)
+            if kernels is None:
+                kernels = sorted(n.min_order for n in scheduler.nodes if n.is_extern())
+                scheduler._kernels_at = kernels
+            first, last = min(node1.min_order, node2.min_order), max(node1.max_order, node2.max_order)
+            if bisect(kernels, first) != bisect(kernels, last) and not (
+                node1.is_extern() or node2.is_extern()
+            ):
+                return False
+            return bool(InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score))
+
+    return BetweenKernels()
+
+
+def compile_split(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    split: Split,
+    *,
+    key: str | None = None,
+    inner: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """``gm`` compiled by inductor, its joint graph split by ``split``; 2.9+.
+
+    ``key``    what its answers depend on, for the caches of compiled code; ``None``: nothing is cached.
+    ``inner``  compiles each half instead of inductor's code generator: (graph module, inputs, settings).
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        with V.set_choices_handler(_choices()):
+            return compile_fx_inner(*args, **kwargs)
+
+    own = copy_of(gm)
+    patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key), **_AS_WRITTEN}
+    made: Any = compile_fx(own, inputs, inner or compiled, config_patches=patches)
+    return made
+
+
+def compile_as_torch(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """``gm`` compiled by inductor, its joint graph split as torch would; 2.0+."""
+    from torch._inductor.compile_fx import compile_fx
+
+    made: Any = compile_fx(copy_of(gm), inputs)
+    return made
+
+
+def torchs_split(joint: fx.GraphModule, forwards: int, static: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The two modules of ``joint`` as torch splits it where no memory is to be saved; 2.0+."""
+    from torch._functorch.partitioners import default_partition
+
+    return default_partition(joint, (), num_fwd_outputs=forwards, static_lifetime_input_nodes=static)
+
+
+def seeded(gm: fx.GraphModule) -> None:
+    """Let calls that draw from a seed draw the same from the same one, run by the dispatcher; 2.1+."""
+    from torch._inductor import inductor_prims
+
+    def random(size: Any, seed: torch.Tensor, mode: str, *, offset: int = 0) -> torch.Tensor:
+        source = torch.Generator(seed.device).manual_seed(int(seed))
+        draw = torch.rand if mode == "rand" else torch.randn
+        return draw(size, device=seed.device, generator=source)
+
+    def randint(low: int, high: int, size: Any, seed: torch.Tensor, *, offset: int = 0) -> torch.Tensor:
+        source = torch.Generator(seed.device).manual_seed(int(seed))
+        return torch.randint(low, high, size, device=seed.device, generator=source)
+
+    instead = {inductor_prims.random: random, inductor_prims.randint: randint}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in instead:
+            node.target = instead[node.target]
+
+
+def recompile_limit() -> int:
+    """How often a piece of code is compiled before Dynamo leaves it to eager; 2.5+."""
+    from torch._dynamo import config
+
+    return int(config.recompile_limit)
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Most bytes that the CPU's allocator had handed out while ``run`` ran, beyond those before; 1.9+.
+
+    The generated code allocates below the dispatcher, so no mode sees it.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        run()
+    results: Any = seen.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own and the same constants."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    found = graph.graph_copy(gm.graph, env)
+    out = graph.output(found)
+    (old,) = gm.graph.find_nodes(op="output")
+    out.meta = dict(old.meta)
+    made = fx.GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    return made
+
+
+class _Nothing:
+    """What stands for a compiled kernel that does nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    run = __call__
+
+
+@contextlib.contextmanager
+def _no_kernels() -> Iterator[None]:
+    """Generated code that is executed compiles nothing; process-global, put back."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    names = [n for n in ("cpp", "cpp_pybinding", "triton", "halide", "pallas") if hasattr(AsyncCompile, n)]
+    before = {n: AsyncCompile.__dict__[n] for n in (*names, "wait")}
+    for name in names:
+        setattr(AsyncCompile, name, lambda self, *args, **kwargs: _Nothing())
+    AsyncCompile.wait = lambda self, scope: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(AsyncCompile, name, function)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The Python that inductor generates for a graph, to be run on fakes: it computes nothing."""
+
+    source: str
+    constants: dict[str, Any]
+    mode: Any
+
+    def run(self, args: list[Any]) -> Any:
+        """What it returns for fake ``args``, a list that it clears.  To be called under the fake mode."""
+        scope: dict[str, Any] = {"__name__": "generated"}
+        with _no_kernels():
+            exec(compile(self.source, "<generated>", "exec"), scope)
+        scope.update(self.constants)
+
+        def empty(device: str) -> Callable[..., torch.Tensor]:
+            def made(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+                return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+            return made
+
+        for name in list(scope):
+            if name.startswith("empty_strided_"):
+                scope[name] = empty("cuda" if name.endswith("cuda") else "cpu")
+        scope["reinterpret_tensor"] = lambda x, size, stride, offset=0: torch.as_strided(
+            x, size, stride, x.storage_offset() + offset
+        )
+        scope["assert_size_stride"] = scope["assert_alignment"] = lambda *args, **kwargs: None
+        return scope["call"](args)
+
+
+def lowered(
+    gm: fx.GraphModule,
+    *,
+    is_backward: bool,
+    visible: Sequence[int],
+    donated: Sequence[int] = (),
+) -> Lowered:
+    """``gm``, which is used up, as inductor would compile it; 2.9+.
+
+    ``visible``  positions of outputs that the user sees; ``donated`` those of inputs that it may write over.
+    """
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+
+    c: Any = importlib.import_module("torch._inductor.compile_fx")
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    inputs = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    fake_mode = detect_fake_mode(inputs)
+    (output,) = gm.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(visible)
+    context = TracingContext(fake_mode)
+    context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated))  # type: ignore[assignment]
+    c.view_to_reshape(gm)
+    with (
+        torch.no_grad(),
+        V.set_fake_mode(fake_mode),
+        tracing(context),
+        DebugContext(),
+        V.set_choices_handler(_choices()),
+        c.config.patch(_AS_WRITTEN),
+    ):
+        c.fake_tensor_prop(gm, inputs)
+        c._recursive_record_original_output_strides(gm)
+        c._recursive_post_grad_passes(gm, is_inference=False)
+        lowering = GraphLowering(
+            gm, example_inputs=inputs, shape_env=c.shape_env_from_inputs(inputs), graph_id=0,
+            cpp_wrapper=False, is_inference=False, is_backward=is_backward,
+        )  # fmt: skip
+        with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]):
+            lowering.run(*inputs)
+            code, _ = lowering.codegen()
+    return Lowered(str(getattr(code, "value", code)), dict(lowering.constants), fake_mode)

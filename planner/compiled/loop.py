@@ -1,0 +1,155 @@
+"""Plans for a model that trains compiled, made as its steps come; the backend for code that compiles itself.
+
+The first step of a kind is seen: its graphs run call by call, with nothing recomputed, so that it takes what
+eager takes, or somewhat more.  When the next step begins it is planned, and compiled as planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from planner import _compat
+from planner.capture.inputs import Inputs
+from planner.compiled.session import CompiledSession
+from planner.compiled.step import CompiledStep
+from planner.costs.target import CostSource, Target, target_for
+from planner.errors import InfeasibleBudgetError
+from planner.memory.live_optimizers import resident_in_training
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import budget_bytes_of
+from planner.options import Search
+from planner.plan import Plan
+
+__all__ = ["Compiled", "Inductor", "inductor"]
+
+log = logging.getLogger(__name__)
+
+
+class Compiled:
+    """The training steps of ``planned``, a part of ``root`` or all of it, compiled.
+
+    ``forward``  of ``planned`` as it is written.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        planned: nn.Module,
+        forward: Callable[..., Any],
+        budget_bytes: int,
+        optimizer: OptimizerLike | Literal["find"] | None,
+        costs: CostSource,
+        search: Search,
+    ) -> None:
+        self.root, self.budget_bytes, self.optimizer, self.search = root, budget_bytes, optimizer, search
+        self.session = CompiledSession(target_for(planned, costs), root, self._planned)
+        self.last: Plan | None = None
+        self._told = False
+        self._call = torch.compile(forward, backend=self.session.backend, dynamic=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a call that trains."""
+        before = self.session.called
+        outputs = self._call(*args, **kwargs)
+        if self.session.called == before and not self._told:
+            self._told = True
+            log.warning(
+                "a call of %s ran as eager runs it, outside the plan and its budget: torch.compile has "
+                "given up on it (its limit of recompilations, torch._dynamo.config.recompile_limit, is %d; "
+                "TORCH_LOGS=recompiles tells what differed). Pad batches to few sizes, or raise the limit",
+                type(self.root).__name__, _compat.recompile_limit(),
+            )  # fmt: skip
+        return outputs
+
+    def _planned(self, session: CompiledSession) -> None:
+        self.last = _plan_of(session, self.root, self.budget_bytes, self.optimizer, self.search)
+
+
+class Inductor:
+    """What :func:`inductor` returns: a backend for ``torch.compile``.  ``plan``: the last one, or None."""
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        optimizer: OptimizerLike | Literal["find"] | None,
+        costs: CostSource,
+        search: Search,
+    ) -> None:
+        self.budget_bytes, self.optimizer, self.costs, self.search = budget_bytes, optimizer, costs, search
+        self.plan: Plan | None = None
+        self._session: CompiledSession | None = None
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs."""
+        if self._session is None:
+            device = next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+            self._session = CompiledSession(Target.of(self.costs, device), None, self._planned)
+        return self._session.backend(gm, inputs)
+
+    def _planned(self, session: CompiledSession) -> None:
+        model = _Graphs()
+        for i, parameter in enumerate(session.parameters.values()):
+            model.register_parameter(f"parameter_{i}", parameter)
+        self.plan = _plan_of(session, model, self.budget_bytes, self.optimizer, self.search)
+
+
+class _Graphs(nn.Module):
+    """Stands for the model, where only its graphs are known: their parameters."""
+
+
+def inductor(
+    budget_gb: float,
+    *,
+    optimizer: OptimizerLike | Literal["find"] | None = "find",
+    costs: CostSource = "auto",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+) -> Inductor:
+    """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(8))``.
+
+    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step.  The first
+    step runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
+    (another batch size, a branch), that step is seen and all of them are planned anew.
+
+    Arguments as for :func:`planner.enable`.  Raises ``TypeError`` or ``ValueError`` for those that make no
+    sense; a step whose budget cannot be met raises ``InfeasibleBudgetError``.
+    """
+    Target.of(costs, torch.device("cpu"))
+    return Inductor(budget_bytes_of(budget_gb), optimizer, costs, Search(solver, time_limit_s))
+
+
+def _plan_of(
+    session: CompiledSession,
+    root: nn.Module,
+    budget_bytes: int,
+    optimizer: OptimizerLike | Literal["find"] | None,
+    search: Search,
+) -> Plan:
+    """Plan the step that ``session`` has seen, and let its graphs run so."""
+    began = time.perf_counter()
+    with _compat.modes_set_aside(), search.reporting() as search:
+        record = session.record()
+        found = resident_in_training(root, None, optimizer, session.target.here)
+        known = found.parameters_bytes + found.buffers_bytes
+        rest = max(0, record.found_bytes - known)
+        gradients_bytes = min(found.gradients_bytes, rest)
+        resident = dataclasses.replace(
+            found, gradients_bytes=gradients_bytes, inputs_bytes=rest - gradients_bytes
+        )
+        step = CompiledStep.of_session(
+            session, record, root, Inputs((), {}), resident, least_limit_s=search.time_limit_s
+        )
+        try:
+            plan = step.plan_bytes(budget_bytes, search)
+        except InfeasibleBudgetError as error:
+            raise error.saying(f"{error}. Within this budget the compiled step runs out of memory.") from None
+    step.follow(plan)
+    log.info("%r, %d graphs, planned in %.1f s", plan, len(plan.regions), time.perf_counter() - began)
+    return plan

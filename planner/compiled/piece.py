@@ -1,0 +1,228 @@
+"""One of Dynamo's graphs: seen once, on tensors, then compiled by inductor as a plan says.
+
+Seen means: taken through torch's own preparation for inductor, so that it is the graph that will be compiled,
+and run by the dispatcher.  Nothing is compiled for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from planner import _compat
+from planner.compiled.emit import Written, write
+from planner.compiled.fused import FusedStep
+from planner.compiled.judge import Played, play
+from planner.costs.op_costs import Costs
+from planner.errors import PlannerError
+
+__all__ = ["Own", "Piece"]
+
+log = logging.getLogger(__name__)
+
+# Positions in the ops of a piece, and how many of them run in the forward.
+Own = tuple[tuple[int, ...], int]
+
+
+class Piece:
+    """A graph of a forward with its backward.
+
+    ``step``   as inductor stores it; ``None`` where nothing of it is differentiated.
+    ``why``    it is compiled as torch would compile it; "" where it is planned.
+    ``costs``  of its ops, once they were asked for.
+    """
+
+    def __init__(self, number: int, gm: fx.GraphModule, inputs: Sequence[Any], hears: Hears) -> None:
+        self.number, self.inputs, self.hears = number, list(inputs), hears
+        self.gm = _compat.copy_of(gm)
+        self.step: FusedStep | None = None
+        self.why = ""
+        self.costs: Costs | None = None
+        self.given = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        self.planned: Own | None = None
+        self._compiled: dict[Own | None, Callable[..., Any]] = {}
+        self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
+        self._open: list[Any] = []  # calls that are yet to have their backward
+        self._seen: Callable[..., Any] | None = None
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
+        if self.step is None and not self.why:
+            self.why = "nothing in it is differentiated"
+
+    @property
+    def keep_all(self) -> Own:
+        """Nothing is recomputed."""
+        assert self.step is not None
+        return tuple(range(len(self.step.graph.ops))), self.step.graph.turn
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:
+        try:
+            self.step = FusedStep.of(_compat.copy_of(joint), forwards, self._sources())
+            return write(self.step, *self.keep_all).split(static)
+        except PlannerError as error:
+            self.step, self.why = None, str(error)
+            return _compat.torchs_split(joint, forwards, static)
+
+    def _sources(self) -> list[tuple[str, str | int]]:
+        return [
+            ("parameter", name) if isinstance(x, nn.Parameter) else ("input", i)
+            for i, (name, x) in enumerate(zip(self.given, self.inputs, strict=True))
+        ]
+
+    def _interpreted(self, gm: fx.GraphModule, inputs: Any, **settings: Any) -> Callable[..., Any]:
+        """``gm`` run call by call, as one of inductor's functions is called."""
+        is_backward = bool(settings.get("is_backward"))
+        names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        _compat.seeded(gm)
+
+        def run(args: list[Any]) -> Any:
+            given = list(args)
+            args.clear()
+            if not is_backward:
+                return _run(gm, given)
+            seen = self._open.pop() if self._open else None
+            if seen is not None:
+                places = [i for i, n in enumerate(names) if n.startswith("tangents")]
+                self.hears.backward_begins(seen, [given[i] for i in places])
+            made = _run(gm, given)
+            if seen is not None:
+                self.hears.backward_ends(seen, made)
+            return made
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def see(self, args: Sequence[Any], seen: Any) -> Any:
+        """Run call by call; ``seen`` is told of its backward."""
+        assert self._seen is not None
+        self._open.append(seen)
+        return self._seen(*args)
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """Run compiled, as ``planned``, or as torch compiles it where nothing is."""
+        made = self._compiled.get(self.planned)
+        if made is None:
+            made = self._compiled[self.planned] = self._compile()
+        return made(*args)
+
+    def _compile(self) -> Callable[..., Any]:
+        own = self.planned
+        if own is None or self.step is None:
+            return _compat.compile_as_torch(self.gm, self.inputs)
+
+        def split(joint: fx.GraphModule, forwards: int, static: Any) -> Any:
+            step = FusedStep.of(joint, forwards, self._sources())
+            assert self.step is not None
+            if [op.name for op in step.graph.ops] != [op.name for op in self.step.graph.ops]:
+                raise PlannerError(
+                    f"graph {self.number} was planned as {self.step.graph!r}, and is now {step.graph!r}: "
+                    "settings of torch.compile or of inductor have changed since; plan again"
+                )
+            return write(step, *own).split(static)
+
+        return _compat.compile_split(self.gm, self.inputs, split, key=self.key_of(own))
+
+    def key_of(self, own: Own) -> str:
+        """What a schedule adds to the keys of inductor's caches."""
+        assert self.step is not None
+        h = hashlib.sha256(repr([op.name for op in self.step.graph.ops]).encode())
+        h.update(repr(own).encode())
+        return f"planner-{h.hexdigest()}"
+
+    def forget(self) -> None:
+        """What was compiled for other plans than the present one."""
+        self._compiled = {own: made for own, made in self._compiled.items() if own in (self.planned, None)}
+
+    # -- foreseeing --------------------------------------------------------------------------------
+
+    def written(self, own: Own) -> Written:
+        """The two graphs of a schedule."""
+        assert self.step is not None
+        return write(self.step, *own)
+
+    def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
+        """What the forward and the backward allocate that inductor makes of a schedule.
+
+        ``going``  numbers of output gradients that nobody holds while the backward runs.
+        """
+        key = own, going
+        if key not in self._played:
+            assert self.step is not None
+            self._played[key] = _played(self.written(own), self.step.forwards, going)
+        return self._played[key]
+
+
+class Hears:
+    """Who is told of the backward of a call that is seen."""
+
+    def backward_begins(self, seen: Any, tangents: Sequence[Any]) -> None:
+        """It runs, for these gradients of outputs."""
+        raise NotImplementedError
+
+    def backward_ends(self, seen: Any, made: Sequence[Any]) -> None:
+        """It has run, and made a gradient or None for each input."""
+        raise NotImplementedError
+
+
+def _run(gm: fx.GraphModule, given: list[Any]) -> Any:
+    """The graph on a list that is cleared; each value goes after its last reader."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        for n in node.all_input_nodes:
+            last[n] = node
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        places = iter(given)
+        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        env.update(zip(nodes, places, strict=True))
+        given.clear()
+        del places
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return fx.map_arg(node.args[0], env.__getitem__)
+            if node.op == "get_attr":
+                env[node] = operator.attrgetter(str(node.target))(gm)
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+            del args, kwargs
+            for n in node.all_input_nodes:
+                if last[n] is node:
+                    env.pop(n, None)
+            if node not in last:
+                env.pop(node, None)
+    raise AssertionError("a graph without an output")
+
+
+def _played(written: Written, forwards: int, going: frozenset[int]) -> tuple[Played, Played]:
+    forward, backward = written.split()
+    given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
+    first = play(
+        _compat.lowered(forward, is_backward=False, visible=range(forwards)), given, range(len(given))
+    )
+    nodes = backward.graph.find_nodes(op="placeholder")
+    held = written.held
+    donated = [
+        i
+        for i, n in enumerate(nodes)
+        if not n.name.startswith(("primals", "tangents")) and n.name not in held
+    ]
+    (output,) = backward.graph.find_nodes(op="output")
+    visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]
+    given = [n.meta["val"] for n in nodes]
+    code = _compat.lowered(backward, is_backward=True, visible=visible, donated=donated)
+    tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
+    freed = {*donated, *(i for k, i in enumerate(tangents) if k in going)}
+    return first, play(code, given, [i for i in range(len(given)) if i not in freed])

@@ -1,0 +1,275 @@
+"""A compiled step with its costs: plans for any budget, judged by what inductor's code will allocate."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import nn
+
+from planner.capture.inputs import Inputs
+from planner.capture.module import unwrapped
+from planner.capture.outputs import LossFn
+from planner.capture.refusals import refuse_unplannable
+from planner.compiled.applied import CompiledForward
+from planner.compiled.session import CompiledSession
+from planner.compiled.verify import CompiledReport, verified
+from planner.costs.target import CostSource, target_for
+from planner.errors import PlannerError
+from planner.measure.step import backward, device_of, held, passed_on, tangents_for
+from planner.memory.execution import Execution
+from planner.memory.optimizer_state import OptimizerLike
+from planner.memory.resident import Resident, resident_of
+from planner.memory.static import StaticMemory
+from planner.options import Search
+from planner.plan import Plan
+from planner.plans.plan_data import PlanData
+from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.observe import apart
+from planner.regions.record import Record
+from planner.regions.recorder import Recorder
+from planner.runtime.apply import put, restored
+from planner.solving.fit import Answer
+from planner.solving.in_regions import JoinedStep
+from solvers import InfeasibleError, solve
+
+__all__ = ["CompiledStep", "compiled_step"]
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 4  # targets that are tried
+NEAR = 0.01  # of the budget: so much that is left is not worth another round
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledStep(JoinedStep):
+    """A recorded step whose regions are the graphs that inductor compiles."""
+
+    graphs: CompiledSession | None = None  # that recorded it
+
+    @classmethod
+    def of_session(
+        cls,
+        session: CompiledSession,
+        record: Record,
+        model: nn.Module,
+        inputs: Inputs,
+        resident: Resident,
+        *,
+        loss_fn: LossFn | None = None,
+        least_limit_s: float = 30.0,
+    ) -> CompiledStep:
+        """The step of ``record``, which ``session`` has seen; ``resident``: what it found and left."""
+        captured = RecordedStep(model, inputs, join(record))
+        target = session.target
+        memory = StaticMemory(captured, resident, target.device, target.grain, target.capability)
+        return cls(
+            captured, captured.joined.costs, memory, target,
+            loss_fn=loss_fn, least_limit_s=least_limit_s, calls=tuple(session.calls), graphs=session,
+        )  # fmt: skip
+
+    @property
+    def owner(self) -> CompiledSession:
+        """Whose graphs they are."""
+        assert self.graphs is not None
+        return self.graphs
+
+    @cached_property
+    def _unjudged(self) -> Execution:
+        return super().execution(list(range(len(self.problem))))
+
+    @property
+    def baseline(self) -> Execution:
+        """The step when nothing is recomputed, as the solvers see it."""
+        return self._unjudged
+
+    def execution(self, steps: list[int]) -> Execution:
+        """What running ``steps`` takes, each graph as inductor's code allocates."""
+        ran = super().execution(steps)
+        live = ran.timeline.live_bytes
+        kept = ran.timeline.kept_bytes
+        slack = np.zeros(len(steps), dtype=np.int64)
+        by_event: dict[int, list[int]] = {}
+        for t, (_, event) in enumerate(self.joined.placed(steps)):
+            by_event.setdefault(event, []).append(t)
+        own = parts(self.joined, steps)
+        for event, places in by_event.items():
+            what = self.record.events[event]
+            if what.call is None:
+                continue
+            piece = self.calls[what.call].piece
+            positions, turn = own[what.call]
+            forward, backward = piece.played((tuple(positions), turn), self._going(what.call))
+            peak = (forward if what.kind == "forward" else backward).peak_bytes
+            before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
+            top = before + peak
+            at = max(places, key=lambda t: int(live[t]))
+            for t in places:
+                slack[t] = min(0, top - int(live[t]))
+            slack[at] = top - int(live[at])
+        return Execution(ran.problem, ran.timeline, slack)
+
+    def _going(self, number: int) -> frozenset[int]:
+        """Output gradients that were gone when the backward of a call had run: their maker let them go."""
+        call, at = self.record.calls[number], self.record.events_of(number)[1]
+        crossings = self.record.crossings
+        return frozenset(
+            int(key)
+            for (kind, key), k in call.crossings.items()
+            if kind == "tangent" and at is not None and crossings[k].died == at
+        )
+
+    def plan_bytes(
+        self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
+    ) -> Plan:
+        """The plan for a budget in bytes, by what the generated code allocates.
+
+        The solvers count values that inductor may never store; what a schedule really takes is played, and
+        the target moved by the difference.  Nothing is proved of a better schedule then: the bound is 0.
+
+        Raises ``InfeasibleBudgetError`` where no schedule that was tried fits.
+        """
+        search = search or Search()
+        search.tell.phase("solve", f"{len(self.problem)} ops")
+        if budget_bytes < self.memory.optimizer_step_bytes:
+            raise self.infeasible(budget_bytes)
+        best: Answer | None = None
+        target, most = budget_bytes, self.baseline.peak_bytes
+        low, high = 0, 2 * most
+        for _ in range(ROUNDS):
+            try:
+                found = solve(
+                    self.problem,
+                    min(target, most),
+                    solver=search.solver,
+                    time_limit_s=search.time_limit_s / 2,
+                )
+            except InfeasibleError:
+                found = None
+            if found is None or not found.fits:
+                low = max(low, target)
+                if best is not None or low >= high - 1:
+                    break
+                least = super().least
+                if least.peak_bytes <= budget_bytes:
+                    best = dataclasses.replace(least, budget_bytes=budget_bytes)
+                break
+            ran = self.execution_of(found.schedule)
+            log.info(
+                "target %d: simulated %d, generated code takes %d", target, found.peak_bytes, ran.peak_bytes
+            )
+            if ran.peak_bytes <= budget_bytes:
+                total = self.problem.total_seconds
+                if best is None or found.seconds < best.seconds:
+                    best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
+                                  found.solve_seconds)  # fmt: skip
+                left = budget_bytes - ran.peak_bytes
+                low = max(low, target)
+                if (
+                    left <= NEAR * budget_bytes
+                    or found.peak_bytes >= most
+                    or found.seconds <= total * (1 + 1e-9)
+                ):
+                    break
+                target = min(target + left, high - 1)
+            else:
+                high = min(high, target)
+                target -= max(ran.peak_bytes - budget_bytes, found.peak_bytes // 100)
+            if target <= low and best is not None:
+                break
+        if best is None:
+            raise self.infeasible(budget_bytes)
+        return self.plan_of(best)
+
+    def plan_of(self, answer: Answer) -> Plan:
+        """The plan that runs the schedule of ``answer``."""
+        return dataclasses.replace(super().plan_of(answer), backend="inductor")
+
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """Make ``model`` train compiled, as ``plan`` says.  Raises ``PlannerError`` for another model."""
+        if model is not self.model:
+            raise PlannerError(
+                f"this plan is of the compiled graphs of one {type(self.model).__name__}, which hold its own "
+                "code and guards; plan the other model too"
+            )
+        self.follow(plan)
+        return put(restored(model), CompiledForward(model, self.owner))
+
+    def follow(self, plan: Plan) -> None:
+        """Let the graphs run as ``plan`` says."""
+        self.owner.calls = list(self.calls)
+        self.owner.follow(self.parts(plan))
+
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> CompiledReport:
+        """The compiled step with the plan beside ``torch.compile``'s without a budget."""
+        given = self.captured.inputs if inputs is None else Inputs.of(model, inputs)
+        return verified(plan, model, given, loss_fn or self.loss_fn, seed, self.memory)
+
+
+def compiled_step(
+    model: nn.Module,
+    inputs: object = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: OptimizerLike | None = None,
+    costs: CostSource = "auto",
+    search: Search | None = None,
+) -> CompiledStep:
+    """The step of ``model`` as ``torch.compile`` cuts it and inductor stores it.  Everything is put back.
+
+    Raises ``PlannerError`` for a model without memory, a GPU that is elsewhere, and a step of which nothing
+    is compiled.
+    """
+    search = search or Search()
+    model = unwrapped(model)
+    target = target_for(model, costs)
+    if target.elsewhere:
+        raise PlannerError(
+            f"what is compiled is planned for the device that it is compiled on, {target.here}, not for the "
+            f"{target.name}: plan it there"
+        )
+    given = Inputs.of(model, inputs)
+    refuse_unplannable(model, given.tensors(), in_regions=True)
+    given.check(model)
+    search.tell.phase("capture", f"{type(model).__name__} by torch.compile")
+    session = CompiledSession(target, model)
+    forward = CompiledForward(model, session)
+    recorder = Recorder(device_of(model, given, None))
+    with apart(model, given):
+        _step(forward, given, loss_fn)  # Dynamo compiles
+    with apart(model, given):
+        recorder.register(*held(model, (given.args, given.kwargs)))
+        session.begin(recorder)
+        try:
+            with recorder:
+                _step(forward, given, loss_fn)
+        finally:
+            recorder.finish()
+    if not session.calls:
+        whys = "; ".join(dict.fromkeys(p.why for p in session.pieces if p.why))
+        raise PlannerError(
+            f"nothing of a step of {type(model).__name__} can be planned compiled: "
+            f"{whys or 'torch.compile found no graph in it'}. backend='eager' plans it as it is written"
+        )
+    try:
+        record = session.record()
+    except ValueError as error:
+        raise PlannerError(f"a compiled step of {type(model).__name__} cannot be planned: {error}") from error
+    resident = resident_of(
+        model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
+    )
+    return CompiledStep.of_session(
+        session, record, model, given, resident, loss_fn=loss_fn, least_limit_s=search.time_limit_s
+    )
+
+
+def _step(forward: CompiledForward, inputs: Inputs, loss_fn: LossFn | None) -> None:
+    outputs = forward(*inputs.args, **inputs.kwargs)
+    passed = passed_on(outputs, loss_fn)
+    del outputs
+    backward(passed, tangents_for(passed, None))

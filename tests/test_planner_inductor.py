@@ -1,0 +1,187 @@
+"""Plans of compiled steps: the graphs that are compiled, what they hold, and that they compute the same."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import planner
+from planner import _compat
+from planner.compiled.piece import Own, Piece
+from planner.compiled.session import CompiledSession, costs_of_fused
+from planner.compiled.step import CompiledStep
+from planner.costs.target import Target
+from planner.plans.lowering import lower
+from solvers import minimum_peak
+
+WIDTH = 32
+
+
+class Block(nn.Module):
+    """A residual block with a norm, two products, a GELU and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of ``WIDTH``."""
+        y = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        return x + torch.nn.functional.dropout(y, 0.1, self.training)
+
+
+class Net(nn.Module):
+    """Blocks in a row, and a loss."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of squares."""
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def batch() -> torch.Tensor:
+    """Rows."""
+    return torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def seen() -> tuple[Net, Piece, Any, tuple[Any, ...]]:
+    """The one graph of a step, the problem that is made of it, and what the graph was given."""
+    model, kept = Net(), []
+    session = CompiledSession(Target.of("roofline", torch.device("cpu")), model)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        run = session.backend(gm, inputs)
+
+        def called(*args: Any) -> Any:
+            kept.append(args)
+            return run(*args)
+
+        return called
+
+    torch.compile(model, backend=backend, dynamic=False)(batch()).backward()
+    (piece,), (args,) = session.pieces, kept
+    assert piece.step is not None
+    costs = costs_of_fused(piece.step, session.target)
+    return model, piece, lower(piece.step.graph, costs, resident_bytes=0), args
+
+
+def scheduled(again: bool) -> Own:
+    """Nothing recomputed, or as much as the least peak needs."""
+    _, piece, problem, _ = seen()
+    if not again:
+        return piece.keep_all
+    assert piece.step is not None
+    steps = minimum_peak(problem, time_limit_s=1.0).schedule.steps(problem)
+    graph = piece.step.graph
+    turn = next(k for k, i in enumerate(steps) if graph.ops[i].phase == "backward")
+    return tuple(steps), turn
+
+
+def halves(own: Own) -> tuple[Any, Any]:
+    """Its forward and its backward."""
+    return seen()[1].written(own).split()
+
+
+def gradients(own: Own) -> dict[str, torch.Tensor]:
+    """Of a step whose graph is split as ``own`` says, run call by call."""
+    model, piece, _, args = seen()
+
+    def split(joint: Any, forwards: int, static: Any) -> Any:
+        return piece.written(own).split(static)
+
+    call = _compat.compile_split(piece.gm, piece.inputs, split, inner=piece._interpreted)
+    model.zero_grad()
+    torch.manual_seed(7)
+    call(*args)[0].backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_recomputed_dropout_draws_the_same_numbers() -> None:
+    kept, again = gradients(scheduled(again=False)), gradients(scheduled(again=True))
+    assert kept.keys() == again.keys() == {n for n, _ in seen()[0].named_parameters()}
+    assert all(torch.equal(kept[n], again[n]) for n in kept)
+
+
+def test_what_crosses_is_what_the_schedule_keeps() -> None:
+    (_, much), (_, little) = halves(scheduled(again=False)), halves(scheduled(again=True))
+    calls = [
+        sum(n.target is torch.ops.aten.addmm.default for n in half.graph.nodes) for half in (much, little)
+    ]
+    assert calls[0] == 0 < calls[1]
+
+    def held(half: Any) -> int:
+        given = (n.meta["val"] for n in half.graph.find_nodes(op="placeholder") if "primals" not in n.name)
+        return sum(x.nbytes for x in given)
+
+    assert held(little) < held(much) / 2
+
+
+def test_generated_code_takes_less_where_less_is_kept() -> None:
+    piece = seen()[1]
+    (first, _), (second, backward) = piece.played(scheduled(again=False)), piece.played(scheduled(again=True))
+    assert second.left_bytes < first.left_bytes / 2
+    assert backward.peak_bytes > 0
+
+
+def test_another_schedule_is_another_entry_of_the_caches() -> None:
+    piece = seen()[1]
+    keys = [piece.key_of(scheduled(again)) for again in (False, True, False)]
+    assert keys[0] == keys[2] != keys[1]
+
+
+@functools.cache
+def compiled_plan() -> tuple[Net, planner.Plan]:
+    """A model and its plan at a tight budget."""
+    model = Net(2)
+    wide = planner.plan(model, 1, (batch(),), backend="inductor", costs="roofline", time_limit_s=1)
+    budget = (wide.baseline_peak_bytes * 3 + wide.floor_bytes) // 4
+    assert isinstance(wide._origin, CompiledStep)
+    return model, wide._origin.plan_bytes(budget)
+
+
+def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> None:
+    model, plan = compiled_plan()
+    report = plan.verify()
+    assert report.ok, str(report)
+    assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.03)
+    assert plan.overhead > 0
+    assert "forward" not in vars(model)
+
+
+def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:
+    model, plan = compiled_plan()
+    plan.save(tmp_path / "plan.json")
+    read = planner.load(tmp_path / "plan.json")
+    assert (read.backend, read.peak_bytes) == ("inductor", plan.peak_bytes)
+    with pytest.raises(planner.PlannerError, match=r"planner.plan"):
+        read.apply(model)
+
+
+def test_options_that_make_no_sense_compiled() -> None:
+    with pytest.raises(ValueError, match="dynamic is not for"):
+        planner.plan(Net(1), 1, (batch(),), backend="inductor", dynamic=True)
+    with pytest.raises(ValueError, match="backend must be"):
+        planner.plan(Net(1), 1, (batch(),), backend="nvfuser")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        planner.inductor("8 GB")  # type: ignore[arg-type]
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_least() -> None:
+    _, plan = compiled_plan()
+    assert isinstance(plan._origin, CompiledStep)
+    with pytest.raises(planner.InfeasibleBudgetError, match="least budget") as refused:
+        plan._origin.plan_bytes(plan.floor_bytes // 2)
+    assert refused.value.minimum_bytes >= plan.floor_bytes
