@@ -12,6 +12,7 @@ from torch import nn
 
 import planner
 from planner import _compat
+from planner.compiled.emit import Written
 from planner.compiled.piece import Own, Piece
 from planner.compiled.session import CompiledSession, costs_of_fused
 from planner.compiled.step import CompiledStep
@@ -57,10 +58,11 @@ def batch() -> torch.Tensor:
 
 
 @functools.cache
-def seen() -> tuple[Net, Piece, Any, tuple[Any, ...]]:
+def seen(same_bits: bool = False) -> tuple[Net, Piece, Any, tuple[Any, ...]]:
     """The one graph of a step, the problem that is made of it, and what the graph was given."""
     model, kept = Net(), []
-    session = CompiledSession(Target.of("roofline", torch.device("cpu")), model)
+    target = Target.of("roofline", torch.device("cpu"))
+    session = CompiledSession(target, model, same_bits=same_bits)
 
     def backend(gm: Any, inputs: Any) -> Any:
         run = session.backend(gm, inputs)
@@ -78,9 +80,9 @@ def seen() -> tuple[Net, Piece, Any, tuple[Any, ...]]:
     return model, piece, lower(piece.step.graph, costs, resident_bytes=0), args
 
 
-def scheduled(again: bool) -> Own:
+def scheduled(again: bool, same_bits: bool = False) -> Own:
     """Nothing recomputed, or as much as the least peak needs."""
-    _, piece, problem, _ = seen()
+    _, piece, problem, _ = seen(same_bits)
     if not again:
         return piece.keep_all
     assert piece.step is not None
@@ -113,6 +115,42 @@ def test_a_recomputed_dropout_draws_the_same_numbers() -> None:
     kept, again = gradients(scheduled(again=False)), gradients(scheduled(again=True))
     assert kept.keys() == again.keys() == {n for n, _ in seen()[0].named_parameters()}
     assert all(torch.equal(kept[n], again[n]) for n in kept)
+
+
+def test_what_is_recomputed_has_the_bits_it_had() -> None:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    _, piece, _, args = seen(same_bits=True)
+    written = piece.written(scheduled(again=True, same_bits=True))
+    nodes = {n.name: n for n in written.joint.graph.nodes}
+    pairs = [(nodes[n.meta["recompute_of"]], n) for n in nodes.values() if "recompute_of" in n.meta]
+    pairs = [(a, b) for a, b in pairs if isinstance(a.meta["val"], torch.Tensor)]
+    targets = {str(a.target) for a, _ in pairs}
+    assert "aten.addmm.default" in targets
+    assert not targets & {"aten.var_mean.correction", "aten.erf.default"}
+    (output,) = written.joint.graph.find_nodes(op="output")
+    returned = output.args[0]
+    originals, copies = map(list, zip(*dict(pairs).items(), strict=True))
+    output.args = ([*returned[: written.forwards], *originals, *returned[written.forwards :], *copies],)
+    output.meta = {"desc": [None] * len(output.args[0])}
+    shown = Written(written.joint, written.saved, written.sizes, written.forwards + len(originals))
+    forward, backward = shown.split()
+    made: dict[str, torch.Tensor] = dict(zip(_given(forward), args, strict=True))
+    (first,) = forward.graph.find_nodes(op="output")
+    names = [n.name for n in first.args[0]]
+    with torch.no_grad():
+        fakes = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
+        values = compile_fx_inner(forward, fakes)(list(args))
+        made.update(zip(names, values, strict=True))
+        made.update((n, torch.ones(())) for n in _given(backward) if n.startswith("tangents"))
+        fakes = [n.meta["val"] for n in backward.graph.find_nodes(op="placeholder")]
+        again = compile_fx_inner(backward, fakes, is_backward=True)([made[n] for n in _given(backward)])
+    for before, after in zip([made[n.name] for n in originals], again[-len(copies) :], strict=True):
+        assert torch.equal(before, after)
+
+
+def _given(half: Any) -> list[str]:
+    return [n.name for n in half.graph.find_nodes(op="placeholder")]
 
 
 def test_what_crosses_is_what_the_schedule_keeps() -> None:
@@ -166,7 +204,7 @@ def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     read = planner.load(tmp_path / "plan.json")
     assert (read.backend, read.peak_bytes) == ("inductor", plan.peak_bytes)
-    with pytest.raises(planner.PlannerError, match="planner.plan"):
+    with pytest.raises(planner.PlannerError, match="makes it again"):
         read.apply(model)
 
 

@@ -38,8 +38,16 @@ class Piece:
     ``costs``  of its ops, once they were asked for.
     """
 
-    def __init__(self, number: int, gm: fx.GraphModule, inputs: Sequence[Any], hears: Hears) -> None:
-        self.number, self.inputs, self.hears = number, list(inputs), hears
+    def __init__(
+        self,
+        number: int,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        hears: Hears,
+        *,
+        same_bits: bool = False,
+    ) -> None:
+        self.number, self.inputs, self.hears, self.same_bits = number, list(inputs), hears, same_bits
         self.gm = _compat.copy_of(gm)
         self.step: FusedStep | None = None
         self.why = ""
@@ -65,11 +73,14 @@ class Piece:
 
     def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:
         try:
-            self.step = FusedStep.of(_compat.copy_of(joint), forwards, self._sources())
+            self.step = self._step_of(_compat.copy_of(joint), forwards)
             return write(self.step, *self.keep_all).split(static)
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
+
+    def _step_of(self, joint: fx.GraphModule, forwards: int) -> FusedStep:
+        return FusedStep.of(joint, forwards, self._sources(), same_bits=self.same_bits)
 
     def _sources(self) -> list[tuple[str, str | int]]:
         return [
@@ -121,7 +132,7 @@ class Piece:
             return _compat.compile_as_torch(self.gm, self.inputs)
 
         def split(joint: fx.GraphModule, forwards: int, static: Any) -> Any:
-            step = FusedStep.of(joint, forwards, self._sources())
+            step = self._step_of(joint, forwards)
             assert self.step is not None
             if [op.name for op in step.graph.ops] != [op.name for op in self.step.graph.ops]:
                 raise PlannerError(

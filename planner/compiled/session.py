@@ -21,6 +21,7 @@ from planner.compiled.fused import FusedStep
 from planner.compiled.piece import Hears, Own, Piece
 from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import Target
+from planner.errors import PlannerError
 from planner.regions import record
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
@@ -53,6 +54,8 @@ class CompiledSession(Hears):
 
     ``model``  whose graphs they are, if that is known.
     ``plan``   makes a plan of a recorded step and gives it to the graphs (:meth:`follow`).
+
+    ``same_bits``  nothing is recomputed but what has the bits again that it had in the forward.
     """
 
     def __init__(
@@ -60,8 +63,17 @@ class CompiledSession(Hears):
         target: Target,
         model: nn.Module | None = None,
         plan: Callable[[CompiledSession], None] | None = None,
+        *,
+        same_bits: bool = False,
     ) -> None:
-        self.target, self.model, self.plan = target, model, plan
+        self.target, self.model, self.plan, self.same_bits = target, model, plan, same_bits
+        if same_bits and not _compat.keeps_products_apart(target.here):
+            raise PlannerError(
+                f"recompute='same bits' is not for {target.here.type}: a product and a sum are rounded there "
+                "as one, or apart, as the loop has it that they are compiled into (on the CPU while "
+                "torch._inductor.config.cpp.enable_floating_point_contract_flag is not 'off'). Train there "
+                "with recompute='fastest', or in eager, where all bits are the same"
+            )
         self.pieces: list[Piece] = []
         self.calls: list[_Call] = []
         self.recorder: Recorder | None = None
@@ -77,7 +89,7 @@ class CompiledSession(Hears):
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
-        piece = Piece(len(self.pieces), gm, inputs, self)
+        piece = Piece(len(self.pieces), gm, inputs, self, same_bits=self.same_bits)
         self.pieces.append(piece)
         if piece.step is not None:
             piece.costs = costs_of_fused(piece.step, self.target)

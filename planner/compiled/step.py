@@ -219,6 +219,7 @@ def compiled_step(
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
     search: Search | None = None,
+    same_bits: bool = False,
 ) -> CompiledStep:
     """The step of ``model`` as ``torch.compile`` cuts it and inductor stores it.  Everything is put back.
 
@@ -237,7 +238,7 @@ def compiled_step(
     refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
     search.tell.phase("capture", f"{type(model).__name__} by torch.compile")
-    session = CompiledSession(target, model)
+    session = CompiledSession(target, model, same_bits=same_bits)
     forward = CompiledForward(model, session)
     recorder = Recorder(device_of(model, given, None))
     with apart(model, given):
