@@ -25,6 +25,7 @@ __all__ = [
     "compile_split",
     "copy_of",
     "forward_and_backward",
+    "has_symbols",
     "is_exact",
     "is_fused",
     "is_lowered",
@@ -279,6 +280,13 @@ def seeded(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in instead:
             node.target = instead[node.target]
+
+
+def has_symbols(value: Any) -> bool:
+    """Whether a tensor's sizes, or a number, are symbols; 2.1+."""
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(n, torch.SymInt) for n in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def recompile_limit() -> int:

@@ -124,8 +124,9 @@ def inductor(
     step runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
     (another batch size, a branch), that step is seen and all of them are planned anew.
 
-    Arguments as for :func:`planner.enable`, ``recompute`` as for :func:`planner.plan`.  Raises ``TypeError`` or ``ValueError`` for those that make no
-    sense; a step whose budget cannot be met raises ``InfeasibleBudgetError``.
+    Arguments as for :func:`planner.enable`, ``recompute`` as for :func:`planner.plan`.  Raises ``TypeError``
+    or ``ValueError`` for those that make no sense; a step whose budget cannot be met raises
+    ``InfeasibleBudgetError``.
     """
     Target.of(costs, torch.device("cpu"))
     search = Search(solver, time_limit_s)

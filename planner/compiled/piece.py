@@ -58,10 +58,18 @@ class Piece:
         self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
+            self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
+            self.why = "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by itself"
+        elif any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
         if self.step is None and not self.why:
             self.why = "nothing in it is differentiated"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether something that it is given asks for a gradient."""
+        return any(isinstance(x, torch.Tensor) and x.requires_grad for x in self.inputs)
 
     @property
     def keep_all(self) -> Own:
@@ -134,7 +142,7 @@ class Piece:
         def split(joint: fx.GraphModule, forwards: int, static: Any) -> Any:
             step = self._step_of(joint, forwards)
             assert self.step is not None
-            if [op.name for op in step.graph.ops] != [op.name for op in self.step.graph.ops]:
+            if _shape(step) != _shape(self.step):
                 raise PlannerError(
                     f"graph {self.number} was planned as {self.step.graph!r}, and is now {step.graph!r}: "
                     "settings of torch.compile or of inductor have changed since; plan again"
@@ -146,7 +154,7 @@ class Piece:
     def key_of(self, own: Own) -> str:
         """What a schedule adds to the keys of inductor's caches."""
         assert self.step is not None
-        h = hashlib.sha256(repr([op.name for op in self.step.graph.ops]).encode())
+        h = hashlib.sha256(repr(_shape(self.step)).encode())
         h.update(repr(own).encode())
         return f"planner-{h.hexdigest()}"
 
@@ -183,6 +191,11 @@ class Hears:
     def backward_ends(self, seen: Any, made: Sequence[Any]) -> None:
         """It has run, and made a gradient or None for each input."""
         raise NotImplementedError
+
+
+def _shape(step: FusedStep) -> list[tuple[Any, ...]]:
+    """What two captures of one graph have in common."""
+    return [(op.target, op.phase, op.inputs, op.outputs) for op in step.graph.ops]
 
 
 def _run(gm: fx.GraphModule, given: list[Any]) -> Any:

@@ -93,8 +93,11 @@ class CompiledSession(Hears):
         self.pieces.append(piece)
         if piece.step is not None:
             piece.costs = costs_of_fused(piece.step, self.target)
-        elif piece.why and piece._seen is not None:
-            log.warning("graph %d is compiled as torch compiles it: %s", piece.number, piece.why)
+        elif piece.is_trained:
+            log.warning(
+                "graph %d is compiled as torch compiles it, outside the plan and its budget: %s",
+                piece.number, piece.why,
+            )  # fmt: skip
 
         def run(*args: Any) -> Any:
             return self._call(piece, args)
