@@ -60,7 +60,10 @@ class Piece:
         self._seen: Callable[..., Any] | None = None
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
             self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
-            self.why = "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by itself"
+            self.why = (
+                "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by "
+                "itself"
+            )
         elif any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
         if self.step is None and not self.why:

@@ -81,6 +81,7 @@ class CompiledSession(Hears):
         self.watching = Watch(self, target.here)
         self.called = 0  # calls of graphs so far
         self._tries = 0
+        self.is_closed = False  # whether what is not planned by now is not to be
         self._names = {} if model is None else {
             id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())
         }  # fmt: skip
@@ -94,15 +95,19 @@ class CompiledSession(Hears):
         if piece.step is not None:
             piece.costs = costs_of_fused(piece.step, self.target)
         elif piece.is_trained:
-            log.warning(
-                "graph %d is compiled as torch compiles it, outside the plan and its budget: %s",
-                piece.number, piece.why,
-            )  # fmt: skip
+            self._tell(piece)
 
         def run(*args: Any) -> Any:
             return self._call(piece, args)
 
         return run
+
+    def _tell(self, piece: Piece) -> None:
+        log.warning(
+            "graph %d is compiled as torch compiles it, outside the plan and its budget: %s",
+            piece.number,
+            piece.why,
+        )
 
     def _call(self, piece: Piece, args: Sequence[Any]) -> Any:
         self.called += 1
@@ -111,6 +116,9 @@ class CompiledSession(Hears):
         if self.plan is not None:
             self._between_steps()
         recording = self.recorder is not None and self.recorder.counts
+        if not recording and self.is_closed and piece.planned is None and not piece.why:
+            piece.why = "the plan that is applied is for other sizes, settings or paths"
+            self._tell(piece)
         if not recording and (piece.planned is not None or piece.why):
             return piece.run(args)
         return self._see(piece, args)
@@ -261,6 +269,7 @@ class CompiledSession(Hears):
             known = wanted.get(call.piece.number)
             if known is None or len(own[0]) > len(known[0]):
                 wanted[call.piece.number] = own
+        self.is_closed = self.plan is None
         for number, own in wanted.items():
             self.pieces[number].planned = own
             self.pieces[number].forget()

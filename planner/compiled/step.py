@@ -49,6 +49,7 @@ class CompiledStep(JoinedStep):
     """A recorded step whose regions are the graphs that inductor compiles."""
 
     graphs: CompiledSession | None = None  # that recorded it
+    forward: CompiledForward | None = None  # likewise, where the step was run for that
 
     @classmethod
     def of_session(
@@ -195,8 +196,9 @@ class CompiledStep(JoinedStep):
                 f"this plan is of the compiled graphs of one {type(self.model).__name__}, which hold its own "
                 "code and guards; plan the other model too"
             )
+        assert self.forward is not None
         self.follow(plan)
-        return put(restored(model), CompiledForward(model, self.owner))
+        return put(restored(model), self.forward)
 
     def follow(self, plan: Plan) -> None:
         """Let the graphs run as ``plan`` says."""
@@ -264,9 +266,10 @@ def compiled_step(
     resident = resident_of(
         model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
     )
-    return CompiledStep.of_session(
+    step = CompiledStep.of_session(
         session, record, model, given, resident, loss_fn=loss_fn, least_limit_s=search.time_limit_s
     )
+    return dataclasses.replace(step, forward=forward)
 
 
 def _step(forward: CompiledForward, inputs: Inputs, loss_fn: LossFn | None) -> None:
