@@ -80,6 +80,16 @@ class Piece:
         assert self.step is not None
         return tuple(range(len(self.step.graph.ops))), self.step.graph.turn
 
+    @property
+    def scratch_bytes(self) -> dict[str, int]:
+        """Most that a kernel of each name takes beside its operands and results."""
+        found: dict[str, int] = {}
+        if self.step is not None and self.costs is not None:
+            for op in self.step.graph.ops:
+                size = self.costs.workspace_bytes.get(op.name, 0)
+                found[op.target] = max(found.get(op.target, 0), size)
+        return found
+
     # -- looking -----------------------------------------------------------------------------------
 
     def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:

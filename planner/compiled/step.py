@@ -104,7 +104,8 @@ class CompiledStep(JoinedStep):
             piece = self.calls[what.call].piece
             positions, turn = own[what.call]
             forward, backward = piece.played((tuple(positions), turn), self._going(what.call))
-            peak = (forward if what.kind == "forward" else backward).peak_bytes
+            played = forward if what.kind == "forward" else backward
+            peak = played.with_scratch(piece.scratch_bytes)
             before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
             top = before + peak
             at = max(places, key=lambda t: int(live[t]))
