@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from planner import _compat
 from planner.compiled.emit import Written
 from planner.compiled.piece import Own, Piece
 from planner.compiled.session import CompiledSession, costs_of_fused
-from planner.compiled.step import CompiledStep
+from planner.compiled.step import CompiledStep, compiled_step
 from planner.costs.target import Target
+from planner.options import Search
 from planner.plans.lowering import lower
 from solvers import minimum_peak
 
@@ -40,7 +42,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks in a row, and a loss."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
@@ -178,16 +180,38 @@ def test_another_schedule_is_another_entry_of_the_caches() -> None:
     piece = seen()[1]
     keys = [piece.key_of(scheduled(again)) for again in (False, True, False)]
     assert keys[0] == keys[2] != keys[1]
+    partitioners = [_compat.inductor._partitioner()(None, key) for key in keys]
+    first, second, third = map(pickle.dumps, partitioners)
+    assert first == third != second
 
 
 @functools.cache
 def compiled_plan() -> tuple[Net, planner.Plan]:
     """A model and its plan at a tight budget."""
-    model = Net(2)
-    wide = planner.plan(model, 1, (batch(),), backend="inductor", costs="roofline", time_limit_s=1)
-    budget = (wide.baseline_peak_bytes * 3 + wide.floor_bytes) // 4
-    assert isinstance(wide._origin, CompiledStep)
-    return model, wide._origin.plan_bytes(budget)
+    return between(Net(2))
+
+
+def between(model: Net) -> tuple[Net, planner.Plan]:
+    """A model and a plan at three quarters of the way from the proved floor to nothing recomputed."""
+    step = compiled_step(model, (batch(),), costs="roofline", search=Search(time_limit_s=1.0))
+    return model, step.plan_bytes((step.baseline_peak_bytes * 3 + step.floor_bytes) // 4)
+
+
+class Cut(Net):
+    """The same, in two graphs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of squares."""
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x).square().mean()
+
+
+def test_two_graphs_share_one_budget() -> None:
+    _, plan = between(Cut(2))
+    assert [region.name for region in plan.regions] == ["r0", "r1"]
+    assert plan.peak_bytes <= plan.budget_bytes < plan.baseline_peak_bytes
+    assert sum(region.recomputed_bytes for region in plan.regions) > 0
 
 
 def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> None:

@@ -185,11 +185,8 @@ def _partitioner() -> Any:
         def uuid(self) -> Any:
             return self.key
 
-        def __getstate__(self) -> Any:
-            return self.key
-
-        def __setstate__(self, key: Any) -> None:
-            self.key = key
+        def __reduce__(self) -> Any:  # as part of a cache's key
+            return str, (self.key,)
 
         def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             return self.split(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_nodes"))

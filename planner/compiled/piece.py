@@ -26,6 +26,8 @@ __all__ = ["Own", "Piece"]
 
 log = logging.getLogger(__name__)
 
+FORM = 1  # of what is written for a schedule: another for the same schedule is another entry of the caches
+
 # Positions in the ops of a piece, and how many of them run in the forward.
 Own = tuple[tuple[int, ...], int]
 
@@ -169,7 +171,7 @@ class Piece:
         assert self.step is not None
         h = hashlib.sha256(repr(_shape(self.step)).encode())
         h.update(repr(own).encode())
-        return f"planner-{h.hexdigest()}"
+        return f"planner-{FORM}-{h.hexdigest()}"
 
     def forget(self) -> None:
         """What was compiled for other plans than the present one."""
