@@ -3,22 +3,33 @@
 p = planner.plan(model, budget_gb=8, inputs=batch)
 print(p.summary())
 p.apply()          # or module = p.rewrite()
+
+Importing it imports nothing else: each name is looked up when it is first asked for, since torch's tracer and
+the solvers take seconds to import, and a script may not plan at all.
 """
 
-from planner import distributed, measure
-from planner.api import frontier, plan
-from planner.compiled.loop import inductor
-from planner.errors import (
-    InfeasibleBudgetError,
-    InvalidPlanFileError,
-    PlannerError,
-    StalePlanError,
-    TraceError,
-)
-from planner.frontier import Frontier
-from planner.plan import Placement, Plan, load
-from planner.runtime.verify import Report
-from planner.training.enable import disable, enable, plan_of
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner import distributed, measure
+    from planner.api import frontier, plan
+    from planner.compiled.loop import inductor
+    from planner.errors import (
+        InfeasibleBudgetError,
+        InvalidPlanFileError,
+        PlannerError,
+        StalePlanError,
+        TraceError,
+    )
+    from planner.frontier import Frontier
+    from planner.plan import Placement, Plan, load
+    from planner.runtime.verify import Report
+    from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
 
@@ -42,3 +53,41 @@ __all__ = [
     "plan",
     "plan_of",
 ]
+
+# Where each name is from; what is not here is a module of this package.
+_FROM = {
+    "Frontier": "frontier",
+    "Placement": "plan",
+    "Plan": "plan",
+    "Report": "runtime.verify",
+    "disable": "training.enable",
+    "enable": "training.enable",
+    "frontier": "api",
+    "inductor": "compiled.loop",
+    "load": "plan",
+    "plan": "api",
+    "plan_of": "training.enable",
+} | dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_FROM.get(name, name)}")
+    found = globals()[name] = getattr(home, name) if name in _FROM else home
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Door(ModuleType):
+    """``planner.plan`` is the function, whoever imports the file of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _FROM and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door

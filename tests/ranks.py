@@ -30,7 +30,7 @@ __all__ = ["QUICK", "Ranks", "blocks", "data", "same", "train"]
 
 QUICK = {"costs": "roofline", "solver": "recompute_all"}
 
-COLLECTIVE_S = 20.0  # after which a rank that waits for another gives up
+COLLECTIVE_S = 60.0  # after which a rank that waits for another gives up
 
 
 class Ranks:
@@ -41,7 +41,7 @@ class Ranks:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def __call__(self, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0) -> list[Any]:
         """``function(rank, *args)`` on every rank; AssertionError if one raises or does not return."""
         if not self._processes:
             self._start()

@@ -7,9 +7,11 @@ torch upgrade is a change to this folder.
     sizes.py    sizes that are symbols
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
+    quick.py    the same trace in less time
     inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
+    sharded.py  parameters that are spread over ranks
     ops.py      what is to be known of single ops, of kernels, of libraries below them
 """
 
@@ -87,6 +89,7 @@ from planner._compat.ops import (
     reads_a_number,
     writes_arguments,
 )
+from planner._compat.quick import collecting_seldom
 from planner._compat.running import (
     after_backward,
     at_end_of_backward,
@@ -103,6 +106,20 @@ from planner._compat.running import (
     saved_tensors_hooks_set_aside,
     watching_modes,
     will_run,
+)
+from planner._compat.sharded import (
+    checkpointed_around,
+    gathered_names,
+    gathers,
+    hear_no_resizes,
+    hear_resizes,
+    held_by_shards,
+    is_fully_sharded,
+    is_spread,
+    sharded_parameters,
+    sharding_now,
+    spread_parameters,
+    unreduced_gradients,
 )
 from planner._compat.sizes import (
     compiled,
@@ -134,6 +151,7 @@ from planner._compat.tracing import (
     compiler_flags,
     export_joint,
     fake_mode_of,
+    fakes_as_last_time,
     foreach_takes_fakes,
     graph_in_tracing,
     is_data_dependent,
@@ -173,7 +191,9 @@ __all__ = [
     "batch_norm_is_cudnns",
     "batch_norm_reserve_bytes",
     "checkpoint_calls",
+    "checkpointed_around",
     "clear_cublas_workspaces",
+    "collecting_seldom",
     "compile_as_torch",
     "compile_split",
     "compiled",
@@ -195,25 +215,33 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",
     "foreach_takes_fakes",
     "forward_and_backward",
+    "gathered_names",
+    "gathers",
     "generator_key",
     "gone",
     "graph_in_tracing",
     "graph_is_kept",
     "guards_of",
     "has_symbols",
+    "hear_no_resizes",
+    "hear_resizes",
+    "held_by_shards",
     "hide_from_dynamo",
     "is_autograd_function",
     "is_checkpoint",
     "is_data_dependent",
     "is_exact",
     "is_faked",
+    "is_fully_sharded",
     "is_fused",
     "is_lowered",
     "is_out_of_memory",
+    "is_spread",
     "is_symbol",
     "is_top_mode",
     "is_transformed",
@@ -236,8 +264,11 @@ __all__ = [
     "recompile_limit",
     "saved_tensors_hooks_set_aside",
     "seeded",
+    "sharded_parameters",
+    "sharding_now",
     "size_hint",
     "split_graph",
+    "spread_parameters",
     "stand_ins_derive_from",
     "storage_key",
     "storage_uses",
@@ -247,6 +278,7 @@ __all__ = [
     "symbolic_mode",
     "tensors_on",
     "torchs_split",
+    "unreduced_gradients",
     "values_unchecked",
     "version_of",
     "watching_modes",

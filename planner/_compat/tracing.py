@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -21,7 +22,6 @@ from torch import fx, nn
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._ops import OpOverload  # an op at one of its signatures: what a captured graph calls; 1.13+
 from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and storages, no memory; 2.0+
     DataDependentOutputException,
     FakeTensor,
@@ -33,6 +33,8 @@ from torch._subclasses.functional_tensor import (
 )
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from planner._compat.quick import Remembered, asked_once, code_when_run, fakes_remembered
 
 
 @contextlib.contextmanager
@@ -209,29 +211,25 @@ def _python_forms(on_cpu: bool = True) -> tuple[tuple[Any, Any], ...]:
     return tuple((op, key) for op in ops for key in _FORM_KEYS if key in op.py_kernels)
 
 
-class _Remembered(dict[Any, Any]):
-    """What ops give on fakes, as torch remembers it.
-
-    Without ops of whole graphs: those are known by ids, and torch forgets them in its own table only.
-    """
-
-    def __setitem__(self, key: Any, entry: Any) -> None:
-        if isinstance(key.key[0], OpOverload):
-            super().__setitem__(key, entry)
-
-
 _MOST_REMEMBERED = 4096  # entries; a model of thousands of ops has a few hundred different ones
 
 
 @functools.cache
-def _remembered(*settings: bool) -> _Remembered:
-    return _Remembered()
+def _remembered(*settings: bool) -> Remembered:
+    """One table for each of ``settings``, whatever they mean."""
+    return Remembered()
 
 
-def _fakes_remembered(on_cpu: bool) -> _Remembered:
-    """What is remembered from one trace to the next, under settings that choose kernels; 2.6+."""
+def fakes_as_last_time() -> contextlib.AbstractContextManager[None]:
+    """What ops gave on fakes outside of a trace is remembered from one run to the next; 2.6+."""
+    return fakes_remembered(_remembered_for(in_trace=False, on_cpu=False))
+
+
+def _remembered_for(*, in_trace: bool, on_cpu: bool) -> Remembered:
+    """What is remembered from one run to the next, under settings that choose kernels."""
     cuda = torch.backends.cuda
     found = _remembered(
+        in_trace,
         on_cpu,
         torch.are_deterministic_algorithms_enabled(),
         bool(torch.backends.mkldnn.enabled),
@@ -272,7 +270,6 @@ def kernels_as_eager(
     forms += [(dropout, key, dropout.py_kernels[key]) for key in _FORM_KEYS]
     laid_out = _laid_out_anew()
     before = {op: formulas[op] for op in laid_out if op in formulas}
-    remembered = FakeTensorMode.cache
     try:
         for op, key, _ in forms:
             del op.py_kernels[key]
@@ -283,17 +280,18 @@ def kernels_as_eager(
         dropout.py_kernels.update(dict.fromkeys(_FORM_KEYS, _dropout))
         dropout._dispatch_cache.clear()
         fakes[torch.ops.aten.mkldnn_rnn_layer_backward.default] = lstm_gradients
-        FakeTensorMode.cache = _fakes_remembered(on_cpu)  # torch's own remembers other layouts
         effects.register(None)  # else the check would come with tokens, in and out of the graph
         fx.node.has_side_effect(checks)  # and without either it would be swept away
-        yield
+        with fakes_remembered(
+            _remembered_for(in_trace=True, on_cpu=on_cpu)
+        ):  # torch's own remembers other layouts
+            yield
     finally:
         effects.register(effect)
         if not kept:
             fx.node._side_effectful_functions.discard(checks)
         formulas.update(before)
         fakes.pop(torch.ops.aten.mkldnn_rnn_layer_backward.default, None)
-        FakeTensorMode.cache = remembered
         for op, key, formula in forms:
             op.py_kernels[key] = formula
             op._dispatch_cache.clear()
@@ -341,6 +339,14 @@ def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Calla
     return on_dense
 
 
+# Nodes need not say which Python function made them, which a mode would watch for at every call; 2.10+
+_UNNAMED: dict[str, Any] = (
+    {"_disable_torch_fn_metadata_mode": True}
+    if "_disable_torch_fn_metadata_mode" in inspect.signature(aot_export_joint_with_descriptors).parameters
+    else {}
+)
+
+
 def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
@@ -349,8 +355,8 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs)
+    with _tracing_flags(), code_when_run(), asked_once(), contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, **_UNNAMED)
         return joint.graph_module
 
 

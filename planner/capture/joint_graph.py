@@ -149,7 +149,7 @@ def capture(
     Raises ``TraceError`` where the step is not one graph, ``TypeError`` for inputs that do not fit
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
-    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
+    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside(), _compat.collecting_seldom():
         return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
 
 
@@ -164,7 +164,7 @@ def capture_piece(
     before or after each of these.
     """
     flat, in_spec = given.flatten()
-    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside():
+    with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside(), _compat.collecting_seldom():
         _, fake, _ = fake_inputs(model, flat, None)
         reads = ReadsOf()
         with torch.inference_mode(False), torch.enable_grad(), explained(model):

@@ -35,7 +35,7 @@ def on_fakes(
     args, kwargs = pytree.tree_unflatten(fake, spec)
 
     def call(around: contextlib.AbstractContextManager[object]) -> Any:
-        with mode, _compat.values_unchecked(), around:
+        with mode, _compat.values_unchecked(), _compat.fakes_as_last_time(), around:
             return called(model, dict(state), args, kwargs)
 
     inputs_given = {f"input {i}": x for i, x in enumerate(fake) if isinstance(x, torch.Tensor)}
@@ -48,5 +48,5 @@ def step_on_fakes(
     """Forward and backward of the model, without memory; ``around``: a context for the backward."""
     outputs = pytree.tree_leaves(output_on_fakes(model, inputs))
     roots = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
-    with _compat.fake_mode_of(roots[0]), around or contextlib.nullcontext():
+    with _compat.fake_mode_of(roots[0]), _compat.fakes_as_last_time(), around or contextlib.nullcontext():
         torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])

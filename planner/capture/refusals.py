@@ -130,6 +130,14 @@ def _checkpoints(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | 
         if getattr(module, "gradient_checkpointing", False) is True:
             how = f"{name or 'model'}.gradient_checkpointing is True"
             return checkpoints_itself(type(model).__name__, how)
+    around = _compat.checkpointed_around(model)
+    if around:
+        return PlannerError(
+            f"{around} is checkpointed by PyTorch around its sharding, or by hooks: what is made again there "
+            "gathers parameters again, which no plan may do. Leave the checkpoint out, the plan decides what "
+            "to recompute; or wrap the module before it is sharded, fully_shard(checkpoint_wrapper(block)), "
+            "and the plan takes its place"
+        )
     return None
 
 
@@ -152,15 +160,25 @@ def _talks_to_ranks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError
                 "forward; a captured step cannot. Use BatchNorm, or plan parts of the model without it"
             )
         if name and is_sharded(module):
-            return PlannerError(sharded_message(name))
+            return _sharded(module, name)
     return None
 
 
 def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, _types("torch.distributed.tensor", "DTensor")):
-            return PlannerError(sharded_message(name) if is_sharded(model) else _SPREAD.format(name))
+    for name in _compat.spread_parameters(model):
+        return PlannerError(_SPREAD.format(name))
+    if is_sharded(model):
+        return _sharded(model, "the model")
     return None
+
+
+def _sharded(module: nn.Module, name: str) -> PlannerError:
+    if not _compat.is_fully_sharded(module):
+        return PlannerError(sharded_message(name))
+    return TraceError(
+        f"{name} is sharded (FSDP2) and gathers its parameters by hooks, which one graph would not run. The "
+        'step can be planned in regions, between them: capture="auto" or "regions"'
+    )
 
 
 def _wrapped(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
@@ -378,10 +396,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def sharded_message(name: str) -> str:
-    """What to do about a sharded module inside a plan."""
+    """What to do about a sharded module inside a plan of one graph."""
     return (
         f"{name} is sharded (FSDP) and gathers its parameters by hooks, which a captured step would not run. "
-        "Plan each block by itself before it is sharded: plan.apply(block), then fully_shard(block)"
+        "Under FSDP2 plan the model when it is sharded (planner.enable and planner.plan cut it into regions "
+        "between these hooks), or each block by itself before it is: plan.apply(block), then "
+        "fully_shard(block)"
     )
 
 
@@ -392,8 +412,10 @@ def _types(module: str, *names: str) -> tuple[type, ...]:
 
 
 _SPREAD = (
-    "{} is a DTensor, spread over several devices; a plan is for one device. Plan the parts that are not, or "
-    "before the model is spread"
+    "{} is a DTensor, spread over several devices by tensor parallelism; a plan is for the ops of one "
+    "device. An op on such a tensor may talk to the other ranks (a row-wise matmul adds up over them), and "
+    "made again in the backward it would talk again. Shard by FSDP2 alone (fully_shard), which is planned, "
+    "or plan the parts that are not spread"
 )
 
 

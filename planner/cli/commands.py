@@ -1,5 +1,7 @@
 """What each command of ``python -m planner`` does: arguments in, an :class:`Outcome` out.
 
+What they need is imported by each: ``--help`` is not to wait for torch.
+
 Nothing here prints: the result is text for stdout, and whatever runs meanwhile (progress, warnings, the
 user's own prints) belongs on stderr.
 """
@@ -13,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from planner.cli import user_code as factories
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.files import write_whole
-from planner.plan import Plan
 from planner.progress import Bar
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
 
 __all__ = ["CANNOT", "FAILED", "HELD", "INTERRUPTED", "Outcome"]
 
@@ -43,6 +46,7 @@ class Outcome:
 def plan(arguments: Namespace) -> Outcome:
     """Plan a model; its summary, or its figures as JSON."""
     import planner
+    from planner.cli import user_code as factories
 
     _writable(arguments.out)
     built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
@@ -112,6 +116,8 @@ def snapshot(arguments: Namespace) -> Outcome:
 
 def verify(arguments: Namespace) -> Outcome:
     """Run a step with and without a saved plan and compare."""
+    from planner.cli import user_code as factories
+
     made = _loaded(arguments.plan)
     built = factories.build(arguments.model, arguments.inputs)
     report = made.verify(built.model, built.inputs, loss_fn=_loss(arguments))
@@ -127,6 +133,7 @@ def verify(arguments: Namespace) -> Outcome:
 def frontier(arguments: Namespace) -> Outcome:
     """Overhead against budget."""
     import planner
+    from planner.cli import user_code as factories
 
     if arguments.plot is not None:
         _needs_matplotlib()  # before the minutes of work
@@ -284,6 +291,8 @@ def _loaded(path: Path) -> Plan:
 
 
 def _loss(arguments: Namespace) -> Any:
+    from planner.cli import user_code as factories
+
     return None if arguments.loss is None else factories.named(arguments.loss, beside=arguments.model)
 
 

@@ -167,6 +167,21 @@ class TrainingGraph:
         beside = frozenset(i for i in held.releasable if i in kept and i not in released)
         return held if not released and not beside else _lived(held, released, beside)
 
+    def moved(self, base: str, path: str) -> TrainingGraph:
+        """The same step where the code that was captured below ``base`` runs below ``path``."""
+        if base == path:
+            return self
+
+        def there(module: str) -> str:
+            inside = module == base or module.startswith(f"{base}." if base else "")
+            return (path + module[len(base) :]).lstrip(".") if inside else module
+
+        return replace(
+            self,
+            ops=tuple(replace(op, module=there(op.module)) for op in self.ops),
+            values=tuple(replace(value, module=there(value.module)) for value in self.values),
+        )
+
     def __repr__(self) -> str:
         forward = sum(op.phase == "forward" for op in self.ops)
         made = sum(v.bytes for v in self.values if v.producer is not None)

@@ -6,7 +6,8 @@ full size, until it is freed, whoever holds it: Python, the autograd graph, a cl
 Views cost nothing.  The peak is taken right after each op returns, while its inputs are still alive.
 A storage first met as an *input* was there before the meter looked: it is counted from the start.
 
-A sparse tensor is its indices and values.
+A sparse tensor is its indices and values, one that is spread over ranks (a DTensor) what this rank has of it.
+A storage that is resized, as FSDP2 frees and refills its parameters, counts with the size it has.
 
 It is exact at the granularity of ops.  Known limits: scratch inside a kernel is invisible; tensor
 subclasses that wrap others are counted as their outer tensor; under inference mode a composite op is
@@ -25,7 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner._compat import TorchDispatchMode, dense_parts, pieces_of
+from planner._compat import (
+    TorchDispatchMode,
+    dense_parts,
+    hear_no_resizes,
+    hear_resizes,
+    is_spread,
+    pieces_of,
+)
 from planner.units import rounded_up
 
 __all__ = ["StorageMeter"]
@@ -108,24 +116,50 @@ class StorageMeter(TorchDispatchMode):
             self._see(tensor, there_before=True)
 
     def _see(self, tensor: Tensor, *, there_before: bool) -> None:
-        device = tensor.device
-        if self.device is not None and (
-            device.type != self.device.type or self.device.index not in (None, device.index)
-        ):
+        if not self._counts_on(tensor.device):
             return
         storage = tensor.untyped_storage()
         nbytes = rounded_up(int(storage.nbytes()), self.grain)
         ref = self._tracked.get(id(storage))
         if ref is None:
-            ref = _StorageRef(storage, self._forget)
-            ref.key, ref.nbytes = id(storage), nbytes
-            self._tracked[ref.key] = ref
-            self.live_bytes += nbytes
-            if there_before:
-                self._base_bytes += nbytes
+            self._track(storage, nbytes, there_before=there_before)
         elif ref.nbytes != nbytes:  # resize_ keeps the storage and changes its size
-            self.live_bytes += nbytes - ref.nbytes
-            ref.nbytes = nbytes
+            self._sized(ref, nbytes)
+
+    def _counts_on(self, device: torch.device) -> bool:
+        own = self.device
+        return own is None or (device.type == own.type and own.index in (None, device.index))
+
+    def _track(self, storage: torch.UntypedStorage, nbytes: int, *, there_before: bool) -> _StorageRef:
+        ref = _StorageRef(storage, self._forget)
+        ref.key, ref.nbytes = id(storage), nbytes
+        self._tracked[ref.key] = ref
+        self.live_bytes += nbytes
+        if there_before:
+            self._base_bytes += nbytes
+        return ref
+
+    def _sized(self, ref: _StorageRef, nbytes: int) -> None:
+        self.live_bytes += nbytes - ref.nbytes
+        ref.nbytes = nbytes
+
+    def _resized(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
+        """Python code has, which no op shows."""
+        if not self._counts_on(storage.device):
+            return
+        ref = self._tracked.get(id(storage))
+        if ref is None:
+            ref = self._track(storage, rounded_up(before_bytes, self.grain), there_before=True)
+        self._sized(ref, rounded_up(int(storage.nbytes()), self.grain))
+        self._peak_over_base = max(self._peak_over_base, self.live_bytes - self._base_bytes)
+
+    def __enter__(self) -> Any:
+        hear_resizes(self._resized)
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        hear_no_resizes(self._resized)
+        super().__exit__(*exc)
 
     def _forget(self, ref: _StorageRef) -> None:
         del self._tracked[ref.key]
@@ -135,6 +169,8 @@ class StorageMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(map(is_spread, types)):  # its ops on what this rank has come by here again
+            return NotImplemented
         if (pieces := pieces_of(func)) is not None:
             with self:
                 return pieces(*args, **kwargs)

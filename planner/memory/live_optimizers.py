@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from planner._compat import sharded_parameters
 from planner.alive import instances_of, kinds_of
 from planner.errors import PlannerError
 from planner.measure.step import Batch
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def optimizers_of(model: nn.Module) -> list[Optimizer]:
     """Live optimizers with a parameter of ``model``; of wrappers such as accelerate's, what they wrap."""
-    mine = {id(p) for p in model.parameters()}
+    mine = {id(p) for p in sharded_parameters(model)}
     found = _holding(mine)
     if len(found) > 1:  # perhaps one of an earlier run that only waits to be collected
         del found

@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from planner._compat import (
-    storage_key,
-)
+from planner._compat import dense_parts, sharded_parameters, storage_key
 from planner.alive import instances_of, kinds_of
 from planner.devices.state import allocation_grain
 from planner.measure.step import Batch, device_of, tensors_in
@@ -122,21 +120,23 @@ def resident_of(
 
     def count(tensors: Iterable[Tensor | None]) -> int:
         total = 0
-        for tensor in tensors:
-            if tensor is None or not on_device(tensor.device, where) or storage_key(tensor) in seen:
+        dense = (part for tensor in tensors if tensor is not None for part in dense_parts(tensor))
+        for tensor in dense:
+            if not on_device(tensor.device, where) or storage_key(tensor) in seen:
                 continue
             seen.add(storage_key(tensor))
             total += rounded_up(int(tensor.untyped_storage().nbytes()), grain)
         return total
 
     taken = OptimizerBytes(0, 0)
+    parameters = sharded_parameters(model)  # what is gathered for a while is seen to be
     if optimizer is not None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = [p for p in parameters if p.requires_grad]
         taken = optimizer_state_bytes(optimizer, trainable, device=where, as_on=as_on)
     return Resident(
-        parameters_bytes=count(model.parameters()),
+        parameters_bytes=count(parameters),
         buffers_bytes=count(model.buffers()),
-        gradients_bytes=count(p.grad for p in model.parameters()) + bucket_bytes(model),
+        gradients_bytes=count(p.grad for p in parameters) + bucket_bytes(model),
         inputs_bytes=count(tensors_in(inputs)),
         optimizer_state_bytes=taken.state_bytes,
         optimizer_step_bytes=taken.step_transient_bytes,

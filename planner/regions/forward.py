@@ -205,6 +205,7 @@ class RegionsForward:
             self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients += _compat.unreduced_gradients(self.root)
         kind = self._kind(inputs, bool(gradients))
         if kind in self._refused:
             raise self._refused[kind]
@@ -226,7 +227,8 @@ class RegionsForward:
         if stage == "record" or (self._counts(session.runs) and session.watching.may_begin()):
             dense = [part for g in gradients for part in _compat.dense_parts(g)]
             self.gradients_bytes = sum(g.untyped_storage().nbytes() for g in dense)
-            session.watch([*held(self.root, None), *gradients, *tensors_in(inputs)])
+            there = *held(self.root, None), *_compat.held_by_shards(self.root)
+            session.watch([*there, *gradients, *tensors_in(inputs)])
         return session
 
     def _counts(self, kept: Kept | None) -> bool:
@@ -384,14 +386,15 @@ class RegionsForward:
     def _parameters(self) -> list[nn.Parameter]:
         """Of the root.  Listing them takes long; an edited model is cut anew."""
         if self._listed[0] != len(self.session.regions):
-            self._listed = len(self.session.regions), list(self.root.parameters())
+            self._listed = len(self.session.regions), _compat.sharded_parameters(self.root)
         return self._listed[1]
 
     def _kind(self, inputs: Any, has_gradients: bool) -> Kind:
         given = tensors_in(inputs)
         specs = tuple((t.dim(), t.dtype, t.requires_grad) for t in given)
         trains = tuple(p.requires_grad for p in self._parameters)
-        structure = has_gradients, specs, trains, self.model.training
+        sharding = _compat.sharding_now(self.root)
+        structure = has_gradients, specs, trains, self.model.training, sharding
         return Kind(structure, tuple(t.numel() for t in given))
 
     @property

@@ -166,12 +166,20 @@ def parts(joined: Joined, steps: Sequence[int]) -> list[tuple[list[int], int]]:
     return found
 
 
-def join(record: Record, known: Mapping[Any, Sizes] | None = None, *, margin: float = 1.0) -> Joined:
+def join(
+    record: Record,
+    known: Mapping[Any, Sizes] | None = None,
+    *,
+    margin: float = 1.0,
+    beside: tuple[list[int], dict[int, int]] | None = None,
+) -> Joined:
     """The whole step of ``record`` as one graph.
 
     ``known``   what steps before held, by their shape: what is as large in none of them is as large here as
                 it was at most, and as much more as may be expected of one that is yet to come, or the
                 share ``margin`` of it.
+    ``beside``  what glue holds, where that was not measured: bytes behind each glue to the next, and scratch
+                by its event.
 
     Raises ``ValueError`` if something is read before it is made.
     """
@@ -181,7 +189,7 @@ def join(record: Record, known: Mapping[Any, Sizes] | None = None, *, margin: fl
     table.hold_crossings()
     graph, costs = table.graph(), table.costs()
     ran = table.recorded()
-    levels, scratch = _beside(record, graph, costs, table.glue, ran)
+    levels, scratch = _beside(record, graph, costs, table.glue, ran) if beside is None else beside
     glue = sorted(table.glue)
     workspaces = table.workspace_bytes
     seen = Sizes.of(

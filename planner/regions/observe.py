@@ -51,7 +51,7 @@ def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
         session.begin("record")
         session.recorder = recorder = Recorder(device_of(model, inputs, None))
         with apart(model, inputs):
-            recorder.register(*held(model, inputs))
+            recorder.register(*held(model, inputs), *_compat.held_by_shards(model))
             try:
                 with recorder:
                     backward_of(session, inputs, loss_fn)
@@ -73,7 +73,7 @@ def _is_news(seen: Seen) -> bool:
 def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     """One step.  ``PlannerError`` for whatever the model's own code raises in it."""
     try:
-        outputs = session.call(*inputs.args, **inputs.kwargs)
+        outputs = _called(session, inputs)
         if session.stage == "look" and session.leave_spoilt_to_eager():
             return
         passed = passed_on(outputs, loss_fn)
@@ -85,6 +85,22 @@ def backward_of(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> Non
         raise PlannerError(
             f"a step of {type(session.model).__name__} raised {type(error).__name__}: {error}"
         ) from error
+
+
+def _called(session: Session, inputs: Inputs) -> Any:
+    """Its forward; of a model that is sharded itself within the hooks that gather its parameters."""
+    model = session.model
+    if not _compat.is_fully_sharded(model):
+        return session.call(*inputs.args, **inputs.kwargs)
+    before = vars(model).get("forward")
+    vars(model)["forward"] = session.call
+    try:
+        return model(*inputs.args, **inputs.kwargs)
+    finally:
+        if before is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = before
 
 
 @contextlib.contextmanager

@@ -49,6 +49,9 @@ class Recorder(StorageMeter):
         self.seen: tuple[Event, ...] = ()
         self.lives: list[_Life] = []
         self.gone_bytes = 0
+        self._left: dict[
+            int, int
+        ] = {}  # of storages that were there, by key: bytes that were never let go of
         self._through: set[int] = set()  # keys of storages that were there, and that a region took or gave
         self._numbers: dict[int, int] = {}  # of live storages that the step made
         self._kept: dict[int, tuple[Any, list[Callable[[], bool]]]] = {}  # what regions keep, by number
@@ -152,8 +155,19 @@ class Recorder(StorageMeter):
         if number is not None and self.counts and self.lives[number].died is None:
             self.lives[number].died = len(self.events)
         if number is None and self.counts and ref.key not in self._through:
-            self.gone_bytes += ref.nbytes
+            self.gone_bytes += self._left.pop(ref.key, ref.nbytes)
         super()._forget(ref)
+
+    def _sized(self, ref: Any, nbytes: int) -> None:
+        if ref.key not in self._numbers and self.counts:
+            left = self._left.get(ref.key, ref.nbytes)
+            self._left[ref.key] = min(left, nbytes)
+            self.gone_bytes += left - self._left[ref.key]
+        super()._sized(ref, nbytes)
+
+    def _resized(self, storage: torch.UntypedStorage, before_bytes: int) -> None:
+        if self.counts:
+            super()._resized(storage, before_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,6 +175,6 @@ class Recorder(StorageMeter):
         if not self.counts:
             return func(*args, **(kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self._now[0] == "glue":
+        if result is not NotImplemented and self._now[0] == "glue":
             self._glue_s += call_seconds(func, args, kwargs or {}, result, self._rates)
         return result

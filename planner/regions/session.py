@@ -122,7 +122,7 @@ class Session:
         """Of the model's tensors, by identity; as they are in this step."""
         if self._known is None:
             tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-            self._known = {id(t): n for n, t in tensors}
+            self._known = {id(t): n for n, t in tensors} | _compat.gathered_names(self.model)
         return self._known
 
     def _cut(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:

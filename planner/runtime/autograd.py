@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from planner import _compat
-from planner._compat import version_of
+from planner._compat import gathers, version_of
 from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.rewrite.apart import argument_of
@@ -240,7 +240,8 @@ class PendingCall:
         """An output's own gradient is that of what the model computes from it too, which is not made here."""
         for i, (ref, hooks) in self.watched.items():
             tensor, after = ref(), present & self.step.program.feeds[i]
-            if not after - {i} or not (hooks or (tensor is not None and tensor.retains_grad)):
+            reads = tensor is not None and tensor.retains_grad
+            if not after - {i} or not (reads or any(not gathers(hook) for hook in hooks.values())):
                 continue
             raise PlannerError(
                 f"the gradient of {self.step.names({i})} is asked for (retain_grad or a hook), and "

@@ -238,7 +238,7 @@ class BudgetedStep:
             budget_bytes,
             self.execution_of,
             search,
-            None if hint is None else self._schedule_of(hint),
+            None if hint is None else self.schedule_of(hint),
         )
         if not found.fits:
             lightest = self.lightest
@@ -270,7 +270,7 @@ class BudgetedStep:
         """The plan of the lowest peak that was found; its budget is that peak."""
         return self.plan_of(self.least)
 
-    def _schedule_of(self, plan: PlanData) -> Schedule | None:
+    def schedule_of(self, plan: PlanData) -> Schedule | None:
         """The schedule of a plan made for other sizes, if it runs the same ops."""
         names = {op.name for op in self.problem.ops}
         return Schedule(tuple(plan.sequence)) if names == set(plan.sequence) else None

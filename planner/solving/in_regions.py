@@ -28,7 +28,7 @@ from planner.memory.static import StaticMemory
 from planner.options import CaptureMode, Search
 from planner.plan import Plan
 from planner.plans.lowering import lower
-from planner.plans.plan_data import RegionSummary
+from planner.plans.plan_data import PlanData, RegionSummary
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
 from planner.regions.kept import Foresight, Own
@@ -114,6 +114,31 @@ class JoinedStep(BudgetedStep):
         """What each call runs of a plan for this step: positions in its own graph, and its turn."""
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
         return parts(self.joined, [position[name] for name in plan.sequence])
+
+    def as_run_here(self, received: PlanData, budget_bytes: int) -> Plan | None:
+        """The plan that another rank made of the same step, with what it takes here; ``None`` if that is over
+        the budget, or it is of another step.
+        """
+        schedule = self.schedule_of(received)
+        if received.fingerprint != self.captured.fingerprint or schedule is None:
+            return None
+        ran, total = self.execution_of(schedule), self.problem.total_seconds
+        if ran.peak_bytes > budget_bytes:
+            return None
+        seconds = total + ran.timeline.recompute_seconds
+        # what was proved there is proved here where nothing is held that was not there
+        bound = total * (1 + received.overhead_bound) if ran.peak_bytes == received.peak_bytes else total
+        return self.plan_of(
+            Answer(
+                budget_bytes,
+                ran,
+                min(bound, seconds),
+                self.floor_bytes,
+                seconds=seconds,
+                solver=received.solver,
+                solve_seconds=received.solve_s,
+            )
+        )
 
     def solved(self, plan: Plan, over: Callable[[Sequence[int]], Solved | None] | None = None) -> Solved:
         """``plan``, one of this step, as it is run; ``over`` hears what steps of it took."""

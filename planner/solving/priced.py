@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from planner._compat import modes_set_aside
+from planner._compat import collecting_seldom, modes_set_aside
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture
 from planner.capture.module import unwrapped
@@ -45,6 +45,7 @@ __all__ = ["CostSource", "PricedStep", "prepare"]
 log = logging.getLogger(__name__)
 
 
+@collecting_seldom()
 def prepare(
     model: nn.Module,
     inputs: object = None,

@@ -17,19 +17,26 @@ plan.  There a rank with a batch of another size asks for another plan and meets
 around the model exists when the plan is made.
 
 **FSDP2.**  ``fully_shard`` hangs on a module's hooks: they gather the parameters before its forward and its
-backward, and scatter the gradients after it.  A plan of the whole model is one graph, which never calls the
-blocks and so would never gather.  Therefore:
+backward, and scatter the gradients after it.  One graph of the whole model never calls the blocks and so
+would never gather.  So a sharded model is planned in regions (:mod:`planner.regions`): Dynamo ends its graphs
+at these hooks, and each block's own forward is a region (all blocks of one kind share a capture), as is what
+the root does itself, its loss too.
 
-* a plan for each block, applied before ``fully_shard(block)``, works: the hooks fire around the planned
-  block.  Identical blocks share one plan (``plan.apply(block)``).  The budget is then the block's own: what
-  all blocks save adds up outside it.
-* a plan for the whole model works with ``fully_shard(model)`` on the root alone, which gathers everything.
-* a module that is sharded already, or a whole-model plan over sharded blocks, is refused.
+* A region reads gathered parameters as it reads any, and saves no copy of them.  What it recomputes runs
+  between the hooks of its own backward, while they are gathered: no collective is begun that plain FSDP2
+  would not begin, and in its order.
+* The budget is a rank's.  What the hooks hold (gathered parameters of the blocks in flight, buffers of
+  collectives, gradients before they are scattered) is measured in the recorded step, where it is held; of
+  parameters, gradients and optimizer state a rank's own shards count.
+* Settings that change what is held (``set_requires_gradient_sync``, resharding) make steps of another kind,
+  with a plan of their own.
+* Ranks whose steps are of one kind run one plan; a rank whose collectives happened to let go of a buffer
+  later counts what it takes there.
 
-What it would take to plan a whole sharded model: gather, release and scatter as ops of the captured graph,
-with seconds that come from the links, run on a stream of their own; parameters as values that a plan may
-drop and gather again; and a capture on the unsharded sizes.  The solvers have all of that (a gather is an
-op without inputs that may run again); the capture and the runtime do not.
+A plan for each block, applied before ``fully_shard(block)``, works as well, with a budget for each; and one
+for the whole model with ``fully_shard(model)`` on the root alone.  Applied as one graph over sharded blocks
+it is refused, as is FSDP of the first version.  Parameters that are spread by tensor parallelism are refused:
+there the ops themselves talk.
 
 Known limits: in :func:`shared_plan` a rank that is killed between the two messages is noticed by the others
 only when the process group's own timeout ends.  ``nn.SyncBatchNorm`` talks to the other ranks inside the
@@ -49,11 +56,13 @@ from torch import nn
 from planner import _compat
 from planner.api import plan
 from planner.errors import PlannerError
+from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
 from planner.runtime.build import check_is_of
+from planner.solving.in_regions import step_in_regions
 from planner.solving.priced import prepare
 from planner.training.job_store import JobStore
 
@@ -80,6 +89,9 @@ def shared_plan(
     whose model or inputs do not fit.  Without an initialized process group it is ``planner.plan``.
     """
 
+    if any(map(_compat.is_fully_sharded, model.modules())):
+        return _shared_of_sharded(model, budget_gb, inputs, group, options)
+
     def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
         given = inputs_of(received, device) if inputs is None else inputs
@@ -88,6 +100,29 @@ def shared_plan(
         return Plan.of(received, step.as_planned(received))
 
     return agreed(lambda: plan(model, budget_gb, inputs, **options), adopt, group)
+
+
+def _shared_of_sharded(
+    model: nn.Module, budget_gb: float, inputs: object, group: Any, options: Mapping[str, Any]
+) -> Plan:
+    """One plan for all ranks of a sharded model, whose step they run together to see it."""
+    how = _of_the_step(options)
+    unknown = set(how) - {"loss_fn", "optimizer", "costs", "search", "capture"}
+    if unknown or how.pop("capture", "auto") == "one graph":
+        raise ValueError(f"a sharded model is planned in regions, for which {sorted(unknown)} says nothing")
+    budget_bytes = budget_bytes_of(budget_gb)
+    step = step_in_regions(model, inputs, **how)
+
+    def adopt(received: PlanData) -> Plan:
+        plan = step.as_run_here(received, budget_bytes)
+        if plan is None:
+            raise PlannerError(
+                f"the plan of rank 0 does not fit {budget_gb} GB here, or this rank's step is another "
+                "(batches of other sizes): give all ranks the same sizes, or use planner.enable"
+            )
+        return plan
+
+    return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
 
 def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +240,11 @@ def _text_of(plan: Plan) -> str | None:
     except PlannerError as error:  # inputs that no file can describe
         log.info("the plan cannot be sent, each rank makes its own: %s", error)
         return None
+
+
+def is_shared() -> bool:
+    """Whether plans are those of a job of several ranks."""
+    return _is_running(None)
 
 
 def _is_running(group: Any) -> bool:

@@ -83,15 +83,16 @@ def enable(
                    optimizer's step in the backward); "held" or "consumed" as for :func:`planner.plan`.
 
     ``capture``    "one graph", "regions" or "auto" as for :func:`planner.plan`; in regions the first step of
-                   a
-                   kind of batches is looked at and the second recorded, both with next to nothing saved, and
-                   from the third on they run as planned.
+                   a kind of batches is looked at and the second recorded, both with next to nothing saved,
+                   and from the third on they run as planned.
 
     ``backend``    "inductor": it trains compiled (:mod:`planner.compiled.loop`); the first step of a kind
                    runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an
                    outer ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this compiles.
 
-    ``costs``, ``solver``, ``time_limit_s``, ``recompute`` and ``progress`` as for :func:`planner.plan`.
+    ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
+                   was found by then, the rest is spent beside training (:mod:`planner.solving.better`).
+    ``costs``, ``solver``, ``recompute`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside
     ``DistributedDataParallel`` is enabled in there.  Raises ``TypeError`` or ``ValueError`` for arguments

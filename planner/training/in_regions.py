@@ -29,16 +29,20 @@ from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
+from planner.plans.plan_data import PlanData
 from planner.regions.forward import DIFFERENT, RegionsForward, Solved
 from planner.regions.record import Record, beyond
 from planner.regions.session import Session
 from planner.solving.in_regions import MOST_LEFT, JoinedStep
+from planner.training.distributed import made_once
 from planner.training.settings import Settings
 from planner.units import bytes_text
 
 __all__ = ["InRegions"]
 
 log = logging.getLogger(__name__)
+
+WAIT_S = 60.0  # for another rank's plan, beside what its search may take
 
 LESS_MARGIN = 0.5, 0.25, 0.0  # shares of what steps may hold beyond those seen, where all of it does not fit
 
@@ -154,11 +158,10 @@ class InRegions:
 
     def _planned(self, step: JoinedStep, began: float) -> Solved:
         assert self.settings.budget_bytes is not None
-        with self.settings.search.reporting() as search:
-            try:
-                plan = step.plan_bytes(self.settings.budget_bytes, search)
-            except InfeasibleBudgetError as error:
-                raise error.saying(f"{error}. Within this budget the step runs out of memory.") from None
+        try:
+            plan = self._made_once(step)
+        except InfeasibleBudgetError as error:
+            raise error.saying(f"{error}. Within this budget the step runs out of memory.") from None
         level = logging.DEBUG if self._last is not None else logging.INFO
         self._last = plan
         memory, share = (sum(getattr(r, f"{of}_share") for r in plan.regions) for of in ("memory", "time"))
@@ -172,6 +175,31 @@ class InRegions:
             100 * plan.overhead_bound, time.perf_counter() - began, self.why,
         )  # fmt: skip
         return step.solved(plan, functools.partial(self._over, step))
+
+    def _made_once(self, step: JoinedStep) -> Plan:
+        """The plan, from whichever rank of a distributed job asked for it first.
+
+        What a rank holds beside its regions may differ from what another does, when a collective lets go of
+        its buffer for one: so each counts what the plan takes of it, and makes its own if that is too much.
+        """
+        budget_bytes, search = self.settings.budget_bytes, self.settings.search
+        assert budget_bytes is not None
+
+        def make() -> Plan:
+            with search.reporting() as reported:
+                return step.plan_bytes(budget_bytes, reported)
+
+        def adopt(received: PlanData) -> Plan:
+            plan = step.as_run_here(received, budget_bytes)
+            if plan is None:
+                log.info("the plan of another rank takes more than the budget here: this rank makes its own")
+            return make() if plan is None else plan
+
+        key = (
+            f"{step.captured.fingerprint} {self.session.kind.structure} {step.memory.margin_bytes} "
+            f"{budget_bytes} {search.solver} {search.time_limit_s} {self.settings.costs}"
+        )
+        return made_once(key, make, adopt, wait_s=WAIT_S + 4 * search.time_limit_s)
 
     def _over(self, step: JoinedStep, taken: Sequence[int]) -> Solved | None:
         """Planned steps took so much, without the optimizer's state; what is to be run instead, if the last

@@ -31,10 +31,11 @@ from planner.plans.plan_data import PlanData
 from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.variants import Varying
+from planner.solving.better import FIRST_S
 from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
-from planner.training.distributed import made_once
+from planner.training.distributed import is_shared, made_once
 from planner.training.plan_cache import StepCache
 from planner.training.settings import Settings
 from planner.training.sharing import PROBES, Room, plan_that_holds
@@ -43,7 +44,7 @@ from planner.training.step_calls import StepCalls
 __all__ = ["PlanMaker"]
 
 # Of search for the least peak of a first step, which is run once: that it is near is enough.
-FIRST_STEP_S = 5.0
+FIRST_STEP_S = 2.0
 
 
 class PlanMaker:
@@ -112,9 +113,30 @@ class PlanMaker:
         step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
         step = self._letting_go(step.with_margin(self.around_bytes))
         try:
-            return self._made_once(call, step, search, hint)
+            return self._in_seconds(call, step, search, hint) or self._made_once(call, step, search, hint)
         except InfeasibleBudgetError as error:
             raise self._in_company(error, call) from None
+
+    def is_bettered(self, call: Call) -> bool:
+        """Whether plans for such calls may be made in seconds and bettered beside the training.
+
+        Not where calls share the budget, whose plans are made for one another's room, and not in a job of
+        several ranks, which all run the plan that one of them made.
+        """
+        alone = self.calls.per_step == 1 and self._room(call).most_bytes is None
+        return alone and self.settings.search.solver == "auto" and not is_shared()
+
+    def _in_seconds(self, call: Call, step: PricedStep, search: Search, hint: Plan | None) -> Plan | None:
+        """A plan found at once, to be bettered later; ``None`` where finding one takes the whole search."""
+        if search.time_limit_s <= FIRST_S or not self.is_bettered(call):
+            return None
+        soon = replace(search, time_limit_s=FIRST_S)
+        try:
+            return self._made_once(call, replace(step, least_limit_s=FIRST_S), soon, hint)
+        except InfeasibleBudgetError as error:
+            if error.budget_bytes < error.floor_bytes:
+                raise
+            return None
 
     # -- the step ----------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from planner.options import Search
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
 from planner.runtime.held_outputs import HeldOutputs
+from planner.solving.better import Betterment
 from planner.training import huggingface
 from planner.training.as_run import AsRun
 from planner.training.calls import Call, Signature
@@ -82,6 +83,7 @@ class OnDemand:
         self._plans = PlanCache(settings.max_plans)
         self._parameters: list[nn.Parameter] | None = None  # of root: listing them takes longer than the rest
         self._kept: tuple[KeptPlan, Signature] | None = None  # the plan made last
+        self._betterment = Betterment()
 
     def change(self, settings: Settings) -> None:
         """From the next training call on; steps captured already are not captured again."""
@@ -93,6 +95,7 @@ class OnDemand:
             self._gradients = self._maker.gradients = ConsumedGradients(self.planned, settings.gradients)
         self.settings = settings
         self._maker.change(settings)
+        self._betterment.end()
         self._plans = PlanCache(settings.max_plans)
         self._calls.tell(settings.calls_per_step)
 
@@ -143,6 +146,8 @@ class OnDemand:
                     return None
                 changed = changed or edited
                 continue
+            if self._betterment.is_busy:
+                kept = self._bettered(call, kept)
             self._plans.keep(call, kept)
             if self._calls.per_step == 1 and kept.runner.unforeseen is not None:
                 return None
@@ -169,10 +174,16 @@ class OnDemand:
                     alone = call.but(has_gradients=self._adds)
                     kept = self._keep(alone, self._made(alone, search, original))
                     self._announce(kept.plan, alone, time.perf_counter() - began)
+                    self._seek_better(kept, alone)
                 return kept if self._leaves_room(kept) else self._in_first_step(call, search, original, kept)
             kept = self._keep(call, self._made(call, search, original))
         self._announce(kept.plan, call, time.perf_counter() - began)
+        self._seek_better(kept, call)
         return kept
+
+    def _seek_better(self, kept: KeptPlan, call: Call) -> None:
+        if self._maker.is_bettered(call):
+            self._betterment.ask(kept.plan, self.settings.search)
 
     def _made(self, call: Call, search: Search, original: Callable[..., Any]) -> KeptPlan:
         standing = next(iter(self._plans.find(call)), None)
@@ -199,6 +210,32 @@ class OnDemand:
         self._plans.keep(call, kept)
         self.last, self._kept = kept.plan, (kept, call.signature)
         return kept
+
+    def _bettered(self, call: Call, kept: KeptPlan) -> KeptPlan:
+        """``kept``, or what takes its place between two steps: the same with a better plan, if one was found.
+
+        Where the backwards came for other outputs than were planned for, the program that serves those stays.
+        """
+        runner = kept.runner
+        if call.signature.place != 1 or runner.sets.now is not runner.step:
+            return kept
+        better = self._betterment.of(kept.plan)
+        if better is None:
+            return kept
+        if better.sequence != kept.plan.sequence:
+            with self.around(), modes_set_aside():
+                outputs, runner = (
+                    runner.outputs,
+                    PlannedForward(self.planned, better.executable(), original=runner.original),
+                )
+                runner.outputs = outputs
+        return self._in_place_of(kept, kept._replace(plan=better, runner=runner))
+
+    def _in_place_of(self, old: KeptPlan, new: KeptPlan) -> KeptPlan:
+        self._plans.replace(old, new)
+        if self._kept is not None and self._kept[0] is old:
+            self._kept = new, self._kept[1]
+        return new
 
     def _leaves_room(self, kept: KeptPlan) -> bool:
         """Whether another call like this one fits beside it."""
@@ -288,6 +325,7 @@ class OnDemand:
         log.info("%s is planned again: %s", type(self.root).__name__, why)
         self._calls.restart()
         self._maker.forget()
+        self._betterment.end()
         self._plans = PlanCache(self.settings.max_plans)
         self._kept = None
         self._parameters = None

@@ -62,6 +62,11 @@ class _Latest(Generic[Key, Kept]):
         self._by_key[key] = [kept, *others]
         self._by_key.move_to_end(key)
 
+    def replace(self, old: Kept, new: Kept) -> None:
+        """``new`` wherever ``old`` is, in its place."""
+        for key, several in self._by_key.items():
+            self._by_key[key] = [new if k is old else k for k in several]
+
     def trim(self, most: int) -> None:
         while sum(map(len, self._by_key.values())) > most:
             key = next(iter(self._by_key))  # under the only key that is left, the one last used goes last
@@ -91,6 +96,10 @@ class PlanCache:
         self._kept.trim(self.most)
         if self.largest is None or sum(call.signature.sizes) > sum(self.largest.sizes):
             self.largest = call.signature
+
+    def replace(self, old: KeptPlan, new: KeptPlan) -> None:
+        """From now on ``new`` serves what ``old`` served."""
+        self._kept.replace(old, new)
 
     def exceeds(self, call: Call) -> bool:
         """Whether the call has a tensor larger than the same one of ``largest``."""

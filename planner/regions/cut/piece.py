@@ -185,7 +185,8 @@ def with_homes(graph: fx.GraphModule, homes: Mapping[int, str]) -> fx.GraphModul
     ``homes``: path of each module of the model, by its identity.
     """
     twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in twin.graph.nodes:
+    inner = [part for part in twin.modules() if isinstance(part, fx.GraphModule)]  # what is checkpointed, say
+    for node in (node for part in inner for node in part.graph.nodes):
         node.meta["custom"] = {**node.meta.get("custom", {}), "module": _home_of(node, homes)}
     return twin
 

@@ -181,19 +181,7 @@ class Variant:
     def graph_at(self, base: str) -> TrainingGraph:
         """Its step where the same code runs below another path."""
         assert self.captured is not None
-        graph = self.captured.graph
-        if base == self.base:
-            return graph
-
-        def moved(path: str) -> str:
-            inside = path == self.base or path.startswith(f"{self.base}." if self.base else "")
-            return (base + path[len(self.base) :]).lstrip(".") if inside else path
-
-        return replace(
-            graph,
-            ops=tuple(replace(op, module=moved(op.module)) for op in graph.ops),
-            values=tuple(replace(value, module=moved(value.module)) for value in graph.values),
-        )
+        return self.captured.graph.moved(self.base, base)
 
     @cached_property
     def arguments(self) -> tuple[tuple[Argument, int], ...]:

@@ -1,0 +1,453 @@
+"""Tracing in less time: what a trace asks of torch again and again is answered from tables, alike.
+
+Each context here stands for torch's own code where that would do the same work once more, and leaves
+everything else to it: what an op gives on fakes of the same kind, the text of graphs that nobody runs, a
+description of tensors that nobody reads.  Nothing that comes out of a trace differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._subclasses.fake_tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
+
+_fake_tensor: Any = torch._subclasses.fake_tensor  # what fakes are made by, and remembered; 2.0+
+
+# -- the garbage collector ------------------------------------------------------------------------------
+
+# A trace makes a million objects of which hardly one is garbage in a circle; each of the collector's looks,
+# by default after 700 of them, walks all that are young, and now and then all there are.
+_SELDOM = 20_000, 20, 100
+
+_at_once = threading.Lock()
+_seldom_for = 0  # how many contexts are open, in all threads
+_before = gc.get_threshold()
+
+
+@contextlib.contextmanager
+def collecting_seldom() -> Iterator[None]:
+    """The garbage collector looks less often, for the whole process; not at all stays not at all."""
+    global _seldom_for, _before
+    with _at_once:
+        if _seldom_for == 0:
+            _before = gc.get_threshold()
+            if _before[0] > 0:
+                gc.set_threshold(*map(max, _before, _SELDOM))
+        _seldom_for += 1
+    try:
+        yield
+    finally:
+        with _at_once:
+            _seldom_for -= 1
+            if _seldom_for == 0:
+                gc.set_threshold(*_before)
+
+
+# -- fakes ----------------------------------------------------------------------------------------------
+
+_VALUES = frozenset({
+    int, float, bool, str, type(None), complex,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+})  # fmt: skip
+
+
+class Remembered(dict[Any, Any]):
+    """What ops give on fakes, as torch remembers it, and once more by keys that are quick to make.
+
+    Without ops of whole graphs: those are known by ids, and torch forgets them in its own table only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quick: dict[Any, Any] = {}
+
+    def __setitem__(self, key: Any, entry: Any) -> None:
+        if isinstance(key.key[0], OpOverload):
+            super().__setitem__(key, entry)
+
+    def clear(self) -> None:
+        super().clear()
+        self.quick.clear()
+
+
+def _kinds_of(items: Any, mode: FakeTensorMode, out: list[Any]) -> bool:
+    """Append to ``out`` all that an op's result may hang on; ``False`` where torch is to see for itself."""
+    for x in items:
+        kind = type(x)
+        if kind is FakeTensor:
+            if (
+                x.fake_mode is not mode
+                or x.constant is not None
+                or x.layout is not torch.strided
+                or x._has_symbolic_sizes_strides
+            ):
+                return False
+            out += (
+                x.dtype,
+                x.shape,
+                x.stride(),
+                x.storage_offset(),
+                x.fake_device,
+                x.requires_grad,
+                x.untyped_storage().nbytes(),
+                x.is_conj(),
+                x.is_neg(),
+                x.is_inference(),
+            )
+        elif kind in _VALUES:
+            out += (kind, x)  # 1 and 1.0 are one key
+        elif kind is list or kind is tuple:
+            out += (kind, len(x))
+            if not _kinds_of(x, mode, out):
+                return False
+        else:
+            return False
+    return True
+
+
+def _key_of(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
+    env = mode.shape_env
+    key = [
+        func,
+        torch.get_default_dtype(),
+        torch._C._get_default_device(),
+        torch.is_inference_mode_enabled(),
+        None if env is None else env.settings,  # not whether it is traced: that is for symbols
+    ]
+    if not _kinds_of(args, mode, key):
+        return None
+    if kwargs:
+        key += kwargs
+        if not _kinds_of(kwargs.values(), mode, key):
+            return None
+    return tuple(key)
+
+
+def _noted_under(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """The key under which torch will note what a call gives; ``None`` if it will not."""
+    state = _fake_tensor._CacheKeyState(mode.shape_env)
+    try:
+        key = mode._cache_key(state, func, args, kwargs or {})
+    except _fake_tensor._BypassDispatchCache:
+        return None
+    return None if state.cache_on_shape_env() else key
+
+
+class _Tensor:
+    """Makes a tensor that a call gives: as torch makes it of its own table, at fixed sizes."""
+
+    __slots__ = ("device", "flags", "held", "options", "sizes", "view")
+
+    def __init__(self, info: Any, made: FakeTensor, func: OpOverload) -> None:
+        metadata = info.metadata
+        self.sizes = tuple(made.shape), made.stride(), made.storage_offset()
+        self.options = metadata.dtype, metadata.requires_grad
+        self.flags = metadata.is_conj, metadata.is_neg
+        self.view = info.view_idx if func.is_view else None
+        self.device = made.fake_device
+        held = dict(vars(FakeTensor(made.fake_mode, _plain((0,), (1,), torch.float32), made.fake_device)))
+        assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
+        self.held = held
+
+    def __call__(self, mode: FakeTensorMode, args: Any) -> Any:
+        shape, stride, offset = self.sizes
+        dtype, requires_grad = self.options
+        with torch._C._DisableTorchDispatch():
+            inner = torch.empty_strided(
+                shape, stride, dtype=dtype, device="meta", requires_grad=requires_grad
+            )
+            if self.flags != (False, False):
+                torch._C._set_conj(inner, self.flags[0])
+                torch._C._set_neg(inner, self.flags[1])
+            if self.view is not None:
+                inner.set_(args[self.view].untyped_storage(), offset, shape, stride)
+        made = torch.Tensor._make_subclass(
+            FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=self.device
+        )
+        if mode._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(made)
+        held = vars(made)
+        held.update(self.held)
+        held["fake_mode"] = mode
+        return made
+
+
+# Attributes of a fake that are not ``None``.
+_OF_A_FAKE = frozenset({"_fake_device", "fake_device", "fake_mode"})
+
+
+def _plain(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    with torch._C._DisableTorchDispatch():
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _maker_of(info: Any, made: Any, func: Any) -> Any:
+    """What makes one result again, of the mode and the arguments."""
+    if info.inplace_idx is not None:
+        return lambda mode, args, at=info.inplace_idx: args[at]
+    if info.metadata is None:
+        return lambda mode, args: made  # a number, or None
+    return _Tensor(info, made, func)
+
+
+def _recipe(entry: Any, output: Any, func: Any) -> Any:
+    """How to make the results again; ``None``: as torch does it."""
+    if not isinstance(entry, _fake_tensor._DispatchCacheValidEntry):
+        return None
+    if not entry.is_output_tuple:
+        return _maker_of(entry.output_infos[0], output, func)
+    each = [_maker_of(i, made, func) for i, made in zip(entry.output_infos, output, strict=True)]
+    return lambda mode, args: tuple(make(mode, args) for make in each)
+
+
+@contextlib.contextmanager
+def fakes_remembered(known: Remembered) -> Iterator[None]:
+    """What ops give on fakes is looked up in ``known`` and noted there; for the whole process; 2.9+."""
+    before = FakeTensorMode.cache
+    run: Any = FakeTensorMode.__torch_dispatch__
+    quick, apart = known.quick, _fake_tensor._DISPATCH_META_HANDLERS
+    direct = _fake_tensor._DISPATCH_HANDLE_DIRECTLY
+
+    def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in apart or func in direct or not isinstance(func, OpOverload):
+            return run(mode, func, types, args, kwargs or {})
+        key = _key_of(mode, func, args, kwargs)
+        if key is None or not mode.cache_enabled or mode.cache_crosscheck_enabled:
+            return run(mode, func, types, args, kwargs or {})
+        recipe = quick.get(key, run)
+        if recipe is None:
+            return mode._dispatch_impl(func, types, args, kwargs or {})
+        if recipe is not run:
+            return recipe(mode, args)
+        noted = _noted_under(mode, func, args, kwargs)
+        output = run(mode, func, types, args, kwargs or {})
+        if FakeTensorMode.cache is known:
+            quick[key] = _recipe(known.get(noted), output, func)
+        return output
+
+    FakeTensorMode.cache = known
+    type.__setattr__(FakeTensorMode, "__torch_dispatch__", dispatch)
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache = before
+        type.__setattr__(FakeTensorMode, "__torch_dispatch__", run)
+
+
+# -- graphs ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def code_when_run() -> Iterator[None]:
+    """The code of a graph module that is made here is written when it is asked for; 2.3+."""
+    with _use_lazy_graph_module(True):
+        yield
+
+
+# -- what is asked at every op --------------------------------------------------------------------------
+
+_kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
+
+_LEAF: Any = object()
+
+
+class _Odd(Exception):
+    """A container that only torch's own flattening knows."""
+
+
+class _Shape:
+    """How a nest of tuples, lists and dicts was flattened."""
+
+    __slots__ = ("nest",)
+
+    def __init__(self, nest: Any) -> None:
+        self.nest = nest
+
+
+class _Flattening:
+    """Torch's flattening of containers, quick for the tuples, lists and dicts that ops take; 2.0+."""
+
+    def __init__(self, torchs: Any) -> None:
+        self._torchs = torchs
+        self._leaves: dict[type, bool] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchs, name)
+
+    def _is_leaf(self, x: Any) -> bool:
+        kind = _kind_of(x)
+        known = self._leaves.get(kind)
+        if known is None:
+            torchs = self._torchs
+            known = self._leaves[kind] = kind not in torchs.SUPPORTED_NODES and not issubclass(kind, tuple)
+        if not known:
+            raise _Odd
+        return True
+
+    def _flat(self, x: Any, leaves: list[Any]) -> Any:
+        kind = _kind_of(x)
+        if kind is tuple or kind is list:
+            return kind, [self._flat(item, leaves) for item in x]
+        if kind is dict:
+            return list(x), [self._flat(item, leaves) for item in x.values()]
+        self._is_leaf(x)
+        leaves.append(x)
+        return _LEAF
+
+    def _made(self, nest: Any, leaves: Iterator[Any]) -> Any:
+        if nest is _LEAF:
+            return next(leaves)
+        kind, items = nest
+        if kind is tuple:
+            return tuple([self._made(item, leaves) for item in items])
+        if kind is list:
+            return [self._made(item, leaves) for item in items]
+        return dict(zip(kind, [self._made(item, leaves) for item in items], strict=True))
+
+    def _mapped(self, only: Any, change: Any, x: Any) -> Any:
+        kind = _kind_of(x)
+        if kind is tuple:
+            return tuple([self._mapped(only, change, item) for item in x])
+        if kind is list:
+            return [self._mapped(only, change, item) for item in x]
+        if kind is dict:
+            return {key: self._mapped(only, change, item) for key, item in x.items()}
+        self._is_leaf(x)
+        return change(x) if isinstance(x, only) else x
+
+    def tree_flatten(self, tree: Any, *how: Any, **more: Any) -> Any:
+        if not how and not more:
+            leaves: list[Any] = []
+            with contextlib.suppress(_Odd):
+                return leaves, _Shape(self._flat(tree, leaves))
+        return self._torchs.tree_flatten(tree, *how, **more)
+
+    def tree_leaves(self, tree: Any, *how: Any, **more: Any) -> Any:
+        return self.tree_flatten(tree, *how, **more)[0]
+
+    def tree_unflatten(self, leaves: Any, shape: Any) -> Any:
+        if _kind_of(shape) is _Shape:
+            return self._made(shape.nest, iter(leaves))
+        return self._torchs.tree_unflatten(leaves, shape)
+
+    def tree_map_only(self, only: Any, change: Any, tree: Any, *more: Any, **how: Any) -> Any:
+        if isinstance(only, _kind_of) and not more and not how:
+            with contextlib.suppress(_Odd):
+                return self._mapped(only, change, tree)
+        return self._torchs.tree_map_only(only, change, tree, *more, **how)
+
+
+def _snapshot(torchs: Any) -> Any:
+    """A fake for the node of a graph: on the storage of the one that the program holds, apart from it."""
+    held: dict[str, Any] = {}
+
+    def snapshot_fake(val: Any, include_real: bool = False) -> Any:
+        if _kind_of(val) is not FakeTensor or include_real or val._has_symbolic_sizes_strides:
+            return torchs(val, include_real)
+        if not held:
+            made = torchs(val)
+            held.update((name, None) for name in vars(made))
+            return made
+        mode, device = val.fake_mode, val.fake_device
+        if mode._allow_unsafe_data_ptr_access:
+            return torchs(val)
+        with torch._C._DisableTorchDispatch():
+            made = torch.Tensor._make_subclass(
+                FakeTensor, val, False, dispatch_device=True, device_for_backend_keys=device
+            )
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(held)
+        made.fake_mode, made.fake_device = mode, device
+        return made
+
+    return snapshot_fake
+
+
+def _remembering(torchs: Any, key_of: Any) -> Any:
+    """``torchs``, asked once for each key; where there is none, each time."""
+    known: dict[Any, Any] = {}
+
+    def asked(*args: Any) -> Any:
+        key = key_of(*args)
+        if key is None:
+            return torchs(*args)
+        if key not in known:
+            known[key] = torchs(*args)
+        return known[key]
+
+    return asked
+
+
+def _op_and_device(func: Any, flat_args: Any) -> Any:
+    return func, next((a.device.type for a in flat_args if isinstance(a, torch.Tensor)), None)
+
+
+def _op(func: Any) -> Any:
+    return func if isinstance(func, OpOverload) else None
+
+
+def _plain_value(value: Any) -> Any:
+    return _kind_of(value) if _kind_of(value) in _VALUES or isinstance(value, torch.Tensor) else None
+
+
+@contextlib.contextmanager
+def _names_of(module: Any, **names: Any) -> Iterator[None]:
+    """Names of a module's own code, put back; those that the module lacks but for builtins are left out."""
+    own = vars(module)
+    names = {name: value for name, value in names.items() if name in own or name in ("type", "id")}
+    before = {name: own[name] for name in names if name in own}
+    own.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            del own[name]
+        own.update(before)
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
+
+    And nodes get no ``tensor_meta``, which says in other words what ``val`` does.
+    """
+    effects: Any = importlib.import_module("torch._higher_order_ops.effects")
+    automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
+    functional: Any = importlib.import_module("torch._subclasses.functional_tensor")
+    proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
+    described = proxies._extract_tensor_metadata
+    builtin = {"type": _kind_of, "id": _identity}
+    flattening = _Flattening(importlib.import_module("torch.utils._pytree"))
+    decomposed = _remembering(proxies.autograd_would_have_decomposed, _op_and_device)
+    with contextlib.ExitStack() as stack:
+        put = stack.enter_context
+        put(_names_of(effects, has_effects=_remembering(effects.has_effects, _op)))
+        asked = automatic.can_auto_functionalize
+        put(_names_of(automatic, can_auto_functionalize=_remembering(asked, _op)))
+        put(_names_of(functional, **builtin, pytree=flattening, autograd_would_have_decomposed=decomposed))
+        put(
+            _names_of(
+                proxies,
+                **builtin,
+                pytree=flattening,
+                autograd_would_have_decomposed=decomposed,
+                is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
+                snapshot_fake=_snapshot(proxies.snapshot_fake),
+                _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
+            )
+        )
+        for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
+            put(_names_of(importlib.import_module(name), **builtin))
+        put(_names_of(_fake_tensor, **builtin))
+        yield

@@ -1,0 +1,241 @@
+"""A model under FSDP2, planned whole, beside the same model without a plan, on two gloo ranks.
+
+Functions whose first argument is ``rank`` run there; what they return is asserted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import planner
+from planner import PlannerError, _compat
+from planner.distributed import shared_plan
+from planner.measure.meter import StorageMeter
+from tests import tiny
+from tests.ranks import Block, Ranks, same
+
+STEPS = 4
+QUICK: dict[str, Any] = {"costs": "roofline", "time_limit_s": 0.3, "now": True}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pair = Ranks(2)
+    yield pair
+    pair.stop()
+
+
+class Model(nn.Module):
+    """A small language model: its loss is inside, its blocks in a loop."""
+
+    def __init__(self, width: int = 32, count: int = 3, tied: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(count))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 64, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.hidden(ids)))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def _model(**options: Any) -> Model:
+    return tiny.seeded(lambda: Model(**options))
+
+
+def _shard(model: Model, **options: Any) -> Model:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def _ids(rank: int, step: int, rows: int = 4) -> Tensor:
+    return torch.randint(0, 64, (rows, 24), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+class Watched(_compat.TorchDispatchMode):
+    """Sees to it that no op reads a tensor whose storage was given back, and what the ranks talk about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk: list[str] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(_compat.is_spread, types)):
+            return NotImplemented
+        tensors = [x for x in _compat.pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.namespace == "c10d":
+            self.talk.append(f"{func} {[x.numel() for x in tensors]}")
+        elif not func.is_view:
+            assert all(x.untyped_storage().nbytes() for x in tensors if x.numel()), func
+        return func(*args, **(kwargs or {}))
+
+
+def _trained(
+    rank: int, model: Model, *, rows: int = 4, micro: int = 1, last_only: bool = False, steps: int = STEPS
+) -> tuple[list[Tensor], list[int], list[str]]:
+    """Losses, gradients and parameters of all steps; the peaks of the last one's micro-batches; what the
+    ranks talked about in the one before.
+    """
+    if micro == 1:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    seen: list[Tensor] = []
+    peaks: list[int] = []
+    watched = Watched()
+    for step in range(steps):
+        for k in range(micro):
+            ids = _ids(rank, 7 * step + k, rows)
+            if last_only:
+                model.set_requires_gradient_sync(k == micro - 1)
+            meter = StorageMeter("cpu")
+            meter.register(ids, *(x for of in optimizer.state.values() for x in of.values()))
+            meter.register(*(p.grad for p in model.parameters() if p.grad is not None), *model.parameters())
+            meter.register(*_compat.held_by_shards(model), *_compat.unreduced_gradients(model))
+            looks: Any = {steps - 2: watched, steps - 1: meter}.get(step, contextlib.nullcontext())
+            with looks:
+                loss = model(ids)
+                loss.backward()
+            if looks is meter:
+                peaks.append(meter.peak_bytes)
+            seen.append(loss.detach())
+            del loss
+        seen += [_local(p.grad) for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen + [_local(p) for p in model.parameters()], peaks, watched.talk
+
+
+def _local(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local()
+    return found.detach().clone()
+
+
+def _compared(
+    rank: int, share: float, how: dict[str, Any], sharding: dict[str, Any], before: bool = False
+) -> dict[str, Any]:
+    want, peaks, talk = _trained(rank, _shard(_model(), **sharding), **how)
+    budget_gb, model = share * max(peaks) / 1e9, _model()
+    if before:
+        for k, block in enumerate(model.blocks):  # its author's, inside what is sharded: the plan's instead
+            model.blocks[k] = checkpoint_wrapper(block)
+        planner.enable(model, budget_gb, **QUICK)
+    _shard(model, **sharding)
+    if not before:
+        planner.enable(model, budget_gb, **QUICK)
+    got, measured, its_talk = _trained(rank, model, **how)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    return {
+        "equal": same(got, want),
+        "talks as plain": its_talk == talk and len(talk) > 0,
+        "predicted": plan.peak_bytes,
+        "measured": measured[-1],
+        "most": max(measured),
+        "budget": plan.budget_bytes,
+        "sequence": plan.sequence,
+        "recomputed": {p.module for p in plan.placements if p.decision == "recompute"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("share", "how", "sharding", "before"),
+    [
+        (0.75, {}, {}, False),
+        (0.7, {"micro": 3, "last_only": True}, {"reshard_after_forward": False}, True),
+    ],
+    ids=["plain", "no sync, not resharded, before, checkpointed within"],
+)
+def test_a_planned_model_trains_as_plain_fsdp2_within_its_budget(
+    ranks: Ranks, share: float, how: dict[str, Any], sharding: dict[str, Any], before: bool
+) -> None:
+    found = ranks(_compared, share, how, sharding, before)
+    for seen in found:
+        assert seen["equal"] and seen["talks as plain"]
+        assert any(module.startswith("blocks.") for module in seen["recomputed"])
+        assert seen["measured"] <= seen["predicted"] <= 1.01 * seen["measured"]
+        assert seen["predicted"] <= seen["budget"] and seen["most"] <= seen["budget"]
+    assert found[0]["sequence"] == found[1]["sequence"]
+
+
+def _uneven(rank: int, path: str) -> dict[str, Any]:
+    """Batches of other sizes in two dtypes; a checkpoint of the planned model; a plan made before."""
+    bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    how = {"rows": 4 + 2 * rank, "micro": 2}
+    want, peaks, _ = _trained(rank, _shard(_model(tied=False), **bf16), **how)
+    model = planner.enable(_shard(_model(tied=False), **bf16), 0.85 * max(peaks) / 1e9, **QUICK)
+    got, measured, _ = _trained(rank, model, **how)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    planner.disable(model)
+    checkpoint.save(model.state_dict(), checkpoint_id=path)
+    loaded = _shard(_model(tied=False), **bf16)
+    state = loaded.state_dict()
+    checkpoint.load(state, checkpoint_id=path)
+    loaded.load_state_dict(state)
+    shared = shared_plan(loaded, max(peaks) / 1e9, (_ids(0, 1),), costs="roofline", time_limit_s=0.3)
+    shared.apply()
+    plain, planned = (_trained(rank, of, micro=2, steps=2)[0] for of in (model, loaded))
+    return {
+        "equal": same(got, want),
+        "within": measured[-1] <= plan.peak_bytes and max(measured) <= plan.budget_bytes,
+        "loads": same(planned, plain),
+        "sequence": shared.sequence,
+    }
+
+
+def test_ranks_of_other_sizes_checkpoints_and_one_plan_for_all(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(_uneven, str(tmp_path))
+    for seen in found:
+        assert seen["equal"] and seen["within"] and seen["loads"]
+    assert found[0]["sequence"] == found[1]["sequence"]
+
+
+def _refused(rank: int) -> list[str]:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    outside, spread = _model(), _model(tied=False)
+    for k, block in enumerate(outside.blocks):
+        outside.blocks[k] = checkpoint_wrapper(fully_shard(block, mesh=mesh))
+    for block in spread.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    said = []
+    for model in (fully_shard(outside, mesh=mesh), spread):
+        planner.enable(model, 1.0, **QUICK)
+        with pytest.raises(PlannerError) as raised:
+            model(_ids(rank, 0))
+        said.append(str(raised.value))
+    return said
+
+
+def test_what_would_talk_again_is_refused_with_the_way_out(ranks: Ranks) -> None:
+    for around, spread in ranks(_refused):
+        assert "blocks.0 is checkpointed by PyTorch" in around and "fully_shard(checkpoint_wrapper(" in around
+        assert "blocks.0.up.weight is a DTensor" in spread and "tensor parallelism" in spread

@@ -1,0 +1,208 @@
+"""Preparing a plan in less time gives the same plan: what is counted, remembered or left out is as it was."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+import planner
+from planner._compat import collecting_seldom
+from planner.capture.joint_graph import capture
+from planner.errors import PlannerError
+from planner.memory.optimizer_state import optimizer_state_bytes
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -- optimizers: some parameters of each kind step, the rest are counted --------------------------------
+
+COUNTED = (
+    optim.Adadelta, optim.Adagrad, optim.Adam, optim.AdamW, optim.Adamax, optim.ASGD, optim.NAdam,
+    optim.RAdam, optim.RMSprop, optim.Rprop, optim.SGD,
+)  # fmt: skip
+OPTIONS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({}, "cpu"),
+    ({"weight_decay": 0.1, "maximize": True}, "cuda"),
+    ({"momentum": 0.9, "foreach": True}, "cpu"),
+    ({"amsgrad": True, "foreach": True}, "cpu"),
+)
+
+
+def _many() -> nn.Module:
+    """Parameters of three kinds, small after large and large after small."""
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 24, bias=False)) for _ in range(9)))
+
+
+def _grouped(cls: Any, parameters: list[Tensor]) -> optim.Optimizer:
+    weights = [p for p in parameters if p.dim() > 1]
+    biases = [p for p in parameters if p.dim() == 1]
+    made: optim.Optimizer = cls([{"params": weights}, {"params": biases, "weight_decay": 0.0}])
+    return made
+
+
+@pytest.mark.parametrize("cls", COUNTED, ids=lambda cls: cls.__name__)
+def test_counted_optimizers_take_what_they_take_with_every_parameter_stepped(cls: Any) -> None:
+    parameters = list(_many().parameters())
+    every = type(cls.__name__, (cls,), {})  # of a class that it does not know, all parameters step
+    for options, as_on in OPTIONS:
+        try:
+            groups = _grouped(functools.partial(cls, **options), parameters)
+        except TypeError:  # not among its options
+            continue
+        whole = _grouped(functools.partial(every, **options), parameters)
+        try:
+            want = optimizer_state_bytes(whole, parameters, as_on=as_on)
+        except PlannerError:
+            with pytest.raises(PlannerError):
+                optimizer_state_bytes(groups, parameters, as_on=as_on)
+            continue
+        assert optimizer_state_bytes(groups, parameters, as_on=as_on) == want, (options, as_on)
+
+
+def test_optimizers_that_make_state_for_what_does_not_train_are_run_with_all() -> None:
+    parameters = list(_many().parameters())
+    parameters[0].requires_grad_(False)
+    assert optimizer_state_bytes(optim.Adagrad, parameters) == optimizer_state_bytes(
+        type("Adagrad", (optim.Adagrad,), {}), parameters
+    )
+
+
+def test_an_optimizer_that_looks_at_all_parameters_is_run_with_all() -> None:
+    class First(optim.SGD):
+        """Remembers its last parameter, once more for each parameter before it."""
+
+        def step(self, closure: Any = None) -> Any:
+            *others, last = self.param_groups[0]["params"]
+            self.state[last]["copies"] = [torch.empty_like(last) for _ in others]
+            return super().step(closure)
+
+    parameters = list(_many().parameters())
+    want_bytes = (len(parameters) - 1) * parameters[-1].nbytes
+    assert optimizer_state_bytes(First, parameters).state_bytes == want_bytes
+
+
+# -- the trace ------------------------------------------------------------------------------------------
+
+
+def test_what_ops_gave_on_fakes_is_what_they_give() -> None:
+    class Reads(nn.Module):
+        """What ops give hangs on more than their tensors: the default dtype, the type of a number."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            whole = torch.full((4,), 1)
+            half = torch.full((4,), 1.0)
+            return self.layer(x) * half + whole + torch.ones(4).t() + x.t().contiguous().t()
+
+    model, x = Reads(), torch.randn(4, 4)
+    first, again = capture(model, (x,)), capture(model, (x,))
+    assert first.code == again.code
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide, wide_again = capture(model, (x,)), capture(model, (x,))
+    finally:
+        torch.set_default_dtype(before)
+    nodes = [
+        [
+            n.meta["val"].dtype
+            for n in j.step.module.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+        ]
+        for j in (first, again, wide, wide_again)
+    ]
+    assert nodes[0] == nodes[1] == [torch.int64, torch.float32]
+    assert nodes[2] == nodes[3] == [torch.int64, torch.float64]
+
+
+def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:
+    model = tiny.seeded(tiny.Mlp)
+    capture(model, tiny.batch())
+    graph = capture(model, tiny.batch()).step.module.graph
+    views = graph.find_nodes(op="call_function", target=torch.ops.aten.t.default)
+    assert len(views) > 3
+    for view in views:
+        (base,) = view.all_input_nodes
+        assert view.meta["val"].untyped_storage()._cdata == base.meta["val"].untyped_storage()._cdata
+
+
+# -- the garbage collector ------------------------------------------------------------------------------
+
+
+def test_the_garbage_collector_is_as_it_was_when_the_last_of_several_threads_is_through() -> None:
+    before = gc.get_threshold()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with collecting_seldom():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with collecting_seldom():
+        thread.start()
+        inside.wait(10)
+        assert gc.get_threshold()[0] > before[0]
+    assert gc.get_threshold()[0] > before[0]  # the other goes on
+    leave.set()
+    thread.join()
+    assert gc.get_threshold() == before
+
+
+def test_a_garbage_collector_that_is_off_stays_off() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        with collecting_seldom():
+            assert gc.get_threshold()[0] == 0
+        assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
+
+
+# -- imports --------------------------------------------------------------------------------------------
+
+
+def _python(code: str) -> str:
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ran.stdout.strip()
+
+
+def test_importing_the_package_and_its_help_import_no_torch() -> None:
+    asked = (
+        "import sys, planner\n"
+        "from planner.cli.parser import parser\n"
+        "parser().format_help()\n"
+        "print(sorted(sys.modules.keys() & {'torch', 'numpy', 'solvers', 'planner.api'}), *planner.__all__)\n"
+        "print(set(planner.__all__) <= set(dir(planner)))"
+    )
+    said, whole = _python(asked).splitlines()
+    assert said == " ".join(["[]", *planner.__all__])
+    assert whole == "True"
+
+
+def test_names_are_what_they_are_whoever_imported_a_file_of_that_name_before() -> None:
+    import planner.frontier
+    import planner.plan
+
+    assert planner.plan is planner.api.plan and planner.frontier is planner.api.frontier  # type: ignore
+    asked = (
+        "import planner.plan, planner.frontier, sys\n"
+        "from planner import plan, frontier\n"
+        "print(*(x.__module__ for x in (planner.plan, planner.frontier, plan, frontier, planner.Plan)))"
+    )
+    assert _python(asked) == "planner.api planner.api planner.api planner.api planner.plan"
+    assert {name for name in planner.__all__ if getattr(planner, name) is None} == set()
+    with pytest.raises(AttributeError, match="'planner' has no attribute 'plann'"):
+        planner.plann  # type: ignore[attr-defined]  # noqa: B018
