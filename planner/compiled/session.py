@@ -23,6 +23,7 @@ from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.regions import record
+from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
 
@@ -90,6 +91,8 @@ class CompiledSession(Hears):
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
+        homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
+        gm = with_homes(gm, homes)
         piece = Piece(len(self.pieces), gm, inputs, self, same_bits=self.same_bits)
         self.pieces.append(piece)
         if piece.step is not None:
