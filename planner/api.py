@@ -26,11 +26,13 @@ from planner.options import (
     CaptureMode,
     GradientsMode,
     OutputsMode,
+    RecomputeMode,
     Search,
     checked_backend,
     checked_capture,
     checked_gradients,
     checked_outputs,
+    checked_recompute,
 )
 from planner.plan import Plan
 from planner.progress import Progress
@@ -61,6 +63,7 @@ def plan(
     gradients: GradientsMode = "held",
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
+    recompute: RecomputeMode = "fastest",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -113,6 +116,10 @@ def plan(
                       cuts share the budget.  As with regions, steps of the real model are run for that and
                       put back.  The applied model trains compiled: gradients are those of ``torch.compile``
                       without a budget but for the last bits.
+    ``recompute``     compiled, a value that is made again in another loop may differ in its last bits.  "same
+                      bits": only such are that do not (products, attention, sums of two, gathers, dropout);
+                      sums over many and approximated functions (exp, tanh) are kept.  In eager all of them
+                      always have the same.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -130,6 +137,7 @@ def plan(
     checked_gradients(gradients)
     checked_capture(capture)
     checked_backend(backend)
+    checked_recompute(recompute)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -141,8 +149,9 @@ def plan(
         if backend == "inductor":
             _refuse_with_inductor(dynamic, calibrate, capture, gradients)
             step = compiled_step(
-                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search
-            )
+                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search,
+                same_bits=recompute == "same bits",
+            )  # fmt: skip
         else:
             step = _step(model, inputs, capture, gradients, how, whole)
         if calibrate and isinstance(step, PricedStep):

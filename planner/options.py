@@ -16,11 +16,13 @@ __all__ = [
     "CaptureMode",
     "GradientsMode",
     "OutputsMode",
+    "RecomputeMode",
     "Search",
     "checked_backend",
     "checked_capture",
     "checked_gradients",
     "checked_outputs",
+    "checked_recompute",
 ]
 
 # Until when the caller holds what the model returns: to the step's end, to the start of the backward, or
@@ -33,6 +35,9 @@ CaptureMode: TypeAlias = Literal["one graph", "regions", "auto"]
 
 # What runs the step: the dispatcher, call by call, or code that inductor generates for it.
 BackendMode: TypeAlias = Literal["eager", "inductor"]
+
+# What may be recomputed in compiled code: whatever is worth it, or what then has the same bits again.
+RecomputeMode: TypeAlias = Literal["fastest", "same bits"]
 
 # Until when the gradients of parameters are there: beyond the step, until a hook uses them up inside the
 # backward, or as the first step shows.
@@ -58,6 +63,13 @@ def checked_backend(backend: BackendMode) -> BackendMode:
     if backend not in ("eager", "inductor"):
         raise ValueError(f"backend must be 'eager' or 'inductor', not {backend!r}")
     return backend
+
+
+def checked_recompute(recompute: RecomputeMode) -> RecomputeMode:
+    """``recompute`` if it is one of the two; ``ValueError`` if not."""
+    if recompute not in ("fastest", "same bits"):
+        raise ValueError(f"recompute must be 'fastest' or 'same bits', not {recompute!r}")
+    return recompute
 
 
 def checked_gradients(gradients: GradientsMode) -> GradientsMode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 
 import planner
 from planner import _compat
+from planner.compiled.emit import Written
 from planner.compiled.piece import Own, Piece
 from planner.compiled.session import CompiledSession, costs_of_fused
-from planner.compiled.step import CompiledStep
+from planner.compiled.step import CompiledStep, compiled_step
 from planner.costs.target import Target
+from planner.options import Search
 from planner.plans.lowering import lower
 from solvers import minimum_peak
 
@@ -39,7 +42,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks in a row, and a loss."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
@@ -57,10 +60,11 @@ def batch() -> torch.Tensor:
 
 
 @functools.cache
-def seen() -> tuple[Net, Piece, Any, tuple[Any, ...]]:
+def seen(same_bits: bool = False) -> tuple[Net, Piece, Any, tuple[Any, ...]]:
     """The one graph of a step, the problem that is made of it, and what the graph was given."""
     model, kept = Net(), []
-    session = CompiledSession(Target.of("roofline", torch.device("cpu")), model)
+    target = Target.of("roofline", torch.device("cpu"))
+    session = CompiledSession(target, model, same_bits=same_bits)
 
     def backend(gm: Any, inputs: Any) -> Any:
         run = session.backend(gm, inputs)
@@ -78,9 +82,9 @@ def seen() -> tuple[Net, Piece, Any, tuple[Any, ...]]:
     return model, piece, lower(piece.step.graph, costs, resident_bytes=0), args
 
 
-def scheduled(again: bool) -> Own:
+def scheduled(again: bool, same_bits: bool = False) -> Own:
     """Nothing recomputed, or as much as the least peak needs."""
-    _, piece, problem, _ = seen()
+    _, piece, problem, _ = seen(same_bits)
     if not again:
         return piece.keep_all
     assert piece.step is not None
@@ -115,6 +119,42 @@ def test_a_recomputed_dropout_draws_the_same_numbers() -> None:
     assert all(torch.equal(kept[n], again[n]) for n in kept)
 
 
+def test_what_is_recomputed_has_the_bits_it_had() -> None:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    _, piece, _, args = seen(same_bits=True)
+    written = piece.written(scheduled(again=True, same_bits=True))
+    nodes = {n.name: n for n in written.joint.graph.nodes}
+    pairs = [(nodes[n.meta["recompute_of"]], n) for n in nodes.values() if "recompute_of" in n.meta]
+    pairs = [(a, b) for a, b in pairs if isinstance(a.meta["val"], torch.Tensor)]
+    targets = {str(a.target) for a, _ in pairs}
+    assert "aten.addmm.default" in targets
+    assert not targets & {"aten.var_mean.correction", "aten.erf.default"}
+    (output,) = written.joint.graph.find_nodes(op="output")
+    returned = output.args[0]
+    originals, copies = map(list, zip(*dict(pairs).items(), strict=True))
+    output.args = ([*returned[: written.forwards], *originals, *returned[written.forwards :], *copies],)
+    output.meta = {"desc": [None] * len(output.args[0])}
+    shown = Written(written.joint, written.saved, written.sizes, written.forwards + len(originals))
+    forward, backward = shown.split()
+    made: dict[str, torch.Tensor] = dict(zip(_given(forward), args, strict=True))
+    (first,) = forward.graph.find_nodes(op="output")
+    names = [n.name for n in first.args[0]]
+    with torch.no_grad():
+        fakes = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
+        values = compile_fx_inner(forward, fakes)(list(args))
+        made.update(zip(names, values, strict=True))
+        made.update((n, torch.ones(())) for n in _given(backward) if n.startswith("tangents"))
+        fakes = [n.meta["val"] for n in backward.graph.find_nodes(op="placeholder")]
+        again = compile_fx_inner(backward, fakes, is_backward=True)([made[n] for n in _given(backward)])
+    for before, after in zip([made[n.name] for n in originals], again[-len(copies) :], strict=True):
+        assert torch.equal(before, after)
+
+
+def _given(half: Any) -> list[str]:
+    return [n.name for n in half.graph.find_nodes(op="placeholder")]
+
+
 def test_what_crosses_is_what_the_schedule_keeps() -> None:
     (_, much), (_, little) = halves(scheduled(again=False)), halves(scheduled(again=True))
     calls = [
@@ -140,16 +180,38 @@ def test_another_schedule_is_another_entry_of_the_caches() -> None:
     piece = seen()[1]
     keys = [piece.key_of(scheduled(again)) for again in (False, True, False)]
     assert keys[0] == keys[2] != keys[1]
+    partitioners = [_compat.inductor._partitioner()(None, key) for key in keys]
+    first, second, third = map(pickle.dumps, partitioners)
+    assert first == third != second
 
 
 @functools.cache
 def compiled_plan() -> tuple[Net, planner.Plan]:
     """A model and its plan at a tight budget."""
-    model = Net(2)
-    wide = planner.plan(model, 1, (batch(),), backend="inductor", costs="roofline", time_limit_s=1)
-    budget = (wide.baseline_peak_bytes * 3 + wide.floor_bytes) // 4
-    assert isinstance(wide._origin, CompiledStep)
-    return model, wide._origin.plan_bytes(budget)
+    return between(Net(2))
+
+
+def between(model: Net) -> tuple[Net, planner.Plan]:
+    """A model and a plan at three quarters of the way from the proved floor to nothing recomputed."""
+    step = compiled_step(model, (batch(),), costs="roofline", search=Search(time_limit_s=1.0))
+    return model, step.plan_bytes((step.baseline_peak_bytes * 3 + step.floor_bytes) // 4)
+
+
+class Cut(Net):
+    """The same, in two graphs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of squares."""
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x).square().mean()
+
+
+def test_two_graphs_share_one_budget() -> None:
+    _, plan = between(Cut(2))
+    assert [region.name for region in plan.regions] == ["r0", "r1"]
+    assert plan.peak_bytes <= plan.budget_bytes < plan.baseline_peak_bytes
+    assert sum(region.recomputed_bytes for region in plan.regions) > 0
 
 
 def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> None:
@@ -166,7 +228,7 @@ def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     read = planner.load(tmp_path / "plan.json")
     assert (read.backend, read.peak_bytes) == ("inductor", plan.peak_bytes)
-    with pytest.raises(planner.PlannerError, match=r"planner.plan"):
+    with pytest.raises(planner.PlannerError, match="makes it again"):
         read.apply(model)
 
 
@@ -185,3 +247,8 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least() -> None:
     with pytest.raises(planner.InfeasibleBudgetError, match="least budget") as refused:
         plan._origin.plan_bytes(plan.floor_bytes // 2)
     assert refused.value.minimum_bytes >= plan.floor_bytes
+
+
+def test_the_layers_of_a_compiled_plan_have_their_names() -> None:
+    _, plan = compiled_plan()
+    assert {"blocks.0.up", "blocks.1.down"} <= {p.module for p in plan.placements}

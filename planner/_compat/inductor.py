@@ -25,9 +25,12 @@ __all__ = [
     "compile_split",
     "copy_of",
     "forward_and_backward",
+    "has_symbols",
+    "is_exact",
     "is_fused",
     "is_lowered",
     "is_view_of_operand",
+    "keeps_products_apart",
     "lowered",
     "recompile_limit",
     "seeded",
@@ -66,6 +69,42 @@ _INLINED = {
     torch.ops.prims.inductor_random, torch.ops.prims.inductor_randint, torch.ops.prims.inductor_lookup_seed,
     torch.ops.prims._low_memory_max_pool_offsets_to_indices,
 }  # fmt: skip
+
+
+# What a processor rounds to the one nearest number, or does not round at all: however it is compiled, the
+# same operands give the same bits.  Approximated functions do not, nor sums in an order of their own.
+_EXACT = {
+    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.abs, aten.sqrt, aten.rsqrt,
+    aten.reciprocal, aten.relu, aten.maximum, aten.minimum, aten.clamp, aten.clamp_min, aten.clamp_max,
+    aten.where, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.logical_and, aten.logical_or,
+    aten.logical_not, aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.bitwise_not, aten.sign,
+    aten.floor, aten.ceil, aten.round, aten.trunc, aten.masked_fill, aten.isnan, aten.isinf,
+    torch.ops.prims.convert_element_type, torch.ops.prims.iota, torch.ops.prims.inductor_random,
+    torch.ops.prims.inductor_randint, torch.ops.prims.inductor_lookup_seed,
+    aten.full, aten.full_like, aten.arange, aten.scalar_tensor, aten.clone, aten.embedding, aten.gather,
+    aten.index, aten._unsafe_index, aten._unsafe_masked_index, aten.constant_pad_nd, aten.copy,
+    aten.slice_scatter, aten.select_scatter, aten.index_select, aten.flip, aten.roll, aten.repeat, aten.tril,
+    aten.triu, aten.cat,
+}  # fmt: skip
+
+
+def is_exact(node: fx.Node) -> bool:
+    """Whether a call gives the same bits for the same operands, whichever loop it is compiled into.
+
+    Where numbers are shorter than 32 bits what is passed on within a loop is not rounded to them: no.
+    """
+    short = (torch.float16, torch.bfloat16)
+    given = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    if any(isinstance(x, torch.Tensor) and x.dtype in short for x in given):
+        return is_view_of_operand(node) or not is_lowered(node)
+    return is_view_of_operand(node) or not is_lowered(node) or _packet(node) in _EXACT
+
+
+def keeps_products_apart(device: torch.device) -> bool:
+    """Whether a product and a sum are rounded one by one where they are compiled for ``device``; 2.3+."""
+    from torch._inductor import config
+
+    return device.type == "cpu" and config.cpp.enable_floating_point_contract_flag == "off"
 
 
 def _packet(node: fx.Node) -> Any:
@@ -146,11 +185,8 @@ def _partitioner() -> Any:
         def uuid(self) -> Any:
             return self.key
 
-        def __getstate__(self) -> Any:
-            return self.key
-
-        def __setstate__(self, key: Any) -> None:
-            self.key = key
+        def __reduce__(self) -> Any:  # as part of a cache's key
+            return str, (self.key,)
 
         def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
             return self.split(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_nodes"))
@@ -241,6 +277,13 @@ def seeded(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in instead:
             node.target = instead[node.target]
+
+
+def has_symbols(value: Any) -> bool:
+    """Whether a tensor's sizes, or a number, are symbols; 2.1+."""
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(n, torch.SymInt) for n in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def recompile_limit() -> int:

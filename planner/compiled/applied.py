@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner import _compat
 from planner.compiled.session import CompiledSession
 
 __all__ = ["CompiledForward"]
@@ -29,7 +30,7 @@ class CompiledForward:
 
         self.original = model.forward if own is None else own
         self.session = session
-        self._call = torch.compile(forward, backend=session.backend, dynamic=False)
+        self._call = torch.compile(_compat.own_code(forward), backend=session.backend, dynamic=False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -50,9 +50,15 @@ class FusedStep:
     tangents: tuple[fx.Node, ...]
 
     @classmethod
-    def of(cls, joint: fx.GraphModule, forwards: int, sources: Sources) -> FusedStep:
-        """``sources``: of each input of the forward.  Raises ``PlannerError`` for a graph of another kind."""
-        return _Reader(joint, forwards, sources).read()
+    def of(
+        cls, joint: fx.GraphModule, forwards: int, sources: Sources, *, same_bits: bool = False
+    ) -> FusedStep:
+        """``sources``: of each input of the forward.  Raises ``PlannerError`` for a graph of another kind.
+
+        ``same_bits``  what would have other bits when it is made again, in another loop, is stored: sums, and
+                       functions that are approximated.
+        """
+        return _Reader(joint, forwards, sources, same_bits).read()
 
     @property
     def results(self) -> tuple[Any, ...]:
@@ -77,8 +83,10 @@ def _bytes(node: fx.Node) -> int:
 
 
 class _Reader:
-    def __init__(self, joint: fx.GraphModule, forwards: int, sources: Sources) -> None:
-        self.joint, self.forwards = joint, forwards
+    def __init__(self, joint: fx.GraphModule, forwards: int, sources: Sources, same_bits: bool) -> None:
+        self.joint, self.forwards, self.same_bits = joint, forwards, same_bits
+        self.inexact: set[fx.Node] = set()  # made with what would have other bits another time
+        self.read_late: set[fx.Node] = set()  # by the backward, or written into what it reads
         self.nodes = list(joint.graph.nodes)
         given = [n for n in self.nodes if n.op == "placeholder"]
         self.tangents = tuple(n for n in given if n.name.startswith("tangents"))
@@ -118,6 +126,7 @@ class _Reader:
                 continue
             early = node not in late and (node in needed or not self._only_for_later(node))
             (forward if early else backward).append(node)
+        self._find_read_late(forward, backward)
         for node in forward:
             self._add(node, "forward")
         turn = len(self.ops)
@@ -216,8 +225,21 @@ class _Reader:
     def _read_of(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(dict.fromkeys(v for n in node.all_input_nodes for v in self.reads.get(n, ())))
 
+    def _find_read_late(self, forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> None:
+        late = set(backward)
+        for node in reversed(forward):
+            if any(
+                u in late or (u in self.read_late and (_is_inlined(u) or u.target is operator.getitem))
+                for u in node.users
+            ):
+                self.read_late.add(node)
+
     def _add(self, node: fx.Node, phase: str) -> None:
         reads = self._read_of(node)
+        if self.same_bits and node.op == "call_function" and node.target is not operator.getitem:
+            made_of = (n for n in node.all_input_nodes if n not in self.stored)
+            if not _compat.is_exact(node) or any(n in self.inexact for n in made_of):
+                self.inexact.add(node)
         if node.op == "get_attr" or is_size(node):
             self.reads[node] = ()
             return
@@ -244,7 +266,7 @@ class _Reader:
                 GraphValue(part.name, _bytes(part), kind, index, part, module=meta.module(node) or "")
             )
         self.reads.setdefault(node, tuple(outputs))
-        again = phase == "forward" and not _runs_once(node)
+        again = phase == "forward" and not _runs_once(node) and node not in self.inexact
         self.ops.append(
             GraphOp(
                 node.name, node, phase, meta.module(node) or "", reads, tuple(outputs), recomputable=again
@@ -253,6 +275,8 @@ class _Reader:
 
     def _is_worth_storing(self, node: fx.Node, reads: Sequence[int], phase: str) -> bool:
         if node in self.taken or node in self.returned:
+            return True
+        if phase == "forward" and node in self.inexact and node in self.read_late:
             return True
         if phase == "backward" and node not in self.spanning:
             return False
@@ -307,6 +331,10 @@ class _Reader:
             dict(enumerate(self.tangents)),
             device=device,
         )
+
+
+def _is_inlined(node: fx.Node) -> bool:
+    return _compat.is_fused(node) or _compat.is_view_of_operand(node)
 
 
 def _runs_once(node: fx.Node) -> bool:

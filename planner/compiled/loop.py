@@ -24,7 +24,7 @@ from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import resident_in_training
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import Search
+from planner.options import RecomputeMode, Search, checked_recompute
 from planner.plan import Plan
 
 __all__ = ["Compiled", "Inductor", "inductor"]
@@ -47,12 +47,14 @@ class Compiled:
         optimizer: OptimizerLike | Literal["find"] | None,
         costs: CostSource,
         search: Search,
+        recompute: RecomputeMode = "fastest",
     ) -> None:
+        same_bits = recompute == "same bits"
         self.root, self.budget_bytes, self.optimizer, self.search = root, budget_bytes, optimizer, search
-        self.session = CompiledSession(target_for(planned, costs), root, self._planned)
+        self.session = CompiledSession(target_for(planned, costs), root, self._planned, same_bits=same_bits)
         self.last: Plan | None = None
         self._told = False
-        self._call = torch.compile(forward, backend=self.session.backend, dynamic=False)
+        self._call = torch.compile(_compat.own_code(forward), backend=self.session.backend, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
@@ -81,8 +83,10 @@ class Inductor:
         optimizer: OptimizerLike | Literal["find"] | None,
         costs: CostSource,
         search: Search,
+        recompute: RecomputeMode = "fastest",
     ) -> None:
         self.budget_bytes, self.optimizer, self.costs, self.search = budget_bytes, optimizer, costs, search
+        self._same_bits = recompute == "same bits"
         self.plan: Plan | None = None
         self._session: CompiledSession | None = None
 
@@ -90,7 +94,8 @@ class Inductor:
         """Compile one of Dynamo's graphs."""
         if self._session is None:
             device = next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
-            self._session = CompiledSession(Target.of(self.costs, device), None, self._planned)
+            target = Target.of(self.costs, device)
+            self._session = CompiledSession(target, None, self._planned, same_bits=self._same_bits)
         return self._session.backend(gm, inputs)
 
     def _planned(self, session: CompiledSession) -> None:
@@ -111,6 +116,7 @@ def inductor(
     costs: CostSource = "auto",
     solver: str = "auto",
     time_limit_s: float = 30.0,
+    recompute: RecomputeMode = "fastest",
 ) -> Inductor:
     """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(8))``.
 
@@ -118,11 +124,13 @@ def inductor(
     step runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
     (another batch size, a branch), that step is seen and all of them are planned anew.
 
-    Arguments as for :func:`planner.enable`.  Raises ``TypeError`` or ``ValueError`` for those that make no
-    sense; a step whose budget cannot be met raises ``InfeasibleBudgetError``.
+    Arguments as for :func:`planner.enable`, ``recompute`` as for :func:`planner.plan`.  Raises ``TypeError``
+    or ``ValueError`` for those that make no sense; a step whose budget cannot be met raises
+    ``InfeasibleBudgetError``.
     """
     Target.of(costs, torch.device("cpu"))
-    return Inductor(budget_bytes_of(budget_gb), optimizer, costs, Search(solver, time_limit_s))
+    search = Search(solver, time_limit_s)
+    return Inductor(budget_bytes_of(budget_gb), optimizer, costs, search, checked_recompute(recompute))
 
 
 def _plan_of(

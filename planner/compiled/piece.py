@@ -26,6 +26,8 @@ __all__ = ["Own", "Piece"]
 
 log = logging.getLogger(__name__)
 
+FORM = 1  # of what is written for a schedule: another for the same schedule is another entry of the caches
+
 # Positions in the ops of a piece, and how many of them run in the forward.
 Own = tuple[tuple[int, ...], int]
 
@@ -38,8 +40,16 @@ class Piece:
     ``costs``  of its ops, once they were asked for.
     """
 
-    def __init__(self, number: int, gm: fx.GraphModule, inputs: Sequence[Any], hears: Hears) -> None:
-        self.number, self.inputs, self.hears = number, list(inputs), hears
+    def __init__(
+        self,
+        number: int,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        hears: Hears,
+        *,
+        same_bits: bool = False,
+    ) -> None:
+        self.number, self.inputs, self.hears, self.same_bits = number, list(inputs), hears, same_bits
         self.gm = _compat.copy_of(gm)
         self.step: FusedStep | None = None
         self.why = ""
@@ -50,10 +60,21 @@ class Piece:
         self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
+            self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
+            self.why = (
+                "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by "
+                "itself"
+            )
+        elif any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
         if self.step is None and not self.why:
             self.why = "nothing in it is differentiated"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether something that it is given asks for a gradient."""
+        return any(isinstance(x, torch.Tensor) and x.requires_grad for x in self.inputs)
 
     @property
     def keep_all(self) -> Own:
@@ -61,15 +82,28 @@ class Piece:
         assert self.step is not None
         return tuple(range(len(self.step.graph.ops))), self.step.graph.turn
 
+    @property
+    def scratch_bytes(self) -> dict[str, int]:
+        """Most that a kernel of each name takes beside its operands and results."""
+        found: dict[str, int] = {}
+        if self.step is not None and self.costs is not None:
+            for op in self.step.graph.ops:
+                size = self.costs.workspace_bytes.get(op.name, 0)
+                found[op.target] = max(found.get(op.target, 0), size)
+        return found
+
     # -- looking -----------------------------------------------------------------------------------
 
     def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:
         try:
-            self.step = FusedStep.of(_compat.copy_of(joint), forwards, self._sources())
+            self.step = self._step_of(_compat.copy_of(joint), forwards)
             return write(self.step, *self.keep_all).split(static)
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
+
+    def _step_of(self, joint: fx.GraphModule, forwards: int) -> FusedStep:
+        return FusedStep.of(joint, forwards, self._sources(), same_bits=self.same_bits)
 
     def _sources(self) -> list[tuple[str, str | int]]:
         return [
@@ -121,9 +155,9 @@ class Piece:
             return _compat.compile_as_torch(self.gm, self.inputs)
 
         def split(joint: fx.GraphModule, forwards: int, static: Any) -> Any:
-            step = FusedStep.of(joint, forwards, self._sources())
+            step = self._step_of(joint, forwards)
             assert self.step is not None
-            if [op.name for op in step.graph.ops] != [op.name for op in self.step.graph.ops]:
+            if _shape(step) != _shape(self.step):
                 raise PlannerError(
                     f"graph {self.number} was planned as {self.step.graph!r}, and is now {step.graph!r}: "
                     "settings of torch.compile or of inductor have changed since; plan again"
@@ -135,9 +169,9 @@ class Piece:
     def key_of(self, own: Own) -> str:
         """What a schedule adds to the keys of inductor's caches."""
         assert self.step is not None
-        h = hashlib.sha256(repr([op.name for op in self.step.graph.ops]).encode())
+        h = hashlib.sha256(repr(_shape(self.step)).encode())
         h.update(repr(own).encode())
-        return f"planner-{h.hexdigest()}"
+        return f"planner-{FORM}-{h.hexdigest()}"
 
     def forget(self) -> None:
         """What was compiled for other plans than the present one."""
@@ -172,6 +206,11 @@ class Hears:
     def backward_ends(self, seen: Any, made: Sequence[Any]) -> None:
         """It has run, and made a gradient or None for each input."""
         raise NotImplementedError
+
+
+def _shape(step: FusedStep) -> list[tuple[Any, ...]]:
+    """What two captures of one graph have in common."""
+    return [(op.target, op.phase, op.inputs, op.outputs) for op in step.graph.ops]
 
 
 def _run(gm: fx.GraphModule, given: list[Any]) -> Any:

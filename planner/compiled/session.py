@@ -21,7 +21,9 @@ from planner.compiled.fused import FusedStep
 from planner.compiled.piece import Hears, Own, Piece
 from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import Target
+from planner.errors import PlannerError
 from planner.regions import record
+from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
 
@@ -53,6 +55,8 @@ class CompiledSession(Hears):
 
     ``model``  whose graphs they are, if that is known.
     ``plan``   makes a plan of a recorded step and gives it to the graphs (:meth:`follow`).
+
+    ``same_bits``  nothing is recomputed but what has the bits again that it had in the forward.
     """
 
     def __init__(
@@ -60,8 +64,17 @@ class CompiledSession(Hears):
         target: Target,
         model: nn.Module | None = None,
         plan: Callable[[CompiledSession], None] | None = None,
+        *,
+        same_bits: bool = False,
     ) -> None:
-        self.target, self.model, self.plan = target, model, plan
+        self.target, self.model, self.plan, self.same_bits = target, model, plan, same_bits
+        if same_bits and not _compat.keeps_products_apart(target.here):
+            raise PlannerError(
+                f"recompute='same bits' is not for {target.here.type}: a product and a sum are rounded there "
+                "as one, or apart, as the loop has it that they are compiled into (on the CPU while "
+                "torch._inductor.config.cpp.enable_floating_point_contract_flag is not 'off'). Train there "
+                "with recompute='fastest', or in eager, where all bits are the same"
+            )
         self.pieces: list[Piece] = []
         self.calls: list[_Call] = []
         self.recorder: Recorder | None = None
@@ -69,6 +82,7 @@ class CompiledSession(Hears):
         self.watching = Watch(self, target.here)
         self.called = 0  # calls of graphs so far
         self._tries = 0
+        self.is_closed = False  # whether what is not planned by now is not to be
         self._names = {} if model is None else {
             id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())
         }  # fmt: skip
@@ -77,17 +91,26 @@ class CompiledSession(Hears):
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
-        piece = Piece(len(self.pieces), gm, inputs, self)
+        homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
+        gm = with_homes(gm, homes)
+        piece = Piece(len(self.pieces), gm, inputs, self, same_bits=self.same_bits)
         self.pieces.append(piece)
         if piece.step is not None:
             piece.costs = costs_of_fused(piece.step, self.target)
-        elif piece.why and piece._seen is not None:
-            log.warning("graph %d is compiled as torch compiles it: %s", piece.number, piece.why)
+        elif piece.is_trained:
+            self._tell(piece)
 
         def run(*args: Any) -> Any:
             return self._call(piece, args)
 
         return run
+
+    def _tell(self, piece: Piece) -> None:
+        log.warning(
+            "graph %d is compiled as torch compiles it, outside the plan and its budget: %s",
+            piece.number,
+            piece.why,
+        )
 
     def _call(self, piece: Piece, args: Sequence[Any]) -> Any:
         self.called += 1
@@ -96,6 +119,9 @@ class CompiledSession(Hears):
         if self.plan is not None:
             self._between_steps()
         recording = self.recorder is not None and self.recorder.counts
+        if not recording and self.is_closed and piece.planned is None and not piece.why:
+            piece.why = "the plan that is applied is for other sizes, settings or paths"
+            self._tell(piece)
         if not recording and (piece.planned is not None or piece.why):
             return piece.run(args)
         return self._see(piece, args)
@@ -246,6 +272,7 @@ class CompiledSession(Hears):
             known = wanted.get(call.piece.number)
             if known is None or len(own[0]) > len(known[0]):
                 wanted[call.piece.number] = own
+        self.is_closed = self.plan is None
         for number, own in wanted.items():
             self.pieces[number].planned = own
             self.pieces[number].forget()

@@ -49,6 +49,7 @@ class CompiledStep(JoinedStep):
     """A recorded step whose regions are the graphs that inductor compiles."""
 
     graphs: CompiledSession | None = None  # that recorded it
+    forward: CompiledForward | None = None  # likewise, where the step was run for that
 
     @classmethod
     def of_session(
@@ -103,7 +104,8 @@ class CompiledStep(JoinedStep):
             piece = self.calls[what.call].piece
             positions, turn = own[what.call]
             forward, backward = piece.played((tuple(positions), turn), self._going(what.call))
-            peak = (forward if what.kind == "forward" else backward).peak_bytes
+            played = forward if what.kind == "forward" else backward
+            peak = played.with_scratch(piece.scratch_bytes)
             before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
             top = before + peak
             at = max(places, key=lambda t: int(live[t]))
@@ -195,8 +197,9 @@ class CompiledStep(JoinedStep):
                 f"this plan is of the compiled graphs of one {type(self.model).__name__}, which hold its own "
                 "code and guards; plan the other model too"
             )
+        assert self.forward is not None
         self.follow(plan)
-        return put(restored(model), CompiledForward(model, self.owner))
+        return put(restored(model), self.forward)
 
     def follow(self, plan: Plan) -> None:
         """Let the graphs run as ``plan`` says."""
@@ -219,6 +222,7 @@ def compiled_step(
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
     search: Search | None = None,
+    same_bits: bool = False,
 ) -> CompiledStep:
     """The step of ``model`` as ``torch.compile`` cuts it and inductor stores it.  Everything is put back.
 
@@ -237,7 +241,7 @@ def compiled_step(
     refuse_unplannable(model, given.tensors(), in_regions=True)
     given.check(model)
     search.tell.phase("capture", f"{type(model).__name__} by torch.compile")
-    session = CompiledSession(target, model)
+    session = CompiledSession(target, model, same_bits=same_bits)
     forward = CompiledForward(model, session)
     recorder = Recorder(device_of(model, given, None))
     with apart(model, given):
@@ -263,9 +267,10 @@ def compiled_step(
     resident = resident_of(
         model, (given.args, given.kwargs), optimizer, device=target.device, as_on=target.device
     )
-    return CompiledStep.of_session(
+    step = CompiledStep.of_session(
         session, record, model, given, resident, loss_fn=loss_fn, least_limit_s=search.time_limit_s
     )
+    return dataclasses.replace(step, forward=forward)
 
 
 def _step(forward: CompiledForward, inputs: Inputs, loss_fn: LossFn | None) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import BackendMode, CaptureMode, GradientsMode, OutputsMode
+from planner.options import BackendMode, CaptureMode, GradientsMode, OutputsMode, RecomputeMode
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -48,6 +48,7 @@ def enable(
     gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
+    recompute: RecomputeMode = "fastest",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -91,7 +92,7 @@ def enable(
 
     ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
                    was found by then, the rest is spent beside training (:mod:`planner.solving.better`).
-    ``costs``, ``solver`` and ``progress`` as for :func:`planner.plan`.
+    ``costs``, ``solver``, ``recompute`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside
     ``DistributedDataParallel`` is enabled in there.  Raises ``TypeError`` or ``ValueError`` for arguments

@@ -13,11 +13,13 @@ from planner.options import (
     CaptureMode,
     GradientsMode,
     OutputsMode,
+    RecomputeMode,
     Search,
     checked_backend,
     checked_capture,
     checked_gradients,
     checked_outputs,
+    checked_recompute,
 )
 from planner.runtime.variants import OnLarger
 from planner.solving.priced import CostSource
@@ -44,12 +46,14 @@ class Settings:
     gradients: GradientsMode = "auto"
     capture: CaptureMode = "auto"
     backend: BackendMode = "eager"
+    recompute: RecomputeMode = "fastest"
 
     def __post_init__(self) -> None:
         checked_outputs(self.outputs)
         checked_gradients(self.gradients)
         checked_capture(self.capture)
         checked_backend(self.backend)
+        checked_recompute(self.recompute)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}

@@ -190,8 +190,9 @@ class Switch:
         s = self.settings
         assert s.budget_bytes is not None
         return Compiled(
-            self.root, self.planned, self._plain(), s.budget_bytes, s.optimizer, s.costs, s.search
-        )
+            self.root, self.planned, self._plain(), s.budget_bytes, s.optimizer, s.costs, s.search,
+            s.recompute,
+        )  # fmt: skip
 
     def _plain(self) -> Callable[..., Any]:
         """A function that runs the forward, which Dynamo follows."""
