@@ -221,9 +221,22 @@ def _recipe(entry: Any, output: Any, func: Any, args: Any) -> Any:
     return lambda mode, args: tuple(make(mode, args) for make in each)
 
 
+# What is put in the place of torch's is put back in order.
+_ONE_TABLE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def fakes_remembered(known: Remembered) -> Iterator[None]:
-    """What ops give on fakes is looked up in ``known`` and noted there; for the whole process; 2.9+."""
+    """What ops give on fakes is looked up in ``known`` and noted there; for the whole process; 2.9+.
+
+    Threads wait for each other.
+    """
+    with _ONE_TABLE_AT_A_TIME, _looked_up(known):
+        yield
+
+
+@contextlib.contextmanager
+def _looked_up(known: Remembered) -> Iterator[None]:
     before = FakeTensorMode.cache
     run: Any = FakeTensorMode.__torch_dispatch__
     quick, apart = known.quick, _fake_tensor._DISPATCH_META_HANDLERS
