@@ -15,8 +15,7 @@ does.
 
 What keeps equal blocks from being captured once and copied: autograd's engine orders the backward of what
 ran, so a block that was not run has none, and its nodes are numbered among all others; and what a block reads
-of its module (its index, its rate of dropped paths) decides its graph, which is known only of blocks that have
-run.
+of its module (its index, its rate of dropped paths) decides its graph, which is known of blocks that have run.
 """
 
 from __future__ import annotations
@@ -101,7 +100,8 @@ def _t5() -> Any:
     import transformers as hf
 
     ids = _ids(8, 256)
-    config = hf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, use_cache=False)
+    sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    config = hf.T5Config(**sizes, use_cache=False, decoder_start_token_id=0)
     return hf.T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids}
 
 
