@@ -14,8 +14,8 @@ each row, so that it may be broken off), and says what falls short of ``TARGETS`
 does.
 
 What keeps equal blocks from being captured once and copied: autograd's engine orders the backward of what
-ran, so a block that was not run has none, and its nodes are numbered among all others; and what a block reads
-of its module (its index, its rate of dropped paths) decides its graph, which is known of blocks that have run.
+ran, so a block that was not run has none, and its nodes are numbered among all others; and its graph hangs on
+what it reads of its module (its index, its rate of dropped paths), which is known once it has run.
 """
 
 from __future__ import annotations
