@@ -8,6 +8,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import planner
-from planner._compat import collecting_seldom, storage_key, tracing
+from planner._compat import FakeTensorMode, collecting_seldom, fakes_as_last_time, storage_key, tracing
 from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError
 from planner.memory.optimizer_state import optimizer_state_bytes
@@ -197,6 +198,23 @@ def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:
     for view in views:
         (base,) = view.all_input_nodes
         assert view.meta["val"].untyped_storage()._cdata == base.meta["val"].untyped_storage()._cdata
+
+
+def test_torchs_own_is_back_when_two_threads_have_run_on_fakes() -> None:
+    before = FakeTensorMode.__torch_dispatch__, FakeTensorMode.cache
+    inside = threading.Event()
+
+    def other() -> None:
+        with fakes_as_last_time():
+            inside.set()
+            time.sleep(0.05)  # while the first thread comes in
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with fakes_as_last_time():
+        thread.join()
+    assert (FakeTensorMode.__torch_dispatch__, FakeTensorMode.cache) == before
 
 
 # -- the garbage collector ------------------------------------------------------------------------------

@@ -221,19 +221,33 @@ def _recipe(entry: Any, output: Any, func: Any, args: Any) -> Any:
     return lambda mode, args: tuple(make(mode, args) for make in each)
 
 
+# What is put in the place of torch's is put back in order.
+_ONE_TABLE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def fakes_remembered(known: Remembered) -> Iterator[None]:
-    """What ops give on fakes is looked up in ``known`` and noted there; for the whole process; 2.9+."""
+    """What ops give on fakes is looked up in ``known`` and noted there; for the whole process; 2.9+.
+
+    Threads wait for each other.
+    """
+    with _ONE_TABLE_AT_A_TIME, _looked_up(known):
+        yield
+
+
+@contextlib.contextmanager
+def _looked_up(known: Remembered) -> Iterator[None]:
     before = FakeTensorMode.cache
     run: Any = FakeTensorMode.__torch_dispatch__
     quick, apart = known.quick, _fake_tensor._DISPATCH_META_HANDLERS
     direct = _fake_tensor._DISPATCH_HANDLE_DIRECTLY
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in apart or func in direct or not isinstance(func, OpOverload):
+        looks = mode.cache_enabled and not mode.cache_crosscheck_enabled
+        if not looks or func in apart or func in direct or not isinstance(func, OpOverload):
             return run(mode, func, types, args, kwargs or {})
         key = _key_of(mode, func, args, kwargs)
-        if key is None or not mode.cache_enabled or mode.cache_crosscheck_enabled:
+        if key is None:
             return run(mode, func, types, args, kwargs or {})
         recipe = quick.get(key, run)
         if recipe is None:

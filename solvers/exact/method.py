@@ -29,8 +29,7 @@ import math
 import os
 import time
 from dataclasses import replace
-
-from ortools.sat.python import cp_model
+from typing import TYPE_CHECKING
 
 from solvers.baselines.greedy import greedy
 from solvers.bounds.lower_bounds import peak_floor, time_bound
@@ -40,6 +39,9 @@ from solvers.core.schedule import Schedule
 from solvers.core.simulate import simulate
 from solvers.core.solution import OPTIMAL_RTOL, InfeasibleError, Solution, fits_better, solution_of
 from solvers.exact.program import AnyOrder, Program, Row
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 __all__ = ["minimum_peak", "solve"]
 
@@ -246,7 +248,9 @@ class _Search:
     """A ``Program`` as a CP-SAT model."""
 
     def __init__(self, program: Program, time_limit_s: float, seed: int, hint: Schedule) -> None:
-        self.program = program
+        from ortools.sat.python import cp_model  # which imports pandas
+
+        self.program, self.sat = program, cp_model
         self.model = cp_model.CpModel()
         self.at = [self.model.new_bool_var("") for _ in range(program.columns)]
         self.solver = cp_model.CpSolver()
@@ -263,7 +267,7 @@ class _Search:
 
     def _add(self, row: Row, upper: cp_model.LinearExprT) -> None:
         columns = [self.at[c] for _, c in row.terms]
-        self.model.add(cp_model.LinearExpr.weighted_sum(columns, [x for x, _ in row.terms]) <= upper)
+        self.model.add(self.sat.LinearExpr.weighted_sum(columns, [x for x, _ in row.terms]) <= upper)
 
     def keep_within(self, budget: cp_model.LinearExprT) -> None:
         """Bound every memory row by ``budget``, a number or a variable."""
@@ -272,7 +276,7 @@ class _Search:
 
     def run(self) -> bool:
         """Search; whether there is a plan."""
-        return self.solver.solve(self.model) in (cp_model.OPTIMAL, cp_model.FEASIBLE)
+        return self.solver.solve(self.model) in (self.sat.OPTIMAL, self.sat.FEASIBLE)
 
     def schedule(self) -> Schedule:
         return self.program.schedule([self.solver.boolean_value(x) for x in self.at])
