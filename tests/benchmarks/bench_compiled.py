@@ -243,13 +243,13 @@ def main(names: list[str]) -> int:
     """Run, write, print; 1 where something falls short."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and names else []
     names = names or list(MODELS)
     wrong: list[str] = []
     for name in names:
         found = bench(name)
         rows += found
         wrong += failures(found)
+        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
         kept = [r for r in known if r["model"] not in names]
         written = {"torch": torch.__version__, "threads": 1, "rows": kept + rows}
         RESULTS.write_text(json.dumps(written, indent=1) + "\n")
