@@ -15,8 +15,8 @@ from torch import nn
 import planner
 from planner import _compat
 from planner.compiled.emit import Written
-from planner.compiled.piece import Own, Piece
-from planner.compiled.session import CompiledSession, costs_of_fused
+from planner.compiled.piece import Own, Piece, costs_of_fused
+from planner.compiled.session import CompiledSession
 from planner.compiled.step import CompiledStep, compiled_step
 from planner.costs.target import Target
 from planner.options import Search
@@ -231,7 +231,8 @@ def test_running_statistics_move_once_where_all_is_recomputed() -> None:
     eager(batch()).square().mean().backward()
 
     def backend(gm: Any, inputs: Any) -> Any:
-        piece = Piece(0, gm, inputs, CompiledSession(Target.of("roofline", torch.device("cpu"))))
+        target = Target.of("roofline", torch.device("cpu"))
+        piece = Piece(0, gm, inputs, CompiledSession(target), target)
         assert piece.step is not None
         graph = piece.step.graph
         again = [i for i, op in enumerate(graph.ops) if op.phase == "forward" and op.recomputable]
