@@ -274,3 +274,8 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least() -> None:
     with pytest.raises(planner.InfeasibleBudgetError, match="least budget") as refused:
         plan._origin.plan_bytes(plan.floor_bytes // 2)
     assert refused.value.minimum_bytes >= plan.floor_bytes
+
+
+def test_the_layers_of_a_compiled_plan_have_their_names() -> None:
+    _, plan = compiled_plan()
+    assert {"blocks.0.up", "blocks.1.down"} <= {p.module for p in plan.placements}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import subprocess
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn, optim
 
 import planner
-from planner._compat import collecting_seldom
-from planner.capture.joint_graph import capture
+from planner._compat import collecting_seldom, storage_key, tracing
+from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
@@ -124,6 +125,67 @@ def test_what_ops_gave_on_fakes_is_what_they_give() -> None:
     ]
     assert nodes[0] == nodes[1] == [torch.int64, torch.float32]
     assert nodes[2] == nodes[3] == [torch.int64, torch.float64]
+
+
+class _Varied(nn.Module):
+    """Calls in place, views of views, lists of tensors, numbers of both kinds, buffers, dropout, autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other.weight = self.layer.weight
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a, b = torch.relu_(self.layer(x)).split([3, 5], dim=1)
+        h = torch.cat([b, a], dim=1)
+        h[:, :4] += 2
+        self.mean.mul_(0.5).add_(h.detach().mean(0), alpha=1.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            g = self.other(nn.functional.dropout(h, 0.25)).float()
+        h = self.norm(h + g.unsqueeze(0).expand(2, -1, -1).sum(0))
+        top = h.topk(2, dim=1).values.clamp(max=1)
+        return {"loss": torch.stack([top.std(), h.pow(2).mean()]).sum(), "view": h.t()[1:3].reshape(-1)}
+
+
+def _told(joint: JointGraph) -> list[str]:
+    """Every node with what it makes; storages by the first node that lies on each."""
+    first: dict[int, str] = {}
+
+    def of(x: Any, name: str) -> Any:
+        if isinstance(x, (tuple, list)):
+            return [of(item, name) for item in x]
+        if not isinstance(x, Tensor):
+            return x
+        on = first.setdefault(storage_key(x), name)
+        return x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad, on
+
+    nodes = list(joint.step.module.graph.nodes)
+    begins = min(n.meta["seq_nr"] for n in nodes if "seq_nr" in n.meta)
+    return [
+        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {n.meta.get('custom')} "
+        f"{n.meta.get('is_gradient_acc')} {n.meta.get('seq_nr', begins) - begins} {n.meta.get('desc')}"
+        for n in nodes
+    ]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool
+) -> None:
+    given = (torch.randn(6, 8, requires_grad=True),)
+    dims = ((0,),) if dynamic else None
+    quick = capture(tiny.seeded(_Varied), given, dims=dims)
+    again = quick if dynamic else capture(tiny.seeded(_Varied), given)
+    for name in ("asked_once", "code_when_run"):
+        monkeypatch.setattr(tracing, name, contextlib.nullcontext)
+    monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "not_hidden", lambda run: run)
+    torchs = capture(tiny.seeded(_Varied), given, dims=dims)
+    assert (torchs.sizes is not None) is dynamic
+    assert quick.code == again.code == torchs.code
+    assert _told(quick) == _told(again) == _told(torchs)
 
 
 def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:

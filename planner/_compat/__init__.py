@@ -110,6 +110,7 @@ from planner._compat.running import (
 )
 from planner._compat.sharded import (
     checkpointed_around,
+    compiled_part,
     gathered_names,
     gathers,
     hear_no_resizes,
@@ -117,6 +118,7 @@ from planner._compat.sharded import (
     held_by_shards,
     is_fully_sharded,
     is_spread,
+    shard_groups,
     sharded_parameters,
     sharding_now,
     spread_parameters,
@@ -198,6 +200,7 @@ __all__ = [
     "compile_as_torch",
     "compile_split",
     "compiled",
+    "compiled_part",
     "compiled_parts_as_eager",
     "compiler_flags",
     "compiles_here",
@@ -265,6 +268,7 @@ __all__ = [
     "recompile_limit",
     "saved_tensors_hooks_set_aside",
     "seeded",
+    "shard_groups",
     "sharded_parameters",
     "sharding_now",
     "size_hint",

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch._subclasses.fake_tensor
+from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
@@ -142,17 +144,25 @@ def _noted_under(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     return None if state.cache_on_shape_env() else key
 
 
+def _no_data(mode: Any, made: torch.Tensor) -> None:
+    """Whoever asks where its data is finds out that there is none."""
+    if mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(made)
+
+
 class _Tensor:
     """Makes a tensor that a call gives: as torch makes it of its own table, at fixed sizes."""
 
     __slots__ = ("device", "flags", "held", "options", "sizes", "view")
 
-    def __init__(self, info: Any, made: FakeTensor, func: OpOverload) -> None:
-        metadata = info.metadata
+    def __init__(self, made: FakeTensor, view: int | None) -> None:
+        """``view``: on the storage of which argument."""
         self.sizes = tuple(made.shape), made.stride(), made.storage_offset()
-        self.options = metadata.dtype, metadata.requires_grad
-        self.flags = metadata.is_conj, metadata.is_neg
-        self.view = info.view_idx if func.is_view else None
+        self.options = made.dtype, made.requires_grad
+        self.flags = made.is_conj(), made.is_neg()
+        self.view = view
         self.device = made.fake_device
         held = dict(vars(FakeTensor(made.fake_mode, _plain((0,), (1,), torch.float32), made.fake_device)))
         assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
@@ -173,10 +183,7 @@ class _Tensor:
         made = torch.Tensor._make_subclass(
             FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=self.device
         )
-        if mode._allow_unsafe_data_ptr_access:
-            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
-        else:
-            torch._C._set_throw_on_mutable_data_ptr(made)
+        _no_data(mode, made)
         held = vars(made)
         held.update(self.held)
         held["fake_mode"] = mode
@@ -198,11 +205,14 @@ def _maker_of(info: Any, made: Any, func: Any) -> Any:
         return lambda mode, args, at=info.inplace_idx: args[at]
     if info.metadata is None:
         return lambda mode, args: made  # a number, or None
-    return _Tensor(info, made, func)
+    return _Tensor(made, info.view_idx if func.is_view else None)
 
 
-def _recipe(entry: Any, output: Any, func: Any) -> Any:
+def _recipe(entry: Any, output: Any, func: Any, args: Any) -> Any:
     """How to make the results again; ``None``: as torch does it."""
+    if func is torch.ops.aten._unsafe_view.default:  # a view, of which torch remembers nothing
+        shares = output.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+        return _Tensor(output, 0) if shares and not output._has_symbolic_sizes_strides else None
     if not isinstance(entry, _fake_tensor._DispatchCacheValidEntry):
         return None
     if not entry.is_output_tuple:
@@ -233,7 +243,7 @@ def fakes_remembered(known: Remembered) -> Iterator[None]:
         noted = _noted_under(mode, func, args, kwargs)
         output = run(mode, func, types, args, kwargs or {})
         if FakeTensorMode.cache is known:
-            quick[key] = _recipe(known.get(noted), output, func)
+            quick[key] = _recipe(known.get(noted), output, func, args)
         return output
 
     FakeTensorMode.cache = known
@@ -360,13 +370,11 @@ def _snapshot(torchs: Any) -> Any:
             held.update((name, None) for name in vars(made))
             return made
         mode, device = val.fake_mode, val.fake_device
-        if mode._allow_unsafe_data_ptr_access:
-            return torchs(val)
         with torch._C._DisableTorchDispatch():
             made = torch.Tensor._make_subclass(
                 FakeTensor, val, False, dispatch_device=True, device_for_backend_keys=device
             )
-        torch._C._set_throw_on_mutable_data_ptr(made)
+        _no_data(mode, made)
         vars(made).update(held)
         made.fake_mode, made.fake_device = mode, device
         return made
@@ -416,11 +424,83 @@ def _names_of(module: Any, **names: Any) -> Iterator[None]:
         own.update(before)
 
 
+def dynamo_callback() -> Any:
+    """What Dynamo does with each frame that is about to run; ``None`` or False: nothing; 2.6+."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback()
+
+
+def not_hidden(run: Any) -> Any:
+    """``run`` without what hides it from Dynamo at every call, where Dynamo does not look."""
+    return inspect.unwrap(run) if dynamo_callback() in (None, False) else run
+
+
+@contextlib.contextmanager
+def _method_of(cls: Any, name: str, instead_of: Any) -> Iterator[None]:
+    """A method that a class defines itself, put back; ``instead_of(torch's)`` is what stands there."""
+    before = vars(cls)[name]
+    type.__setattr__(cls, name, instead_of(before))
+    try:
+        yield
+    finally:
+        type.__setattr__(cls, name, before)
+
+
+def _argument(torchs: Any) -> Any:
+    """What a node of a graph is called with: nodes and plain values, tuples and lists of them."""
+
+    def create_arg(tracer: Any, a: Any) -> Any:
+        kind = _kind_of(a)
+        if kind in _VALUES:
+            return a
+        if kind is fx.Proxy:
+            return a.node
+        if kind is tuple:
+            return tuple([create_arg(tracer, item) for item in a])
+        if kind is list:
+            return [create_arg(tracer, item) for item in a]
+        return torchs(tracer, a)
+
+    return create_arg
+
+
+class _Thunks:
+    """Whether sizes that are computed are written to the graph only when they are used, within a context."""
+
+    __slots__ = ("before", "enable", "tracer")
+
+    def __init__(self, tracer: Any, *, enable: bool = True) -> None:
+        self.tracer, self.enable = tracer, enable
+
+    def __enter__(self) -> None:
+        self.before = self.tracer.enable_thunkify
+        self.tracer.enable_thunkify = self.enable
+
+    def __exit__(self, *_: object) -> None:
+        self.tracer.enable_thunkify = self.before
+
+
+def _tracked(proxies: Any) -> Any:
+    """A tensor is noted with its node, and sizes of it with theirs where they are symbols."""
+    track_tensor, note = proxies.track_tensor, proxies.set_proxy_slot
+    noted: Any = proxies._ProxyTensor
+
+    def track(tensor: Any, proxy: Any, *, constant: Any, tracer: Any) -> None:
+        if tensor._has_symbolic_sizes_strides or tensor.layout is not torch.strided:
+            track_tensor(tensor, proxy, constant=constant, tracer=tracer)
+        else:
+            note(tensor, tracer, noted(proxy, constant))
+
+    return track
+
+
 @contextlib.contextmanager
 def asked_once() -> Iterator[None]:
     """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
 
-    And nodes get no ``tensor_meta``, which says in other words what ``val`` does.
+    And nodes get no ``tensor_meta`` and no ``original_aten``, which say in other words what ``val`` and the
+    target do.
     """
     effects: Any = importlib.import_module("torch._higher_order_ops.effects")
     automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
@@ -444,9 +524,14 @@ def asked_once() -> Iterator[None]:
                 autograd_would_have_decomposed=decomposed,
                 is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
                 snapshot_fake=_snapshot(proxies.snapshot_fake),
+                track_tensor=_tracked(proxies),
+                _enable_thunkify=_Thunks,
+                set_original_aten_op=contextlib.nullcontext,
                 _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
             )
         )
+        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", not_hidden))
+        put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
         for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
             put(_names_of(importlib.import_module(name), **builtin))
         put(_names_of(_fake_tensor, **builtin))

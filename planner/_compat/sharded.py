@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,30 @@ def checkpointed_around(model: nn.Module) -> str:
     return ""
 
 
+def compiled_part(model: nn.Module) -> str | None:
+    """The path of a module that is compiled by itself, in place or in a wrapper; ``None``: none is; 2.0+."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    for path, module in model.named_modules():
+        is_wrapper = frames is not None and isinstance(module, frames.OptimizedModule)
+        if is_wrapper or getattr(module, "_compiled_call_impl", None) is not None:
+            return path
+    return None
+
+
 def gathers(hook: Any) -> bool:
     """Whether a hook on a gradient is FSDP2's, which gathers parameters and hands the gradient on; 2.6+."""
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
+def shard_groups(model: nn.Module) -> list[Any]:
+    """What ``fully_shard`` keeps of parameters that are gathered together, each once; 2.6+.
+
+    It does not change once the model has run.
+    """
+    return list(_groups(model))
+
+
 def _groups(model: nn.Module) -> Iterator[Any]:
-    """What ``fully_shard`` keeps of parameters that are gathered together, each once."""
     seen: set[int] = set()
     for module in model.modules():
         state: Any = module._get_fsdp_state() if is_fully_sharded(module) else None  # type: ignore[operator]
@@ -128,19 +145,18 @@ def _reductions(context: Any) -> list[Any]:
     return list(many)
 
 
-def unreduced_gradients(model: nn.Module) -> list[torch.Tensor]:
+def unreduced_gradients(groups: Sequence[Any]) -> list[torch.Tensor]:
     """Gradients that FSDP2 holds whole, of micro-batches whose gradients are not reduced."""
     found = []
-    for group in _groups(model):
+    for group in groups:
         for of in group.fsdp_params:
             own = of._unsharded_param.grad if hasattr(of, "_unsharded_param") else None
             found += [g for g in (own, of.unsharded_accumulated_grad) if g is not None]
     return found
 
 
-def sharding_now(model: nn.Module) -> Hashable:
+def sharding_now(groups: Sequence[Any]) -> Hashable:
     """The settings of FSDP2 that a step's memory depends on, and what is gathered at this moment."""
-    groups = list(_groups(model))
     return tuple(
         (
             group.reduce_grads,

@@ -34,7 +34,14 @@ from torch._subclasses.functional_tensor import (
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from planner._compat.quick import Remembered, asked_once, code_when_run, fakes_remembered
+from planner._compat.quick import (
+    Remembered,
+    asked_once,
+    code_when_run,
+    dynamo_callback,
+    fakes_remembered,
+    not_hidden,
+)
 
 
 @contextlib.contextmanager
@@ -119,17 +126,11 @@ def compiled_parts_as_eager() -> Iterator[None]:
     Dynamo would otherwise follow a call into whatever watches it.  Nothing is wrapped where Dynamo was
     never imported, and nothing is to be done where it is the one that asks.
     """
-    if "torch._dynamo.eval_frame" not in sys.modules or _dynamo_callback() not in (None, False):
+    if "torch._dynamo.eval_frame" not in sys.modules or dynamo_callback() not in (None, False):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _dynamo_callback() -> Any:
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    return get_eval_frame_callback()
 
 
 @contextlib.contextmanager
@@ -373,7 +374,8 @@ def writes_keep_layout() -> Iterator[None]:
     A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
     trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
     """
-    run = FunctionalTensorMode.__torch_dispatch__
+    before: Any = FunctionalTensorMode.__torch_dispatch__
+    run = not_hidden(before)
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
@@ -398,7 +400,7 @@ def writes_keep_layout() -> Iterator[None]:
     try:
         yield
     finally:
-        type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", run)
+        type.__setattr__(FunctionalTensorMode, "__torch_dispatch__", before)
 
 
 @dataclass

@@ -175,6 +175,14 @@ def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerEr
 def _sharded(module: nn.Module, name: str) -> PlannerError:
     if not _compat.is_fully_sharded(module):
         return PlannerError(sharded_message(name))
+    compiled = _compat.compiled_part(module)
+    if compiled is not None:
+        path = ".".join(filter(None, (name, compiled)))
+        return PlannerError(
+            f"{path} is compiled by itself and sharded (FSDP2): what it saves and makes again is decided in "
+            "its compiled code, which no plan reaches. Leave the compile out where the model is planned (its "
+            "blocks then run as eager runs them), or the plan"
+        )
     return TraceError(
         f"{name} is sharded (FSDP2) and gathers its parameters by hooks, which one graph would not run. The "
         'step can be planned in regions, between them: capture="auto" or "regions"'

@@ -21,6 +21,7 @@ from planner.compiled.piece import Hears, Own, Piece
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.regions import record
+from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
 
@@ -85,8 +86,9 @@ class CompiledSession(Hears):
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
+        homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
         piece = Piece(
-            len(self.pieces), gm, inputs, self, self.target,
+            len(self.pieces), with_homes(gm, homes), inputs, self, self.target,
             same_bits=self.same_bits, seen_low=self.plan is not None,
         )  # fmt: skip
         self.pieces.append(piece)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
+from planner.measure.peaks import allocated_peak
 from planner.measure.step import backward, passed_on, tangents_for, undone
 from planner.memory.static import StaticMemory
 from planner.plans.plan_data import PlanData
@@ -120,5 +120,5 @@ def _gradients(
         found = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
     with undone(model, inputs):
         torch.manual_seed(seed)
-        peak = _compat.allocated_peak(step)
+        peak = allocated_peak(step)
     return found, peak

@@ -18,7 +18,7 @@ Known limits: Python's and numpy's random states are not put back; FLOPs of elem
 from planner.measure.bits import Agreement, Comparison, StepRecord, compare, run_step
 from planner.measure.flops import FLOP_FORMULAS, step_flops
 from planner.measure.meter import StorageMeter
-from planner.measure.peaks import CudaPeak, cuda_step_peak, step_peak
+from planner.measure.peaks import CudaPeak, allocated_peak, cuda_step_peak, step_peak
 from planner.measure.step import loss_of, tensors_in
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "CudaPeak",
     "StepRecord",
     "StorageMeter",
+    "allocated_peak",
     "compare",
     "cuda_step_peak",
     "loss_of",

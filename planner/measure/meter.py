@@ -82,6 +82,7 @@ class StorageMeter(TorchDispatchMode):
         # moments are stored relative to this base.
         self._base_bytes = 0
         self._peak_over_base = 0
+        self._talked = False  # whether the last op was a collective
         self._moments: list[tuple[str, int]] | None = [] if timeline else None
 
     @classmethod
@@ -176,7 +177,9 @@ class StorageMeter(TorchDispatchMode):
                 return pieces(*args, **kwargs)
         seen = [*_op_tensors(args), *_op_tensors(tuple(kwargs.values()))]
         # torch.tensor(...) makes its storage out of sight and shows it first to lift_fresh.
-        fresh = func is torch.ops.aten.lift_fresh.default
+        # Likewise gloo, which scatters the sum of a copy, and shows that when it is through.
+        fresh = func is torch.ops.aten.lift_fresh.default or self._talked
+        self._talked = getattr(func, "namespace", "") == "c10d"
         for tensor in seen:
             self._see(tensor, there_before=not fresh)
         result = func(*args, **kwargs)

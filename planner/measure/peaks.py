@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planner import _compat
 from planner._compat import clear_cublas_workspaces
 from planner.capture.outputs import LossFn
 from planner.measure.meter import StorageMeter
@@ -34,7 +35,16 @@ from planner.measure.step import (
     undone,
 )
 
-__all__ = ["CudaPeak", "cuda_step_peak", "step_peak"]
+__all__ = ["CudaPeak", "allocated_peak", "cuda_step_peak", "step_peak"]
+
+
+def allocated_peak(fn: Callable[[], Any]) -> int:
+    """Most bytes that the CPU's allocator had handed out while ``fn()`` ran, beyond those before it.
+
+    For what is compiled: generated code allocates where :func:`step_peak`, which follows what PyTorch
+    dispatches, does not look.  Run ``fn`` once before, or what it compiles is counted.
+    """
+    return _compat.allocated_peak(fn)
 
 
 def step_peak(

@@ -117,6 +117,7 @@ class RegionsForward:
         self.root = model if root is None else root
         self._steps = 0
         self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
+        self._shards: list[Any] = []  # what FSDP2 gathers
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
         self._counted: WeakKeyDictionary[Solved, _Counts] = WeakKeyDictionary()
@@ -205,7 +206,7 @@ class RegionsForward:
             self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        gradients += _compat.unreduced_gradients(self.root)
+        gradients += _compat.unreduced_gradients(self._shards)
         kind = self._kind(inputs, bool(gradients))
         if kind in self._refused:
             raise self._refused[kind]
@@ -387,13 +388,14 @@ class RegionsForward:
         """Of the root.  Listing them takes long; an edited model is cut anew."""
         if self._listed[0] != len(self.session.regions):
             self._listed = len(self.session.regions), _compat.sharded_parameters(self.root)
+            self._shards = _compat.shard_groups(self.root)
         return self._listed[1]
 
     def _kind(self, inputs: Any, has_gradients: bool) -> Kind:
         given = tensors_in(inputs)
         specs = tuple((t.dim(), t.dtype, t.requires_grad) for t in given)
         trains = tuple(p.requires_grad for p in self._parameters)
-        sharding = _compat.sharding_now(self.root)
+        sharding = _compat.sharding_now(self._shards)
         structure = has_gradients, specs, trains, self.model.training, sharding
         return Kind(structure, tuple(t.numel() for t in given))
 

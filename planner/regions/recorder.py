@@ -9,6 +9,7 @@ its own on the same storage, and a storage counts as dead from when no other ten
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from planner.measure.meter import StorageMeter
 from planner.regions.record import Crossing, Event
 
 __all__ = ["Recorder"]
+
+LET_GO_S = 0.002  # gloo's threads let go of what they moved a little after it is there
 
 Kind = Literal["glue", "forward", "backward"]
 
@@ -58,6 +61,7 @@ class Recorder(StorageMeter):
         self._now: tuple[Kind, int | None] = ("glue", None)
         self._glue_s = 0.0
         self._turned = False
+        self._talks = False  # whether a collective ran since the last mark
         self._rates = device_for(device, may_measure=False)
 
     # -- marks -------------------------------------------------------------------------------------
@@ -79,6 +83,9 @@ class Recorder(StorageMeter):
     def _mark(self, kind: Kind, call: int | None, *, part: bool = False) -> None:
         if self._now == (kind, call) and not part:
             return
+        if self._talks and self.device is not None and self.device.type == "cpu":
+            time.sleep(LET_GO_S)
+        self._talks = False
         was, of = self._now
         if was != "glue" and kind != "glue":
             self._mark("glue", None)
@@ -175,6 +182,7 @@ class Recorder(StorageMeter):
         if not self.counts:
             return func(*args, **(kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        self._talks |= getattr(func, "namespace", "") == "c10d"
         if result is not NotImplemented and self._now[0] == "glue":
             self._glue_s += call_seconds(func, args, kwargs or {}, result, self._rates)
         return result

@@ -331,7 +331,8 @@ class Session:
         """Bytes that a region may take by itself; ``None`` where no budget is known."""
         if not self.budget_bytes:
             return None
-        there = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        held = (*_compat.sharded_parameters(self.model), *self.model.buffers())
+        there = {id(t): t for x in held for t in _compat.dense_parts(x)}
         return self.budget_bytes - sum(t.nbytes for t in there.values())
 
     def _holder(self) -> Step:

@@ -155,14 +155,14 @@ class Stack:
         return Inputs(args, kwargs)
 
     def _twin(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """A copy whose parameters are those that the forward reads."""
-        twin = copy.deepcopy(module, {id(self.mode): self.mode, **memo})
-        for part in twin.modules() if self.dtype is not None else ():
-            for name, p in part.named_parameters(recurse=False):
-                if p.is_floating_point():
-                    cast = nn.Parameter(p.detach().to(self.dtype), requires_grad=p.requires_grad)
-                    part.register_parameter(name, cast)
-        return twin
+        """A copy whose parameters are those that the forward reads; it shares what it does not cast."""
+        of: dict[int, Any] = {id(self.mode): self.mode, **memo}
+        of.update((id(b), b) for b in module.buffers())
+        for p in module.parameters():
+            casts = self.dtype is not None and p.is_floating_point()
+            read = p.detach().to(self.dtype) if casts else p.detach()
+            of[id(p)] = nn.Parameter(read, requires_grad=p.requires_grad)
+        return copy.deepcopy(module, of)
 
     # -- what is captured ----------------------------------------------------------------------------
 

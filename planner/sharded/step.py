@@ -79,6 +79,11 @@ class ShardedStep(JoinedStep):
         }
         return self.execution(self.joined.as_run(own))
 
+    @property
+    def checkpointed_peak_bytes(self) -> int:
+        """What that takes, the optimizer's step included."""
+        return max(self.checkpointed.peak_bytes, self.memory.optimizer_step_bytes)
+
     def overhead_of(self, ran: Execution) -> float:
         """Seconds of recomputation in a step, as a share of the step without."""
         return ran.timeline.recompute_seconds / self.problem.total_seconds
@@ -285,8 +290,17 @@ def _record(pieces: Sequence[_Priced], stack: Stack) -> Record:
 def _beside(
     record: Record, held: Sequence[Held], pieces: Sequence[_Priced]
 ) -> tuple[list[int], dict[int, int]]:
-    """What FSDP2 holds behind each glue, and its scratch there beyond that."""
+    """What FSDP2 holds behind each glue, and its scratch there beyond that.
+
+    While a block's backward runs there is one gradient of its input more: that of what goes around the block
+    is handed on by itself (:mod:`planner.regions.cut.piece`).
+    """
     levels = [at.behind_bytes for at in held]
+    for call in record.calls[1:-1]:
+        number = int(call.name[1:])
+        _, backward = record.events_of(number)
+        assert backward is not None
+        levels[backward // 2] += pieces[number].bytes_of(call.graph.gradients[0])
     scratch: dict[int, int] = {}
     made = _gradients_by_event(record, pieces)
     for j, ((before, now), at) in enumerate(zip(pairwise([0, *levels]), held, strict=True)):

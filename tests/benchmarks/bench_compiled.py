@@ -106,7 +106,7 @@ class Runner:
         self.times: list[float] = []
         self.more: dict[str, Any] = {}
         self.step()
-        self.peak_bytes = _compat.allocated_peak(self.step)
+        self.peak_bytes = planner.measure.allocated_peak(self.step)
         self.call(**batch).backward()
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
