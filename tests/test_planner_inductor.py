@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import nn
 import planner
 from planner import _compat
 from planner.compiled.emit import Written
-from planner.compiled.piece import Own, Piece
-from planner.compiled.session import CompiledSession, costs_of_fused
+from planner.compiled.piece import Own, Piece, costs_of_fused
+from planner.compiled.session import CompiledSession
 from planner.compiled.step import CompiledStep, compiled_step
 from planner.costs.target import Target
 from planner.options import Search
@@ -221,6 +222,32 @@ def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> Non
     assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.03)
     assert plan.overhead > 0
     assert "forward" not in vars(model)
+
+
+def test_running_statistics_move_once_where_all_is_recomputed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+    eager = copy.deepcopy(model)
+    eager(batch()).square().mean().backward()
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        target = Target.of("roofline", torch.device("cpu"))
+        piece = Piece(0, gm, inputs, CompiledSession(target), target)
+        assert piece.step is not None
+        graph = piece.step.graph
+        again = [i for i, op in enumerate(graph.ops) if op.phase == "forward" and op.recomputable]
+        own = *range(graph.turn), *again, *range(graph.turn, len(graph.ops))
+
+        def split(joint: Any, forwards: int, static: Any) -> Any:
+            return piece.written((own, graph.turn)).split(static)
+
+        return _compat.compile_split(piece.gm, piece.inputs, split, inner=piece._interpreted)
+
+    torch.compile(model, backend=backend, dynamic=False)(batch()).square().mean().backward()
+    for (name, ours), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ from planner._compat.inductor import (
     seeded,
     stored,
     torchs_split,
+    writes,
 )
 from planner._compat.ops import (
     batch_norm_is_cudnns,
@@ -289,6 +290,7 @@ __all__ = [
     "weak_storage",
     "will_run",
     "wraps_others",
+    "writes",
     "writes_arguments",
     "writes_keep_layout",
     "writes_so_far",

@@ -36,6 +36,7 @@ __all__ = [
     "seeded",
     "stored",
     "torchs_split",
+    "writes",
 ]
 
 log = logging.getLogger(__name__)

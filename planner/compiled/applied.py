@@ -9,6 +9,7 @@ from torch import nn
 
 from planner import _compat
 from planner.compiled.session import CompiledSession
+from planner.errors import PlannerError
 
 __all__ = ["CompiledForward"]
 
@@ -31,6 +32,16 @@ class CompiledForward:
         self.original = model.forward if own is None else own
         self.session = session
         self._call = torch.compile(_compat.own_code(forward), backend=session.backend, dynamic=False)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.original  # so that inspect.signature shows the model's own arguments
+
+    def __reduce__(self) -> Any:
+        raise PlannerError(
+            "a model that trains compiled as planned cannot be copied or pickled: compiled code does not "
+            "travel. Save model.state_dict() and plan.save(path), or call plan.restore(model) first"
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

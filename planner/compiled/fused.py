@@ -161,10 +161,11 @@ class _Reader:
         return found
 
     def _only_for_later(self, node: fx.Node) -> bool:
-        """Whether what only the backward reads is left to it: all but what is much smaller than its operands,
-        a mask say.
+        """Whether what only the backward reads is left to it: all that is not written into its readers.
+
+        Of the rest what is smaller than its operands, a mask say, may be kept instead of them.
         """
-        if is_size(node) or _compat.is_view_of_operand(node):
+        if is_size(node) or _compat.is_view_of_operand(node) or _compat.writes(node):
             return False
         return not _compat.is_fused(node)
 

@@ -1,7 +1,8 @@
 """Plans for a model that trains compiled, made as its steps come; the backend for code that compiles itself.
 
-The first step of a kind is seen: its graphs run call by call, with nothing recomputed, so that it takes what
-eager takes, or somewhat more.  When the next step begins it is planned, and compiled as planned.
+The first step of a kind is seen: its graphs run call by call, with little kept, and not in inductor's loops,
+so that it may take more than it will once it is planned.  Its random numbers are its own.  When the next step
+begins it is planned, and compiled as planned.
 """
 
 from __future__ import annotations

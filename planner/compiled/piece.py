@@ -6,6 +6,7 @@ and run by the dispatcher.  Nothing is compiled for that.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import operator
@@ -19,14 +20,21 @@ from planner import _compat
 from planner.compiled.emit import Written, write
 from planner.compiled.fused import FusedStep
 from planner.compiled.judge import Played, play
-from planner.costs.op_costs import Costs
+from planner.costs.op_costs import Costs, graph_costs
+from planner.costs.target import Target
 from planner.errors import PlannerError
+from planner.plans.lowering import lower
+from solvers import minimum_peak
 
-__all__ = ["Own", "Piece"]
+__all__ = ["Own", "Piece", "costs_of_fused"]
 
 log = logging.getLogger(__name__)
 
 FORM = 1  # of what is written for a schedule: another for the same schedule is another entry of the caches
+
+# What loops that inductor writes take of what the same calls take one by one.
+FUSED = 0.05
+SEEN_S = 1.0  # of search for the schedule of a step that is seen
 
 # Positions in the ops of a piece, and how many of them run in the forward.
 Own = tuple[tuple[int, ...], int]
@@ -37,7 +45,8 @@ class Piece:
 
     ``step``   as inductor stores it; ``None`` where nothing of it is differentiated.
     ``why``    it is compiled as torch would compile it; "" where it is planned.
-    ``costs``  of its ops, once they were asked for.
+    ``costs``  of its ops.
+    ``seen_as``  the schedule that it runs when it is seen; ``seen_low``: one of a low peak.
     """
 
     def __init__(
@@ -46,15 +55,19 @@ class Piece:
         gm: fx.GraphModule,
         inputs: Sequence[Any],
         hears: Hears,
+        target: Target,
         *,
         same_bits: bool = False,
+        seen_low: bool = False,
     ) -> None:
+        self.target, self.seen_low = target, seen_low
         self.number, self.inputs, self.hears, self.same_bits = number, list(inputs), hears, same_bits
         self.gm = _compat.copy_of(gm)
         self.step: FusedStep | None = None
         self.why = ""
         self.costs: Costs | None = None
         self.given = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+        self.seen_as: Own = (), 0
         self.planned: Own | None = None
         self._compiled: dict[Own | None, Callable[..., Any]] = {}
         self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
@@ -97,10 +110,21 @@ class Piece:
     def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:
         try:
             self.step = self._step_of(_compat.copy_of(joint), forwards)
-            return write(self.step, *self.keep_all).split(static)
+            self.costs = costs_of_fused(self.step, self.target)
+            self.seen_as = self._least() if self.seen_low else self.keep_all
+            return write(self.step, *self.seen_as).split(static)
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
+
+    def _least(self) -> Own:
+        """A schedule of a low peak: a step that trains is seen before anything is known of its budget."""
+        assert self.step is not None and self.costs is not None
+        graph = self.step.graph
+        problem = lower(graph, self.costs, resident_bytes=0)
+        steps = minimum_peak(problem, time_limit_s=SEEN_S).schedule.steps(problem)
+        behind = (k for k, i in enumerate(steps) if graph.ops[i].phase == "backward")
+        return tuple(steps), next(behind, len(steps))
 
     def _step_of(self, joint: fx.GraphModule, forwards: int) -> FusedStep:
         return FusedStep.of(joint, forwards, self._sources(), same_bits=self.same_bits)
@@ -265,3 +289,12 @@ def _played(written: Written, forwards: int, going: frozenset[int]) -> tuple[Pla
     tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
     freed = {*donated, *(i for k, i in enumerate(tangents) if k in going)}
     return first, play(code, given, [i for i in range(len(given)) if i not in freed])
+
+
+def costs_of_fused(step: FusedStep, target: Target) -> Costs:
+    """What the calls of libraries cost, and of inductor's own loops the part that remains of them."""
+    costs = graph_costs(step.graph, target.source, rates=target.named)
+    lowered = {op.name: op.node is not None and _compat.is_lowered(op.node) for op in step.graph.ops}
+    seconds = {n: s * (FUSED if lowered.get(n) else 1.0) for n, s in costs.seconds.items()}
+    workspace = {n: 0 if lowered.get(n) else b for n, b in costs.workspace_bytes.items()}
+    return dataclasses.replace(costs, seconds=seconds, workspace_bytes=workspace)

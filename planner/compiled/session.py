@@ -1,8 +1,8 @@
 """The graphs of one compiled model: a step of them is seen, planned as one, and then runs compiled.
 
-A step that is seen runs each graph call by call, with nothing recomputed, and is recorded as one in regions
-is (:mod:`planner.regions.record`): in which order its graphs ran, what passed between them, and what
-else was held.
+A step that is seen runs each graph call by call, in a training loop with little kept, and is recorded as one
+in regions is (:mod:`planner.regions.record`): in which order its graphs ran, what passed between them, and
+what else was held.
 Steps with other graphs than those planned for are seen and planned anew.
 """
 
@@ -17,9 +17,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
-from planner.compiled.fused import FusedStep
 from planner.compiled.piece import Hears, Own, Piece
-from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.regions import record
@@ -27,12 +25,9 @@ from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
 from planner.regions.watching import Watch
 
-__all__ = ["CompiledSession", "costs_of_fused"]
+__all__ = ["CompiledSession"]
 
 log = logging.getLogger(__name__)
-
-# What loops that inductor writes take of what the same calls take one by one.
-FUSED = 0.05
 
 MOST_CALLS = 256  # of graphs in a step that is seen: there is no end to one that has no backward
 TRIES = 3  # steps that are seen before it is said that they cannot be planned
@@ -92,12 +87,12 @@ class CompiledSession(Hears):
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
         homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
-        gm = with_homes(gm, homes)
-        piece = Piece(len(self.pieces), gm, inputs, self, same_bits=self.same_bits)
+        piece = Piece(
+            len(self.pieces), with_homes(gm, homes), inputs, self, self.target,
+            same_bits=self.same_bits, seen_low=self.plan is not None,
+        )  # fmt: skip
         self.pieces.append(piece)
-        if piece.step is not None:
-            piece.costs = costs_of_fused(piece.step, self.target)
-        elif piece.is_trained:
+        if piece.step is None and piece.is_trained:
             self._tell(piece)
 
         def run(*args: Any) -> Any:
@@ -209,7 +204,7 @@ class CompiledSession(Hears):
             if not self.watching.may_begin():
                 return
             self.begin(self.watching.begin(self.parameters.values()))
-            log.info("a step is seen: it runs call by call, with nothing recomputed")
+            log.info("a step is seen: it runs call by call, uncompiled, with little kept")
 
     def _plan_seen(self, recorder: Recorder) -> None:
         """Plan the step that was seen; what cannot be planned in a few of them is compiled as torch would."""
@@ -244,7 +239,7 @@ class CompiledSession(Hears):
         for k, call in enumerate(self.calls):
             step, costs = call.piece.step, call.piece.costs
             assert step is not None and costs is not None
-            steps, turn = call.piece.keep_all
+            steps, turn = call.piece.seen_as
             calls.append(
                 record.RegionCall(
                     f"r{k}", step.graph, costs, "", call.renamed,
@@ -283,12 +278,3 @@ def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
     return replace(
         crossing, born=to[crossing.born], died=None if died is None or died >= len(to) else to[died]
     )
-
-
-def costs_of_fused(step: FusedStep, target: Target) -> Costs:
-    """What the calls of libraries cost, and of inductor's own loops the part that remains of them."""
-    costs = graph_costs(step.graph, target.source, rates=target.named)
-    lowered = {op.name: op.node is not None and _compat.is_lowered(op.node) for op in step.graph.ops}
-    seconds = {n: s * (FUSED if lowered.get(n) else 1.0) for n, s in costs.seconds.items()}
-    workspace = {n: 0 if lowered.get(n) else b for n, b in costs.workspace_bytes.items()}
-    return replace(costs, seconds=seconds, workspace_bytes=workspace)

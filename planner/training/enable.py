@@ -87,7 +87,7 @@ def enable(
                    and from the third on they run as planned.
 
     ``backend``    "inductor": it trains compiled (:mod:`planner.compiled.loop`); the first step of a kind
-                   runs uncompiled, with nothing recomputed, the next is planned and compiled.  Inside an
+                   runs uncompiled, with little kept, the next is planned and compiled.  Inside an
                    outer ``torch.compile``, as of ``TrainingArguments(torch_compile=True)``, this compiles.
 
     ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
