@@ -43,7 +43,7 @@ PRELUDE = (
     "import gc, planner, transformers.models.bert.modeling_bert as bert\ngc.freeze()\ndel gc, planner, bert\n"
 )
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
-MOST_LINES, LONGEST_PARAGRAPH = 220, 600
+MOST_LINES, LONGEST_PARAGRAPH = 235, 600
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def test_the_front_page_is_short() -> None:
 
 def test_each_guarantee_and_limit_names_its_test() -> None:
     points = re.findall(r"^\* (.*)$", chapter(FRONT, "Guarantees and limits"), re.MULTILINE)
-    assert len(points) == 15
+    assert len(points) == 16
     for point in points:
         named = re.findall(r"`tests/(test_\w+\.py)`", point)
         assert named and all((ROOT / "tests" / name).exists() for name in named), point
