@@ -243,10 +243,11 @@ def _looked_up(known: Remembered) -> Iterator[None]:
     direct = _fake_tensor._DISPATCH_HANDLE_DIRECTLY
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in apart or func in direct or not isinstance(func, OpOverload):
+        looks = mode.cache_enabled and not mode.cache_crosscheck_enabled
+        if not looks or func in apart or func in direct or not isinstance(func, OpOverload):
             return run(mode, func, types, args, kwargs or {})
         key = _key_of(mode, func, args, kwargs)
-        if key is None or not mode.cache_enabled or mode.cache_crosscheck_enabled:
+        if key is None:
             return run(mode, func, types, args, kwargs or {})
         recipe = quick.get(key, run)
         if recipe is None:
