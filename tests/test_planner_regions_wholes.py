@@ -281,3 +281,29 @@ def test_a_sum_without_one_gradient_is_laid_out_as_the_other() -> None:
             mixed, weights = one(x, values)
             (mixed.square().sum() + (weights.square().sum() if both else 0)).backward()
         _assert_same_gradients(model, plain)
+
+
+def test_what_dynamo_was_told_or_left_alone_elsewhere_changes_nothing() -> None:
+    """``torch.compiler.reset()`` forgets what it was to leave alone, and other models run the same code."""
+    from torch._dynamo import convert_frame, eval_frame
+
+    from planner import _compat
+
+    test_a_backward_within_a_forward_is_not_the_end_of_the_step()
+    convert_frame.input_codes.add(_compat.dynamo._ENTRIES[0].__code__)  # Dynamo has looked at it, once
+    torch.compiler.reset()
+    test_a_backward_within_a_forward_is_not_the_end_of_the_step()
+    forward = nn.Sequential.forward.__code__
+    eval_frame.skip_code(forward)
+    try:
+        model = _layers(3)
+        plain = _enabled_beside(model)
+        for _ in range(3):
+            x, _ = _rows()
+            for one in (model, plain):
+                one.zero_grad()
+                one(x).square().sum().backward()
+            _assert_same_gradients(model, plain)
+        assert planner.plan_of(model) is not None
+    finally:
+        torch._C._dynamo.eval_frame.reset_code(forward)

@@ -97,8 +97,10 @@ def cut_by_dynamo(
 ) -> Callable[..., Any]:
     """``forward`` with each graph that Dynamo finds in it run by what ``backend`` makes of it; 2.0+.
 
-    Other models that run the same code do not count among its compiles (2.13+).
+    Other models that run the same code do not count among its compiles (2.13+), and what Dynamo left alone of
+    theirs is not left alone here.
     """
+    forward = _of_its_own(forward)
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         apart: dict[str, Any] = {"isolate_recompiles": True}
         return torch.compile(forward, backend=backend, **apart)
@@ -145,8 +147,7 @@ class _DynamoAsEager:
         functions: Any = importlib.import_module("torch._dynamo.variables.misc").AutogradFunctionVariable
         self._functions, self._apply = functions, functions.call_apply  # 2.0+
         _SINGLE.append(self)
-        for entry in _ENTRIES[:1]:  # all have one code
-            importlib.import_module("torch._dynamo.eval_frame").skip_code(entry.__code__)  # 2.1+
+        self._skip_code = importlib.import_module("torch._dynamo.eval_frame").skip_code  # 2.1+
 
     @property
     def is_inside(self) -> bool:
@@ -187,6 +188,8 @@ class _DynamoAsEager:
                 self._compiling.release()
 
     def _answer(self) -> None:
+        for entry in _ENTRIES[:1]:  # all have one code; torch.compiler.reset() forgets what was said of it
+            self._skip_code(entry.__code__)
         for entry in _ENTRIES:
             for name, value in zip(_DISABLED, (True, "it plans for itself"), strict=True):
                 setattr(entry, name, value)
@@ -245,6 +248,12 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def _of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.ismethod(forward) and inspect.isfunction(forward.__func__):
+        return types.MethodType(own_code(forward.__func__), forward.__self__)
+    return own_code(forward) if inspect.isfunction(forward) else forward
 
 
 def left_alone(entry: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ __all__ = [
     "Lowered",
     "Split",
     "allocated_peak",
+    "allocated_peaks",
     "compile_as_torch",
     "compile_split",
     "copy_of",
@@ -299,17 +300,34 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 
     The generated code allocates below the dispatcher, so no mode sees it.
     """
+    return allocated_peaks([run])[0]
+
+
+def allocated_peaks(runs: Sequence[Callable[[], Any]]) -> list[int]:
+    """The same of each of ``runs``, in order; what a run returns lives to its end, and no longer."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
-        run()
+        for run in runs:
+            with torch.profiler.record_function(_RUN):
+                kept = run()
+            del kept
     results: Any = seen.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    events = sorted(results.kineto_results.events(), key=lambda e: e.start_ns())
+    spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == _RUN]
+    memory = [e for e in events if e.name() == "[memory]"]
+    peaks = []
+    for began, ended in spans:
+        now = most = 0
+        for event in memory:
+            if began <= event.start_ns() <= ended:
+                now += event.nbytes()
+                most = max(most, now)
+        peaks.append(most)
+    return peaks
+
+
+_RUN = "a run whose memory is looked at"
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:

@@ -21,6 +21,7 @@ from planner.compiled.emit import Written, write
 from planner.compiled.fused import FusedStep
 from planner.compiled.judge import Played, play
 from planner.costs.op_costs import Costs, graph_costs
+from planner.costs.profiler import cpu_scratch_bytes, signature_of
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.plans.lowering import lower
@@ -297,4 +298,30 @@ def costs_of_fused(step: FusedStep, target: Target) -> Costs:
     lowered = {op.name: op.node is not None and _compat.is_lowered(op.node) for op in step.graph.ops}
     seconds = {n: s * (FUSED if lowered.get(n) else 1.0) for n, s in costs.seconds.items()}
     workspace = {n: 0 if lowered.get(n) else b for n, b in costs.workspace_bytes.items()}
+    if target.here.type == "cpu":
+        workspace |= _cpu_scratch(step, [n for n, loop in lowered.items() if not loop])
     return dataclasses.replace(costs, seconds=seconds, workspace_bytes=workspace)
+
+
+# What a call raises that does not run on made-up operands.
+_NOT_RUN = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
+
+_SCRATCH: dict[str, int] = {}  # by signature, for the life of the process
+
+
+def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
+    """What libraries take while they run, which is measured whatever prices their seconds have."""
+    here = torch.device("cpu")
+    nodes = {op.name: op.node for op in step.graph.ops if op.name in names and op.node is not None}
+    keys = {name: signature_of(node, here) for name, node in nodes.items()}
+    new = {key: nodes[name] for name, key in keys.items() if key not in _SCRATCH}
+    try:
+        _SCRATCH.update(zip(new, cpu_scratch_bytes(list(new.values())), strict=True))
+    except _NOT_RUN:
+        for key, node in new.items():  # which of them it is
+            try:
+                (_SCRATCH[key],) = cpu_scratch_bytes([node])
+            except _NOT_RUN as error:
+                log.debug("the scratch of %s is not measured: %s", node.target, error)
+                _SCRATCH[key] = 0
+    return {name: _SCRATCH[key] for name, key in keys.items()}

@@ -11,7 +11,8 @@ twice the second-level cache where ``_SETS_BYTES`` allow; on a CPU other memory 
 Right about what a roofline misjudges by several times: attention on a CPU, small convolutions,
 reductions.  Known weaknesses: on a CPU, memory that a step touches for the first time costs page faults
 that a repeated op does not see; indices are uniform, kinder to scatters than skewed ones; scratch is
-seen only by an allocator that counts (CUDA's), and is 0 elsewhere; CUDA's peak statistics are reset.
+measured with the seconds on CUDA only, whose peak statistics are reset, and on a CPU where it is asked for
+(:func:`cpu_scratch_bytes`).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from planner._compat import modes_set_aside, pytree, size_hint
+from planner._compat import allocated_peaks, modes_set_aside, pytree, size_hint, storage_key
 from planner.capture import meta
 from planner.costs.cache import Measured
 from planner.costs.roofline import operands_of, packet_of
 from planner.devices.rates import DEVICES, Device
 from planner.graph import kernels
 
-__all__ = ["device_for", "measure", "signature_of", "undisturbed"]
+__all__ = ["cpu_scratch_bytes", "device_for", "measure", "signature_of", "undisturbed"]
 
 aten = torch.ops.aten
 
@@ -175,6 +176,32 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
 
     Raises what the op raises on such operands, ``torch.OutOfMemoryError`` among it.
     """
+    operand_bytes = sum(size_hint(t.numel()) * t.element_size() for t in operands_of(node))
+    made = _on_operands(node)
+    return _timed([made() for _ in range(_sets(operand_bytes, device))], device)
+
+
+def cpu_scratch_bytes(nodes: Sequence[fx.Node]) -> list[int]:
+    """What each of ``nodes`` takes from the CPU's allocator beside its results while it runs.
+
+    Raises as :func:`measure` does.
+    """
+    with undisturbed(torch.device("cpu")):
+        calls = [_on_operands(node)() for node in nodes]
+        results_bytes = [
+            _storage_bytes(call()) for call in calls
+        ]  # the first call, whose library sets itself up
+        peaks = allocated_peaks(calls)
+    return [max(0, peak - own) for peak, own in zip(peaks, results_bytes, strict=True)]
+
+
+def _storage_bytes(results: Any) -> int:
+    tensors = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _on_operands(node: fx.Node) -> Callable[[], Callable[[], Any]]:
+    """Makes calls of ``node``, each on operands of its own."""
     bound = _index_bound(node)
     bits = 1 if packet_of(node) in _COUNTED_MASKS else 2
     generators: dict[torch.device, torch.Generator] = {}
@@ -194,8 +221,7 @@ def measure(node: fx.Node, device: torch.device) -> Measured:
         target: Any = kernels.write_over if node.target is kernels.written else node.target
         return lambda: target(*args, **kwargs)
 
-    operand_bytes = sum(size_hint(t.numel()) * t.element_size() for t in operands_of(node))
-    return _timed([prepared() for _ in range(_sets(operand_bytes, device))], device)
+    return prepared
 
 
 def signature_of(node: fx.Node, device: torch.device) -> str:

@@ -92,6 +92,8 @@ def to_text(plan: PlanData) -> str:
     if plan.regions:
         record["regions"] = [dataclasses.asdict(region) for region in plan.regions]
         record["cuts"] = list(plan.cuts)
+    if plan.backend == "eager":  # as files of before there was another say
+        del record["backend"]
     outline = plan.outline
     if outline is not None:
         record["outline"] = outline.encode()
@@ -127,6 +129,7 @@ def from_text(text: str, path: str = "the text") -> PlanData:
             f"{path} has plan format version {record.get('version')!r}; this installation reads version "
             f"{VERSION}. Make the plan again, or install the version that wrote it"
         )
+    record = {"backend": "eager", **record}
     missing = [key for key in _KEYS if key not in record]
     if missing:
         raise InvalidPlanFileError(f"{path} lacks {', '.join(map(repr, missing))}")
