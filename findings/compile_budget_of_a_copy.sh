@@ -2,16 +2,19 @@
 # A copy of a compiled model keeps the memory budget of the original, whatever budget it is compiled under.
 #
 # torch._functorch.config.activation_memory_budget is read when a graph is split, which is when it is first
-# compiled.  Dynamo keeps compiled code with the code object of the forward, and a copy of a model has the same
-# one: torch.compile of the copy, under another budget, finds code whose guards hold and runs that.  The config
-# is in no guard, nothing is recompiled, nothing is said.  So a loop that compares budgets on copies of one
-# model measures the first of them again and again.  Backend "aot_eager", which runs the graphs as they were
-# cut.
+# compiled.  Dynamo keeps compiled code with the code object of the forward, and a copy of a model has the
+# same one: torch.compile of the copy, under another budget, finds code whose guards hold and runs that.  The
+# config is in no guard, nothing is recompiled, nothing is said.  So a loop that compares budgets on copies of
+# one model measures the first of them again and again.  Backend "aot_eager", which runs the graphs as they
+# were cut.
 # To do: torch.compiler.reset() before each, or a function of its own around each copy.
 #
 # Run on 2026-11-30, 2 cores, Linux, Python 3.11:
 #
-#     OUTPUT
+#     torch 2.13.0+cpu
+#     budget 1.0: peak 44.2 MB
+#     a copy, budget 0.1: peak 44.2 MB
+#     a copy, budget 0.1, after a reset: peak 11.1 MB
 #     as told
 
 set -euo pipefail
