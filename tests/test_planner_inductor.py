@@ -279,3 +279,13 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least() -> None:
 def test_the_layers_of_a_compiled_plan_have_their_names() -> None:
     _, plan = compiled_plan()
     assert {"blocks.0.up", "blocks.1.down"} <= {p.module for p in plan.placements}
+
+
+def test_a_model_that_is_sharded_is_not_compiled_as_if_it_were_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(1)
+    monkeypatch.setattr(_compat, "is_fully_sharded", lambda module: module is model.blocks[0])
+    with pytest.raises(planner.PlannerError, match=r"Net is sharded \(FSDP2\).*without backend='inductor'"):
+        planner.plan(model, 1, (batch(),), backend="inductor")
+    planner.enable(model, 1, backend="inductor", now=True)
+    with pytest.raises(planner.PlannerError, match=r"Net is sharded \(FSDP2\)"):
+        model(batch())

@@ -70,6 +70,12 @@ class CompiledSession(Hears):
                 "torch._inductor.config.cpp.enable_floating_point_contract_flag is not 'off'). Train there "
                 "with recompute='fastest', or in eager, where all bits are the same"
             )
+        if model is not None and any(map(_compat.is_fully_sharded, model.modules())):
+            raise PlannerError(
+                f"{type(model).__name__} is sharded (FSDP2), and plans under inductor do not count what its "
+                "hooks gather: plan it in eager, planner.enable(model, budget_gb) without backend='inductor' "
+                "counts them, or compile it unsharded"
+            )
         self.pieces: list[Piece] = []
         self.calls: list[_Call] = []
         self.recorder: Recorder | None = None
