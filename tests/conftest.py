@@ -28,6 +28,13 @@ def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _walked_once() -> None:
+    """What the files before this one left alive is not walked again at every collection."""
+    gc.collect()
+    gc.freeze()
+
+
 LONGEST = (
     "test_planner_few_plans.py",  # looks through all that is alive at every plan: least at the start
     "test_readme.py",

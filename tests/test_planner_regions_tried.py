@@ -65,6 +65,20 @@ def test_a_part_that_is_enabled_too_does_not_plan_while_its_whole_is_captured() 
     assert planner.plan_of(model[0]) is None
 
 
+def test_torchs_own_modules_are_cut_after_ddp_or_a_reset_too() -> None:
+    """DDP and process groups have Dynamo list anew which files it follows; a reset forgets code."""
+    for _ in range(2):
+        model = nn.Sequential(Looked(), nn.Linear(16, 16))
+        plain = copy.deepcopy(model)
+        for one in (model[0], model):  # the part is left alone: what is left to cut is torch's own code
+            planner.enable(one, 1, now=True, **FAST)
+        _assert_as_plain(plain, model)
+        plan = planner.plan_of(model)
+        assert plan is not None and plan.regions
+        torch.compiler.reset()
+        torch._dynamo.trace_rules.clear_lru_cache()  # as both of them do
+
+
 class Gated(torch.autograd.Function):
     """Told of gradients that do not come."""
 

@@ -126,9 +126,11 @@ class _DynamoAsEager:
         from torch._dynamo import config, trace_rules
         from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, tracing_state_functions
 
-        # torch's own modules of several others: cut where a loop that cannot be followed calls them
-        self._followed, nn = trace_rules.get_legacy_mod_inlinelist(), Path(torch.nn.modules.__file__).parent
-        self._followed_here = {(nn / name).as_posix() for name in _MODULES_OF_SEVERAL} - self._followed
+        # torch's own modules of several others: cut where a loop that cannot be followed calls them.  The
+        # list is asked for each time: DDP and process groups have it made anew
+        self._lists, nn = trace_rules.get_legacy_mod_inlinelist, Path(torch.nn.modules.__file__).parent
+        self._followed: set[str] = set()
+        self._followed_here = {(nn / name).as_posix() for name in _MODULES_OF_SEVERAL} - self._lists()
         self._config, self._answers = config, tracing_state_functions()
         self._handlers = TorchInGraphFunctionVariable._get_handlers()
         self._asked = [
@@ -198,6 +200,7 @@ class _DynamoAsEager:
         for function in self._unasked:
             self._answers[function] = False
             self._handlers[function] = self._handlers[torch.jit.is_tracing]  # type: ignore[attr-defined]
+        self._followed = self._lists()
         self._followed |= self._followed_here
         self._advises.addFilter(_is_no_advice)
         self._fakes = fakes_as_kernels()
@@ -251,9 +254,22 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Forwards of torch's own modules Dynamo enters by one function for all (``external_utils.wrap_inline``),
+    whose compiles are limited together: those get one of their own too.
+    """
+    from torch._dynamo import trace_rules
+
     if inspect.ismethod(forward) and inspect.isfunction(forward.__func__):
-        return types.MethodType(own_code(forward.__func__), forward.__self__)
-    return own_code(forward) if inspect.isfunction(forward) else forward
+        apart: Callable[..., Any] = types.MethodType(own_code(forward.__func__), forward.__self__)
+    else:
+        apart = own_code(forward) if inspect.isfunction(forward) else forward
+    if not trace_rules.check(forward):
+        return apart
+
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        return apart(*args, **kwargs)
+
+    return own_code(entered)
 
 
 def left_alone(entry: Callable[..., Any]) -> Callable[..., Any]:
