@@ -264,6 +264,30 @@ def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> Non
     assert "forward" not in vars(model)
 
 
+class Convolutions(nn.Module):
+    """Two convolutions: inductor lays out what they make as it likes, and saves it so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures to a number."""
+        x = torch.relu(self.stem(x))
+        return torch.relu(x + self.up(x)).square().mean()
+
+
+def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_chooses() -> None:
+    model, inputs = Convolutions(), (torch.randn(4, 3, 32, 32),)
+    step = compiled_step(model, inputs, costs="roofline", search=Search(time_limit_s=0.5))
+    plan = step.least_plan()
+    report = plan.verify()
+    assert report.equal and plan.overhead > 0, str(report)
+    assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
+    assert report.compiled_peak_bytes == pytest.approx(step.baseline_peak_bytes, rel=0.01)
+
+
 def test_running_statistics_move_once_where_all_is_recomputed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))

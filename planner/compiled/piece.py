@@ -110,14 +110,23 @@ class Piece:
         return Own(tuple(range(len(self.step.graph.ops))), self.step.graph.turn)
 
     @property
-    def scratch_bytes(self) -> dict[str, int]:
-        """Most that a kernel of each name takes beside its operands and results."""
-        found: dict[str, int] = {}
-        if self.step is not None and self.costs is not None:
-            for op in self.step.graph.ops:
-                size = self.costs.workspace_bytes.get(op.name, 0)
-                found[op.target] = max(found.get(op.target, 0), size)
-        return found
+    def libraries(self) -> frozenset[str]:
+        """Names of what inductor has no loops for: libraries' kernels."""
+        assert self.step is not None
+        ops = self.step.graph.ops
+        return frozenset(op.target for op in ops if op.node is not None and not _compat.is_lowered(op.node))
+
+    def peak_bytes(self, played: Played) -> int:
+        """Of a half, with what libraries take while they run."""
+        if self.target.here.type == "cpu":
+            scratch = _scratch_of([node for node, _ in played.kernels])
+            return played.with_scratch(lambda node: scratch[signature_of(node, _HERE)])
+        assert self.step is not None and self.costs is not None
+        most: dict[str, int] = {}
+        for op in self.step.graph.ops:
+            size = self.costs.workspace_bytes.get(op.name, 0)
+            most[op.target] = max(most.get(op.target, 0), size)
+        return played.with_scratch(lambda node: most.get(str(node.target).rpartition(".")[0], 0))
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -279,7 +288,9 @@ class Piece:
         if key not in self._played:
             assert self.step is not None
             halves = self.halves(own)
-            self._played[key] = _played(*halves, self.step.forwards, going, as_written=own.torchs is None)
+            self._played[key] = _played(
+                *halves, self.step.forwards, going, self.libraries, as_written=own.torchs is None
+            )
         return self._played[key]
 
 
@@ -352,28 +363,32 @@ def _played(
     backward: fx.GraphModule,
     forwards: int,
     going: frozenset[int],
+    libraries: frozenset[str],
     *,
     as_written: bool,
 ) -> tuple[Played, Played]:
     held = _held_elsewhere(forward, forwards)
+    (output,) = forward.graph.find_nodes(op="output")
+    names = [n.name if isinstance(n, fx.Node) else "" for n in output.args[0]]
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
     code = _compat.lowered(forward, is_backward=False, visible=range(forwards), as_written=as_written)
-    first = play(code, given, range(len(given)))
+    first = play(code, given, range(len(given)), libraries)
+    saved = {n: made for n, made in zip(names[forwards:], first.results[forwards:], strict=True) if made}
     nodes = backward.graph.find_nodes(op="placeholder")
-    donated = [
-        i
-        for i, n in enumerate(nodes)
-        if not n.name.startswith(("primals", "tangents")) and n.name not in held
-    ]
+    for n in nodes:
+        if n.name in saved:  # laid out as the forward's code does
+            n.meta["val"] = saved[n.name].like
+    own = {i for i, n in enumerate(nodes) if n.name in saved and saved[n.name].own}
     (output,) = backward.graph.find_nodes(op="output")
     visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]
     given = [n.meta["val"] for n in nodes]
+    donated = [i for i in own if nodes[i].name not in held]
     code = _compat.lowered(
         backward, is_backward=True, visible=visible, donated=donated, as_written=as_written
     )
     tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
-    freed = {*donated, *(i for k, i in enumerate(tangents) if k in going)}
-    return first, play(code, given, [i for i in range(len(given)) if i not in freed])
+    freed = own | {i for k, i in enumerate(tangents) if k in going}
+    return first, play(code, given, [i for i in range(len(given)) if i not in freed], libraries)
 
 
 def costs_of_fused(step: FusedStep, target: Target) -> Costs:
@@ -390,15 +405,20 @@ def costs_of_fused(step: FusedStep, target: Target) -> Costs:
 # What a call raises that does not run on made-up operands.
 _NOT_RUN = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 
+_HERE = torch.device("cpu")
 _SCRATCH: dict[str, int] = {}  # by signature, for the life of the process
 
 
 def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
     """What libraries take while they run, which is measured whatever prices their seconds have."""
-    here = torch.device("cpu")
     nodes = {op.name: op.node for op in step.graph.ops if op.name in names and op.node is not None}
-    keys = {name: signature_of(node, here) for name, node in nodes.items()}
-    new = {key: nodes[name] for name, key in keys.items() if key not in _SCRATCH}
+    found = _scratch_of(list(nodes.values()))
+    return {name: found[signature_of(node, _HERE)] for name, node in nodes.items()}
+
+
+def _scratch_of(nodes: Sequence[fx.Node]) -> dict[str, int]:
+    """The same of each of ``nodes``, by its signature."""
+    new = {key: node for node in nodes if (key := signature_of(node, _HERE)) not in _SCRATCH}
     try:
         _SCRATCH.update(zip(new, cpu_scratch_bytes(list(new.values())), strict=True))
     except _NOT_RUN:
@@ -408,4 +428,4 @@ def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
             except _NOT_RUN as error:
                 log.debug("the scratch of %s is not measured: %s", node.target, error)
                 _SCRATCH[key] = 0
-    return {name: _SCRATCH[key] for name, key in keys.items()}
+    return _SCRATCH

@@ -120,7 +120,7 @@ class CompiledStep(JoinedStep):
             piece = self.calls[what.call].piece
             forward, backward = piece.played(own[what.call], self._going(what.call))
             played = forward if what.kind == "forward" else backward
-            peak = played.with_scratch(piece.scratch_bytes)
+            peak = piece.peak_bytes(played)
             before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
             top = before + more + peak
             at = max(places, key=lambda t: int(live[t]))
