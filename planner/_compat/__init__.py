@@ -76,6 +76,7 @@ from planner._compat.inductor import (
     recompile_limit,
     seeded,
     stored,
+    torchs_partition,
     torchs_split,
     writes,
 )
@@ -284,6 +285,7 @@ __all__ = [
     "symbolic_fake",
     "symbolic_mode",
     "tensors_on",
+    "torchs_partition",
     "torchs_split",
     "unreduced_gradients",
     "values_unchecked",
