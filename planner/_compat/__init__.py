@@ -8,6 +8,8 @@ torch upgrade is a change to this folder.
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
+    sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
+    symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
