@@ -127,6 +127,7 @@ from planner._compat.sharded import (
     spread_parameters,
     unreduced_gradients,
 )
+from planner._compat.sized_fakes import fake_on
 from planner._compat.sizes import (
     compiled,
     evaluated,
@@ -223,6 +224,7 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fake_on",
     "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["OF_SYMBOLS", "VALUES", "held_by", "no_data", "sized_output"]
+__all__ = ["OF_SYMBOLS", "VALUES", "fake_on", "held_by", "no_data", "sized_output"]
 
 _kind, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -38,6 +39,25 @@ def held_by(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
     held = dict(vars(FakeTensor(mode, _plain((0,), (1,), torch.float32), device)))
     assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
     return held
+
+
+def fake_on(
+    storage: torch.UntypedStorage | int, like: FakeTensor, shape: list[int], stride: list[int], offset: int
+) -> FakeTensor:
+    """A fake of the mode, dtype and device of ``like``, laid out so on a storage of a fake, or one of so many
+    bytes; 2.9+."""
+    with torch._C._DisableTorchDispatch():
+        if isinstance(storage, int):
+            storage = torch.empty((storage,), dtype=torch.uint8, device="meta").untyped_storage()
+        inner = torch.empty((0,), dtype=like.dtype, device="meta")
+        inner.set_(storage, offset, shape, stride)
+    made: Any = torch.Tensor._make_subclass(
+        FakeTensor, inner, False, dispatch_device=True, device_for_backend_keys=like.fake_device
+    )
+    no_data(like.fake_mode, made)
+    vars(made).update(held_by(like.fake_mode, like.fake_device))
+    fake: FakeTensor = made
+    return fake
 
 
 # Attributes of a fake that are not ``None``.
@@ -111,7 +131,7 @@ def _sym_node() -> Any:
 class _SizedTensor:
     """Makes a tensor that a call gives; symbols that the call is given stay the same ones."""
 
-    __slots__ = ("device", "flags", "held", "options", "sizes", "view")
+    __slots__ = ("anew", "device", "flags", "held", "held_bytes", "options", "sizes", "view")
 
     def __init__(self, made: FakeTensor, view: int | None, nodes: _Nodes) -> None:
         """``view``: on the storage of which argument."""
@@ -122,20 +142,26 @@ class _SizedTensor:
         self.options = made.dtype, made.requires_grad
         self.flags = made.is_conj(), made.is_neg()
         self.view = view
+        held_bytes = made.untyped_storage().nbytes()
+        self.held_bytes = _noted_size(held_bytes, nodes)
+        self.anew = _made_as(made, nodes)
         self.device = made.fake_device
         self.held = held_by(made.fake_mode, made.fake_device)
 
     def __call__(self, mode: FakeTensorMode, args: Any, nodes: _Nodes) -> Any:
-        shape, stride, offset = [[_size_again(s, nodes, mode) for s in sizes] for sizes in self.sizes]
+        shape, stride, offset = [[_size_again(s, nodes) for s in sizes] for sizes in self.sizes]
         dtype, requires_grad = self.options
         with torch._C._DisableTorchDispatch(), _no_guards(mode):
-            if self.view is None:
-                inner = torch.empty_strided(
-                    shape, stride, dtype=dtype, device="meta", requires_grad=requires_grad
-                )
+            if self.anew is not None and self.view is None:
+                inner = self.anew(shape, stride, dtype=dtype, device="meta", requires_grad=requires_grad)
             else:
+                if self.view is not None:
+                    storage = args[self.view].untyped_storage()
+                else:
+                    count = _size_again(self.held_bytes, nodes)
+                    storage = torch.empty((count,), dtype=torch.uint8, device="meta").untyped_storage()
                 inner = torch.empty((0,), dtype=dtype, device="meta", requires_grad=requires_grad)
-                inner.set_(args[self.view].untyped_storage(), offset[0], shape, stride)
+                inner.set_(storage, offset[0], shape, stride)
             if self.flags != (False, False):
                 torch._C._set_conj(inner, self.flags[0])
                 torch._C._set_neg(inner, self.flags[1])
@@ -162,7 +188,7 @@ def _noted_size(size: Any, nodes: _Nodes) -> Any:
     return [place] if place is not None else dict(vars(size.node))
 
 
-def _size_again(size: Any, nodes: _Nodes, mode: Any) -> Any:
+def _size_again(size: Any, nodes: _Nodes) -> Any:
     kind = _kind(size)
     if kind is list:
         return nodes.given[size[0]]
@@ -206,7 +232,7 @@ def _sized_recipe(output: Any, mode: Any, func: Any, args: Any, kwargs: Any, nod
         )
         if view is None and storage in storages:
             return None
-        if view is None and not _holds_all(x):
+        if view is None and not _is_noted(x.untyped_storage().nbytes()):
             return None
         storages.add(storage)
         recipes.append(_SizedTensor(x, view, nodes))
@@ -231,13 +257,22 @@ def _is_noted(size: Any) -> bool:
     return _kind(size) is int or (_kind(size) is torch.SymInt and size.node._hint is not None)
 
 
-def _holds_all(made: FakeTensor) -> bool:
-    """Whether its storage is what a tensor of its sizes and strides is given."""
-    held = made.untyped_storage().nbytes()
-    with torch._C._DisableTorchDispatch(), _no_guards(made.fake_mode):
-        anew = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
-        bytes_of = anew.untyped_storage().nbytes()
-    return _expression(held) == _expression(bytes_of)
+def _plainly(shape: Any, stride: Any, **options: Any) -> torch.Tensor:
+    return torch.empty(shape, **options)
+
+
+def _made_as(made: FakeTensor, nodes: _Nodes) -> Callable[..., torch.Tensor] | None:
+    """What makes a tensor of its sizes and strides on as many bytes, told by the same expressions."""
+    own = *made.stride(), made.storage_offset(), made.untyped_storage().nbytes()
+    strides: Any = made.stride()
+    given = any(_kind(s) is torch.SymInt and nodes.place(s) is not None for s in strides)
+    for anew in (torch.empty_strided,) if given else (_plainly, torch.empty_strided):
+        with torch._C._DisableTorchDispatch(), _no_guards(made.fake_mode):
+            other = anew(made.shape, made.stride(), dtype=made.dtype, device="meta")
+            told = *other.stride(), other.storage_offset(), other.untyped_storage().nbytes()
+        if [*map(_expression, told)] == [*map(_expression, own)]:
+            return anew
+    return None
 
 
 def _expression(size: Any) -> Any:
