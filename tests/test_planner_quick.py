@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import random
 import subprocess
 import sys
 import threading
@@ -18,8 +19,9 @@ from torch import Tensor, nn, optim
 
 import planner
 from planner._compat import FakeTensorMode, collecting_seldom, fakes_as_last_time, storage_key, tracing
+from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
-from planner.errors import PlannerError
+from planner.errors import PlannerError, TraceError
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
 
@@ -182,11 +184,37 @@ def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
     for name in ("asked_once", "code_when_run"):
         monkeypatch.setattr(tracing, name, contextlib.nullcontext)
     monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
     monkeypatch.setattr(tracing, "not_hidden", lambda run: run)
     torchs = capture(tiny.seeded(_Varied), given, dims=dims)
     assert (torchs.sizes is not None) is dynamic
+    if torchs.sizes is not None and quick.sizes is not None:
+        assert set(map(str, quick.sizes.conditions)) == set(map(str, torchs.sizes.conditions))
+        assert [*map(str, quick.step.storage_bytes.values())] == [
+            *map(str, torchs.step.storage_bytes.values())
+        ]
     assert quick.code == again.code == torchs.code
     assert _told(quick) == _told(again) == _told(torchs)
+
+
+def test_sizes_that_are_compared_are_no_reason_to_run_the_step_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sympy draws from generators of its own for that; what the forward draws is found as before."""
+    looked = []
+    find = generators._line_that_moves
+
+    def counted(source: Any, again: Any) -> str | None:
+        looked.append(source.name)
+        return find(source, again)
+
+    class Draws(tiny.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * random.random()
+
+    monkeypatch.setattr(generators, "_line_that_moves", counted)
+    capture(tiny.seeded(_Varied), (torch.randn(6, 8),), dims=((0,),))
+    assert looked == []
+    with pytest.raises(TraceError, match=r"random\.random"):
+        capture(tiny.seeded(Draws), tiny.batch(), dims=((0,),))
 
 
 def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:

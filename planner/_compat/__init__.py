@@ -8,6 +8,8 @@ torch upgrade is a change to this folder.
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
+    sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
+    symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
@@ -126,6 +128,7 @@ from planner._compat.sharded import (
     spread_parameters,
     unreduced_gradients,
 )
+from planner._compat.sized_fakes import fake_on
 from planner._compat.sizes import (
     compiled,
     evaluated,
@@ -222,6 +225,7 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fake_on",
     "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",

@@ -42,6 +42,7 @@ from planner._compat.quick import (
     fakes_remembered,
     not_hidden,
 )
+from planner._compat.symbols import sizes_remembered
 
 
 @contextlib.contextmanager
@@ -356,7 +357,14 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), code_when_run(), asked_once(), contextlib.ExitStack() as stack:
+    env = next((x.fake_mode.shape_env for x in args if isinstance(x, FakeTensor)), None)
+    with (
+        _tracing_flags(),
+        code_when_run(),
+        asked_once(),
+        sizes_remembered(env),
+        contextlib.ExitStack() as stack,
+    ):
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, **_UNNAMED)
         return joint.graph_module
 
