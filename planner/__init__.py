@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from planner.frontier import Frontier
     from planner.plan import Placement, Plan, load
     from planner.runtime.verify import Report
+    from planner.sizing.estimates import Estimate
+    from planner.sizing.estimating import estimate
     from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Estimate",
     "Frontier",
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
@@ -46,6 +49,7 @@ __all__ = [
     "disable",
     "distributed",
     "enable",
+    "estimate",
     "frontier",
     "inductor",
     "load",
@@ -57,12 +61,14 @@ __all__ = [
 
 # Where each name is from; what is not here is a module of this package.
 _FROM = {
+    "Estimate": "sizing.estimates",
     "Frontier": "frontier",
     "Placement": "plan",
     "Plan": "plan",
     "Report": "runtime.verify",
     "disable": "training.enable",
     "enable": "training.enable",
+    "estimate": "sizing.estimating",
     "frontier": "api",
     "inductor": "compiled.loop",
     "load": "plan",
