@@ -376,11 +376,13 @@ def graph_in_tracing() -> fx.Graph | None:
 
 
 @contextlib.contextmanager
-def writes_keep_layout() -> Iterator[None]:
+def writes_keep_layout(told: Callable[..., None]) -> Iterator[None]:
     """What a trace makes of a call in place is laid out as its operand; 2.6+.
 
     A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
     trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
+
+    ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
     run = not_hidden(before)
@@ -393,9 +395,12 @@ def writes_keep_layout() -> Iterator[None]:
             and first.is_base_tensor()
             and 1 in first.shape
         ):
-            return run(mode, func, types, args, kwargs)
+            result = run(mode, func, types, args, kwargs)
+            told(func, args, kwargs, result)
+            return result
         strides = first.from_functional().stride()
         result = run(mode, func, types, args, kwargs)
+        told(func, args, kwargs, result)
         made = first.from_functional()
         pairs = zip(made.shape, strides, made.stride(), strict=True)
         if made.stride() != strides and all(size == 1 or a == b for size, a, b in pairs):

@@ -237,7 +237,7 @@ def _captured(
     refuse_formulas_of_values(traced)
     refuse_sparse(traced)
     refuse_loose_parameters(model, module)
-    refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
+    refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys(), step.alike)
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
     if behind.changed and not settled(model, behind, lambda: step_on_fakes(model, given)):
         step.installed.refuse_changes(behind.touched)
