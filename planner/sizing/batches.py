@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from planner.plan import Plan
 from planner.units import bytes_text, seconds_text
@@ -169,6 +170,16 @@ class LargestBatch:
         above = ", ".join(map(str, self.looked_at))
         seen = f"; of larger ones {above} {'were' if len(self.looked_at) > 1 else 'was'} looked at"
         return f"{traced}. That a larger batch needs no less was taken for granted{seen if above else ''}"
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers for other programs, without plans: bytes, seconds, shares of step time."""
+        names = ("model_name", "budget_bytes", "batch", "fastest", "at_most_overhead", "looked_at", "traces")
+        return {
+            **{name: getattr(self, name) for name in (*names, "kind", "cost_source")},
+            "stop": dataclasses.asdict(self.stop),
+            "points": [dataclasses.asdict(p) | {"examples_per_s": p.examples_per_s} for p in self.points],
+            "others": [dataclasses.asdict(o) | {"examples_per_s": o.examples_per_s} for o in self.others],
+        }
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per point: :func:`planner.view.display.batches_dataframe` (needs pandas)."""

@@ -255,12 +255,8 @@ def batches_dataframe(found: Any) -> pandas.DataFrame:
     ``overhead`` and, of plans, ``overhead_bound`` (shares of step time); ``step_s`` without recomputation;
     ``examples_per_s``, predicted; ``status``.
     """
-    rows = [
-        {"way": "plan", **dataclasses.asdict(p), "examples_per_s": p.examples_per_s} for p in found.points
-    ]
-    for other in found.others:
-        row = dataclasses.asdict(other)
-        rows.append({"way": row.pop("name"), **row, "examples_per_s": other.examples_per_s})
+    figures = found.figures()
+    rows = [{"way": row.pop("name", "plan"), **row} for row in (*figures["points"], *figures["others"])]
     frame: pandas.DataFrame = _pandas().DataFrame(rows)
     return frame
 
