@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from planner.frontier import Frontier
     from planner.plan import Placement, Plan, load
     from planner.runtime.verify import Report
+    from planner.sizing.batches import LargestBatch
     from planner.sizing.estimates import Estimate
     from planner.sizing.estimating import estimate
+    from planner.sizing.largest import largest_batch
     from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "Frontier",
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
+    "LargestBatch",
     "Placement",
     "Plan",
     "PlannerError",
@@ -52,6 +55,7 @@ __all__ = [
     "estimate",
     "frontier",
     "inductor",
+    "largest_batch",
     "load",
     "measure",
     "plan",
@@ -63,6 +67,7 @@ __all__ = [
 _FROM = {
     "Estimate": "sizing.estimates",
     "Frontier": "frontier",
+    "LargestBatch": "sizing.batches",
     "Placement": "plan",
     "Plan": "plan",
     "Report": "runtime.verify",
@@ -71,6 +76,7 @@ _FROM = {
     "estimate": "sizing.estimating",
     "frontier": "api",
     "inductor": "compiled.loop",
+    "largest_batch": "sizing.largest",
     "load": "plan",
     "plan": "api",
     "plan_of": "training.enable",
