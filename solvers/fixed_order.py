@@ -83,8 +83,10 @@ def solve(
     return solution
 
 
-def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0) -> Solution:
-    """The schedule of lowest peak that is found, then made as fast as that peak allows.
+def minimum_peak(
+    problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0, fast: bool = True
+) -> Solution:
+    """The schedule of lowest peak that is found, then, if ``fast``, made as fast as that peak allows.
 
     ``time_limit_s`` is seconds for both.  The answer's ``budget_bytes`` is its own ``peak_bytes``: the least
     budget that is known to be feasible.  Its ``floor_bytes`` say how low it may be at best.
@@ -102,7 +104,7 @@ def minimum_peak(problem: Problem, *, time_limit_s: float = 30.0, seed: int = 0)
     least = first.lowest
     run = Incumbent(problem, least.peak_bytes, deadline=started + ENDS_AT * limit_s)
     run.offer(least.steps, least.solver)
-    if not first.stopped and not run.done:
+    if fast and not first.stopped and not run.done:
         _interruptible(lambda: methods.search(run, seed), run, started + PATIENCE * limit_s)
     return replace(
         with_floor(problem, run.solution(), methods.floor.bytes),

@@ -81,6 +81,9 @@ FAR_SLOWER = 1.5
 START_SHARE = 0.5
 # By how much each target of the search for the least peak is below what is known, at first and at last.
 FIRST_STEP, LAST_STEP = 0.02, 5e-4
+# A least peak this close to the proved floor, as a share of it, is not looked for any further: whoever asks
+# for less than the floor hears of both, and waits for neither.
+NEAR_FLOOR = 1e-3
 
 
 class Programs:
@@ -318,14 +321,14 @@ class Methods:
             if run.deadline == math.inf:
                 proof.result()
             near = Incumbent(problem, self.floor.bytes, deadline=run.deadline)
-            if self.splits and self._open(run):
+            if self.splits and self._far(run):
                 with self._programs() as programs:
                     programs.chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
                 self._shave(near)
                 run.offer(near.lowest.steps, near.lowest.solver)
             # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.
             start, share = near.best.offer, FIRST_STEP
-            while share > LAST_STEP and self._open(run):
+            while share > LAST_STEP and self._far(run):
                 least = run.lowest.peak_bytes
                 step = max(1, math.floor(share * (least - problem.resident_bytes)))
                 lower = Incumbent(problem, max(self.floor.bytes, least - step), deadline=run.deadline)
@@ -346,6 +349,10 @@ class Methods:
         """Whether the least peak that ``run`` knows may be lowered, and there is time."""
         return run.left_s > 0 and run.lowest.peak_bytes > self.floor.bytes
 
+    def _far(self, run: Incumbent) -> bool:
+        """Whether that is worth its time."""
+        return self._open(run) and run.lowest.peak_bytes > (1 + NEAR_FLOOR) * self.floor.bytes
+
     def _prove_floor(self, run: Incumbent) -> None:
         """Raise the floor for a share of the time, and offer the schedules met on the way."""
 
@@ -353,9 +360,9 @@ class Methods:
             self.raise_floor(floor.bytes, floor.op_name)
             if steps is not None:
                 run.offer(steps, "instants")
-            return not self._open(run)
+            return not self._far(run)
 
-        if self._open(run):
+        if self._far(run):
             bounds.proved_floor(
                 run.problem,
                 time_limit_s=_limit_s(run, FLOOR_SHARE),

@@ -60,6 +60,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.least: Answer | None = None
+        self.lowest: Answer | None = None  # the same, told in a refusal, as slow as it was found
         self.floor_bytes = 0  # proved: no schedule's peak is lower
 
     def raise_floor(self, floor_bytes: int) -> None:
@@ -182,12 +183,15 @@ class BudgetedStep:
         """The schedule of lowest peak that was found within ``least_limit_s``, looked for once."""
         shown = self._shown
         if shown.least is None:
-            shown.least = self._least_within(self.least_limit_s)
-            shown.raise_floor(max(self.floor_bytes, shown.least.floor_bytes))
+            least = self._least_within(self.least_limit_s)
+            if shown.lowest is not None and shown.lowest.budget_bytes < least.budget_bytes:
+                least = shown.lowest
+            shown.least = least
+            shown.raise_floor(max(self.floor_bytes, least.floor_bytes))
         return shown.least
 
-    def _least_within(self, limit_s: float) -> Answer:
-        found = minimum_peak(self.problem, time_limit_s=limit_s)
+    def _least_within(self, limit_s: float, *, fast: bool = True) -> Answer:
+        found = minimum_peak(self.problem, time_limit_s=limit_s, fast=fast)
         execution = self.execution_of(found.schedule)
         need = max(execution.peak_bytes, self.memory.optimizer_step_bytes)
         # What was proved at the solver's own budget says nothing of a larger one.
@@ -289,7 +293,12 @@ class BudgetedStep:
 
     def infeasible(self, budget_bytes: int) -> InfeasibleBudgetError:
         """The error for a budget that no plan fits, with the least that one does and what fills it."""
-        return _infeasible_error(self.least_plan(), budget_bytes, self.floor_bytes)
+        shown = self._shown
+        least = shown.least or shown.lowest
+        if least is None:  # nobody waits for that plan to be made fast
+            least = shown.lowest = self._least_within(self.least_limit_s, fast=False)
+            shown.raise_floor(max(self.floor_bytes, least.floor_bytes))
+        return _infeasible_error(self.plan_of(least), budget_bytes, self.floor_bytes)
 
     def frontier(
         self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
