@@ -125,6 +125,13 @@ def test_refining_proves_the_optimum_of_training_chains(layers: int, width: int,
     assert found.seconds == pytest.approx(truth_of(problem, budget))
     truth = truth_of(problem, low)
     assert 0.95 * truth <= bounds.time_bound(problem, low) <= truth * (1 + 1e-7)
+    everywhere = range(len(problem))
+    counted = bounds.time_bound(problem, low, counted=everywhere)
+    assert 0.95 * truth <= counted <= truth * (1 + 1e-7)
+    some = bounds.time_bound(problem, low, counted=everywhere[problem.turn :: 2])  # where memory counts
+    assert (
+        bounds.time_bound(problem, low, counted=[]) == problem.total_seconds <= some <= counted * (1 + 1e-6)
+    )
 
 
 def test_each_round_raises_the_bound_and_the_last_meets_the_plan() -> None:

@@ -127,6 +127,7 @@ class _Reader:
             early = node not in late and (node in needed or not self._only_for_later(node))
             (forward if early else backward).append(node)
         self._find_read_late(forward, backward)
+        backward = self._ends_first(backward)
         for node in forward:
             self._add(node, "forward")
         turn = len(self.ops)
@@ -168,6 +169,52 @@ class _Reader:
         if is_size(node) or _compat.is_view_of_operand(node) or _compat.writes(node):
             return False
         return not _compat.is_fused(node)
+
+    def _ends_first(self, backward: Sequence[fx.Node]) -> list[fx.Node]:
+        """The same calls, where of two kernels that read one gradient the one with no reader is first.
+
+        So a weight's gradient comes before the gradient of what the weight was multiplied with: the operand,
+        made again for it alone, is gone before the other has memory.
+        """
+        late, placed, order = set(backward), set[fx.Node](), list[fx.Node]()
+        ends: dict[fx.Node, list[fx.Node]] = {}
+        goes_on: set[fx.Node] = set()
+        for node in reversed(backward):
+            inlined = _is_inlined(node) or node.target is operator.getitem
+            if any(u in goes_on or (u.op != "output" and not _is_view(u)) for u in node.users):
+                goes_on.add(node)
+            elif not inlined and not _compat.is_lowered(node):
+                for base in {self._base(n) for n in node.all_input_nodes} & late:
+                    ends.setdefault(base, []).insert(0, node)
+
+        def place(node: fx.Node) -> None:
+            if node not in placed:
+                placed.add(node)
+                order.append(node)
+
+        def missing(node: fx.Node) -> list[fx.Node] | None:
+            """What has to be placed for ``node``, if all of it is written into its readers."""
+            found: dict[fx.Node, None] = {}
+            stack = [n for n in node.all_input_nodes if n in late and n not in placed]
+            while stack:
+                n = stack.pop()
+                if not _is_inlined(n):
+                    return None
+                found[n] = None
+                stack += [m for m in n.all_input_nodes if m in late and m not in placed and m not in found]
+            return [n for n in backward if n in found] if found else []
+
+        for node in backward:
+            if node in placed:
+                continue
+            if not _is_inlined(node) and not _compat.is_lowered(node) and node.target is not operator.getitem:
+                for base in {self._base(n) for n in node.all_input_nodes} & late:
+                    for end in ends.get(base, ()):
+                        before = None if end in placed or end is node else missing(end)
+                        for n in () if before is None else (*before, end):
+                            place(n)
+            place(node)
+        return order
 
     # -- what is stored ----------------------------------------------------------------------------
 
@@ -336,6 +383,10 @@ class _Reader:
 
 def _is_inlined(node: fx.Node) -> bool:
     return _compat.is_fused(node) or _compat.is_view_of_operand(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return _compat.is_view_of_operand(node)
 
 
 def _runs_once(node: fx.Node) -> bool:

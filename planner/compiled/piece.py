@@ -36,6 +36,7 @@ FORM = 1  # of what is written for a schedule: another for the same schedule is 
 
 # What loops that inductor writes take of what the same calls take one by one.
 FUSED = 0.05
+KEPT = 8  # plans whose code is kept, should they come back
 SEEN_S = 1.0  # of search for the schedule of a step that is seen
 
 
@@ -262,8 +263,10 @@ class Piece:
         return f"planner-{FORM}-{h.hexdigest()}"
 
     def forget(self) -> None:
-        """What was compiled for other plans than the present one."""
-        self._compiled = {own: made for own, made in self._compiled.items() if own in (self.planned, None)}
+        """What was compiled for other plans than the present one and a few before it."""
+        others = [own for own in self._compiled if own not in (self.planned, None)]
+        for own in others[:-KEPT]:
+            del self._compiled[own]
 
     # -- foreseeing --------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.capture.refusals import refuse_unplannable
 from planner.compiled.applied import CompiledForward
+from planner.compiled.bound import under
 from planner.compiled.piece import Own
 from planner.compiled.session import CompiledSession
 from planner.compiled.verify import CompiledReport, verified
@@ -37,7 +38,9 @@ from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep
-from solvers import InfeasibleError, Schedule, simulate, solve
+from solvers import InfeasibleError, Problem, Schedule, simulate, solve
+from solvers.bounds.lower_bounds import time_bound
+from solvers.core.facts import Facts
 
 __all__ = ["CompiledStep", "compiled_step"]
 
@@ -153,7 +156,7 @@ class CompiledStep(JoinedStep):
         """The plan for a budget in bytes, by what the generated code allocates.
 
         The solvers count values that inductor may never store; what a schedule really takes is played, and
-        the target moved by the difference.  Nothing is proved of a better schedule then: the bound is 0.
+        the target moved by the difference.  What is proved: :mod:`planner.compiled.bound`.
 
         Raises ``InfeasibleBudgetError`` where no schedule that was tried fits.
         """
@@ -170,7 +173,26 @@ class CompiledStep(JoinedStep):
             best = self._by_torch(budget_bytes, most_s) or best
         if best is None:
             raise self.infeasible(budget_bytes)
-        return self.plan_of(best)
+        return self.plan_of(self._with_bound(best, search.time_limit_s / 4))
+
+    def _with_bound(self, answer: Answer, limit_s: float) -> Answer:
+        """``answer`` with what is proved of its budget."""
+        problem, counted = self._below
+        bound_s = time_bound(
+            problem, answer.budget_bytes, time_limit_s=limit_s, enough_seconds=answer.seconds, counted=counted
+        )
+        return dataclasses.replace(answer, bound_seconds=min(answer.seconds, bound_s))
+
+    @property
+    def floor_bytes(self) -> int:
+        """Proved: no plan has a lower peak."""
+        problem, counted = self._below
+        need = Facts.of(problem).pressure[counted]
+        return max(int(need.max(initial=0)), self.memory.optimizer_step_bytes)
+
+    @cached_property
+    def _below(self) -> tuple[Problem, list[int]]:
+        return under(self.graph, self.problem)
 
     def _searched(self, budget_bytes: int, search: Search) -> Answer | None:
         """The best schedule found whose code fits; targets of the solvers are moved by what it takes."""

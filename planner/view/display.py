@@ -102,7 +102,9 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
         (
             "proved bound",
             f"{plan.overhead_bound:.2%} of step time",
-            f"gap {100 * plan.gap:.2f} points: {plan.status}",
+            f"gap {100 * plan.gap:.2f} points: {plan.status}"
+            if plan.overhead_bound or not plan.overhead
+            else "nothing is proved: the gap is unknown",
         ),
         (
             "recomputed FLOPs",

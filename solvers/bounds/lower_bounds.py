@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from solvers.bounds.pebbling import raised_floors
@@ -125,16 +125,27 @@ def time_bound(
     *,
     time_limit_s: float = 10.0,
     enough_seconds: float = math.inf,
+    counted: Collection[int] | None = None,
 ) -> float:
     """Seconds that no schedule within ``budget_bytes`` goes below; ``inf`` if none can be within it.
 
     Anytime: higher the more time there is, and never past ``time_limit_s``.  Stops early where it cannot
     rise by more than ``CLOSE`` of a step, or has reached ``enough_seconds`` (total; those of a plan at hand).
+
+    ``counted``  op positions: only while these run must memory be within the budget.  Default: all.
     """
-    if peak_floor(problem).bytes > budget_bytes:
-        return math.inf
     total = problem.total_seconds
-    instants = pressure_instants(problem, 1)
+    if counted is None:
+        if peak_floor(problem).bytes > budget_bytes:
+            return math.inf
+        instants = pressure_instants(problem, 1)
+    else:
+        need = Facts.of(problem).pressure
+        instants = [max(counted, key=lambda i: int(need[i]))] if counted else []
+        if not instants:
+            return total
+        if need[instants[0]] > budget_bytes:
+            return math.inf
     found = refine(
         problem,
         budget_bytes,
@@ -142,5 +153,6 @@ def time_bound(
         time_limit_s=time_limit_s,
         enough=enough_seconds - total,
         close=CLOSE * total,
+        counted=counted,
     )
     return total + found.bound

@@ -20,8 +20,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -55,6 +56,8 @@ GROWTH = 0.125
 # half as far as the instants are on average.
 SPREAD = 4
 FAR_OVER = 0.5
+
+NOT_COUNTED = -(2**61)  # bytes around an op while which memory does not count
 
 
 @dataclass
@@ -144,6 +147,7 @@ def refine(
     known: float = 0.0,
     most_bytes: int = 1,
     on_round: Callable[[Refinement], object] | None = None,
+    counted: Collection[int] | None = None,
 ) -> Refinement:
     """Raise the bound on extra seconds within ``budget_bytes`` (``None``: on the peak) until time is up.
 
@@ -153,8 +157,10 @@ def refine(
     schedule is known that is off it by no more than ``close``, or where no instant or row is left to add.
     ``most_bytes`` is the peak of some schedule, where no budget is given.  ``on_round`` is told after every
     round, and ends the search by returning ``True``.  A bound of ``inf`` says that nothing fits the budget.
+    ``counted``: ops while which memory counts, ``instants`` among them; default: all.
     """
-    search = _Search(problem, budget_bytes, instants, time.perf_counter() + time_limit_s, most_bytes)
+    deadline = time.perf_counter() + time_limit_s
+    search = _Search(problem, budget_bytes, instants, deadline, most_bytes, counted)
     found = search.found
     found.bound = known
     while problem.ops and search.left_s() > 0 and not found.settled and found.bound < enough:
@@ -199,14 +205,30 @@ def _missing(facts: Facts, start: int, there: set[int], wanted: Sequence[int]) -
     return burst
 
 
+def _is_in(ascending: Sequence[int], i: int) -> bool:
+    at = bisect_left(ascending, i)
+    return at < len(ascending) and ascending[at] == i
+
+
 class _Search:
     def __init__(
-        self, problem: Problem, budget: int | None, instants: list[int], deadline: float, most_bytes: int
+        self,
+        problem: Problem,
+        budget: int | None,
+        instants: list[int],
+        deadline: float,
+        most_bytes: int,
+        counted: Collection[int] | None = None,
     ) -> None:
         self.problem, self.budget, self.deadline = problem, budget, deadline
         self.most_bytes = most_bytes
         share_of = most_bytes if budget is None else budget
         self.facts = Facts.of(problem, int(FREE_SHARE * share_of))
+        self.counted = None if counted is None else sorted(counted)
+        if self.counted is not None:
+            around = np.full(len(problem), NOT_COUNTED)
+            around[self.counted] = self.facts.around[self.counted]
+            self.facts = replace(self.facts, around=around)
         self.found = Refinement(instants=sorted(set(instants)))
         self.bursts: set[int] = set()
         self.gap = COARSE_GAP
@@ -299,9 +321,12 @@ class _Search:
             if len(new) > len(known) * GROWTH:
                 break
             t, i = where[s], steps[s]
-            if i != t:
+            if i != t and (self.counted is None or _is_in(self.counted, i)):
                 bursts.add(i)
-            if t in known or t >= len(self.problem):
+            if self.counted is not None:
+                at = min(bisect_left(self.counted, t), len(self.counted) - 1)
+                t = self.counted[at]
+            elif t in known or t >= len(self.problem):
                 t = t - 1
             near = [abs(t - u) < SPREAD for u in new] + [abs(t - u) < apart for u in known]
             if t not in known and not any(near):

@@ -6,23 +6,25 @@ For each model, side by side in one run: the eager step, ``torch.compile``, torc
 under inductor at the peaks that those were measured to reach and below.  Writes ``results/compiled.json``;
 exit code 1 with a line for each of these that does not hold:
 
-* at the measured peak of torch's budget 0.5 a planned step takes no more time than that one;
+* at the measured peak of any of torch's budgets a planned step takes no more time than that one, but for
+  2 %; at that of 0.5 no more at all;
 * at 0.48 of eager's peak it takes at most 1.10 (GPT2) or 1.15 (BERT) of eager's time;
 * the lowest peak that was reached is at most 0.6 of the lowest of any of torch's budgets;
 * no measured peak is over its budget, or more than 3 % off its prediction;
 * gradients are torch.compile's own without a budget to 1e-6 of their norm.
 
-``--few``: only the budgets that these name.
+``--few``: only the budgets that these name, and of torch's 0.5 and 0.25.
 
 Peaks are the allocator's, above what was there when the step began: activations and gradients.  Times are CPU
-seconds of one thread, medians over turns in which all take part.
+seconds of one thread, the least of turns in which all take part, since others may use the machine; how many
+wanted its cores then is written beside them.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import statistics
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,20 +36,25 @@ from torch import nn
 
 import planner
 from planner import _compat
+from planner.checks import zoo
+from planner.compiled.step import CompiledStep, compiled_step
+from planner.options import Search
 from planner.view.text import aligned
 
 RESULTS = Path(__file__).parent / "results" / "compiled.json"
 THEIRS = (0.75, 0.5, 0.25, 0.1)
+FEW = (0.5, 0.25)
 SHARE = 0.48
 TIMES = {"gpt2": 1.10, "bert": 1.15}
 LOWEST = 0.6
 TURNS = 9
+NOISE = 1.02  # times of the same code differ by so much
 SOLVE_S = 6.0
 VOCABULARY = 4096
 
 
 class Loss(nn.Module):
-    """A language model that returns its loss alone."""
+    """A model that returns its loss alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -55,7 +62,8 @@ class Loss(nn.Module):
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Of the batch."""
-        loss: torch.Tensor = self.model(**batch).loss
+        outputs = self.model(**batch)
+        loss: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.loss
         return loss
 
 
@@ -90,21 +98,68 @@ def _language_model(
     return Loss(model.train()), {"input_ids": ids, "labels": ids}
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {"gpt2": gpt2, "bert": bert}
+def resnet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """ResNet-50 at a quarter of its width, 8 pictures of 64 x 64."""
+    return Loss(zoo.ResNet(width=16, classes=100).train()), _pictures("pixels", 64)
+
+
+def convnext() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """ConvNeXt-T at a quarter of its width, 8 pictures of 64 x 64."""
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[24, 48, 96, 192], depths=[3, 3, 9, 3], num_labels=100)
+    model = ConvNextForImageClassification(config)
+    model.loss_type = config.loss_type = "ForSequenceClassification"
+    config.problem_type = "single_label_classification"  # found out at the first call otherwise
+    return Loss(model.train()), _pictures("pixel_values", 64)
+
+
+def unet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """U-Net of 4 levels at a quarter of its width, 4 pictures of 64 x 64."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randn(4, 3, 64, 64, generator=random)
+    masks = torch.randint(0, 8, (4, 64, 64), generator=random)
+    return Loss(zoo.UNet(width=16, dropout=0.0).train()), {"pixels": pixels, "masks": masks}
+
+
+def internvl() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """InternVL of 3 and 3 layers of width 128, 2 pictures with texts of 64."""
+    own = {"num_hidden_layers": 3, "num_attention_heads": 4, "attention_dropout": 0.0}
+    vision = own | {"hidden_size": 128, "intermediate_size": 512}
+    text = own | {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2, "vocab_size": 2048}
+    model = zoo.internvl(image=64, patch=8, vision=vision, text=text)
+    return Loss(model.train()), zoo.internvl_batch(2, 64, 2048, image=64, patch=8, seed=0)
+
+
+def _pictures(name: str, side: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    pictures = torch.randn(8, 3, side, side, generator=random)
+    return {name: pictures, "labels": torch.randint(0, 100, (8,), generator=random)}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
+    "gpt2": gpt2, "bert": bert, "resnet": resnet, "convnext": convnext, "unet": unet, "internvl": internvl,
+}  # fmt: skip
 
 
 class Runner:
     """One way to run the step, with what it was measured to take.
 
-    ``call``  the forward; the first call of it compiles.
+    ``call``  the forward; the first call of it compiles.  ``ready`` comes before each step.
     """
 
     def __init__(
-        self, method: str, model: nn.Module, call: Callable[..., Any], batch: dict[str, Any]
+        self,
+        method: str,
+        model: nn.Module,
+        call: Callable[..., Any],
+        batch: dict[str, Any],
+        ready: Callable[[], object] = lambda: None,
     ) -> None:
-        self.method, self.model, self.call, self.batch = method, model, call, batch
+        self.method, self.model, self.call, self.batch, self.ready = method, model, call, batch, ready
         self.times: list[float] = []
         self.more: dict[str, Any] = {}
+        self.ready()
         self.step()
         self.peak_bytes = planner.measure.allocated_peak(self.step)
         self.call(**batch).backward()
@@ -119,13 +174,14 @@ class Runner:
 
     def timed(self) -> None:
         """One step, by the CPU's clock."""
+        self.ready()
         began = time.process_time()
         self.step()
         self.times.append(time.process_time() - began)
 
     def row(self, name: str, eager: Runner, compiled: Runner) -> dict[str, Any]:
         """What is written of it."""
-        step_s, eager_s = statistics.median(self.times), statistics.median(eager.times)
+        step_s, eager_s = min(self.times), min(eager.times)
         off = max(
             float((g - compiled.gradients[n]).norm() / compiled.gradients[n].norm().clamp(min=1e-30))
             for n, g in self.gradients.items()
@@ -152,23 +208,25 @@ def _by_torch(model: nn.Module, batch: dict[str, Any], budget: float | None) -> 
         return Runner(f"memory budget {budget}", model, call, batch)
 
 
-def _planned(model: nn.Module, batch: dict[str, Any], label: str, added_bytes: int) -> Runner | None:
+def _planned(step: CompiledStep, batch: dict[str, Any], label: str, added_bytes: int) -> Runner | None:
     """A plan whose step takes so much more than what is there; ``None`` where none fits."""
-    model = copy.deepcopy(model)
-    there = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *batch.values()))
+    model, there = step.model, step.memory.total_bytes
     began = time.perf_counter()
     try:
-        plan = planner.plan(
-            model, (there + added_bytes) / 1e9, batch, backend="inductor", time_limit_s=SOLVE_S
-        )
+        plan = step.plan_bytes(there + added_bytes, Search(time_limit_s=SOLVE_S))
     except planner.InfeasibleBudgetError as error:
         print(f"  plan, {label}: {error}", flush=True)
         return None
     plan_s = time.perf_counter() - began
-    runner = Runner(f"plan, {label}", model, plan.apply(model), batch)
+
+    def call(**batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(**batch)
+        return loss
+
+    runner = Runner(f"plan, {label}", model, call, batch, lambda: plan.apply(model))
     runner.more = {
         "budget_bytes": added_bytes, "predicted_bytes": plan.peak_bytes - there, "overhead": plan.overhead,
-        "plan_s": plan_s,
+        "bound": plan.overhead_bound, "solver": plan.solver, "plan_s": plan_s,
     }  # fmt: skip
     return runner
 
@@ -180,19 +238,21 @@ def bench(name: str, few: bool = False) -> list[dict[str, Any]]:
     own = copy.deepcopy(model)
     eager = Runner("eager", own, own, batch)
     compiled = _by_torch(model, batch, None)
-    theirs = [_by_torch(model, batch, budget) for budget in THEIRS]
+    theirs = [_by_torch(model, batch, budget) for budget in (FEW if few else THEIRS)]
     lowest = min(r.peak_bytes for r in theirs)
     budgets = {f"at the peak of {r.method}": r.peak_bytes for r in theirs if not few or "0.5" in r.method}
     budgets[f"{SHARE} of eager's peak"] = int(SHARE * eager.peak_bytes)
     if not few:
         budgets["between"] = int(0.8 * lowest)
     budgets[f"{LOWEST} of their lowest"] = int(LOWEST * lowest)
-    ours = [_planned(model, batch, label, added) for label, added in budgets.items()]
+    step = compiled_step(copy.deepcopy(model), batch, search=Search(time_limit_s=SOLVE_S))
+    ours = [_planned(step, batch, label, added) for label, added in budgets.items()]
     runners = [eager, compiled, *theirs, *filter(None, ours)]
     for turn in range(TURNS):
         for runner in runners if turn % 2 else reversed(runners):
             runner.timed()
-    return [r.row(name, eager, compiled) for r in runners]
+    rows = [r.row(name, eager, compiled) for r in runners]
+    return [row | {"load": round(os.getloadavg()[0], 1)} for row in rows]
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
@@ -206,8 +266,12 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
     if at_half is None or at_half["step_s"] > half["step_s"]:
         found.append(f"at the peak of torch's budget 0.5: {_ratio(at_half, half)} of its time, want 1.0")
     eager, at_share = by["eager"], by.get(f"plan, {SHARE} of eager's peak")
-    if at_share is None or at_share["time_ratio"] > TIMES[name]:
+    if name in TIMES and (at_share is None or at_share["time_ratio"] > TIMES[name]):
         found.append(f"at {SHARE} of eager's peak: {_ratio(at_share, eager)} of its time, want {TIMES[name]}")
+    for r in theirs:
+        same = by.get(f"plan, at the peak of {r['method']}")
+        if same is not None and same["step_s"] > NOISE * r["step_s"]:
+            found.append(f"at the peak of {r['method']}: {_ratio(same, r)} of its time")
     lowest = min((r["peak_bytes"] for r in ours), default=0) / min(r["peak_bytes"] for r in theirs)
     if not ours or lowest > LOWEST:
         found.append(f"lowest peak: {lowest:.3f} of the lowest of torch's budgets, want {LOWEST}")
