@@ -165,14 +165,17 @@ def fake_inputs(
 ) -> tuple[FakeTensorMode, list[Any], Sizes | None]:
     """The inputs as fake tensors, of symbolic sizes where ``dims`` says so, their mode and the symbols.
 
-    Raises ``TraceError`` where sizes are to vary and the model is made of fake tensors.
+    Raises ``TraceError`` where sizes are to vary and the model is made of fake tensors whose mode has none
+    that do.
     """
     if dims is None or not any(dims):
         mode = _mode_of(model, flat)
         return mode, [fake_of(mode, x) if isinstance(x, torch.Tensor) else x for x in flat], None
-    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
-        raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
     mode = _compat.symbolic_mode()
+    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
+        mode = _mode_of(model, flat)
+        if mode.shape_env is None:
+            raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
     named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
     fake = [
         _compat.symbolic_fake(mode, _plain(x), *next(named)) if isinstance(x, torch.Tensor) else x
