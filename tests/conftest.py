@@ -19,12 +19,12 @@ settings.load_profile("day")  # unless an option names another
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _costs_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For this process and those it starts."""
+def _nothing_kept() -> Iterator[None]:
+    """No costs and schedules of the user's, nor of other tests; for this process and those it starts."""
     from planner.costs.cache import VARIABLE  # which takes torch, and the process that hands out tests none
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("costs")))
+        patch.setenv(VARIABLE, "0")
         yield
 
 

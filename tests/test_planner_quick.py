@@ -246,8 +246,8 @@ def test_a_setting_that_the_first_call_corrects_is_seen_in_the_two_runs_of_the_t
 
     monkeypatch.setattr(flat_model, "called", called)
     monkeypatch.setattr(on_fakes, "called", called)
-    model, other = _Settles(other=False), _Settles(other=True)
-    capture(model, tiny.batch())
+    model, other, x = _Settles(other=False), _Settles(other=True), torch.randn(4, 8)
+    capture(model, (x, x))  # one tensor under two names
     assert kinds == [None, "one of many"]
     assert model.kind == "one of many"
     with pytest.raises(TraceError, match="runs other code than those that come after it"):

@@ -133,16 +133,6 @@ def _key_of(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
     return tuple(key)
 
 
-def _noted_under(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
-    """The key under which torch will note what a call gives; ``None`` if it will not."""
-    state = _fake_tensor._CacheKeyState(mode.shape_env)
-    try:
-        key = mode._cache_key(state, func, args, kwargs or {})
-    except _fake_tensor._BypassDispatchCache:
-        return None
-    return None if state.cache_on_shape_env() else key
-
-
 class _Tensor:
     """Makes a tensor that a call gives: as torch makes it of its own table, at fixed sizes."""
 
@@ -179,26 +169,48 @@ class _Tensor:
         return made
 
 
-def _maker_of(info: Any, made: Any, func: Any) -> Any:
-    """What makes one result again, of the mode and the arguments."""
-    if info.inplace_idx is not None:
-        return lambda mode, args, at=info.inplace_idx: args[at]
-    if info.metadata is None:
-        return lambda mode, args: made  # a number, or None
-    return _Tensor(made, info.view_idx if func.is_view else None)
-
-
-def _recipe(entry: Any, output: Any, func: Any, args: Any) -> Any:
-    """How to make the results again; ``None``: as torch does it."""
-    if func is torch.ops.aten._unsafe_view.default:  # a view, of which torch remembers nothing
-        shares = output.untyped_storage()._cdata == args[0].untyped_storage()._cdata
-        return _Tensor(output, 0) if shares and not output._has_symbolic_sizes_strides else None
-    if not isinstance(entry, _fake_tensor._DispatchCacheValidEntry):
+def _recipe(mode: Any, output: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """How to make the results again, where torch would remember them; ``None``: as torch makes them."""
+    if func is not torch.ops.aten._unsafe_view.default:  # a view, of which torch remembers nothing
+        try:
+            mode._validate_cache_key(func, args, kwargs)
+        except _fake_tensor._BypassDispatchCache:
+            return None
+    if _kind_of(output) is not tuple:
+        return _maker_of(mode, output, func, args, kwargs)
+    each = [_maker_of(mode, made, func, args, kwargs) for made in output]
+    storages = [made.untyped_storage()._cdata for made in output if _kind_of(made) is FakeTensor]
+    if None in each or len({*storages}) < len(storages):
         return None
-    if not entry.is_output_tuple:
-        return _maker_of(entry.output_infos[0], output, func)
-    each = [_maker_of(i, made, func) for i, made in zip(entry.output_infos, output, strict=True)]
-    return lambda mode, args: tuple(make(mode, args) for make in each)
+    return lambda mode, args: tuple([make(mode, args) for make in each])
+
+
+def _maker_of(mode: Any, made: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """What makes one result again, of the mode and the arguments; ``None`` if that is not known."""
+    if made is None or isinstance(made, int):
+        return lambda mode, args: made
+    plain = _kind_of(made) is FakeTensor and made.fake_mode is mode and made.layout is torch.strided
+    if not plain or made.constant is not None or made._has_symbolic_sizes_strides:
+        return None
+    if any(made is given for given in kwargs.values()):
+        return None
+    for at, given in enumerate(args):
+        if made is given:
+            return lambda mode, args: args[at]
+    storage = made.untyped_storage()
+    on = [i for i, x in enumerate(args) if isinstance(x, FakeTensor) and _is_storage_of(x, storage)]
+    viewed = func.is_view or func is torch.ops.aten._unsafe_view.default
+    if len(on) != int(viewed):
+        return None
+    maker = _Tensor(made, on[0] if on else None)
+    again = maker(mode, args)
+    keys = torch._C._dispatch_key_set
+    alike = keys(again) == keys(made) and again.untyped_storage().nbytes() == storage.nbytes()
+    return maker if alike else None
+
+
+def _is_storage_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    return tensor.untyped_storage()._cdata == storage._cdata
 
 
 # What is put in the place of torch's is put back in order.
@@ -239,10 +251,9 @@ def _looked_up(known: Remembered) -> Iterator[None]:
             return mode._dispatch_impl(func, types, args, kwargs or {})
         if recipe is not run:
             return recipe(mode, args)
-        noted = _noted_under(mode, func, args, kwargs)
-        output = run(mode, func, types, args, kwargs or {})
+        output = mode._dispatch_impl(func, types, args, kwargs or {})
         if FakeTensorMode.cache is known:
-            quick[key] = _recipe(known.get(noted), output, func, args)
+            quick[key] = _recipe(mode, output, func, args, kwargs or {})
         return output
 
     FakeTensorMode.cache = known

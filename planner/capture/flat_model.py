@@ -58,6 +58,8 @@ class FlatModel(nn.Module):
         self.model, self.records, self.watch = model, records, watch
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
+        tensors = [id(x) for x in given if isinstance(x, torch.Tensor)]
+        self.alone = [tensors.index(x) for x in tensors]  # of one that is given twice, the first place
         self.installed = Installed(model)
         self.names: dict[str, str] = {}
         self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
@@ -96,7 +98,7 @@ class FlatModel(nn.Module):
                 stand_in(tensor, original)
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
-        named = {**state, **{f"input {i}": t for i, t in enumerate(tensors)}}
+        named = [*state.items(), *((f"input {i}", t) for i, t in zip(self.alone, tensors, strict=True))]
         output = self._called(after, args, kwargs, named)
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}
@@ -124,7 +126,7 @@ class FlatModel(nn.Module):
         return tuple(map(apart, results))
 
     def _called(
-        self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, named: dict[str, torch.Tensor]
+        self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, named: list[tuple[str, torch.Tensor]]
     ) -> Any:
         """The model's output, the model as it was; ``effects`` then says what it did besides.
 

@@ -3,7 +3,8 @@
 One JSON file per device, driver and versions of libraries: what was measured under other ones is simply
 in another file.  Settings that choose kernels are part of an op's signature.  The file lies in the folder
 that ``REMATPLAN_CACHE`` names, else in ``rematplan`` under the user's cache folder;
-``REMATPLAN_CACHE=0`` switches it off.
+``REMATPLAN_CACHE=0`` switches it off, and with it the schedules that lie there too
+(:mod:`planner.solving.kept`).
 
 A file is read with suspicion: one that is not whole, or not of this device, is ignored with one line in
 the log and replaced.  It is replaced whole, so that a reader never sees half of one; of two processes
@@ -50,7 +51,7 @@ class Measured(NamedTuple):
 
 
 def folder(environ: Mapping[str, str] | None = None) -> Path | None:
-    """Where cost files lie; ``None`` if they are switched off, or there is no home to put them in."""
+    """Where what is kept lies; ``None`` if they are switched off, or there is no home to put them in."""
     environ = os.environ if environ is None else environ
     told = environ.get(VARIABLE)
     if told is not None:

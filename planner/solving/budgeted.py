@@ -33,6 +33,7 @@ from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.solving.fit import Answer, fitted, fitted_each
+from planner.solving.kept import KeptSchedule
 from planner.units import bytes_text, gb_enough
 from solvers import Problem, Schedule, minimum_peak
 from solvers.bounds.lower_bounds import peak_floor
@@ -237,13 +238,7 @@ class BudgetedStep:
         tell.phase("solve", f"{len(self.problem)} ops in {bytes_text(budget_bytes)}")
         if budget_bytes < self.memory.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
-        found = fitted(
-            self.problem,
-            budget_bytes,
-            self.execution_of,
-            search,
-            None if hint is None else self.schedule_of(hint),
-        )
+        found = self._found(budget_bytes, search, None if hint is None else self.schedule_of(hint))
         if not found.fits:
             lightest = self.lightest
             if lightest is not self and not tell.stopped:
@@ -256,6 +251,18 @@ class BudgetedStep:
             raise self.infeasible(budget_bytes)
         tell.found(answer, self.problem.total_seconds)
         return self.plan_of(answer)
+
+    def _found(self, budget_bytes: int, search: Search, hint: Schedule | None) -> Answer:
+        """The answer for a budget: an earlier process's, if it left one."""
+        kept = KeptSchedule.of(self.problem, budget_bytes, search)
+        if kept is None:
+            return fitted(self.problem, budget_bytes, self.execution_of, search, hint)
+        recalled = kept.recall(search, self.execution_of)
+        if recalled.answer is not None:
+            return recalled.answer
+        found = fitted(self.problem, budget_bytes, self.execution_of, search, recalled.hint or hint)
+        kept.keep(found, search)
+        return found
 
     def or_least(self, found: Answer) -> Answer:
         """What was found, or the least plan where nothing was and that one fits."""

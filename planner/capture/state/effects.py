@@ -165,10 +165,10 @@ class OpsSeen:
     What an op makes is not held on to: torch copies what it hands out where somebody else holds it.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.seen: list[tuple[Any, ...]] = []
-        self._names: dict[int, Any] = {id(t): name for name, t in named.items()}
-        self._named = list(named.values())  # so that no identity comes again
+        self._named = list(named)  # kept, so that no identity comes again
+        self._names: dict[int, Any] = {id(t): name for name, t in self._named}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """``func(*args, **kwargs)`` gave ``result``."""
@@ -210,7 +210,7 @@ class _Ops(TorchDispatchMode):
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self._ops = OpsSeen(named)
+        self._ops = OpsSeen(named.items())
 
     @property
     def seen(self) -> list[tuple[Any, ...]]:
