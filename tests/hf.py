@@ -28,7 +28,7 @@ QUIET: Mapping[str, Any] = {
 
 
 # Options under which a plan takes a fraction of a second.
-FAST: Mapping[str, Any] = {"costs": "roofline", "solver": "greedy", "time_limit_s": 1.0}
+FAST: Mapping[str, Any] = {"costs": "roofline", "solver": "greedy", "time_limit_s": 0.4}
 
 
 class Peaks(TrainerCallback):

@@ -31,7 +31,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 600_000
-BY_DAY = ("01_plan_and_inspect", "05_solvers", "06_graph_network")
+BY_DAY = ("01_plan_and_inspect", "06_graph_network")
 
 # What the tests put behind a notebook's cell of parameters (tagged so), by its name.
 SMALL: Mapping[str, str] = {

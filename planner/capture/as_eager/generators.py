@@ -475,7 +475,10 @@ def _line_that_moves(source: _Source, again: Callable[[], object]) -> str | None
         return look
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        return look(frame, event, argument) if found is None and is_users(frame) else None
+        # what Python's own library draws is drawn by the line that calls it, and the tracer calls it all the time
+        module = str(frame.f_globals.get("__name__", "")).split(".", maxsplit=1)[0]
+        is_looked_at = found is None and module not in sys.stdlib_module_names and is_users(frame)
+        return look(frame, event, argument) if is_looked_at else None
 
     before = sys.gettrace()
     sys.settrace(enter)
