@@ -6,6 +6,7 @@ Functions whose first argument is ``rank`` run there; what they return is assert
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,85 @@ def test_ranks_of_other_sizes_checkpoints_and_one_plan_for_all(ranks: Ranks, tmp
     for seen in found:
         assert seen["equal"] and seen["within"] and seen["loads"]
     assert found[0]["sequence"] == found[1]["sequence"]
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(nn.functional.gelu(self.up(x)))
+        return out
+
+
+class Plain(nn.Module):
+    """Two blocks and a loss, with few kernels to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Part() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+def _train_compiled(rank: int, model: Any, steps: int) -> tuple[list[Tensor], int]:
+    """Gradients of all steps; least of what their last two took, as gloo lets go of buffers when it likes."""
+    optimizer, seen, peaks = torch.optim.SGD(model.parameters(), lr=0.1), [], []
+    for step in range(steps):
+        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10 * step + rank))
+        meter = StorageMeter("cpu")
+        meter.register(x, *model.parameters(), *_compat.held_by_shards(model))
+        run = functools.partial(_backward, model, x)
+        if step < steps - 2:  # planning measures so itself
+            run()
+        else:
+            peaks.append(meter.live_bytes + _compat.allocated_peak(run))
+        seen += [_local(p.grad) for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, min(peaks)
+
+
+def _backward(model: Any, x: Tensor) -> None:
+    model(x).backward()
+
+
+def _compiled(rank: int, how: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"costs": "roofline", "time_limit_s": 0.3}
+    model: Any = _shard(tiny.seeded(Plain))  # type: ignore[arg-type]
+    want, peak = _train_compiled(rank, model, 5)
+    budget_gb, planned = 0.8 * peak / 1e9, tiny.seeded(Plain)
+    backend = None
+    if how == "blocks":
+        backend = planner.inductor(budget_gb, **options)
+        for block in planned.blocks:
+            block.compile(backend=backend)
+    else:
+        planner.enable(planned, budget_gb, backend="inductor", now=True, **options)
+    _shard(planned)  # type: ignore[arg-type]
+    got, measured = _train_compiled(rank, planned, 5)
+    plan = planner.plan_of(planned) if backend is None else backend.plan
+    assert plan is not None
+    return {
+        "near": all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(got, want, strict=True)),
+        "measured": measured,
+        "predicted": plan.peak_bytes,
+        "budget": plan.budget_bytes,
+        "regions": len(plan.regions),
+        "recomputed": plan.overhead,
+    }
+
+
+@pytest.mark.parametrize("how", ["blocks", "enabled"])
+def test_compiled_and_sharded_blocks_share_one_budget(ranks: Ranks, how: str) -> None:
+    for seen in ranks(_compiled, how):
+        assert seen["near"] and seen["regions"] == 2
+        assert seen["measured"] <= seen["predicted"] <= seen["budget"]
+        assert seen["predicted"] <= 1.03 * seen["measured"]
 
 
 def _refused(rank: int) -> list[str]:

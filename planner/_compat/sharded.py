@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -188,6 +188,24 @@ def compiled_part(model: nn.Module) -> str | None:
         is_wrapper = frames is not None and isinstance(module, frames.OptimizedModule)
         if is_wrapper or getattr(module, "_compiled_call_impl", None) is not None:
             return path
+    return None
+
+
+def fully_sharded_kinds() -> tuple[type, ...]:
+    """The class of what ``fully_shard`` was applied to, where any was; 2.6+."""
+    found = sys.modules.get("torch.distributed.fsdp")
+    return () if found is None else (found.FSDPModule,)
+
+
+def root_of_shards(modules: Iterable[Any], tensors: frozenset[int]) -> nn.Module | None:
+    """Of ``modules``, all fully sharded ones there are, the root of those that gather these tensors (by
+    identity); 2.6+.
+    """
+    for module in modules:
+        state = module._get_fsdp_state()
+        if state is not None and state._is_root and not tensors.isdisjoint(gathered_names(module)):
+            found: nn.Module = module
+            return found
     return None
 
 

@@ -180,8 +180,9 @@ def _sharded(module: nn.Module, name: str) -> PlannerError:
         path = ".".join(filter(None, (name, compiled)))
         return PlannerError(
             f"{path} is compiled by itself and sharded (FSDP2): what it saves and makes again is decided in "
-            "its compiled code, which no plan reaches. Leave the compile out where the model is planned (its "
-            "blocks then run as eager runs them), or the plan"
+            "its compiled code, which no plan of an eager step reaches. Leave the compile out (its blocks "
+            "then run as eager runs them), or let the plan compile: planner.enable(..., backend='inductor') "
+            "without a compile of yours, or block.compile(backend=planner.inductor(budget_gb)) for each block"
         )
     return TraceError(
         f"{name} is sharded (FSDP2) and gathers its parameters by hooks, which one graph would not run. The "

@@ -60,6 +60,7 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
         before = self.session.called
+        self.session.begins()
         outputs = self._call(*args, **kwargs)
         if self.session.called == before and not self._told:
             self._told = True
@@ -100,9 +101,11 @@ class Inductor:
         return self._session.backend(gm, inputs)
 
     def _planned(self, session: CompiledSession) -> None:
-        model = _Graphs()
-        for i, parameter in enumerate(session.parameters.values()):
-            model.register_parameter(f"parameter_{i}", parameter)
+        model = session.model
+        if model is None:
+            model = _Graphs()
+            for i, parameter in enumerate(session.parameters.values()):
+                model.register_parameter(f"parameter_{i}", parameter)
         self.plan = _plan_of(session, model, self.budget_bytes, self.optimizer, self.search)
 
 

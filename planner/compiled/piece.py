@@ -94,6 +94,11 @@ class Piece:
                 "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by "
                 "itself"
             )
+        elif any(_compat.is_spread(type(x)) for x in inputs):
+            self.why = (
+                "its tensors are spread over ranks (DTensors: tensor parallelism), and such graphs are planned "
+                "in eager: planner.enable(model, budget_gb) without backend='inductor'"
+            )
         elif any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
         if self.step is None and not self.why:

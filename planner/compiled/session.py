@@ -8,8 +8,10 @@ Steps with other graphs than those planned for are seen and planned anew.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
+from planner.alive import instances_of, kinds_of
 from planner.compiled.piece import Hears, Own, Piece
 from planner.costs.target import Target
 from planner.errors import PlannerError
+from planner.measure.step import held
 from planner.regions import record
 from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
@@ -70,12 +74,6 @@ class CompiledSession(Hears):
                 "torch._inductor.config.cpp.enable_floating_point_contract_flag is not 'off'). Train there "
                 "with recompute='fastest', or in eager, where all bits are the same"
             )
-        if model is not None and any(map(_compat.is_fully_sharded, model.modules())):
-            raise PlannerError(
-                f"{type(model).__name__} is sharded (FSDP2), and plans under inductor do not count what its "
-                "hooks gather: plan it in eager, planner.enable(model, budget_gb) without backend='inductor' "
-                "counts them, or compile it unsharded"
-            )
         self.pieces: list[Piece] = []
         self.calls: list[_Call] = []
         self.recorder: Recorder | None = None
@@ -83,10 +81,9 @@ class CompiledSession(Hears):
         self.watching = Watch(self, target.here)
         self.called = 0  # calls of graphs so far
         self._tries = 0
+        self._sharding: Any = None  # of the step that was planned
+        self.is_sharded = model is not None and any(map(_compat.is_fully_sharded, model.modules()))
         self.is_closed = False  # whether what is not planned by now is not to be
-        self._names = {} if model is None else {
-            id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())
-        }  # fmt: skip
 
     # -- what torch.compile calls ------------------------------------------------------------------
 
@@ -117,7 +114,9 @@ class CompiledSession(Hears):
         self.called += 1
         if piece.step is None or not torch.is_grad_enabled():
             return piece.run(args)
-        if self.plan is not None:
+        if self.called == 1 and self.model is None:
+            self._find_shards(args)
+        if self.plan is not None and not self.is_sharded:
             self._between_steps()
         recording = self.recorder is not None and self.recorder.counts
         if not recording and self.is_closed and piece.planned is None and not piece.why:
@@ -139,9 +138,10 @@ class CompiledSession(Hears):
         if recorder is None or not recorder.counts:
             return piece.see(args, None)
         self.calls.append(call)
+        names = self._names()
         for i, (name, x) in enumerate(zip(piece.given, args, strict=True)):
             if isinstance(x, nn.Parameter):
-                call.renamed[name] = self._names.get(id(x), name)
+                call.renamed[name] = names.get(id(x), name)
                 self.parameters[id(x)] = x
             elif isinstance(x, torch.Tensor):
                 self._note(call.crossings, ("input", i), x)
@@ -157,6 +157,20 @@ class CompiledSession(Hears):
         del made
         recorder.leave()
         return outputs
+
+    def _names(self) -> dict[int, str]:
+        """Of the model's tensors, by identity; of sharded ones what is gathered of them now too."""
+        if self.model is None:
+            return {}
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {id(t): n for n, t in tensors} | _compat.gathered_names(self.model)
+
+    @property
+    def _there(self) -> Iterable[torch.Tensor]:
+        """What a step finds."""
+        if self.model is None:
+            return self.parameters.values()
+        return (*self.parameters.values(), *held(self.model, None), *_compat.held_by_shards(self.model))
 
     def _note(self, into: dict[tuple[str, str | int], int], key: tuple[str, str | int], x: Any) -> None:
         number = None if self.recorder is None else self.recorder.number_of(x)
@@ -194,6 +208,41 @@ class CompiledSession(Hears):
     def is_under_way(self) -> bool:
         return bool(self.calls) and not all(call.is_through for call in self.calls)
 
+    def _find_shards(self, args: Sequence[Any]) -> None:
+        """What gathers these parameters, if they are of a sharded model (FSDP2), of which nobody told: it is
+        the model, and says when a call begins.
+        """
+        kinds = kinds_of(*_compat.fully_sharded_kinds())
+        ids = frozenset(id(x) for x in args if isinstance(x, nn.Parameter))
+        root = _compat.root_of_shards(instances_of(kinds), ids) if kinds else None
+        if root is not None:
+            self.model, self.is_sharded = root, True
+            ours = weakref.ref(self)
+            root.register_forward_pre_hook(functools.partial(_begins, ours), prepend=True)
+
+    def begins(self) -> None:
+        """A call of the model does.  Of one that is sharded a step is recorded from there: what its hooks
+        gather for the first graph is part of it.
+        """
+        if self.plan is not None and self.is_sharded and torch.is_grad_enabled():
+            self._between_steps()
+            self._note_sharding()
+
+    def _note_sharding(self) -> None:
+        """What FSDP2 holds follows its settings; a plan is for those of the step that was seen."""
+        assert self.model is not None
+        now = _compat.sharding_now(_compat.shard_groups(self.model))
+        if self.recorder is not None and self.recorder.counts:
+            self._sharding = now
+        elif self._sharding not in (None, now):
+            self._sharding = None
+            log.warning(
+                "%s runs with other settings of FSDP2 (set_requires_gradient_sync, resharding) than the step "
+                "that its compiled graphs were planned by: what it holds more with them is beside the "
+                "budget. Let the second step be one that holds most, or plan it in eager, where each kind of "
+                "step has a plan", type(self.model).__name__,
+            )  # fmt: skip
+
     def _between_steps(self) -> None:
         """At a call that begins a step: plan what was seen, or begin to see."""
         recorder = self.recorder
@@ -209,7 +258,7 @@ class CompiledSession(Hears):
         if any(p.step is not None and p.planned is None and not p.why for p in self.pieces):
             if not self.watching.may_begin():
                 return
-            self.begin(self.watching.begin(self.parameters.values()))
+            self.begin(self.watching.begin(self._there))
             log.info("a step is seen: it runs call by call, uncompiled, with little kept")
 
     def _plan_seen(self, recorder: Recorder) -> None:
@@ -276,6 +325,14 @@ class CompiledSession(Hears):
         for number, own in wanted.items():
             self.pieces[number].planned = own
             self.pieces[number].forget()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begins(session: weakref.ref[CompiledSession], *_: Any) -> None:
+    """A call of a model begins whose graphs are compiled one by one."""
+    found = session()
+    if found is not None:
+        found.begins()
 
 
 def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:

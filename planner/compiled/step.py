@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from planner import _compat
 from planner.capture.inputs import Inputs
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
@@ -326,6 +327,12 @@ def compiled_step(
         raise PlannerError(
             f"what is compiled is planned for the device that it is compiled on, {target.here}, not for the "
             f"{target.name}: plan it there"
+        )
+    if any(map(_compat.is_fully_sharded, model.modules())):
+        raise PlannerError(
+            f"{type(model).__name__} is sharded (FSDP2), and its compiled step is planned as it trains: "
+            "planner.enable(model, budget_gb, backend='inductor', now=True), or "
+            "block.compile(backend=planner.inductor(budget_gb)) for each block"
         )
     given = Inputs.of(model, inputs)
     refuse_unplannable(model, given.tensors(), in_regions=True)
