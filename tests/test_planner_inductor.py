@@ -28,6 +28,12 @@ from solvers.bounds.lower_bounds import peak_floor
 WIDTH = 32
 
 
+@pytest.fixture(autouse=True)
+def _two_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of torch's partitions takes a while to be made and to be judged."""
+    monkeypatch.setattr("planner.compiled.step.SHARES", (1.0, 0.5))
+
+
 class Block(nn.Module):
     """A residual block with a norm, two products, a GELU and dropout."""
 
@@ -183,13 +189,6 @@ def test_what_crosses_is_what_the_schedule_keeps() -> None:
         return sum(x.nbytes for x in given)
 
     assert held(little) < 0.7 * held(much)
-
-
-def test_generated_code_takes_less_where_less_is_kept() -> None:
-    piece = seen()[1]
-    (first, _), (second, backward) = piece.played(scheduled(again=False)), piece.played(scheduled(again=True))
-    assert second.left_bytes < 0.7 * first.left_bytes
-    assert backward.peak_bytes > 0
 
 
 def test_a_weights_gradient_is_made_before_that_of_its_operand() -> None:
@@ -365,8 +364,12 @@ def test_code_that_compiles_itself_trains_within_the_budget(
 
 
 def test_the_last_compile_of_a_piece_of_code_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Linear(4, 4)
-    call = torch.compile(model, backend=planner.inductor(1.0, costs="roofline"), dynamic=False)
+    linear = nn.Linear(4, 4)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return linear(x)  # type: ignore[no-any-return]
+
+    call = torch.compile(forward, backend=planner.inductor(1.0, costs="roofline"), dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level("WARNING", "planner"):
         call(torch.randn(2, 4))
         assert "compiled for the last time" not in caplog.text

@@ -157,8 +157,8 @@ def _plan_of(
         if seen_bytes > budget_bytes:
             log.warning(
                 "the step that was seen took %s, and the budget is %s: it ran call by call, uncompiled, as "
-                "the first of every kind does, with next to nothing kept. Those that follow are planned to fit; "
-                "leave that much room on the device for the first",
+                "the first of every kind does, with next to nothing kept. Those that follow are planned to "
+                "fit; leave that much room on the device for the first",
                 bytes_text(seen_bytes), bytes_text(budget_bytes),
             )  # fmt: skip
         step = CompiledStep.of_session(
