@@ -29,6 +29,7 @@ __all__ = [
     "has_symbols",
     "is_exact",
     "is_fused",
+    "is_last_compile",
     "is_lowered",
     "is_view_of_operand",
     "keeps_products_apart",
@@ -305,6 +306,15 @@ def has_symbols(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return any(isinstance(n, torch.SymInt) for n in value.shape)
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_last_compile() -> bool:
+    """Whether Dynamo, which compiles now, gives up on that piece of code the next time; 2.5+."""
+    from torch._guards import CompileContext
+
+    known = CompileContext.current_compile_id()
+    count = getattr(known, "frame_compile_id", None)
+    return count is not None and count + 1 == recompile_limit()
 
 
 def recompile_limit() -> int:

@@ -27,6 +27,7 @@ from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import RecomputeMode, Search, checked_recompute
 from planner.plan import Plan
+from planner.units import bytes_text
 
 __all__ = ["Compiled", "Inductor", "inductor"]
 
@@ -155,6 +156,14 @@ def _plan_of(
         resident = dataclasses.replace(
             found, gradients_bytes=gradients_bytes, inputs_bytes=rest - gradients_bytes
         )
+        seen_bytes = session.seen_bytes + found.optimizer_state_bytes
+        if seen_bytes > budget_bytes:
+            log.warning(
+                "the step that was seen took %s, and the budget is %s: it ran call by call, uncompiled, as "
+                "the first of every kind does, with next to nothing kept. Those that follow are planned to "
+                "fit; leave that much room on the device for the first",
+                bytes_text(seen_bytes), bytes_text(budget_bytes),
+            )  # fmt: skip
         step = CompiledStep.of_session(
             session, record, root, Inputs((), {}), resident, least_limit_s=search.time_limit_s
         )

@@ -95,6 +95,13 @@ class CompiledSession(Hears):
             same_bits=self.same_bits, seen_low=self.plan is not None,
         )  # fmt: skip
         self.pieces.append(piece)
+        if _compat.is_last_compile():
+            log.warning(
+                "a piece of code was compiled for the last time: torch.compile gives up on it at %d kinds of "
+                "calls (torch._dynamo.config.recompile_limit), and what comes next runs as eager runs it, "
+                "outside the plan and its budget. Pad batches to few sizes, or raise the limit",
+                _compat.recompile_limit(),
+            )
         if piece.step is None and piece.is_trained:
             self._tell(piece)
 
@@ -199,6 +206,15 @@ class CompiledSession(Hears):
             _compat.after_backward(recorder.finish)
 
     # -- in a training loop ------------------------------------------------------------------------
+
+    @property
+    def seen_bytes(self) -> int:
+        """Most that the device held while the step was seen, of what that step touches."""
+        recorder = self.recorder
+        if recorder is None:
+            return 0
+        found = recorder.live_bytes - recorder.made_bytes
+        return found + max((event.peak_bytes for event in recorder.seen), default=0)
 
     @property
     def is_called(self) -> bool:

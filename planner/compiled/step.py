@@ -14,15 +14,13 @@ from torch import nn
 
 from planner import _compat
 from planner.capture.inputs import Inputs
-from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
-from planner.capture.refusals import refuse_unplannable
 from planner.compiled.applied import CompiledForward
 from planner.compiled.bound import under
 from planner.compiled.piece import Own
 from planner.compiled.session import CompiledSession
 from planner.compiled.verify import CompiledReport, verified
-from planner.costs.target import CostSource, target_for
+from planner.costs.target import CostSource
 from planner.errors import PlannerError
 from planner.measure.step import backward, device_of, held, passed_on, tangents_for
 from planner.memory.execution import Execution
@@ -38,7 +36,7 @@ from planner.regions.record import Record
 from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
-from planner.solving.in_regions import JoinedStep
+from planner.solving.in_regions import JoinedStep, taken_in
 from solvers import InfeasibleError, Problem, Schedule, simulate, solve
 from solvers.bounds.lower_bounds import time_bound
 from solvers.core.facts import Facts
@@ -170,10 +168,15 @@ class CompiledStep(JoinedStep):
             best = self._searched(budget_bytes, search)
             if best is None and (least := super().least).peak_bytes <= budget_bytes:
                 best = dataclasses.replace(least, budget_bytes=budget_bytes)
+            known = [a for a in self._found if a.peak_bytes <= budget_bytes]  # what serves less serves more
+            for answer in known:
+                if best is None or answer.seconds < best.seconds:
+                    best = dataclasses.replace(answer, budget_bytes=budget_bytes)
             most_s = math.inf if best is None else best.seconds + ENOUGH * self.problem.total_seconds
             best = self._by_torch(budget_bytes, most_s) or best
         if best is None:
             raise self.infeasible(budget_bytes)
+        self._found.append(best)
         return self.plan_of(self._with_bound(best, search.time_limit_s / 4))
 
     def _with_bound(self, answer: Answer, limit_s: float) -> Answer:
@@ -190,6 +193,11 @@ class CompiledStep(JoinedStep):
         problem, counted = self._below
         need = Facts.of(problem).pressure[counted]
         return max(int(need.max(initial=0)), self.memory.optimizer_step_bytes)
+
+    @cached_property
+    def _found(self) -> list[Answer]:
+        """What was found for budgets so far."""
+        return []
 
     @cached_property
     def _below(self) -> tuple[Problem, list[int]]:
@@ -321,22 +329,18 @@ def compiled_step(
     is compiled.
     """
     search = search or Search()
-    model = unwrapped(model)
-    target = target_for(model, costs)
-    if target.elsewhere:
-        raise PlannerError(
-            f"what is compiled is planned for the device that it is compiled on, {target.here}, not for the "
-            f"{target.name}: plan it there"
-        )
     if any(map(_compat.is_fully_sharded, model.modules())):
         raise PlannerError(
             f"{type(model).__name__} is sharded (FSDP2), and its compiled step is planned as it trains: "
             "planner.enable(model, budget_gb, backend='inductor', now=True), or "
             "block.compile(backend=planner.inductor(budget_gb)) for each block"
         )
-    given = Inputs.of(model, inputs)
-    refuse_unplannable(model, given.tensors(), in_regions=True)
-    given.check(model)
+    model, target, given = taken_in(model, inputs, costs)
+    if target.elsewhere:
+        raise PlannerError(
+            f"what is compiled is planned for the device that it is compiled on, {target.here}, not for the "
+            f"{target.name}: plan it there"
+        )
     search.tell.phase("capture", f"{type(model).__name__} by torch.compile")
     session = CompiledSession(target, model, same_bits=same_bits)
     forward = CompiledForward(model, session)

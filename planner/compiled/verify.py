@@ -14,7 +14,8 @@ from planner.measure.peaks import allocated_peak
 from planner.measure.step import backward, passed_on, tangents_for, undone
 from planner.memory.static import StaticMemory
 from planner.plans.plan_data import PlanData
-from planner.runtime.apply import restored
+from planner.plans.within_budget import WithinBudget
+from planner.runtime.apply import as_written
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -25,7 +26,7 @@ CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
-class CompiledReport:
+class CompiledReport(WithinBudget):
     """What :meth:`planner.Plan.verify` found of a plan under inductor.
 
     ``difference``   of all gradients and the loss to those of ``torch.compile`` without a budget, the largest
@@ -46,16 +47,6 @@ class CompiledReport:
         """Gradients are torch.compile's own but for the last bits."""
         return self.difference <= CLOSE
 
-    @property
-    def within_budget(self) -> bool:
-        """The measured peak and the optimizer's state are no more than the budget."""
-        return self.peak_bytes + self.optimizer_state_bytes <= self.budget_bytes
-
-    @property
-    def ok(self) -> bool:
-        """Equal, and within the budget."""
-        return self.equal and self.within_budget
-
     def __str__(self) -> str:
         mb = 1e6
         return (
@@ -70,18 +61,11 @@ def verified(
     plan: Plan, model: nn.Module, inputs: Inputs, loss_fn: LossFn | None, seed: int, memory: StaticMemory
 ) -> CompiledReport:
     """Run both steps from the same random state.  The model is left as it was."""
-    standing = vars(model).get("forward")
-    if hasattr(standing, "original"):
-        del vars(model)["forward"]
-    try:
+    with as_written(model):
         theirs = torch.compile(model.forward, dynamic=False)
         wanted, theirs_bytes = _gradients(theirs, model, inputs, loss_fn, seed)
         plan.apply(model)
         ours, ours_bytes = _gradients(model, model, inputs, loss_fn, seed)
-    finally:
-        restored(model)
-        if hasattr(standing, "original"):
-            vars(model)["forward"] = standing
     worst, where = 0.0, "all equal"
     for name, g in wanted.items():
         norm = max(float(g.norm()), 1e-30)

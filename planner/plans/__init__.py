@@ -6,5 +6,5 @@ no plan, ``PlannerError`` for inputs that no file can describe.
 
 ``plan_data`` and ``frontier_data`` are what everybody else reads; ``placements`` says what becomes of each
 value, ``outline`` is the step without its code, by which a plan is explained and played again, ``serialize``
-is the file.
+is the file, ``within_budget`` what reports of measured steps say of one.
 """

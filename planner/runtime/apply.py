@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -12,7 +14,7 @@ from planner.runtime.forward import PlanAgain, PlannedForward, planned_forward_o
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.step import ExecutableStep
 
-__all__ = ["CheckpointedModule", "applied", "put", "restored"]
+__all__ = ["CheckpointedModule", "applied", "as_written", "put", "restored"]
 
 
 def applied(
@@ -52,6 +54,20 @@ def restored(model: nn.Module) -> nn.Module:
         else:
             model.__dict__["forward"] = standing.before
     return model
+
+
+@contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """``model`` runs its own forward, or what is applied within; then again what it ran before."""
+    standing = vars(model).get("forward")
+    if hasattr(standing, "original"):  # a plan that is applied, or the switch
+        del vars(model)["forward"]
+    try:
+        yield
+    finally:
+        restored(model)
+        if hasattr(standing, "original"):
+            vars(model)["forward"] = standing
 
 
 class CheckpointedModule(fx.GraphModule):

@@ -13,9 +13,7 @@ torch.func's transforms could do anything with it.  So they are given the model'
 * a plan for a model around this one is made from the model's own forward, and so is whatever else a fake
   mode or a tracer of ops sees.
 
-What it would take to plan inside: torch's partitioner hands its joint graph over
-(``custom_partitioner_fn``), so a schedule made on that graph, with the costs of fused kernels, could
-replace its min-cut.
+Who trains compiled plans so from the start: ``backend="inductor"`` (:mod:`planner.compiled`).
 """
 
 from __future__ import annotations
@@ -46,7 +44,8 @@ def _tell(model_name: str) -> None:
         _told.add(model_name)
         log.warning(
             "%s is being compiled: what is compiled is its own forward, the plan stays out and its budget "
-            "does not hold there. To train as planned, call the model without torch.compile",
+            "does not hold there. To train as planned, call the model without torch.compile, or plan it "
+            "compiled: backend='inductor'",
             model_name,
         )
 

@@ -16,7 +16,8 @@ from planner.measure.flops import step_flops
 from planner.measure.peaks import step_peak
 from planner.measure.step import dropping
 from planner.plans.plan_data import PlanData
-from planner.runtime.apply import applied, restored
+from planner.plans.within_budget import WithinBudget
+from planner.runtime.apply import applied, as_written
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["Report", "verify"]
@@ -26,7 +27,7 @@ _FIRST_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(WithinBudget):
     """What :meth:`planner.Plan.verify` found.  Bytes are of the whole step, measured apart from the plan.
 
     ``comparison``                  outputs, gradients, buffers and random state, bit for bit.
@@ -55,16 +56,6 @@ class Report:
     def equal(self) -> bool:
         """Outputs, gradients, buffers and random state are bit-equal to the step without the plan."""
         return self.comparison.equal
-
-    @property
-    def within_budget(self) -> bool:
-        """The measured peak and the optimizer's state are no more than the budget."""
-        return self.peak_bytes + self.optimizer_state_bytes <= self.budget_bytes
-
-    @property
-    def ok(self) -> bool:
-        """Equal, and within the budget."""
-        return self.equal and self.within_budget
 
     def __str__(self) -> str:
         mb = 1e6
@@ -116,10 +107,7 @@ def verify(
             "this plan knows only the sizes of its inputs (it is from a file, from another process, "
             "or made in the middle of training); pass verify(model, inputs)"
         )
-    standing = vars(model).get("forward")
-    if hasattr(standing, "original"):  # a plan that is applied, or the switch
-        del vars(model)["forward"]
-    try:
+    with as_written(model):
         eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
         with dropping(model, consumed):
             eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
@@ -134,10 +122,6 @@ def verify(
         with dropping(model, consumed):
             peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
-    finally:
-        restored(model)
-        if hasattr(standing, "original"):
-            vars(model)["forward"] = standing
     state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
     return Report(
         compare(eager, ours),

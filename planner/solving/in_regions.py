@@ -42,7 +42,7 @@ from planner.solving.fit import Answer
 from planner.solving.priced import PricedStep
 from solvers import Schedule
 
-__all__ = ["MOST_LEFT", "JoinedStep", "captured_as", "step_in_regions"]
+__all__ = ["MOST_LEFT", "JoinedStep", "captured_as", "step_in_regions", "taken_in"]
 
 
 log = logging.getLogger(__name__)
@@ -239,6 +239,19 @@ class JoinedStep(BudgetedStep):
         return other.solved(made)
 
 
+def taken_in(model: nn.Module, inputs: object, costs: CostSource) -> tuple[nn.Module, Target, Inputs]:
+    """The model, the device planned for and the inputs of a step that is run to see it.
+
+    Raises ``PlannerError`` for what cannot be run.
+    """
+    model = unwrapped(model)
+    target = target_for(model, costs)
+    given = Inputs.of(model, inputs)
+    refuse_unplannable(model, given.tensors(), in_regions=True)
+    given.check(model)
+    return model, target, given
+
+
 def step_in_regions(
     model: nn.Module,
     inputs: object = None,
@@ -254,11 +267,7 @@ def step_in_regions(
     left to plan.
     """
     search = search or Search()
-    model = unwrapped(model)
-    target = target_for(model, costs)
-    given = Inputs.of(model, inputs)
-    refuse_unplannable(model, given.tensors(), in_regions=True)
-    given.check(model)
+    model, target, given = taken_in(model, inputs, costs)
 
     def step_of(session: Session) -> JoinedStep:
         record = _recorded(session, given, loss_fn)
