@@ -23,6 +23,7 @@ from planner.capture import flat_model, on_fakes
 from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError, TraceError
+from planner.memory import optimizer_state
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
 
@@ -71,6 +72,25 @@ def test_counted_optimizers_take_what_they_take_with_every_parameter_stepped(cls
                 optimizer_state_bytes(groups, parameters, as_on=as_on)
             continue
         assert optimizer_state_bytes(groups, parameters, as_on=as_on) == want, (options, as_on)
+
+
+def test_parameters_of_many_shapes_are_counted_from_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [nn.Parameter(torch.empty(3, (7 * k) % 40 + 1)) for k in range(40)]
+    want = optimizer_state_bytes(type("AdamW", (optim.AdamW,), {}), parameters)
+    counts: list[int] = []
+    stepped = optimizer_state._stepped
+
+    def counted(optimizer: Any, params: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(params))
+        return stepped(optimizer, params, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer_state, "_stepped", counted)
+    assert optimizer_state_bytes(optim.AdamW, parameters) == want
+    assert max(counts) < 8
+    parameters[5] = nn.Parameter(torch.empty(3, 8)[:, ::2])  # of gaps, which its state has not
+    whole = optimizer_state_bytes(optim.AdamW, parameters)
+    assert whole == optimizer_state_bytes(type("AdamW", (optim.AdamW,), {}), parameters)
+    assert max(counts) == len(parameters)
 
 
 def test_optimizers_that_make_state_for_what_does_not_train_are_run_with_all() -> None:
