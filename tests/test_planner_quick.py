@@ -238,6 +238,24 @@ def test_sizes_that_are_compared_are_no_reason_to_run_the_step_again(monkeypatch
         capture(tiny.seeded(Draws), tiny.batch(), dims=((0,),))
 
 
+def test_batch_norms_are_what_their_formulas_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False),
+        nn.BatchNorm2d(6, affine=False).eval(), nn.Conv2d(6, 2, 3), nn.BatchNorm2d(2),
+    )  # fmt: skip
+    last = torch.channels_last
+    for x in (
+        torch.randn(2, 3, 9, 8),
+        torch.randn(2, 3, 7, 8),
+        torch.randn(2, 3, 9, 9).to(memory_format=last),
+    ):
+        few = capture(model, (x,))
+        with monkeypatch.context() as patch:
+            patch.setattr(tracing, "_on_few", lambda formula: formula)
+            patch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+            assert _told(capture(model, (x,))) == _told(few)
+
+
 class _Settles(tiny.Mlp):
     """Its first call corrects a setting, as transformers' does the kind of a problem.
 
