@@ -23,6 +23,7 @@ from planner.capture import flat_model, on_fakes
 from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError, TraceError
+from planner.memory import optimizer_state
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
 
@@ -71,6 +72,25 @@ def test_counted_optimizers_take_what_they_take_with_every_parameter_stepped(cls
                 optimizer_state_bytes(groups, parameters, as_on=as_on)
             continue
         assert optimizer_state_bytes(groups, parameters, as_on=as_on) == want, (options, as_on)
+
+
+def test_parameters_of_many_shapes_are_counted_from_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [nn.Parameter(torch.empty(3, (7 * k) % 40 + 1)) for k in range(40)]
+    want = optimizer_state_bytes(type("AdamW", (optim.AdamW,), {}), parameters)
+    counts: list[int] = []
+    stepped = optimizer_state._stepped
+
+    def counted(optimizer: Any, params: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(params))
+        return stepped(optimizer, params, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer_state, "_stepped", counted)
+    assert optimizer_state_bytes(optim.AdamW, parameters) == want
+    assert max(counts) < 8
+    parameters[5] = nn.Parameter(torch.empty(3, 8)[:, ::2])  # of gaps, which its state has not
+    whole = optimizer_state_bytes(optim.AdamW, parameters)
+    assert whole == optimizer_state_bytes(type("AdamW", (optim.AdamW,), {}), parameters)
+    assert max(counts) == len(parameters)
 
 
 def test_optimizers_that_make_state_for_what_does_not_train_are_run_with_all() -> None:
@@ -216,6 +236,21 @@ def test_sizes_that_are_compared_are_no_reason_to_run_the_step_again(monkeypatch
     assert looked == []
     with pytest.raises(TraceError, match=r"random\.random"):
         capture(tiny.seeded(Draws), tiny.batch(), dims=((0,),))
+
+
+def test_batch_norms_are_what_their_formulas_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3),
+        nn.BatchNorm2d(6, track_running_stats=False), nn.BatchNorm2d(6, affine=False).eval(),
+        nn.Conv2d(6, 2, 3), nn.BatchNorm2d(2),
+    )  # fmt: skip
+    last = torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)
+    for x in (torch.randn(2, 3, 9, 8), torch.randn(2, 3, 7, 8), last):  # the second ends in one row
+        few = capture(model, (x,))
+        with monkeypatch.context() as patch:
+            patch.setattr(tracing, "_on_few", lambda formula: formula)
+            patch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+            assert _told(capture(model, (x,))) == _told(few)
 
 
 class _Settles(tiny.Mlp):

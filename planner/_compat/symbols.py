@@ -13,6 +13,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from planner._compat.sized_fakes import OF_SYMBOLS
+
 _MISSING: Any = object()
 
 
@@ -44,6 +46,7 @@ def sizes_remembered(env: Any) -> Iterator[None]:
         yield
     finally:
         del env.evaluate_sym_node
+        vars(env).pop(OF_SYMBOLS, None)  # for this trace alone
         for name, method in before.items():
             setattr(cls, name, method)
 
@@ -58,12 +61,12 @@ class _Tables:
         """Of a node, what was found equal replaced."""
         if node.constant is not None:
             return node._expr
-        version = self.env._replacements_version_counter
+        version = getattr(self.env, "_replacements_version_counter", None)  # 2.13+, and what hangs on it
+        if version is None:
+            return node.expr
         if version == 0:
             return node._expr
-        if node._expr_ver == version:
-            return node._expr_cache
-        return node.expr
+        return node._expr_cache if node._expr_ver == version else node.expr
 
     def again(self, held: dict[str, Any]) -> Any:
         """A node of its own that holds what another one does."""
@@ -79,7 +82,7 @@ class _Tables:
         def instead(a: Any, b: Any) -> Any:
             if a.shape_env is not env or type(b) is not cls or b.shape_env is not env or tracing():
                 return torchs(a, b)
-            sums = a._optimized_summation, b._optimized_summation
+            sums = a._optimized_summation, b._optimized_summation  # 2.6+
             key = expression(a), expression(b), a.pytype, b.pytype, sums
             held = known.get(key)
             if held is not None:

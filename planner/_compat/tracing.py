@@ -276,7 +276,8 @@ def kernels_as_eager(
         for op, key, _ in forms:
             del op.py_kernels[key]
             op._dispatch_cache.clear()
-        formulas.update({op: _on_dense(formula, laid_out[op]) for op, formula in before.items()})
+        dense = {op: _on_dense(formula, laid_out[op]) for op, formula in before.items()}
+        formulas.update({op: _on_few(f) if op in _BY_CHANNEL else f for op, f in dense.items()})
         if on_cpu:
             torch.ops.aten.gru.input.py_kernels.update(dict.fromkeys(_FORM_KEYS, gru))
         dropout.py_kernels.update(dict.fromkeys(_FORM_KEYS, _dropout))
@@ -331,6 +332,74 @@ def _laid_out_anew() -> dict[Any, Callable[[Any], Any]]:
         aten.mse_loss_backward.default: _dense,
         aten.smooth_l1_loss_backward.default: _dense,
     }
+
+
+_BY_CHANNEL = frozenset({
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+    torch.ops.aten.native_batch_norm_backward.default,
+})  # fmt: skip
+
+_FEW = 3, 2, 5  # rows, channels, places
+
+
+def _on_few(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """``formula`` asked once, on a few channels and places, for what it gives on tensors of any size.
+
+    It takes tensors (rows, channels, places ...), all laid out alike, and vectors of channels, and gives
+    such.  What is neither is asked of the formula itself, and so is what has a dimension of size 1, along
+    which strides say nothing.
+    """
+
+    @functools.wraps(formula)
+    def on_few(*args: Any) -> Any:
+        whole = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 2]
+        if not whole or any(x.stride() != whole[0].stride() or x._has_symbolic_sizes_strides for x in whole):
+            return formula(*args)
+        like = whole[0]
+        if min(like.shape) < 2:
+            return formula(*args)
+        places = like.dim() - 2
+        few_sizes = (*_FEW[:2], *_FEW[2:] * places)
+        order = sorted(range(like.dim()), key=like.stride, reverse=True)
+        few_of: dict[int, torch.Tensor] = {}
+        given: dict[int, torch.Tensor] = {}
+        for x in args:
+            if isinstance(x, torch.Tensor) and id(x) not in few_of:
+                if x.dim() == 1 and x.shape[0] == like.shape[1] and x.is_contiguous():
+                    few = x.new_empty((_FEW[1],))
+                elif x.dim() > 2 and x.shape == like.shape and _is_laid_out(x, order):
+                    few = torch.empty_permuted(few_sizes, order, dtype=x.dtype, device=x.device)
+                else:
+                    return formula(*args)
+                few_of[id(x)], given[id(few)] = few, x
+        few_args = [few_of[id(x)] if isinstance(x, torch.Tensor) else x for x in args]
+        made: list[Any] = []
+        storages = {x.untyped_storage()._cdata for x in few_of.values()}
+        for x in formula(*few_args):
+            if x is None or id(x) in given:
+                made.append(given.get(id(x)))
+            elif x.untyped_storage()._cdata in storages:
+                return formula(*args)
+            elif x.shape == few_sizes and _is_laid_out(x, order):
+                made.append(torch.empty_permuted(like.shape, order, dtype=x.dtype, device=x.device))
+            elif x.dim() == 1 and x.shape[0] in (0, _FEW[1]):
+                made.append(x.new_empty((like.shape[1] if x.shape[0] else 0,)))
+            else:
+                return formula(*args)
+        return tuple(made)
+
+    return on_few
+
+
+def _is_laid_out(tensor: torch.Tensor, order: list[int]) -> bool:
+    """Whether dimensions lie in memory in this order, the last one's elements side by side, without gaps."""
+    expected = 1
+    for k in reversed(order):
+        if tensor.stride(k) != expected:
+            return False
+        expected *= tensor.shape[k]
+    return True
 
 
 def _on_dense(formula: Callable[..., Any], dense: Callable[[Any], Any]) -> Callable[..., Any]:

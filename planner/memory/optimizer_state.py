@@ -22,8 +22,9 @@ import functools
 import inspect
 import itertools
 import logging
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
@@ -155,7 +156,7 @@ def _run_on_fakes(
     # Optimizers may draw random numbers (stochastic rounding); the caller's are not theirs to use.
     with torch.random.fork_rng(devices=[]), fakes_as_last_time(), foreach_takes_fakes():
         step = functools.partial(_stepped, optimizer, device=device, as_on=as_on)
-        counted = _by_kinds(optimizer, params, step)
+        counted = _by_kinds(optimizer, params, step, allocation_grain(as_on))
         return step(params).bytes if counted is None else counted
 
 
@@ -165,11 +166,13 @@ class _Stepped:
 
     ``state``     bytes of what it keeps for each parameter, in their order.
     ``timeline``  of its last step: the ops, and the bytes there were after each beyond those before it.
+    ``held``      after each op of all steps: the bytes beyond parameters and gradients.
     """
 
     bytes: OptimizerBytes
     state: tuple[int, ...]
     timeline: tuple[tuple[str, int], ...]
+    held: tuple[int, ...]
 
     @property
     def shared_bytes(self) -> int:
@@ -185,16 +188,19 @@ class _Stepped:
 def _stepped(
     optimizer: Optimizer | Callable[..., Optimizer],
     params: list[Tensor],
+    counts: Sequence[int] = (),
     *,
     device: torch.device,
     as_on: torch.device,
 ) -> _Stepped:
-    """An optimizer like ``optimizer`` steps on fakes of ``params``."""
+    """An optimizer like ``optimizer`` steps on fakes of ``params``; ``counts``: of so many elements each."""
     meter = StorageMeter(as_on, timeline=True, grain=allocation_grain(as_on))
     with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue(), meter:
-        fakes = {id(p): _fake_of(p, as_on if on_device(p.device, device) else p.device) for p in params}
+        places = (as_on if on_device(p.device, device) else p.device for p in params)
+        pairs = itertools.zip_longest(params, places, counts)
+        fakes = {id(p): _fake_of(p, place, count) for p, place, count in pairs}
         gradients = {key: torch.empty_like(f) for key, f in fakes.items() if f.requires_grad}
-        base_bytes = meter.live_bytes
+        base_bytes, seen = meter.live_bytes, len(meter.timeline)
         if isinstance(optimizer, Optimizer):
             running = _copy_on_device(optimizer, fakes)
         else:
@@ -210,7 +216,8 @@ def _stepped(
         state_bytes = meter.live_bytes - base_bytes
         state = tuple(_state_bytes(running.state.get(fake), meter) for fake in fakes.values())
     taken = OptimizerBytes(state_bytes, most_bytes - base_bytes - state_bytes)
-    return _Stepped(taken, state, tuple((name, held - before) for name, held in meter.timeline[began:]))
+    timeline = tuple((name, held - before) for name, held in meter.timeline[began:])
+    return _Stepped(taken, state, timeline, tuple(held - base_bytes for _, held in meter.timeline[seen:]))
 
 
 def _state_bytes(state: Any, meter: StorageMeter) -> int:
@@ -222,10 +229,15 @@ def _state_bytes(state: Any, meter: StorageMeter) -> int:
     return sum(held.values())
 
 
+# Elements of parameters that stand for others: whole allocations, whatever the dtype and the device.
+_SOME, _MORE = 4096, 3 * 4096
+
+
 def _by_kinds(
     optimizer: Optimizer | Callable[..., Optimizer],
     params: list[Tensor],
-    step: Callable[[list[Tensor]], _Stepped],
+    step: Callable[..., _Stepped],
+    grain: int,
 ) -> OptimizerBytes | None:
     """What ``step`` would find of all ``params``, from a few of each kind.
 
@@ -239,20 +251,103 @@ def _by_kinds(
     if isinstance(optimizer, Optimizer):
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     kinds: dict[int, Any] = {}
+    sizes: dict[int, int] = {}
     for p in params:
-        part = group_of.get(id(p), 0), p.dtype, p.device
         here = dense_parts(p)[0] if is_spread(type(p)) else p
-        kinds[id(p)] = part, tuple(here.shape), here.stride(), type(p)
+        kinds[id(p)] = group_of.get(id(p), 0), p.dtype, p.device, type(p)
+        sizes[id(p)] = here.nbytes
+        if not _is_dense(here):
+            return None
     first = {kinds[id(p)]: p for p in reversed(params)}
-    # Some eight parameters of each kind step here; of those that do not train, some make state all the same.
-    if 8 * len(first) >= len(kinds) or not all(p.requires_grad for p in params):
+    # Some dozen parameters of each kind step here; of those that do not train, some make state all the same.
+    if 12 * len(first) >= len(kinds) or not all(p.requires_grad for p in params):
         return None
-    counted = _Counted({kind: step([p]) for kind, p in first.items()}, kinds, step)
-    few = params[: 2 * len(first)]
+    lines = {kind: _Line.of(step, [p]) for kind, p in first.items()}
+    counted = _Counted(lines, kinds, sizes, step, grain)
+    by_size = sorted(params, key=lambda p: sizes[id(p)])
+    chosen = {id(p) for p in (*params[: 3 * len(first)], by_size[0], by_size[-1], by_size[len(by_size) // 2])}
+    few = [p for p in params if id(p) in chosen]
     if not counted.is_one_way or counted.of(few) != step(few).bytes:
         log.debug("the steps of %s are not each parameter's own: all are run", _name_of(optimizer))
         return None
     return counted.of(params)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie one beside the other, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What an optimizer takes for one or two parameters of a kind, of any size.
+
+    Each count of bytes is a straight line over the bytes of each parameter, found by stepping at two sizes.
+
+    ``some``      stepped at few elements, ``bytes_of``: of these parameters.
+    ``held``      slopes of its ``held``, for each of the parameters.
+    ``state``     slope of each parameter's state.
+    ``timeline``  slopes of its ``timeline``, for the first parameter.
+    ``is_whole``  whether the same ops ran at both sizes.
+    """
+
+    some: _Stepped
+    bytes_of: tuple[int, ...]
+    held: tuple[tuple[float, ...], ...]
+    state: tuple[float, ...]
+    timeline: tuple[float, ...]
+    is_whole: bool
+
+    @classmethod
+    def of(cls, step: Callable[..., _Stepped], params: list[Tensor]) -> _Line:
+        some = step(params, [_SOME] * len(params))
+        gains = [(_MORE - _SOME) * p.element_size() for p in params]
+        more = [step(params, [_MORE if p is other else _SOME for p in params]) for other in params]
+        ops = [[name for name, _ in each.timeline] for each in (some, *more)]
+        is_whole = all(names == ops[0] for names in ops) and len({len(m.held) for m in (some, *more)}) == 1
+        return cls(
+            some,
+            tuple(_SOME * p.element_size() for p in params),
+            tuple(_slopes(some.held, m.held, gain) for m, gain in zip(more, gains, strict=True)),
+            tuple((m.state[i] - some.state[i]) / gains[i] for i, m in enumerate(more)),
+            _slopes([b for _, b in some.timeline], [b for _, b in more[0].timeline], gains[0]),
+            is_whole,
+        )
+
+    def is_counted(self, grain: int) -> bool:
+        """Whether what is said of other sizes is right where allocations are rounded up to ``grain``."""
+        slopes = (*self.state, *self.timeline, *itertools.chain(*self.held))
+        return self.is_whole and (grain == 1 or all(slope == int(slope) for slope in slopes))
+
+    def state_at(self, size_bytes: int) -> int:
+        """Of the first parameter."""
+        return round(self.some.state[0] + self.state[0] * (size_bytes - self.bytes_of[0]))
+
+    def timeline_at(self, size_bytes: int) -> list[int]:
+        """Of the first parameter."""
+        grown = size_bytes - self.bytes_of[0]
+        pairs = zip(self.some.timeline, self.timeline, strict=True)
+        return [round(held + slope * grown) for (_, held), slope in pairs]
+
+    def transient_at(self, sizes_bytes: Sequence[int]) -> int:
+        """The most that is held beyond parameters, gradients and what is kept in the end."""
+        grown = [size - own for size, own in zip(sizes_bytes, self.bytes_of, strict=True)]
+        most = max(
+            held + sum(slope * more for slope, more in zip(slopes, grown, strict=True))
+            for held, *slopes in zip(self.some.held, *self.held, strict=True)
+        )
+        state = self.some.bytes.state_bytes + sum(map(operator.mul, self.state, grown))
+        return max(0, round(most - state))
+
+
+def _slopes(some: Sequence[int], more: Sequence[int], gain: int) -> tuple[float, ...]:
+    return tuple((b - a) / gain for a, b in zip(some, more, strict=False))
 
 
 @dataclass(frozen=True)
@@ -263,51 +358,62 @@ class _Counted:
     group, dtype and device.  A loop leaves those of the parameter at hand and, until their names are bound
     again, of the one before it.
 
-    ``alone``  a parameter of each kind, stepped by itself; ``kinds``: the kind of each, by id.
+    ``alone``  a parameter of each kind, stepped by itself; ``kinds``, ``sizes``: of each, by id.
     """
 
-    alone: Mapping[Any, _Stepped]
+    alone: Mapping[Any, _Line]
     kinds: Mapping[int, Any]
-    step: Callable[[list[Tensor]], _Stepped]
-    pairs: dict[Any, int] = field(default_factory=dict)
+    sizes: Mapping[int, int]
+    step: Callable[..., _Stepped]
+    grain: int
+    pairs: dict[Any, _Line] = field(default_factory=dict)
 
     @property
     def is_one_way(self) -> bool:
         """Whether all kinds step by lists of the same ops, or all in a loop."""
-        alone = self.alone.values()
-        return len({(each.shared_bytes, each.by_lists) for each in alone}) == 1 and all(
-            len(names) == 1 for names in self._names.values()
+        alone = [line.some for line in self.alone.values()]
+        return (
+            all(line.is_counted(self.grain) for line in self.alone.values())
+            and len({(each.shared_bytes, each.by_lists) for each in alone}) == 1
+            and all(len(names) == 1 for names in self._names.values())
         )
 
     @property
     def _names(self) -> Mapping[Any, set[tuple[str, ...]]]:
         names: dict[Any, set[tuple[str, ...]]] = {}
-        for kind, each in self.alone.items():
-            if each.by_lists:
-                names.setdefault(kind[0], set()).add(tuple(name for name, _ in each.timeline))
+        for kind, line in self.alone.items():
+            if line.some.by_lists:
+                names.setdefault(kind[:3], set()).add(tuple(name for name, _ in line.some.timeline))
         return names
 
-    def of(self, params: list[Tensor]) -> OptimizerBytes:
-        """State and temporaries of these, which are of the kinds that were seen."""
-        counts = Counter(self.kinds[id(p)] for p in params)
-        some = self.alone[next(iter(counts))]
-        state_bytes = some.shared_bytes + sum(n * sum(self.alone[k].state) for k, n in counts.items())
-        return OptimizerBytes(state_bytes, self._in_lists(counts) if some.by_lists else self._in_loop(params))
+    def of(self, params: list[Tensor]) -> OptimizerBytes | None:
+        """State and temporaries of these, which are of the kinds that were seen; ``None``: not known."""
+        sized = [(self.kinds[id(p)], rounded_up(self.sizes[id(p)], self.grain)) for p in params]
+        some = self.alone[sized[0][0]].some
+        own_bytes = sum(self.alone[kind].state_at(size) for kind, size in sized)
+        state_bytes = some.shared_bytes + own_bytes
+        transient_bytes = self._in_lists(sized) if some.by_lists else self._in_loop(params, sized)
+        return None if transient_bytes is None else OptimizerBytes(state_bytes, transient_bytes)
 
-    def _in_lists(self, counts: Mapping[Any, int]) -> int:
+    def _in_lists(self, sized: list[tuple[Any, int]]) -> int:
         parts: dict[Any, list[list[int]]] = {}
-        for kind, n in counts.items():
-            held = [n * bytes_after for _, bytes_after in self.alone[kind].timeline]
-            parts.setdefault(kind[0], []).append(held)
+        for (kind, size), n in Counter(sized).items():
+            held = [n * bytes_after for bytes_after in self.alone[kind].timeline_at(size)]
+            parts.setdefault(kind[:3], []).append(held)
         return max(0, *(max(map(sum, zip(*part, strict=True)), default=0) for part in parts.values()))
 
-    def _in_loop(self, params: list[Tensor]) -> int:
-        most_bytes = max(self.alone[self.kinds[id(p)]].bytes.step_transient_bytes for p in params)
-        for pair in itertools.pairwise(params):
-            both = tuple(self.kinds[id(p)] for p in pair)
+    def _in_loop(self, params: list[Tensor], sized: list[tuple[Any, int]]) -> int | None:
+        most_bytes = max(line.transient_at([size]) for line, size in ((self.alone[k], s) for k, s in sized))
+        for (a, b), ((kind, size), (other, next_size)) in zip(
+            itertools.pairwise(params), itertools.pairwise(sized), strict=True
+        ):
+            both = kind, other
             if both not in self.pairs:
-                self.pairs[both] = self.step(list(pair)).bytes.step_transient_bytes
-            most_bytes = max(most_bytes, self.pairs[both])
+                self.pairs[both] = _Line.of(self.step, [a, b])
+            line = self.pairs[both]
+            if not line.is_counted(self.grain):
+                return None
+            most_bytes = max(most_bytes, line.transient_at([size, next_size]))
         return most_bytes
 
 
@@ -318,15 +424,20 @@ _EACH_BY_ITSELF = frozenset({
 })  # fmt: skip
 
 
-def _fake_of(tensor: Tensor, device: torch.device) -> Tensor:
+def _fake_of(tensor: Tensor, device: torch.device, count: int | None = None) -> Tensor:
     """A tensor of the same sizes, strides, dtype and kind on ``device``, under the current fake mode.
+
+    ``count``: of so many elements instead.
 
     Of one that is spread over ranks (FSDP2's shards, tensor parallelism): of what this rank has of it.
     """
     if is_spread(type(tensor)):
         (local,) = dense_parts(tensor)
-        return _fake_of(_like(local, tensor), device)
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return _fake_of(_like(local, tensor), device, count)
+    if count is None:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    else:
+        fake = torch.empty((count,), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import planner
+from planner.costs.cache import VARIABLE
 from planner.runtime import forward
 from planner.view.text import aligned
 
@@ -152,6 +154,7 @@ def measured(share: float, budget_bytes: int) -> Row:
 
 
 def main(shares: list[float]) -> int:
+    os.environ[VARIABLE] = "0"  # every search from its start
     plan = planner.plan(
         model(), 1e3, batch(*SHAPES[2]), optimizer=torch.optim.SGD, time_limit_s=SEARCH_S, costs="roofline"
     )
