@@ -82,8 +82,8 @@ class Piece:
             )
         elif any(_compat.is_spread(type(x)) for x in inputs):
             self.why = (
-                "its tensors are spread over ranks (DTensors: tensor parallelism), and such graphs are planned "
-                "in eager: planner.enable(model, budget_gb) without backend='inductor'"
+                "its tensors are spread over ranks (DTensors: tensor parallelism), and such graphs are "
+                "planned in eager: planner.enable(model, budget_gb) without backend='inductor'"
             )
         elif any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._seen = _compat.compile_split(self.gm, self.inputs, self._look, inner=self._interpreted)
