@@ -61,6 +61,7 @@ def test_a_plan_is_between_everything_kept_and_every_block_checkpointed(step: Sh
     assert {r.path for r in plan.regions} == {"", *(f"blocks.{k}" for k in range(4))}
     assert any(p.module == "blocks.2.up" for p in plan.placements)
     assert "FSDP2 over 8 ranks" in plan.summary()
+    assert plan.breakdown["outputs"] < plan.breakdown["between_regions"]  # what FSDP2 holds has a line
     with pytest.raises(PlannerError, match="for looking"):
         plan.apply()
     with pytest.raises(PlannerError, match=r"one rank of FSDP2 over 8 ranks.*planner\.enable\(model"):
