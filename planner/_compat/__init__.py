@@ -8,6 +8,8 @@ torch upgrade is a change to this folder.
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
+    sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
+    symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph
     running.py  modes, hooks and the engine, while a step runs
     tensors.py  what holds the values of a tensor, and who holds that
@@ -76,6 +78,7 @@ from planner._compat.inductor import (
     recompile_limit,
     seeded,
     stored,
+    torchs_partition,
     torchs_split,
     writes,
 )
@@ -140,6 +143,7 @@ from planner._compat.sharded import (
     talks,
     unreduced_gradients,
 )
+from planner._compat.sized_fakes import fake_on
 from planner._compat.sizes import (
     compiled,
     evaluated,
@@ -237,6 +241,7 @@ __all__ = [
     "export_joint",
     "expression_of",
     "fake_mode_of",
+    "fake_on",
     "fakes_as_last_time",
     "flop_counter_sees_pieces",
     "forbids_hooks",
@@ -314,6 +319,7 @@ __all__ = [
     "symbolic_mode",
     "talks",
     "tensors_on",
+    "torchs_partition",
     "torchs_split",
     "unreduced_gradients",
     "values_unchecked",
