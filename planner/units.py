@@ -87,6 +87,7 @@ _LABELS = {
     "gradients": "parameter gradients",
     "saved": "saved for backward",
     "gradients_in_flight": "gradients in flight",
+    "between_regions": "held between regions",
     "temporaries": "forward temporaries",
     "workspace": "kernel workspace",
     "library_workspace": "cuBLAS workspace",

@@ -55,18 +55,26 @@ def test_what_is_held_at_each_glue() -> None:
 def test_a_plan_is_between_everything_kept_and_every_block_checkpointed(step: ShardedStep) -> None:
     checkpointed = step.checkpointed
     assert checkpointed.peak_bytes < step.baseline_peak_bytes
-    plan = step.plan_bytes(checkpointed.peak_bytes, Search(time_limit_s=1.0))
+    plan = step.plan_bytes(checkpointed.peak_bytes, Search(time_limit_s=10.0))  # over when it is proved
     assert plan.overhead < step.overhead_of(checkpointed)
     assert plan.peak_bytes <= checkpointed.peak_bytes
     assert {r.path for r in plan.regions} == {"", *(f"blocks.{k}" for k in range(4))}
     assert any(p.module == "blocks.2.up" for p in plan.placements)
     assert "FSDP2 over 8 ranks" in plan.summary()
+    assert plan.breakdown["outputs"] < plan.breakdown["between_regions"]  # what FSDP2 holds has a line
     with pytest.raises(PlannerError, match="for looking"):
         plan.apply()
     with pytest.raises(PlannerError, match=r"one rank of FSDP2 over 8 ranks.*planner\.enable\(model"):
         step.applied(plan, step.model)
     with pytest.raises(InfeasibleBudgetError):
         step.plan_bytes(step.floor_bytes - 1, Search(time_limit_s=1.0))
+
+
+def test_a_plan_is_never_worse_than_greedy_under_the_same_accounting(step: ShardedStep) -> None:
+    budget = (step.checkpointed.peak_bytes + step.baseline_peak_bytes) // 2
+    greedy = step.plan_bytes(budget, Search("greedy", 1.0))
+    hurried = step.plan_bytes(budget, Search("auto", 1e-3))
+    assert hurried.peak_bytes <= budget and hurried.overhead <= greedy.overhead
 
 
 def test_more_ranks_hold_less_and_what_is_not_resharded_more(step: ShardedStep) -> None:
@@ -77,9 +85,9 @@ def test_more_ranks_hold_less_and_what_is_not_resharded_more(step: ShardedStep) 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(step: ShardedStep) -> None:
     steps = functools.cache(_step)
-    budget_gb = steps(2).checkpointed.peak_bytes / 1e9
+    budget_gb = steps(1).checkpointed.peak_bytes / 1e9
     size, plan = largest_micro_batch(steps, budget_gb, solver="greedy", time_limit_s=1.0)
-    assert size >= 2 and plan is not None and plan.peak_bytes <= budget_gb * 1e9
+    assert size >= 1 and plan is not None and plan.peak_bytes <= budget_gb * 1e9
     assert largest_micro_batch(steps, 1e-6) == (0, None)
 
 

@@ -46,6 +46,7 @@ VALUE_KINDS = (
     "activation",
     "gradient",
     "output",
+    "held",
     "backward",
     "loss",
 )

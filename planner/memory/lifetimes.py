@@ -28,6 +28,7 @@ MEMORY_KINDS = (
     "margin",
     "gradients",
     "outputs",
+    "between_regions",
     "saved",
     "recomputed",
     "gradients_in_flight",
@@ -52,7 +53,8 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
 
     ``saved`` is what the forward leaves for the backward; ``recomputed`` what a further execution
     made; ``temporaries`` what the forward drops again; ``gradients_in_flight`` what the backward
-    makes for itself; ``gradients`` and ``outputs`` are held to the end, or, of outputs, until the caller
+    makes for itself; ``between_regions`` what code that is no region's holds, FSDP2's hooks among it;
+    ``gradients`` and ``outputs`` are held to the end, or, of outputs, until the caller
     lets go of them: one that the backward reads after that is ``saved``.
     """
     steps = timeline.steps.tolist()
@@ -86,6 +88,8 @@ def copies_of(graph: StepGraph, problem: Problem, timeline: Timeline) -> list[Co
 
 def _kind(graph: StepGraph, v: int, born: int, died: int, turn: int, again: bool) -> str:
     value = graph.values[v]
+    if value.kind == "held":
+        return "between_regions"
     if value.final and value.kind in ("gradient", "output"):
         return value.kind + "s"
     if again:

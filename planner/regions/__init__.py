@@ -7,7 +7,8 @@ to plan or nothing to run, ``StalePlanError`` for a plan of another step.
     forward -> Dynamo's graphs -> Region, Variant -> Record -> Joined -> (planner.solving.in_regions) -> Plan
 
 In that order: ``cut/torn`` tears out of a graph of Dynamo's what eager must run, ``cut/numbers`` what is
-computed of Python's numbers, ``cut/piece`` makes a module of the rest, ``cut/region`` captures it at each
+computed of Python's numbers, ``cut/piece`` makes a module of the rest, ``cut/spread`` has of tensors that are
+spread over ranks what is here, ``cut/region`` captures it at each
 signature that it is called with, ``session`` runs the calls of a step and ``pending`` their backwards,
 ``recorder`` sees them run, ``record`` is what was seen,
 ``joined`` makes one graph of it and parts its schedules again, ``observe`` runs a step as if it had not been,

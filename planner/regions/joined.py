@@ -503,6 +503,7 @@ class _Table:
             at, final = self.glue[of.born], of.died is None
             name = f"held/{self.ops[at].name.partition('/')[2]}"
             kind = self._kind(of.born, final=final)
+            kind = kind if kind == "gradient" else "held"
             index = self._value(GraphValue(name, of.bytes, kind, at, None, final, BETWEEN_REGIONS))
             self.ops[at] = replace(self.ops[at], outputs=(*self.ops[at].outputs, index))
             if of.died is not None:

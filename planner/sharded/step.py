@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,11 +23,13 @@ from planner.memory.resident import Resident, budget_bytes_of
 from planner.memory.static import StaticMemory
 from planner.options import Search
 from planner.plan import Plan
+from planner.plans.plan_data import PlanData
 from planner.regions.cut.region import recomputing_all
 from planner.regions.joined import RecordedStep, join
 from planner.regions.record import Crossing, Event, Record, RegionCall
 from planner.sharded.pieces import Stack
 from planner.sharded.sharding import Group, Held, Sharding, held_beside
+from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep
 
 __all__ = ["ShardedStep", "largest_micro_batch", "sharded_step"]
@@ -61,6 +64,26 @@ class ShardedStep(JoinedStep):
     def plan(self, budget_gb: float, *, solver: str = "auto", time_limit_s: float = 30.0) -> Plan:
         """The plan for a rank's budget in GB of 10**9 bytes; ``InfeasibleBudgetError`` if none is found."""
         return self.plan_bytes(budget_bytes_of(budget_gb), Search(solver, time_limit_s))
+
+    def plan_bytes(
+        self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
+    ) -> Plan:
+        """As of any step, and never worse than every-block checkpointing or a greedy choice, which comes last
+        in a search of thousands of ops: this one starts from the better of them.
+        """
+        search = search or Search()
+        if search.solver != "auto" or hint is not None:
+            return super().plan_bytes(budget_bytes, search, hint=hint)
+        simple = []
+        if self.checkpointed_peak_bytes <= budget_bytes:
+            total_s, ran = self.problem.total_seconds, self.checkpointed
+            seconds = total_s + ran.timeline.recompute_seconds
+            answer = Answer(budget_bytes, ran, total_s, 0, seconds, "every block", 0.0)
+            simple.append(self.plan_of(answer))
+        with contextlib.suppress(InfeasibleBudgetError):
+            simple.append(super().plan_bytes(budget_bytes, replace(search, solver="greedy")))
+        start = min(simple, key=lambda plan: plan.overhead, default=None)
+        return super().plan_bytes(budget_bytes, search, hint=start)
 
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
         """Refused: ``PlannerError``."""
@@ -107,6 +130,11 @@ def sharded_step(
 
     One block of each kind is captured.  Raises ``PlannerError`` for a model that is no stack of blocks.
     """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer holds parameters of one device: pass its class, or functools.partial of it with its "
+            "settings, of which a rank's shards are counted"
+        )
     target = target_for(model, costs)
     with target.capturing():
         stack = Stack(model, sharding.blocks, Inputs.of(model, inputs), sharding.param_dtype)
@@ -205,11 +233,6 @@ def _optimizer_bytes(
     """Of a rank's shards; parameters of one shape take the same."""
     if optimizer is None or isinstance(optimizer, int):
         return OptimizerBytes(optimizer or 0, 0)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "optimizer holds parameters of one device: pass its class, or functools.partial of it with its "
-            "settings, of which a rank's shards are counted"
-        )
     alike = Counter((tuple(p.shape), p.dtype, p.device) for p in model.parameters() if p.requires_grad)
     state = step = 0
     for (shape, dtype, device), count in alike.items():

@@ -43,6 +43,7 @@ _COLORS = {
     "margin": "#e9e2d2",
     "gradients": "#4f8a83",
     "outputs": "#8f7fb8",
+    "between_regions": "#b59fc9",
     "saved": "#4479b5",
     "recomputed": "#e58a3c",
     "gradients_in_flight": "#86bfb4",

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_fsdp2.py ranks [COUNT ...]    # 2 and 4 processes by default
     python tests/benchmarks/bench_fsdp2.py cluster [NAME ...]
 
-``ranks``: BERT, GPT2 and Llama with untied and tied heads, blocks and root sharded, in each of six settings:
+``ranks``: BERT, GPT2 and Llama with untied and tied heads, blocks and root sharded, in each of seven
+settings, of which the last spreads BERT's and Llama's products over two ranks and shards over the rest:
 losses, gradients and parameters of five steps bit for bit, and of the last one the peak of each rank,
 measured and predicted.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no memory:
 seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block checkpointing and
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -84,18 +86,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"sharding": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}},
     "3 micro-batches": {"micro": 3},
     "no sync but the last": {"micro": 3, "last_only": True},
+    "tensor parallel": {"tensor": 2},
+}
+_COLUMNS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.gate_proj mlp.up_proj"
+_BERT_COLUMNS = "attention.self.query attention.self.key attention.self.value intermediate.dense"
+# Of families that are spread: products by columns, and by rows, in each block.
+SPREAD: dict[str, tuple[str, str]] = {
+    "BERT": (_BERT_COLUMNS, "attention.output.dense output.dense"),
+    "Llama": (_COLUMNS, "self_attn.o_proj mlp.down_proj"),
+    "Llama, tied": (_COLUMNS, "self_attn.o_proj mlp.down_proj"),
 }
 
 
-def _shard(name: str, sharding: dict[str, Any], budget_gb: float | None, before: bool) -> nn.Module:
+def _shard(
+    name: str, sharding: dict[str, Any], budget_gb: float | None, before: bool, tensor: int = 1
+) -> nn.Module:
     torch.manual_seed(0)
     build, path = FAMILIES[name]
     model = build().train()
     options: dict[str, Any] = {"costs": "roofline", "time_limit_s": 2.0, "now": True}
     if budget_gb is not None and before:
         planner.enable(model, budget_gb, **options)
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    shape = dist.get_world_size() // tensor, tensor
+    grid = dist.init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    mesh = grid["data"]
     for block in model.get_submodule(path).children():
+        if tensor > 1:
+            columns, rows = (of.split() for of in SPREAD[name])
+            styles: dict[str, Any] = {part: ColwiseParallel() for part in columns}
+            parallelize_module(block, grid["tensor"], styles | {part: RowwiseParallel() for part in rows})
         fully_shard(block, mesh=mesh, **sharding)
     fully_shard(model, mesh=mesh, **sharding)
     if budget_gb is not None and not before:
@@ -143,9 +162,11 @@ def on_rank(rank: int, name: str, setting: str, share: float) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     how = SETTINGS[setting]
     sharding, before = how.get("sharding", {}), how.get("before", False)
+    tensor = how.get("tensor", 1)
+    rank //= tensor  # those that share products have one batch
     passes = how.get("micro", 1), how.get("last_only", False)
-    want, plain = _trained(rank, _shard(name, sharding, None, False), *passes)
-    model = _shard(name, sharding, share * max(plain) / 1e9, before)
+    want, plain = _trained(rank, _shard(name, sharding, None, False, tensor), *passes)
+    model = _shard(name, sharding, share * max(plain) / 1e9, before, tensor)
     got, measured = _trained(rank, model, *passes)
     plan = planner.plan_of(model)
     return {
@@ -164,7 +185,7 @@ def ranks_rows(counts: list[int], share: float = 0.85) -> Iterator[dict[str, Any
     for count in counts:
         group = Ranks(count)
         for setting in SETTINGS:
-            for name in FAMILIES:
+            for name in FAMILIES if "tensor" not in SETTINGS[setting] else SPREAD:
                 found = group(on_rank, name, setting, share, timeout_s=600.0)
                 worst = max(found, key=lambda row: row["most_bytes"])
                 row = {"ranks": count, "model": name, "setting": setting, **worst}
