@@ -34,6 +34,7 @@ from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
 from planner.sizing.searching import last_within
 from planner.sizing.sized import MakeBatch, SizedSteps, Wanted
+from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
 from planner.units import bytes_text, label
 
@@ -75,6 +76,8 @@ def largest_batch(
     ``low``, ``high``     the sizes to look among, both included.
     ``loss_fn``           ``loss_fn(outputs) -> scalar`` for outputs of any size; ``make_loss``, instead:
                           ``make_loss(n)`` returns that of a batch of ``n``, with its targets.
+    ``outputs``           "auto": let go of before the backward, where that is what makes room, with a warning
+                          that says so; "held" and "released" as for :func:`planner.plan`.
     ``time_limit_s``      seconds of search at each size that is planned, about a dozen.
 
     Other arguments as for :func:`planner.plan`; ``budget_gb`` is GB of 10**9 bytes for the whole step.  The
@@ -196,6 +199,7 @@ class _Batches:
     ) -> None:
         self.steps, self.budget_bytes, self.search = steps, budget_bytes, search
         self.low, self.high, self.at_most_overhead = low, high, at_most_overhead
+        self.lets_go = steps.wanted.outputs == "auto"  # of outputs before the backward: most fits so
         self.plans: dict[int, Plan] = {}
         self.refused: dict[int, InfeasibleBudgetError] = {}
 
@@ -213,6 +217,11 @@ class _Batches:
                 last + 1,
                 [n for n in looked if self.steps.at(n).needed_bytes <= self.budget_bytes],
             )
+        if last == self.high and self.lets_go:  # if all that was asked for fits with them held, they are
+            self.lets_go = False
+            self.lets_go = not self._has_plan(last) or bool(self.plans[last].released)
+            self.plans.clear()
+            self.refused.clear()
         limit = self.at_most_overhead
         batch, stop = self._largest(last) if limit is None else self._within_overhead(last, limit)
         others = self._others(batch, last)
@@ -256,10 +265,14 @@ class _Batches:
         larger = min((n for n in self.plans if n > size), default=max(self.plans, default=None))
         hint = None if larger is None else self.plans[larger]
         try:
-            self.plans[size] = self.steps.step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
+            self.plans[size] = self._step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
         except InfeasibleBudgetError as error:
             self.refused[size] = error
         return size in self.plans
+
+    def _step(self, size: int) -> BudgetedStep:
+        step = self.steps.step(size)
+        return step.lightest if self.lets_go else step
 
     def _largest(self, last: int) -> tuple[int, Stop]:
         """The largest of up to ``last``, beyond which the floor is above the budget, that has a plan."""
@@ -386,7 +399,7 @@ class _Batches:
         """Where the schedule of a larger size takes less extra time at a smaller one, that has it too."""
         sizes = sorted(self.plans, reverse=True)
         for larger, size in pairwise(sizes):
-            step, own = self.steps.step(size), self.plans[size]
+            step, own = self._step(size), self.plans[size]
             schedule = step.schedule_of(self.plans[larger])
             if schedule is None or self.plans[larger].overhead >= own.overhead:
                 continue

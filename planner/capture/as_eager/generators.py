@@ -147,8 +147,10 @@ def _alive() -> Iterator[_Source]:
     numpy_random, kinds = _numpy_random(), kinds_of(random.Random) - kinds_of(random.SystemRandom)
     shared = [] if numpy_random is None else [numpy_random.mtrand._rand._bit_generator]
     known = gc.get_referrers(*kinds, *shared)  # in one walk
+    # What sympy draws while sizes are symbols, the tracer does.
+    tracers = {id(x) for x in vars(sys.modules.get("sympy.core.random", random)).values()} - {id(_pythons())}
     for thing in known:
-        if type(thing) in kinds:
+        if type(thing) in kinds and id(thing) not in tracers:
             with contextlib.suppress(Exception):  # half made, or a subclass without a state
                 yield _of_python(thing)
     numpys = kinds_of(*_numpys())
@@ -475,7 +477,7 @@ def _line_that_moves(source: _Source, again: Callable[[], object]) -> str | None
         return look
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        # what Python's own library draws is drawn by the line that calls it, and the tracer calls it all the time
+        # what Python's own library draws is drawn by the line that calls it; the tracer calls it all the time
         module = str(frame.f_globals.get("__name__", "")).split(".", maxsplit=1)[0]
         is_looked_at = found is None and module not in sys.stdlib_module_names and is_users(frame)
         return look(frame, event, argument) if is_looked_at else None
