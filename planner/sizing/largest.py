@@ -201,6 +201,7 @@ class _Batches:
         self.low, self.high, self.at_most_overhead = low, high, at_most_overhead
         self.lets_go = steps.wanted.outputs == "auto"  # of outputs before the backward: most fits so
         self.plans: dict[int, Plan] = {}
+        self.least: Plan | None = None  # the schedule of lowest peak that was met
         self.refused: dict[int, InfeasibleBudgetError] = {}
 
     def found(self) -> LargestBatch:
@@ -258,12 +259,12 @@ class _Batches:
     def _has_plan(self, size: int) -> bool:
         """Whether one is found within the budget.
 
-        It begins with that of the next larger size, which does here too, or else of the largest.
+        It begins with that of the next larger size, which does here too, or else with the least that was met.
         """
         if size in self.plans or size in self.refused:
             return size in self.plans
-        larger = min((n for n in self.plans if n > size), default=max(self.plans, default=None))
-        hint = None if larger is None else self.plans[larger]
+        larger = min((n for n in self.plans if n > size), default=None)
+        hint = self.least if larger is None else self.plans[larger]
         try:
             self.plans[size] = self._step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
         except InfeasibleBudgetError as error:
@@ -310,7 +311,7 @@ class _Batches:
 
     def _sure_below(self, size: int) -> int | None:
         """A smaller size with a plan, which is made; ``None`` where not even the smallest has one."""
-        least = self.steps.step(size).lightest.least_plan()
+        least = self.least = self.steps.step(size).lightest.least_plan()
 
         def peak_at(n: int) -> float:
             step = self.steps.step(n).lightest
