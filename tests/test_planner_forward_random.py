@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import planner
 from planner.capture.joint_graph import capture
 from planner.errors import TraceError
 from planner.measure.bits import compare, run_step
@@ -193,3 +195,21 @@ def test_a_step_is_run_from_the_same_random_states_of_python_and_numpy() -> None
     assert compare(first, second).equal
     other = run_step(Net(lambda _, h: h * random.random()), (torch.ones(2, 4),), seed=5)
     assert compare(first, other).rng.differing == ("numpy.random",)
+
+
+def test_what_the_tracer_draws_for_itself_is_not_the_forwards() -> None:
+    sympys = importlib.import_module("sympy.core.random")
+
+    class Net(nn.Module):
+        def __init__(self, draws: Callable[[], float]) -> None:
+            super().__init__()
+            self.layer, self.draws = nn.Linear(3, 3), draws
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.draws()
+            return self.layer(x).sum()
+
+    x = torch.randn(2, 3)
+    assert planner.estimate(Net(sympys._assumptions_rng.random).train(), (x,), costs="roofline")
+    with pytest.raises(planner.TraceError, match=r"random\.Random of its own"):
+        planner.estimate(Net(random.Random(1).random).train(), (x,), costs="roofline", capture="one graph")

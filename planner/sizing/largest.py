@@ -34,6 +34,7 @@ from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
 from planner.sizing.searching import last_within
 from planner.sizing.sized import MakeBatch, SizedSteps, Wanted
+from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
 from planner.units import bytes_text, label
 
@@ -75,6 +76,8 @@ def largest_batch(
     ``low``, ``high``     the sizes to look among, both included.
     ``loss_fn``           ``loss_fn(outputs) -> scalar`` for outputs of any size; ``make_loss``, instead:
                           ``make_loss(n)`` returns that of a batch of ``n``, with its targets.
+    ``outputs``           "auto": let go of before the backward, where that is what makes room, with a warning
+                          that says so; "held" and "released" as for :func:`planner.plan`.
     ``time_limit_s``      seconds of search at each size that is planned, about a dozen.
 
     Other arguments as for :func:`planner.plan`; ``budget_gb`` is GB of 10**9 bytes for the whole step.  The
@@ -196,7 +199,9 @@ class _Batches:
     ) -> None:
         self.steps, self.budget_bytes, self.search = steps, budget_bytes, search
         self.low, self.high, self.at_most_overhead = low, high, at_most_overhead
+        self.lets_go = steps.wanted.outputs == "auto"  # of outputs before the backward: most fits so
         self.plans: dict[int, Plan] = {}
+        self.least: Plan | None = None  # the schedule of lowest peak that was met
         self.refused: dict[int, InfeasibleBudgetError] = {}
 
     def found(self) -> LargestBatch:
@@ -213,6 +218,11 @@ class _Batches:
                 last + 1,
                 [n for n in looked if self.steps.at(n).needed_bytes <= self.budget_bytes],
             )
+        if last == self.high and self.lets_go:  # if all that was asked for fits with them held, they are
+            self.lets_go = False
+            self.lets_go = not self._has_plan(last) or bool(self.plans[last].released)
+            self.plans.clear()
+            self.refused.clear()
         limit = self.at_most_overhead
         batch, stop = self._largest(last) if limit is None else self._within_overhead(last, limit)
         others = self._others(batch, last)
@@ -249,17 +259,21 @@ class _Batches:
     def _has_plan(self, size: int) -> bool:
         """Whether one is found within the budget.
 
-        It begins with that of the next larger size, which does here too, or else of the largest.
+        It begins with that of the next larger size, which does here too, or else with the least that was met.
         """
         if size in self.plans or size in self.refused:
             return size in self.plans
-        larger = min((n for n in self.plans if n > size), default=max(self.plans, default=None))
-        hint = None if larger is None else self.plans[larger]
+        larger = min((n for n in self.plans if n > size), default=None)
+        hint = self.least if larger is None else self.plans[larger]
         try:
-            self.plans[size] = self.steps.step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
+            self.plans[size] = self._step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
         except InfeasibleBudgetError as error:
             self.refused[size] = error
         return size in self.plans
+
+    def _step(self, size: int) -> BudgetedStep:
+        step = self.steps.step(size)
+        return step.lightest if self.lets_go else step
 
     def _largest(self, last: int) -> tuple[int, Stop]:
         """The largest of up to ``last``, beyond which the floor is above the budget, that has a plan."""
@@ -297,7 +311,7 @@ class _Batches:
 
     def _sure_below(self, size: int) -> int | None:
         """A smaller size with a plan, which is made; ``None`` where not even the smallest has one."""
-        least = self.steps.step(size).lightest.least_plan()
+        least = self.least = self.steps.step(size).lightest.least_plan()
 
         def peak_at(n: int) -> float:
             step = self.steps.step(n).lightest
@@ -386,7 +400,7 @@ class _Batches:
         """Where the schedule of a larger size takes less extra time at a smaller one, that has it too."""
         sizes = sorted(self.plans, reverse=True)
         for larger, size in pairwise(sizes):
-            step, own = self.steps.step(size), self.plans[size]
+            step, own = self._step(size), self.plans[size]
             schedule = step.schedule_of(self.plans[larger])
             if schedule is None or self.plans[larger].overhead >= own.overhead:
                 continue

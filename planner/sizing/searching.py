@@ -31,7 +31,8 @@ def last_within(
             return holds
         middle = (holds + fails) // 2 if fails <= high else max(2 * holds, low)
         guess = middle if slow >= _SLOW else _on_the_line(seen, limit, holds, fails) or middle
-        guess = min(max(guess, holds + 1), fails - 1, max(_GROWTH * holds, low))
+        most = fails - 1 if fails <= high else max(_GROWTH * holds, low)
+        guess = min(max(guess, holds + 1), fails - 1, most)
         seen[guess] = value_of(guess)
         left = fails - guess if seen[guess] <= limit else guess - holds
         slow = slow + 1 if slow < _SLOW and 2 * left > open_before else 0

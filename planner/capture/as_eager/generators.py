@@ -150,8 +150,10 @@ def _alive() -> Iterator[_Source]:
     numpy_random, kinds = _numpy_random(), kinds_of(random.Random) - kinds_of(random.SystemRandom)
     shared = [] if numpy_random is None else [numpy_random.mtrand._rand._bit_generator]
     known = gc.get_referrers(*kinds, *shared)  # in one walk
+    # What sympy draws while sizes are symbols, the tracer does.
+    tracers = {id(x) for x in vars(sys.modules.get("sympy.core.random", random)).values()} - {id(_pythons())}
     for thing in known:
-        if type(thing) in kinds:
+        if type(thing) in kinds and id(thing) not in tracers:
             with contextlib.suppress(Exception):  # half made, or a subclass without a state
                 yield _of_python(thing)
     numpys = kinds_of(*_numpys())
