@@ -229,7 +229,7 @@ def _captured(
         noted.refuse()
         step.installed.refuse(functools.partial(step_on_fakes, model, given))
         again = functools.partial(step_on_fakes, model, given)
-        generators.refuse(model, module, again, step.effects.left, symbolic=sizes is not None)
+        generators.refuse(model, module, again, step.effects.left)
     traced = told_apart(module, step.names, tuple(step.rebound))
     fewer = cast_once(module, traced.parameters, traced.gradients)
     _note_sums(traced, reads.counts - fewer)

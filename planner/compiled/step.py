@@ -168,7 +168,7 @@ class CompiledStep(JoinedStep):
             best = self._searched(budget_bytes, search)
             if best is None and (least := super().least).peak_bytes <= budget_bytes:
                 best = dataclasses.replace(least, budget_bytes=budget_bytes)
-            known = [a for a in self._found if a.peak_bytes <= budget_bytes]  # what serves less serves more
+            known = [a for a in self._answers if a.peak_bytes <= budget_bytes]  # what serves less serves more
             for answer in known:
                 if best is None or answer.seconds < best.seconds:
                     best = dataclasses.replace(answer, budget_bytes=budget_bytes)
@@ -176,7 +176,7 @@ class CompiledStep(JoinedStep):
             best = self._by_torch(budget_bytes, most_s) or best
         if best is None:
             raise self.infeasible(budget_bytes)
-        self._found.append(best)
+        self._answers.append(best)
         return self.plan_of(self._with_bound(best, search.time_limit_s / 4))
 
     def _with_bound(self, answer: Answer, limit_s: float) -> Answer:
@@ -195,7 +195,7 @@ class CompiledStep(JoinedStep):
         return max(int(need.max(initial=0)), self.memory.optimizer_step_bytes)
 
     @cached_property
-    def _found(self) -> list[Answer]:
+    def _answers(self) -> list[Answer]:
         """What was found for budgets so far."""
         return []
 

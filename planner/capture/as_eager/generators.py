@@ -64,7 +64,6 @@ _OWN = (
     "default one only. Leave generator= out, or draw outside forward and pass the result in"
 )
 _UNKNOWN = "a line that could not be found"
-_SYMPYS = "sympy's random"
 
 # What torch.random and torch.cuda ask of a default generator, in the words of a message.
 _WORDS = {
@@ -109,8 +108,6 @@ def _numpy_random() -> Any:
 
 
 def _of_python(generator: random.Random) -> _Source:
-    if any(generator is held for held in vars(sys.modules.get("sympy.core.random", random)).values()):
-        return _Source(_SYMPYS, generator.getstate, generator.setstate)
     name = "Python's random" if generator is _pythons() else "a random.Random of its own"
     return _Source(name, generator.getstate, generator.setstate)
 
@@ -150,7 +147,7 @@ def _alive() -> Iterator[_Source]:
     numpy_random, kinds = _numpy_random(), kinds_of(random.Random) - kinds_of(random.SystemRandom)
     shared = [] if numpy_random is None else [numpy_random.mtrand._rand._bit_generator]
     known = gc.get_referrers(*kinds, *shared)  # in one walk
-    # What sympy draws while sizes are symbols, the tracer does.
+    # what sympy draws while sizes are symbols, the tracer does, to compare expressions
     tracers = {id(x) for x in vars(sys.modules.get("sympy.core.random", random)).values()} - {id(_pythons())}
     for thing in known:
         if type(thing) in kinds and id(thing) not in tracers:
@@ -281,14 +278,11 @@ class Generators:
         graph: fx.GraphModule,
         again: Callable[[], object],
         left: Iterable[tuple[Any, Any]] = (),
-        *,
-        symbolic: bool = False,
     ) -> None:
         """Raise ``TraceError`` for numbers that ``graph`` could not draw as eager does.
 
         ``again`` runs the step's code once more, on tensors without memory.
         ``left``  containers as they were, and what the forward had them hold.
-        ``symbolic``  the tracer itself draws, to compare expressions of sizes.
         """
         model_name = type(model).__name__
         if self._handled:
@@ -305,7 +299,7 @@ class Generators:
                 "draw the next of its numbers, a planned step what was drawn while planning. Draw outside "
                 "forward and pass it in, or draw with torch (torch.rand, torch.nn.Dropout)"
             )
-        for source_moved in [s for s in self._sources if s.moved and not (symbolic and s.name == _SYMPYS)]:
+        for source_moved in [s for s in self._sources if s.moved]:
             self.restore()
             place = _line_that_moves(source_moved, again)
             if place is not None:  # else another thread drew, or a first call that no later one repeats
