@@ -29,14 +29,20 @@ if TYPE_CHECKING:
     from planner.frontier import Frontier
     from planner.plan import Placement, Plan, load
     from planner.runtime.verify import Report
+    from planner.sizing.batches import LargestBatch
+    from planner.sizing.estimates import Estimate
+    from planner.sizing.estimating import estimate
+    from planner.sizing.largest import largest_batch
     from planner.training.enable import disable, enable, plan_of
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Estimate",
     "Frontier",
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
+    "LargestBatch",
     "Placement",
     "Plan",
     "PlannerError",
@@ -46,8 +52,10 @@ __all__ = [
     "disable",
     "distributed",
     "enable",
+    "estimate",
     "frontier",
     "inductor",
+    "largest_batch",
     "load",
     "measure",
     "plan",
@@ -57,14 +65,18 @@ __all__ = [
 
 # Where each name is from; what is not here is a module of this package.
 _FROM = {
+    "Estimate": "sizing.estimates",
     "Frontier": "frontier",
+    "LargestBatch": "sizing.batches",
     "Placement": "plan",
     "Plan": "plan",
     "Report": "runtime.verify",
     "disable": "training.enable",
     "enable": "training.enable",
+    "estimate": "sizing.estimating",
     "frontier": "api",
     "inductor": "compiled.loop",
+    "largest_batch": "sizing.largest",
     "load": "plan",
     "plan": "api",
     "plan_of": "training.enable",

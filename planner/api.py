@@ -41,7 +41,7 @@ from planner.solving.calibrate import calibrated
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
-__all__ = ["frontier", "plan"]
+__all__ = ["frontier", "plan", "step_for"]
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def plan(
                 same_bits=recompute == "same bits",
             )  # fmt: skip
         else:
-            step = _step(model, inputs, capture, gradients, how, whole)
+            step = step_for(model, inputs, capture, gradients, how, whole)
         if calibrate and isinstance(step, PricedStep):
             made = calibrated(step, budget_bytes, search)
         else:  # in regions what is held beside them was measured
@@ -218,11 +218,11 @@ def frontier(
         checked_capture(capture)
         checked_gradients(gradients)
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step = _step(model, inputs, capture, gradients, how, {"outputs": mode})
+        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode})
         return step.frontier(budgets, search, points=points)
 
 
-def _step(
+def step_for(
     model: nn.Module,
     inputs: object,
     capture: CaptureMode,

@@ -46,6 +46,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner/sharded",),
     ("planner/compiled",),
     ("planner.api",),
+    ("planner/sizing",),
     ("planner/training",),
     ("planner.distributed",),
     ("planner/checks",),

@@ -69,6 +69,9 @@ def needs(width):
 
 def stopped():
     raise KeyboardInterrupt
+
+def batch_of(n):
+    return {"input": torch.zeros(n, 32)}
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -207,6 +210,24 @@ def test_frontier(run: Run, folder: Path) -> None:
     assert points[1]["overhead"] == 0 and (folder / "f.png").exists() and "f.png" in err
 
 
+def test_estimate_says_whether_a_budget_is_known_to_fit(run: Run) -> None:
+    code, out, err = run("estimate train:build --loss loss --costs roofline --budget-gb 1 -q")
+    assert code == HELD and "fits as it is" in out and "proved floor" in out
+    assert err.strip() == "the user's own print"
+    code, out, _ = run("estimate train:build --fake --loss loss --costs roofline --budget-gb 1e-6 -q --json")
+    found = json.loads(out)
+    assert code == FAILED and found["fit"]["verdict"] == "no"
+    assert found["fit"]["lacks_bytes"] == found["floor_bytes"] - 1000
+
+
+def test_largest(run: Run, folder: Path) -> None:
+    what = "train:bare --make-batch batch_of --loss loss --costs roofline --time-limit 0.1 -q"
+    code, out, _ = run(f"largest {what} --budget-gb 1 --low 3 --high 4 --plot sizes.png")
+    assert code == HELD and "largest batch 4" in out and (folder / "sizes.png").stat().st_size > 1000
+    code, out, err = run(f"largest {what} --budget-gb 1e-6 --json")
+    assert code == FAILED and json.loads(out)["status"] == "infeasible" and "there throughout" in err
+
+
 def test_fake_takes_no_memory_and_makes_the_same_plan(run: Run, plan: planner.Plan) -> None:
     code, out, _ = run(
         "plan train:build --fake --budget-gb 90e-6 --costs roofline --optimizer sgd -q --json --out fake.json"
@@ -341,7 +362,18 @@ def test_a_reader_that_has_had_enough(
 def test_every_command_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
     parser = arguments.parser()
     commands = re.findall(r"^    ([a-z-]+) ", parser.format_help(), re.MULTILINE)
-    assert {"plan", "show", "frontier", "verify", "explain", "diff", "snapshot", "demo"} <= set(commands)
+    assert {
+        "plan",
+        "estimate",
+        "largest",
+        "show",
+        "frontier",
+        "verify",
+        "explain",
+        "diff",
+        "snapshot",
+        "demo",
+    } <= set(commands)
     for command in commands:
         with pytest.raises(SystemExit) as ended:
             parser.parse_args([command, "--help"])

@@ -165,14 +165,17 @@ def fake_inputs(
 ) -> tuple[FakeTensorMode, list[Any], Sizes | None]:
     """The inputs as fake tensors, of symbolic sizes where ``dims`` says so, their mode and the symbols.
 
-    Raises ``TraceError`` where sizes are to vary and the model is made of fake tensors.
+    Raises ``TraceError`` where sizes are to vary and the model is made of fake tensors whose mode has none
+    that do.
     """
     if dims is None or not any(dims):
         mode = _mode_of(model, flat)
         return mode, [fake_of(mode, x) if isinstance(x, torch.Tensor) else x for x in flat], None
-    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
-        raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
     mode = _compat.symbolic_mode()
+    if any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers())):
+        mode = _mode_of(model, flat)
+        if mode.shape_env is None:
+            raise TraceError(f"sizes cannot vary where {type(model).__name__} is made of fake tensors")
     named = iter([(d, f"input{i}") for i, d in enumerate(dims)])
     fake = [
         _compat.symbolic_fake(mode, _plain(x), *next(named)) if isinstance(x, torch.Tensor) else x
@@ -248,15 +251,14 @@ class _Evaluation:
         numbers = (*fake.shape, *fake.stride(), fake.storage_offset())
         if not symbolic and not any(isinstance(n, torch.SymInt) for n in numbers):
             return fake
-        with _compat.fake_mode_of(fake):
-            base = self._base(fake, held) if symbolic else fake
-            made = torch.empty(0, dtype=fake.dtype, device=fake.device)
-            return made.set_(base.untyped_storage(), offset, shape, stride)
+        base = self._base(fake, held) if symbolic else fake
+        return _compat.fake_on(base.untyped_storage(), fake, shape, stride, offset)
 
     def _base(self, fake: FakeTensor, held: Any) -> torch.Tensor:
         key = _compat.storage_key(fake)
         if key not in self.storages:
-            base = torch.empty(self.number(held), dtype=torch.uint8, device=fake.device)
+            count = self.number(held)
+            base = _compat.fake_on(count, fake, [0], [1], 0)
             self.storages[key] = base
             self._keep.append(fake)
             self.storage_bytes[_compat.storage_key(base)] = _compat.expression_of(held)

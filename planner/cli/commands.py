@@ -75,6 +75,67 @@ def plan(arguments: Namespace) -> Outcome:
     return Outcome(_json(figures(made)) if arguments.json else made.summary(), HELD, tuple(notes))
 
 
+def estimate(arguments: Namespace) -> Outcome:
+    """What a step takes; with a budget, whether it fits."""
+    import planner
+    from planner.cli import user_code as factories
+
+    built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
+    found = planner.estimate(
+        built.model,
+        built.inputs,
+        loss_fn=_loss(arguments),
+        optimizer=factories.optimizer(arguments.optimizer, arguments.model),
+        costs=arguments.costs,
+        outputs=arguments.outputs,
+        capture=arguments.capture,
+        time_limit_s=arguments.time_limit,
+        progress=_shown(arguments),
+    )
+    notes = () if built.model.training else (_NOT_TRAINING.format(found.model_name),)
+    fit = None if arguments.budget_gb is None else found.fits(arguments.budget_gb)
+    code = HELD if fit is None or fit else FAILED
+    if arguments.json:
+        told = None if fit is None else dataclasses.asdict(fit)
+        return Outcome(_json(dataclasses.asdict(found) | {"fit": told}), code, notes)
+    return Outcome(str(found) if fit is None else f"{found}\n\n{fit}", code, notes)
+
+
+def largest(arguments: Namespace) -> Outcome:
+    """The largest batch that a budget has a plan for."""
+    import planner
+    from planner.cli import user_code as factories
+
+    if arguments.plot is not None:
+        _needs_matplotlib()
+    _writable(arguments.plot)
+    built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
+    try:
+        found = planner.largest_batch(
+            built.model,
+            arguments.budget_gb,
+            factories.named(arguments.make_batch, beside=arguments.model),
+            at_most_overhead=arguments.at_most_overhead,
+            low=arguments.low,
+            high=arguments.high,
+            loss_fn=_loss(arguments),
+            optimizer=factories.optimizer(arguments.optimizer, arguments.model),
+            costs=arguments.costs,
+            solver=arguments.solver,
+            outputs=arguments.outputs,
+            capture=arguments.capture,
+            time_limit_s=arguments.time_limit,
+            progress=_shown(arguments),
+        )
+    except InfeasibleBudgetError as error:
+        return Outcome(_json(infeasible(error)) if arguments.json else "", FAILED, (str(error),))
+    notes = []
+    if arguments.plot is not None:
+        _draw(found.plot(), arguments.plot)
+        notes.append(f"written to {arguments.plot}")
+    return Outcome(_json(found.figures()) if arguments.json else str(found), HELD, tuple(notes))
+
+
 def show(arguments: Namespace) -> Outcome:
     """A saved plan: its summary, and on request a page and pictures."""
     made = _loaded(arguments.plan)

@@ -52,6 +52,33 @@ examples:
 A budget that no plan fits is told with the least that one does, exit code 1. Ctrl-C while it searches
 takes the best plan so far."""
 
+_ESTIMATE = """\
+Traces one training step and says what it takes: its peak as it is and what fills it, the least peak known
+without a search, and the proved floor below which no plan helps. Seconds, not minutes; nothing is run and
+no memory taken. With a budget: whether the step fits it as it is, with a plan, perhaps, or not at all."""
+
+_ESTIMATE_EXAMPLES = """\
+examples:
+  {prog} estimate train.py:build --optimizer adamw
+  {prog} estimate train.py:build --budget-gb 8 --json | jq .fit.verdict
+  {prog} estimate train.py:build --fake --costs H100 --budget-gb 80    a model and a GPU that are elsewhere
+
+Exit code 1 if the step is not known to fit the budget: below the floor, or only a search can tell."""
+
+_LARGEST = """\
+Finds the largest batch for which a training step has a plan within the budget, and the one of most examples
+per second predicted, from one trace; says which bound stopped it, and prints what lies between."""
+
+_LARGEST_EXAMPLES = """\
+examples:
+  {prog} largest train.py:build --make-batch batch_of --budget-gb 8 --optimizer adamw
+  {prog} largest train.py:build --make-batch batch_of --budget-gb 8 --at-most-overhead 0.2 --plot sizes.png
+
+`batch_of` is a function in train.py of a number of examples that returns the inputs:
+
+  def batch_of(n):
+      return {{"x": torch.randn(n, 512)}}"""
+
 _SHOW = """\
 Prints a saved plan: budget, peak, overhead and its proved bound, what fills the peak, layer by layer.
 Reading a plan executes nothing and needs no model."""
@@ -164,6 +191,7 @@ def parser() -> ArgumentParser:
         return added
 
     _add_plan(command)
+    _add_sizing(command)
     _add_looking(command)
     _add_frontier_and_verify(command)
     demo = command("demo", cli.demo, "plan and train five models, show one table", _DEMO, _DEMO_EXAMPLES)
@@ -188,6 +216,38 @@ def _add_plan(command: Command) -> None:
     )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
     _add_json(plan)
+
+
+def _add_sizing(command: Command) -> None:
+    """How large: does it fit, and how large a batch does."""
+    estimate = command("estimate", cli.estimate, "does a step fit?", _ESTIMATE, _ESTIMATE_EXAMPLES)
+    _add_model(estimate)
+    estimate.add_argument(
+        "--budget-gb", type=float, metavar="GB", help="GB of 10**9 bytes to hold it against"
+    )
+    estimate.add_argument(
+        "--time-limit", type=float, default=0.0, metavar="S",
+        help="seconds of search for the least peak (default: none, what is known without)",
+    )  # fmt: skip
+    _add_step(estimate)
+
+    largest = command("largest", cli.largest, "how large a batch fits?", _LARGEST, _LARGEST_EXAMPLES)
+    _add_model(largest)
+    largest.add_argument(
+        "--make-batch", required=True, metavar="NAME", help="make_batch(n) -> the inputs of n examples"
+    )
+    largest.add_argument(
+        "--budget-gb", type=float, required=True, metavar="GB", help="GB of 10**9 bytes for the whole step"
+    )
+    largest.add_argument(
+        "--at-most-overhead", type=float, metavar="SHARE", help="of the step's time: 0.2 is a fifth"
+    )
+    largest.add_argument("--low", type=int, default=1, help="the least size (default: %(default)s)")
+    largest.add_argument("--high", type=int, default=1 << 16, help="the largest size (default: %(default)s)")
+    _add_planning(largest, time_limit_s=10.0)
+    largest.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
+    for made in (estimate, largest):
+        _add_json(made)
 
 
 def _add_looking(command: Command) -> None:
@@ -244,6 +304,16 @@ def _add_model(parser: ArgumentParser) -> None:
 
 
 def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
+    _add_step(parser)
+    parser.add_argument("--solver", default="auto", metavar="NAME", help="a method (default: %(default)s)")
+    parser.add_argument(
+        "--time-limit", type=float, default=time_limit_s, metavar="S",
+        help="seconds of search for a budget (default: %(default)g)",
+    )  # fmt: skip
+
+
+def _add_step(parser: ArgumentParser) -> None:
+    """What a step is, and how it is captured and priced."""
     parser.add_argument("--loss", metavar="NAME", help="loss(outputs) -> scalar, if it is outside the model")
     parser.add_argument(
         "--optimizer", metavar="NAME", help="adamw, adam, sgd, or MODULE:NAME of a class; its state counts"
@@ -254,7 +324,6 @@ def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
         metavar="SOURCE",
         help="auto, profile, roofline, or a GPU that is elsewhere, such as H100 (default: %(default)s)",
     )
-    parser.add_argument("--solver", default="auto", metavar="NAME", help="a method (default: %(default)s)")
     parser.add_argument(
         "--outputs", choices=("auto", "held", "released"), default="auto",
         help="what the model returns is held to the end of the step, or released before the backward, as by "
@@ -264,10 +333,6 @@ def _add_planning(parser: ArgumentParser, *, time_limit_s: float) -> None:
         "--capture", choices=("auto", "one graph", "regions"), default="auto",
         help="the step as one graph, or in regions with the model's own code between them, for which it is "
         "run twice and put back; auto: regions where it is not one graph (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--time-limit", type=float, default=time_limit_s, metavar="S",
-        help="seconds of search for a budget (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--fake", action="store_true", help="build the model without memory")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")

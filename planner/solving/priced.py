@@ -18,7 +18,7 @@ from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
-from planner.capture.sizes import Dynamic, varying_dims
+from planner.capture.sizes import Dims, Dynamic, varying_dims
 from planner.capture.symbolic import SymbolicCaptures, capture_varying
 from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
@@ -53,15 +53,15 @@ def prepare(
     loss_fn: LossFn | None = None,
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
-    dynamic: Dynamic = False,
+    dynamic: Dynamic | Dims = False,
     on_larger: OnLarger = "replan",
     search: Search | None = None,
     outputs: OutputsMode = "held",
 ) -> PricedStep:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
-    Arguments as for :func:`planner.plan`; ``search`` is for plans that the step itself asks for: the least
-    one, and those for larger batches.
+    Arguments as for :func:`planner.plan`, ``dynamic`` also by tensor; ``search`` is for plans that the step
+    itself asks for: the least one, and those for larger batches.
     """
     search = search or Search()
     tell = search.tell
@@ -73,7 +73,7 @@ def prepare(
         if dynamic:
             given = Inputs.of(model, inputs)
             given.check(model)
-            dims = varying_dims(given, dynamic)
+            dims = dynamic if isinstance(dynamic, tuple) else varying_dims(given, dynamic)
             joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
             later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)

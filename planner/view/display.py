@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from planner.plans.frontier_data import FrontierData
     from planner.plans.plan_data import PlanData
 
-__all__ = ["dataframe", "frontier_dataframe", "html", "summary"]
+__all__ = ["batches_dataframe", "dataframe", "frontier_dataframe", "html", "summary"]
 
 _HTML_ROWS = 40
 _HTML_LINES = 24  # within a layer
@@ -248,6 +248,19 @@ def frontier_dataframe(frontier: FrontierData) -> pandas.DataFrame:
     """
     frame: pandas.DataFrame = _pandas().DataFrame([dataclasses.asdict(point) for point in frontier.points])
     return frame.assign(saved_per_gb=list(frontier.saved_per_gb))
+
+
+def batches_dataframe(found: Any) -> pandas.DataFrame:
+    """One row per size of a :class:`planner.sizing.batches.LargestBatch`, and of other ways to train.
+
+    ``way``, "plan" or the other's name; ``batch``; ``peak_bytes`` and, of plans, ``floor_bytes``;
+    ``overhead`` and, of plans, ``overhead_bound`` (shares of step time); ``step_s`` without recomputation;
+    ``examples_per_s``, predicted; ``status``.
+    """
+    figures = found.figures()
+    rows = [{"way": row.pop("name", "plan"), **row} for row in (*figures["points"], *figures["others"])]
+    frame: pandas.DataFrame = _pandas().DataFrame(rows)
+    return frame
 
 
 def _pandas() -> Any:
