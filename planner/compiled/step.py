@@ -45,7 +45,7 @@ __all__ = ["CompiledStep", "compiled_step"]
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 4  # targets that are tried
+ROUNDS = 3  # targets that are tried: playing each takes seconds
 NEAR = 0.01  # of the budget: so much that is left is not worth another round
 ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
 
