@@ -64,9 +64,11 @@ bench-cuda:
 
 venv: $(VENV)/.ready
 
-# pip would compile every file of every package, which takes it as long as all else; few of them are imported.
+# The pip that comes with Python 3.11 takes three times as long as today's to look through the index.  It would
+# compile every file of every package, which takes it as long as all else; few of them are imported.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=25'
 	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e '.[notebooks,hf,dev]'
 	$(RUN) -W ignore -c "import planner, sentence_transformers, torch._dynamo, transformers.trainer"
 	touch $@

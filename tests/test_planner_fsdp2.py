@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import planner
 from planner import PlannerError, _compat
@@ -243,15 +242,13 @@ def test_ranks_of_other_sizes_checkpoints_and_one_plan_for_all(ranks: Ranks, tmp
 
 def _refused(rank: int) -> list[str]:
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    outside, spread, compiled = _model(), _model(tied=False), _model()
+    outside, compiled = _model(), _model()
     for k, block in enumerate(outside.blocks):
         outside.blocks[k] = checkpoint_wrapper(fully_shard(block, mesh=mesh))
-    for block in spread.blocks:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     for block in compiled.blocks:
         block.compile(backend="eager")
     said = []
-    for model in (fully_shard(outside, mesh=mesh), spread, _shard(compiled)):
+    for model in (fully_shard(outside, mesh=mesh), _shard(compiled)):
         planner.enable(model, 1.0, **QUICK)
         with pytest.raises(PlannerError) as raised:
             model(_ids(rank, 0))
@@ -260,9 +257,8 @@ def _refused(rank: int) -> list[str]:
 
 
 def test_what_would_talk_again_is_refused_with_the_way_out(ranks: Ranks) -> None:
-    for around, spread, compiled in ranks(_refused):
+    for around, compiled in ranks(_refused):
         assert (
             "blocks.0 is compiled by itself and sharded" in compiled and "Leave the compile out" in compiled
         )
         assert "blocks.0 is checkpointed by PyTorch" in around and "fully_shard(checkpoint_wrapper(" in around
-        assert "blocks.0.up.weight is a DTensor" in spread and "tensor parallelism" in spread

@@ -92,7 +92,7 @@ def scheduled(again: bool, same_bits: bool = False) -> Own:
     steps = minimum_peak(problem, time_limit_s=1.0).schedule.steps(problem)
     graph = piece.step.graph
     turn = next(k for k, i in enumerate(steps) if graph.ops[i].phase == "backward")
-    return tuple(steps), turn
+    return Own(tuple(steps), turn)
 
 
 def halves(own: Own) -> tuple[Any, Any]:
@@ -105,7 +105,7 @@ def gradients(own: Own) -> dict[str, torch.Tensor]:
     model, piece, _, args = seen()
 
     def split(joint: Any, forwards: int, static: Any) -> Any:
-        return piece.written(own).split(static)
+        return piece.written(own).split()
 
     call = _compat.compile_split(piece.gm, piece.inputs, split, inner=piece._interpreted)
     model.zero_grad()
@@ -193,9 +193,49 @@ def compiled_plan() -> tuple[Net, planner.Plan]:
 
 
 def between(model: Net) -> tuple[Net, planner.Plan]:
-    """A model and a plan at three quarters of the way from the proved floor to nothing recomputed."""
+    """A model and a plan half the way from the proved floor to torch's own."""
     step = compiled_step(model, (batch(),), costs="roofline", search=Search(time_limit_s=1.0))
-    return model, step.plan_bytes((step.baseline_peak_bytes * 3 + step.floor_bytes) // 4)
+    return model, step.plan_bytes((step.baseline_peak_bytes + step.floor_bytes) // 2)
+
+
+def test_what_fits_without_a_plan_runs_as_torch_splits_it() -> None:
+    _, plan = compiled_plan()
+    step = plan._origin
+    assert isinstance(step, CompiledStep)
+    whole = step.plan_bytes(step.baseline_peak_bytes)
+    assert (whole.solver, whole.peak_bytes) == ("torch's partition for 1", step.baseline_peak_bytes)
+    assert whole.overhead <= 1e-3 and not plan.solver.startswith("torch's")
+    for share, steps, _ in step.torchs:  # those that would draw dropout's seeds again are left out
+        again = {step.problem.ops[i].name for i in steps if steps.count(i) > 1}
+        assert not any("seeds" in name for name in again), share
+    with pytest.raises(planner.PlannerError, match="other bits"):
+        seen(same_bits=True)[1].torchs(0.5)
+
+
+class Attention(nn.Module):
+    """Attention, with or without dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, rows, 8) to a number."""
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).square().sum()
+
+
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, True), (0.5, False)])
+def test_attention_runs_again_where_it_draws_nothing(dropout: float, again: bool) -> None:
+    session = CompiledSession(Target.of("roofline", torch.device("cpu")))
+    torch.compile(Attention(dropout), backend=session.backend, dynamic=False)(torch.randn(2, 16, 8))
+    (piece,) = session.pieces
+    assert piece.step is not None
+    forward = [op for op in piece.step.graph.ops if op.phase == "forward"]
+    runs = [op.recomputable for op in forward if "attention" in op.target]
+    drawn = [op for op in forward if not op.recomputable]
+    assert runs == [True] if again else drawn
 
 
 class Cut(Net):
@@ -224,6 +264,30 @@ def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> Non
     assert "forward" not in vars(model)
 
 
+class Convolutions(nn.Module):
+    """Two convolutions: inductor lays out what they make as it likes, and saves it so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures to a number."""
+        x = torch.relu(self.stem(x))
+        return torch.relu(x + self.up(x)).square().mean()
+
+
+def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_chooses() -> None:
+    model, inputs = Convolutions(), (torch.randn(4, 3, 32, 32),)
+    step = compiled_step(model, inputs, costs="roofline", search=Search(time_limit_s=0.5))
+    plan = step.least_plan()
+    report = plan.verify()
+    assert report.equal and plan.overhead > 0, str(report)
+    assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
+    assert report.compiled_peak_bytes == pytest.approx(step.baseline_peak_bytes, rel=0.01)
+
+
 def test_running_statistics_move_once_where_all_is_recomputed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
@@ -236,10 +300,10 @@ def test_running_statistics_move_once_where_all_is_recomputed() -> None:
         assert piece.step is not None
         graph = piece.step.graph
         again = [i for i, op in enumerate(graph.ops) if op.phase == "forward" and op.recomputable]
-        own = *range(graph.turn), *again, *range(graph.turn, len(graph.ops))
+        own = Own((*range(graph.turn), *again, *range(graph.turn, len(graph.ops))), graph.turn)
 
         def split(joint: Any, forwards: int, static: Any) -> Any:
-            return piece.written((own, graph.turn)).split(static)
+            return piece.written(own).split()
 
         return _compat.compile_split(piece.gm, piece.inputs, split, inner=piece._interpreted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import random
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ from torch import Tensor, nn, optim
 
 import planner
 from planner._compat import FakeTensorMode, collecting_seldom, fakes_as_last_time, storage_key, tracing
+from planner.capture import flat_model, on_fakes
+from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
-from planner.errors import PlannerError
+from planner.errors import PlannerError, TraceError
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
 
@@ -182,11 +185,74 @@ def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
     for name in ("asked_once", "code_when_run"):
         monkeypatch.setattr(tracing, name, contextlib.nullcontext)
     monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
     monkeypatch.setattr(tracing, "not_hidden", lambda run: run)
     torchs = capture(tiny.seeded(_Varied), given, dims=dims)
     assert (torchs.sizes is not None) is dynamic
+    if torchs.sizes is not None and quick.sizes is not None:
+        assert set(map(str, quick.sizes.conditions)) == set(map(str, torchs.sizes.conditions))
+        assert [*map(str, quick.step.storage_bytes.values())] == [
+            *map(str, torchs.step.storage_bytes.values())
+        ]
     assert quick.code == again.code == torchs.code
     assert _told(quick) == _told(again) == _told(torchs)
+
+
+def test_sizes_that_are_compared_are_no_reason_to_run_the_step_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sympy draws from generators of its own for that; what the forward draws is found as before."""
+    looked = []
+    find = generators._line_that_moves
+
+    def counted(source: Any, again: Any) -> str | None:
+        looked.append(source.name)
+        return find(source, again)
+
+    class Draws(tiny.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * random.random()
+
+    monkeypatch.setattr(generators, "_line_that_moves", counted)
+    capture(tiny.seeded(_Varied), (torch.randn(6, 8),), dims=((0,),))
+    assert looked == []
+    with pytest.raises(TraceError, match=r"random\.random"):
+        capture(tiny.seeded(Draws), tiny.batch(), dims=((0,),))
+
+
+class _Settles(tiny.Mlp):
+    """Its first call corrects a setting, as transformers' does the kind of a problem.
+
+    ``other``: and runs other ops than later ones.
+    """
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.kind: str | None = None
+        self.other = other
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        first, self.kind = self.kind is None, "one of many"
+        return super().forward(x * 2 if self.other and first else x)
+
+
+def test_a_setting_that_the_first_call_corrects_is_seen_in_the_two_runs_of_the_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: list[str | None] = []
+    run = flat_model.called
+
+    def called(model: Any, *args: Any) -> Any:
+        kinds.append(model.kind)
+        return run(model, *args)
+
+    monkeypatch.setattr(flat_model, "called", called)
+    monkeypatch.setattr(on_fakes, "called", called)
+    model, other = _Settles(other=False), _Settles(other=True)
+    capture(model, tiny.batch())
+    assert kinds == [None, "one of many"]
+    assert model.kind == "one of many"
+    with pytest.raises(TraceError, match="runs other code than those that come after it"):
+        capture(other, tiny.batch())
+    assert other.kind is None
 
 
 def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:

@@ -24,6 +24,7 @@ from torch import fx
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 from planner._compat.running import watching_modes
+from planner._compat.sharded import frames_of_spread, masks_of_traces_apart
 from planner._compat.tracing import fakes_as_kernels
 
 RECOMPILES = 32  # of one place in the code, beyond which Dynamo gives up on it
@@ -192,6 +193,8 @@ class _DynamoAsEager:
     def _answer(self) -> None:
         for entry in _ENTRIES[:1]:  # all have one code; torch.compiler.reset() forgets what was said of it
             self._skip_code(entry.__code__)
+        for code in frames_of_spread():
+            self._skip_code(code)
         for entry in _ENTRIES:
             for name, value in zip(_DISABLED, (True, "it plans for itself"), strict=True):
                 setattr(entry, name, value)
@@ -203,8 +206,9 @@ class _DynamoAsEager:
         self._followed = self._lists()
         self._followed |= self._followed_here
         self._advises.addFilter(_is_no_advice)
-        self._fakes = fakes_as_kernels()
-        self._fakes.__enter__()
+        self._fakes = contextlib.ExitStack()
+        self._fakes.enter_context(fakes_as_kernels())
+        self._fakes.enter_context(masks_of_traces_apart())
         if self._in_a_loop is not None:
             setattr(self._translator, _IN_A_LOOP, _asks_loops(self._in_a_loop))
         self._functions.call_apply = _asks_for_none(self._apply)

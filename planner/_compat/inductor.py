@@ -36,6 +36,7 @@ __all__ = [
     "recompile_limit",
     "seeded",
     "stored",
+    "torchs_partition",
     "torchs_split",
     "writes",
 ]
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-# (joint module, number of the forward's outputs, nodes of static inputs) -> forward and backward
+# (joint module, number of the forward's outputs, positions of static inputs) -> forward and backward
 Split = Callable[[fx.GraphModule, int, Any], tuple[fx.GraphModule, fx.GraphModule]]
 
 # Key of ``node.meta``: inductor stores what the node makes instead of writing it into its readers; 2.11+
@@ -139,14 +140,12 @@ def is_fused(node: fx.Node) -> bool:
 
 
 def forward_and_backward(
-    joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], *, num_fwd_outputs: int, static: Any
+    joint: fx.GraphModule, saved: list[fx.Node], sizes: list[fx.Node], *, num_fwd_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The two modules of ``joint``, in which nothing behind ``saved`` and ``sizes`` is read across; 2.9+."""
     from torch._functorch import partitioners
 
-    halves = partitioners._extract_fwd_bwd_modules(
-        joint, saved, sizes, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
-    )
+    halves = partitioners._extract_fwd_bwd_modules(joint, saved, sizes, num_fwd_outputs=num_fwd_outputs)
     for half in halves:  # what may draw random numbers is kept, read or not, attention without dropout too
         for node in reversed(list(half.graph.nodes)):
             if node.op == "call_function" and not node.users and not writes(node):
@@ -191,7 +190,7 @@ def _partitioner() -> Any:
             return str, (self.key,)
 
         def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-            return self.split(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_nodes"))
+            return self.split(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_indices"))
 
     return Partitioner
 
@@ -228,11 +227,13 @@ def compile_split(
     *,
     key: str | None = None,
     inner: Callable[..., Any] | None = None,
+    as_written: bool = True,
 ) -> Callable[..., Any]:
     """``gm`` compiled by inductor, its joint graph split by ``split``; 2.9+.
 
-    ``key``    what its answers depend on, for the caches of compiled code; ``None``: nothing is cached.
-    ``inner``  compiles each half instead of inductor's code generator: (graph module, inputs, settings).
+    ``key``         what its answers depend on, for the caches of compiled code; ``None``: nothing is cached.
+    ``inner``       compiles each half instead of inductor's code generator: (graph module, inputs, settings).
+    ``as_written``  calls of libraries run in the order of the halves, and loops stay between them.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.virtualized import V
@@ -242,8 +243,12 @@ def compile_split(
             return compile_fx_inner(*args, **kwargs)
 
     own = copy_of(gm)
-    patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key), **_AS_WRITTEN}
-    made: Any = compile_fx(own, inputs, inner or compiled, config_patches=patches)
+    patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key)}
+    if as_written:
+        patches |= _AS_WRITTEN
+    made: Any = compile_fx(
+        own, inputs, inner or (compiled if as_written else compile_fx_inner), config_patches=patches
+    )
     return made
 
 
@@ -259,7 +264,21 @@ def torchs_split(joint: fx.GraphModule, forwards: int, static: Any) -> tuple[fx.
     """The two modules of ``joint`` as torch splits it where no memory is to be saved; 2.0+."""
     from torch._functorch.partitioners import default_partition
 
-    return default_partition(joint, (), num_fwd_outputs=forwards, static_lifetime_input_nodes=static)
+    return default_partition(joint, (), num_fwd_outputs=forwards)
+
+
+def torchs_partition(
+    joint: fx.GraphModule, forwards: int, budget: float, static: Any = None
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The two modules of ``joint``, which is used up, as torch splits it for an
+    ``activation_memory_budget``; 2.4+.
+    """
+    from torch._functorch import config, partitioners
+
+    with config.patch(activation_memory_budget=budget):
+        return partitioners.min_cut_rematerialization_partition(
+            joint, (), num_fwd_outputs=forwards, static_lifetime_input_indices=static
+        )
 
 
 def seeded(gm: fx.GraphModule) -> None:
@@ -406,10 +425,12 @@ def lowered(
     is_backward: bool,
     visible: Sequence[int],
     donated: Sequence[int] = (),
+    as_written: bool = True,
 ) -> Lowered:
     """``gm``, which is used up, as inductor would compile it; 2.9+.
 
-    ``visible``  positions of outputs that the user sees; ``donated`` those of inputs that it may write over.
+    ``visible``     positions of outputs that the user sees; ``donated`` of inputs that it may write over.
+    ``as_written``  as for :func:`compile_split`.
     """
     from torch._guards import TracingContext, detect_fake_mode, tracing
 
@@ -430,8 +451,8 @@ def lowered(
         V.set_fake_mode(fake_mode),
         tracing(context),
         DebugContext(),
-        V.set_choices_handler(_choices()),
-        c.config.patch(_AS_WRITTEN),
+        V.set_choices_handler(_choices()) if as_written else contextlib.nullcontext(),
+        c.config.patch(_AS_WRITTEN if as_written else {}),
     ):
         c.fake_tensor_prop(gm, inputs)
         c._recursive_record_original_output_strides(gm)

@@ -22,6 +22,10 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
+from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, held_by, no_data, sized_output
+
+_kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
+
 _fake_tensor: Any = torch._subclasses.fake_tensor  # what fakes are made by, and remembered; 2.0+
 
 # -- the garbage collector ------------------------------------------------------------------------------
@@ -56,11 +60,6 @@ def collecting_seldom() -> Iterator[None]:
 
 # -- fakes ----------------------------------------------------------------------------------------------
 
-_VALUES = frozenset({
-    int, float, bool, str, type(None), complex,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-})  # fmt: skip
-
 
 class Remembered(dict[Any, Any]):
     """What ops give on fakes, as torch remembers it, and once more by keys that are quick to make.
@@ -84,7 +83,7 @@ class Remembered(dict[Any, Any]):
 def _kinds_of(items: Any, mode: FakeTensorMode, out: list[Any]) -> bool:
     """Append to ``out`` all that an op's result may hang on; ``False`` where torch is to see for itself."""
     for x in items:
-        kind = type(x)
+        kind = _kind_of(x)
         if kind is FakeTensor:
             if (
                 x.fake_mode is not mode
@@ -105,7 +104,7 @@ def _kinds_of(items: Any, mode: FakeTensorMode, out: list[Any]) -> bool:
                 x.is_neg(),
                 x.is_inference(),
             )
-        elif kind in _VALUES:
+        elif kind in VALUES:
             out += (kind, x)  # 1 and 1.0 are one key
         elif kind is list or kind is tuple:
             out += (kind, len(x))
@@ -144,14 +143,6 @@ def _noted_under(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     return None if state.cache_on_shape_env() else key
 
 
-def _no_data(mode: Any, made: torch.Tensor) -> None:
-    """Whoever asks where its data is finds out that there is none."""
-    if mode._allow_unsafe_data_ptr_access:
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
-    else:
-        torch._C._set_throw_on_mutable_data_ptr(made)
-
-
 class _Tensor:
     """Makes a tensor that a call gives: as torch makes it of its own table, at fixed sizes."""
 
@@ -164,9 +155,7 @@ class _Tensor:
         self.flags = made.is_conj(), made.is_neg()
         self.view = view
         self.device = made.fake_device
-        held = dict(vars(FakeTensor(made.fake_mode, _plain((0,), (1,), torch.float32), made.fake_device)))
-        assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
-        self.held = held
+        self.held = held_by(made.fake_mode, made.fake_device)
 
     def __call__(self, mode: FakeTensorMode, args: Any) -> Any:
         shape, stride, offset = self.sizes
@@ -183,20 +172,11 @@ class _Tensor:
         made = torch.Tensor._make_subclass(
             FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=self.device
         )
-        _no_data(mode, made)
+        no_data(mode, made)
         held = vars(made)
         held.update(self.held)
         held["fake_mode"] = mode
         return made
-
-
-# Attributes of a fake that are not ``None``.
-_OF_A_FAKE = frozenset({"_fake_device", "fake_device", "fake_mode"})
-
-
-def _plain(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    with torch._C._DisableTorchDispatch():
-        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _maker_of(info: Any, made: Any, func: Any) -> Any:
@@ -243,6 +223,11 @@ def _looked_up(known: Remembered) -> Iterator[None]:
     direct = _fake_tensor._DISPATCH_HANDLE_DIRECTLY
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sized = getattr(mode.shape_env, OF_SYMBOLS, None)
+        if sized is not None:
+            if func in apart or func in direct or not isinstance(func, OpOverload):
+                return run(mode, func, types, args, kwargs or {})
+            return sized_output(sized, run, mode, func, types, args, kwargs or {})
         looks = mode.cache_enabled and not mode.cache_crosscheck_enabled
         if not looks or func in apart or func in direct or not isinstance(func, OpOverload):
             return run(mode, func, types, args, kwargs or {})
@@ -280,8 +265,6 @@ def code_when_run() -> Iterator[None]:
 
 
 # -- what is asked at every op --------------------------------------------------------------------------
-
-_kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
 _LEAF: Any = object()
 
@@ -388,7 +371,7 @@ def _snapshot(torchs: Any) -> Any:
             made = torch.Tensor._make_subclass(
                 FakeTensor, val, False, dispatch_device=True, device_for_backend_keys=device
             )
-        _no_data(mode, made)
+        no_data(mode, made)
         vars(made).update(held)
         made.fake_mode, made.fake_device = mode, device
         return made
@@ -420,7 +403,7 @@ def _op(func: Any) -> Any:
 
 
 def _plain_value(value: Any) -> Any:
-    return _kind_of(value) if _kind_of(value) in _VALUES or isinstance(value, torch.Tensor) else None
+    return _kind_of(value) if _kind_of(value) in VALUES or isinstance(value, torch.Tensor) else None
 
 
 @contextlib.contextmanager
@@ -466,7 +449,7 @@ def _argument(torchs: Any) -> Any:
 
     def create_arg(tracer: Any, a: Any) -> Any:
         kind = _kind_of(a)
-        if kind in _VALUES:
+        if kind in VALUES:
             return a
         if kind is fx.Proxy:
             return a.node

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -14,6 +16,148 @@ def is_spread(kind: type) -> bool:
     """Whether tensors of this class are DTensors, whose ops run on what each rank has of them; 2.5+."""
     found = sys.modules.get("torch.distributed.tensor")
     return found is not None and issubclass(kind, found.DTensor)
+
+
+def is_in_flight(kind: type) -> bool:
+    """Whether tensors of this class are what a collective gives, waited for at their first use; 2.1+."""
+    found = sys.modules.get("torch.distributed._functional_collectives")
+    return found is not None and issubclass(kind, found.AsyncCollectiveTensor)
+
+
+def local_of(tensor: Any) -> torch.Tensor:
+    """What this rank has of a DTensor, the same object each time, or what a collective gave; 2.5+."""
+    here: Any = tensor._local_tensor if is_spread(type(tensor)) else tensor
+    if is_in_flight(type(here)):
+        here.trigger_wait()
+        here = here.elem
+    found: torch.Tensor = here
+    return found
+
+
+def layout_of(tensor: Any) -> Any:
+    """How a DTensor is spread: a mesh, placements, sizes of the whole; hashable; 2.5+."""
+    return tensor._spec
+
+
+def alike_spread(one: Any, other: Any) -> bool:
+    """Whether two layouts are of one mesh and one way to spread; 2.5+."""
+    return bool(one.mesh == other.mesh and one.placements == other.placements)
+
+
+def spread(local: torch.Tensor, layout: Any) -> Any:
+    """The DTensor of which this rank has ``local``; 2.5+."""
+    from torch.distributed.tensor import DTensor
+
+    make: Any = DTensor
+    return make(local, layout, requires_grad=False)
+
+
+def gradient_layout(layout: Any) -> Any:
+    """How the gradient of a DTensor is spread unless something says otherwise: as it is, but that parts of a
+    sum have the gradient of the sum; 2.5+.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    placements = tuple(Replicate() if p.is_partial() else p for p in layout.placements)
+    return DTensorSpec(layout.mesh, placements, tensor_meta=layout.tensor_meta)
+
+
+def frames_of_spread() -> list[CodeType]:
+    """Code of DTensor's methods and of the hooks of parallel styles, which by itself is nothing to compile;
+    2.5+.
+    """
+    found = sys.modules.get("torch.distributed.tensor")
+    styles = sys.modules.get("torch.distributed.tensor.parallel.style")
+    if found is None:
+        return []
+    names = ("from_local", "to_local", "redistribute", "full_tensor")
+    functions = [found.distribute_module, *(getattr(found.DTensor, name) for name in names)]
+    for style in () if styles is None else vars(styles).values():
+        if isinstance(style, type):
+            functions += [
+                getattr(style, name) for name in vars(style) if name.startswith(("_prepare", "_apply"))
+            ]
+    codes = [f.__code__ for f in functions if hasattr(f, "__code__")]
+    return codes + [inner for code in codes for inner in code.co_consts if isinstance(inner, CodeType)]
+
+
+def is_masked(layout: Any) -> bool:
+    """Whether a DTensor is a row-wise embedding's before it is added up, with a mask outside of it; 2.5+."""
+    return any(hasattr(p, "mask_buffer") for p in layout.placements)
+
+
+@contextlib.contextmanager
+def masks_of_traces_apart() -> Iterator[None]:
+    """What a trace noted of a row-wise embedding, whose graph ended before it was added up, is no reason for
+    another run of it to say no; 2.5+.
+
+    Torch keeps the mask of rows on an object that all calls share (2.13).
+    """
+    found: Any = sys.modules.get("torch.distributed.tensor._ops._mask_buffer")
+    if found is None:
+        yield
+        return
+    buffer, before = found.MaskBuffer, found.MaskBuffer.materialize_mask
+
+    def materialize(self: Any, mask: torch.Tensor) -> None:
+        if self.data is not None and type(self.data) is not type(mask):
+            self.data, self.refcount = None, 0
+        before(self, mask)
+
+    buffer.materialize_mask = materialize
+    try:
+        yield
+    finally:
+        buffer.materialize_mask = before
+
+
+def is_collective(target: Any) -> bool:
+    """Whether a call in a traced graph begins a collective, which another waits for; 2.1+."""
+    return getattr(target, "namespace", "") == "_c10d_functional" and not is_wait(target)
+
+
+def is_wait(target: Any) -> bool:
+    """Whether a call in a traced graph waits for a collective; 2.1+."""
+    return getattr(target, "__name__", "").startswith("wait_tensor.")
+
+
+def run_collective(call: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The result of a collective of a traced graph ("all_reduce.default"), when it is there; 2.1+."""
+    name, overload = call.split(".")
+    functional: Any = torch.ops._c10d_functional
+    made: torch.Tensor = functional.wait_tensor(getattr(getattr(functional, name), overload)(*args, **kwargs))
+    return made
+
+
+def talks(target: Any) -> bool:
+    """Whether a call in a traced graph talks to other ranks."""
+    return getattr(target, "namespace", "") in ("_c10d_functional", "_dtensor")
+
+
+@contextlib.contextmanager
+def no_draws_of_spread() -> Iterator[None]:
+    """``RuntimeError`` where an op on a DTensor draws random numbers by an offset of its rank (CUDA), which
+    another run of the same op would not find again; 2.5+.
+    """
+    random: Any = sys.modules.get("torch.distributed.tensor._random")
+    if random is None:
+        yield
+        return
+    tracker, before = random.OffsetBasedRNGTracker, {}
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an op on a DTensor draws random numbers, whose offset is the rank's own")
+
+    for name in ("_distribute_region", "_compute_rng_offsets"):
+        if name in vars(tracker):
+            before[name] = vars(tracker)[name]
+            setattr(tracker, name, refuse)
+    try:
+        yield
+    finally:
+        for name, was in before.items():
+            setattr(tracker, name, was)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

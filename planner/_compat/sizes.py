@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import (  # tensors with shapes, strides and 
     FakeTensorMode,
 )
 
+from planner._compat.sized_fakes import OF_SYMBOLS
+
 
 def size_hint(size: int | torch.SymInt) -> int:
     """The size as an int; of a symbolic one, what it was traced with, and no guard is made; 2.0+."""
@@ -29,6 +31,7 @@ def symbolic_mode() -> FakeTensorMode:
     sizes = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
     mode.cache_enabled = False  # 2.2+; an entry whose sizes are symbols takes longer than the op it saves
+    setattr(sizes, OF_SYMBOLS, {})
     return mode
 
 

@@ -42,6 +42,7 @@ from planner._compat.quick import (
     fakes_remembered,
     not_hidden,
 )
+from planner._compat.symbols import sizes_remembered
 
 
 @contextlib.contextmanager
@@ -356,7 +357,14 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["val"]`` is a fake tensor.
     """
-    with _tracing_flags(), code_when_run(), asked_once(), contextlib.ExitStack() as stack:
+    env = next((x.fake_mode.shape_env for x in args if isinstance(x, FakeTensor)), None)
+    with (
+        _tracing_flags(),
+        code_when_run(),
+        asked_once(),
+        sizes_remembered(env),
+        contextlib.ExitStack() as stack,
+    ):
         joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, **_UNNAMED)
         return joint.graph_module
 
@@ -368,11 +376,13 @@ def graph_in_tracing() -> fx.Graph | None:
 
 
 @contextlib.contextmanager
-def writes_keep_layout() -> Iterator[None]:
+def writes_keep_layout(told: Callable[..., None]) -> Iterator[None]:
     """What a trace makes of a call in place is laid out as its operand; 2.6+.
 
     A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
     trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
+
+    ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
     run = not_hidden(before)
@@ -385,9 +395,12 @@ def writes_keep_layout() -> Iterator[None]:
             and first.is_base_tensor()
             and 1 in first.shape
         ):
-            return run(mode, func, types, args, kwargs)
+            result = run(mode, func, types, args, kwargs)
+            told(func, args, kwargs, result)
+            return result
         strides = first.from_functional().stride()
         result = run(mode, func, types, args, kwargs)
+        told(func, args, kwargs, result)
         made = first.from_functional()
         pairs = zip(made.shape, strides, made.stride(), strict=True)
         if made.stride() != strides and all(size == 1 or a == b for size, a, b in pairs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,14 @@ from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.module import original_forward
 from planner.capture.outputs import OutputTemplate, template_of
 from planner.capture.pieces import ReadsOf, reached_from
-from planner.capture.state.effects import Effects, attributes_kept, others_kept, tensors_kept
+from planner.capture.state.effects import (
+    Alike,
+    Effects,
+    OpsSeen,
+    attributes_kept,
+    others_kept,
+    tensors_kept,
+)
 from planner.capture.state.reads import Reads
 from planner.errors import TraceError
 
@@ -56,6 +63,10 @@ class FlatModel(nn.Module):
         self.rebound: list[str] = []  # buffers that the forward binds to a new tensor
         self.template: OutputTemplate | None = None
         self.reads, self.effects = Reads(), Effects()
+        self.runs = 0  # of the forward
+        self.ran: OpsSeen | None = None  # the ops of the run before, where it matters
+        self.running: OpsSeen | None = None
+        self.alike: Alike | None = None  # what the second run has in common with the first
         self.placed: frozenset[str | int] = frozenset()
         self.keeps_casts = torch.is_autocast_cache_enabled()
         for name, parameter in model.named_parameters():
@@ -85,14 +96,8 @@ class FlatModel(nn.Module):
                 stand_in(tensor, original)
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
         after = dict(state)
-        # The tracer calls this more than once, and each time is to find the model as it was.
-        with attributes_kept(self.model, self.reads.containers) as self.effects:
-            self.reads.look = self.effects.look
-            with (
-                self.reads.recording() if self.records else contextlib.nullcontext(),
-                contexts_noted() if self.keeps_casts else contextlib.nullcontext(),
-            ):
-                output = called(self.model, after, args, kwargs)
+        named = {**state, **{f"input {i}": t for i, t in enumerate(tensors)}}
+        output = self._called(after, args, kwargs, named)
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}
         self.placed |= {name for name, t in state.items() if id(t) in asked}
@@ -117,6 +122,54 @@ class FlatModel(nn.Module):
         if self.watch is not None:
             self.watch.watch(tracked, results)
         return tuple(map(apart, results))
+
+    def _called(
+        self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, named: dict[str, torch.Tensor]
+    ) -> Any:
+        """The model's output, the model as it was; ``effects`` then says what it did besides.
+
+        The tracer calls this more than once.  Each run finds the model as it was, but for what the run before
+        it did besides: so it shows whether a later call runs the same ops as the first (``alike``).  Where
+        tensors were stored, a later call would not make them: then each run is a first one.
+        """
+        first = self.effects
+        again = self.records and bool(first.touched) and not first.stored
+        kept = attributes_kept(self.model, self.reads.containers)
+        with kept as self.effects, contextlib.ExitStack() as stack:
+            look = self.effects.look
+            if again:
+                first.again()
+                second = stack.enter_context(attributes_kept(self.model, self.reads.containers))
+                look = _both(look, second.look)
+            self.reads.look = look
+            if self.records and (again or not self.runs):
+                self.running = OpsSeen(named)
+            try:
+                with (
+                    self.reads.recording() if self.records else contextlib.nullcontext(),
+                    contexts_noted() if self.keeps_casts else contextlib.nullcontext(),
+                ):
+                    output = called(self.model, state, args, kwargs)
+            finally:
+                ran, self.running = self.running, None
+        self.runs += 1
+        if again and ran is not None and self.ran is not None:
+            self.alike = Alike(ran.seen == self.ran.seen, not second.changed)
+        self.ran = ran if self.runs == 1 and self.effects.touched and not self.effects.stored else None
+        return output
+
+    def told(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """An op of the step has run."""
+        if self.running is not None:
+            self.running.note(func, args, kwargs, result)
+
+
+def _both(one: Callable[[str, Any], None], other: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    def look(name: str, container: Any) -> None:
+        one(name, container)
+        other(name, container)
+
+    return look
 
 
 class _Bare(nn.Module):
@@ -153,12 +206,16 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
+def _unheard(*_: Any) -> None:
+    """Nobody asks which ops run."""
+
+
 def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphModule:
     """The joint graph of ``module``, of the kernels that eager would run."""
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
         _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
-        _compat.writes_keep_layout(),
+        _compat.writes_keep_layout(module.told if isinstance(module, FlatModel) else _unheard),
         masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
     ):
         return _compat.export_joint(module, inputs, {})

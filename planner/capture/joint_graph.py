@@ -228,7 +228,8 @@ def _captured(
         questions.refuse(type(model).__name__)
         noted.refuse()
         step.installed.refuse(functools.partial(step_on_fakes, model, given))
-        generators.refuse(model, module, lambda: step_on_fakes(model, given), step.effects.left)
+        again = functools.partial(step_on_fakes, model, given)
+        generators.refuse(model, module, again, step.effects.left, symbolic=sizes is not None)
     traced = told_apart(module, step.names, tuple(step.rebound))
     fewer = cast_once(module, traced.parameters, traced.gradients)
     _note_sums(traced, reads.counts - fewer)
@@ -236,7 +237,7 @@ def _captured(
     refuse_formulas_of_values(traced)
     refuse_sparse(traced)
     refuse_loose_parameters(model, module)
-    refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys())
+    refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys(), step.alike)
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
     if behind.changed and not settled(model, behind, lambda: step_on_fakes(model, given)):
         step.installed.refuse_changes(behind.touched)

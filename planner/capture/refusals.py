@@ -166,7 +166,7 @@ def _talks_to_ranks(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError
 
 def _spread_parameters(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | None:
     for name in _compat.spread_parameters(model):
-        return PlannerError(_SPREAD.format(name))
+        return TraceError(_SPREAD.format(name))
     if is_sharded(model):
         return _sharded(model, "the model")
     return None
@@ -420,10 +420,8 @@ def _types(module: str, *names: str) -> tuple[type, ...]:
 
 
 _SPREAD = (
-    "{} is a DTensor, spread over several devices by tensor parallelism; a plan is for the ops of one "
-    "device. An op on such a tensor may talk to the other ranks (a row-wise matmul adds up over them), and "
-    "made again in the backward it would talk again. Shard by FSDP2 alone (fully_shard), which is planned, "
-    "or plan the parts that are not spread"
+    "{} is a DTensor, spread over several devices by tensor parallelism; one graph is for the ops of one "
+    'device. The step can be planned in regions: capture="auto" or "regions"'
 )
 
 

@@ -251,15 +251,14 @@ class _Evaluation:
         numbers = (*fake.shape, *fake.stride(), fake.storage_offset())
         if not symbolic and not any(isinstance(n, torch.SymInt) for n in numbers):
             return fake
-        with _compat.fake_mode_of(fake):
-            base = self._base(fake, held) if symbolic else fake
-            made = torch.empty(0, dtype=fake.dtype, device=fake.device)
-            return made.set_(base.untyped_storage(), offset, shape, stride)
+        base = self._base(fake, held) if symbolic else fake
+        return _compat.fake_on(base.untyped_storage(), fake, shape, stride, offset)
 
     def _base(self, fake: FakeTensor, held: Any) -> torch.Tensor:
         key = _compat.storage_key(fake)
         if key not in self.storages:
-            base = torch.empty(self.number(held), dtype=torch.uint8, device=fake.device)
+            count = self.number(held)
+            base = _compat.fake_on(count, fake, [0], [1], 0)
             self.storages[key] = base
             self._keep.append(fake)
             self.storage_bytes[_compat.storage_key(base)] = _compat.expression_of(held)

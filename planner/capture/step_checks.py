@@ -11,7 +11,7 @@ from planner._compat import pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
 from planner.capture.on_fakes import on_fakes
-from planner.capture.state.effects import Effects, alike, is_cache, settle
+from planner.capture.state.effects import Alike, Effects, alike, is_cache, settle
 from planner.capture.state.reads import Reads
 from planner.capture.traced import Traced
 from planner.errors import TraceError
@@ -60,13 +60,22 @@ def refuse_sparse(traced: Traced) -> None:
 
 
 def refuse_side_effects(
-    model: nn.Module, given: Inputs, effects: Effects, reads: Reads, updated: Collection[str]
+    model: nn.Module,
+    given: Inputs,
+    effects: Effects,
+    reads: Reads,
+    updated: Collection[str],
+    traced: Alike | None = None,
 ) -> None:
     """Raise for what the forward did beside computing, unless it does so at its first call only.
 
     ``updated``  names of the buffers that it writes, as it may.
+    ``traced``   what a second run had in common with the first while it was traced, if that was seen.
     """
     if not effects.touched:
+        return
+    if traced and traced.ops and traced.numbers and not effects.stored:
+        settle(effects)
         return
     call, tensors = on_fakes(model, given)
     if effects.stored:

@@ -31,21 +31,10 @@ class Written:
     ) -> None:
         self.joint, self.saved, self.sizes, self.forwards = joint, saved, sizes, forwards
 
-    @property
-    def held(self) -> set[str]:
-        """Names of nodes on whose storages outputs of the forward lie, which the caller holds."""
-        (output,) = self.joint.graph.find_nodes(op="output")
-        found = set()
-        for node in output.args[0][: self.forwards]:
-            while isinstance(node, fx.Node):
-                found.add(node.name)
-                node = node.args[0] if _compat.is_view_of_operand(node) else None
-        return found
-
-    def split(self, static: Any = None) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def split(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The two graphs."""
         return _compat.forward_and_backward(
-            self.joint, list(self.saved), list(self.sizes), num_fwd_outputs=self.forwards, static=static
+            self.joint, list(self.saved), list(self.sizes), num_fwd_outputs=self.forwards
         )
 
 

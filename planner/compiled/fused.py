@@ -341,12 +341,9 @@ def _is_inlined(node: fx.Node) -> bool:
 def _runs_once(node: fx.Node) -> bool:
     """Whether a call may not run again: it draws numbers from a generator, writes, or talks to others."""
     tags = getattr(node.target, "tags", ())
-    if node.is_impure() or (torch.Tag.nondeterministic_seeded in tags and not _draws_nothing(node)):
+    if torch.Tag.nondeterministic_seeded in tags and not _draws_nothing(node):
         return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        return True
-    return "c10d" in str(node.target) or "inductor_seeds" in str(node.target)
+    return _compat.writes(node) or "inductor_seeds" in str(node.target)
 
 
 def _draws_nothing(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,8 +38,19 @@ FORM = 1  # of what is written for a schedule: another for the same schedule is 
 FUSED = 0.05
 SEEN_S = 1.0  # of search for the schedule of a step that is seen
 
-# Positions in the ops of a piece, and how many of them run in the forward.
-Own = tuple[tuple[int, ...], int]
+
+@dataclass(frozen=True)
+class Own:
+    """What a piece runs.
+
+    ``steps``   positions in its ops, ``turn`` of them in the forward.
+    ``torchs``  the ``activation_memory_budget`` for which torch itself splits its graph so: it is then
+                compiled as torch compiles it.  ``None``: it is compiled as ``steps`` say.
+    """
+
+    steps: tuple[int, ...]
+    turn: int
+    torchs: float | None = None
 
 
 class Piece:
@@ -68,10 +80,11 @@ class Piece:
         self.why = ""
         self.costs: Costs | None = None
         self.given = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        self.seen_as: Own = (), 0
+        self.seen_as = Own((), 0)
         self.planned: Own | None = None
         self._compiled: dict[Own | None, Callable[..., Any]] = {}
         self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
+        self._left_bytes: dict[float, int] = {}
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
@@ -94,17 +107,26 @@ class Piece:
     def keep_all(self) -> Own:
         """Nothing is recomputed."""
         assert self.step is not None
-        return tuple(range(len(self.step.graph.ops))), self.step.graph.turn
+        return Own(tuple(range(len(self.step.graph.ops))), self.step.graph.turn)
 
     @property
-    def scratch_bytes(self) -> dict[str, int]:
-        """Most that a kernel of each name takes beside its operands and results."""
-        found: dict[str, int] = {}
-        if self.step is not None and self.costs is not None:
-            for op in self.step.graph.ops:
-                size = self.costs.workspace_bytes.get(op.name, 0)
-                found[op.target] = max(found.get(op.target, 0), size)
-        return found
+    def libraries(self) -> frozenset[str]:
+        """Names of what inductor has no loops for: libraries' kernels."""
+        assert self.step is not None
+        ops = self.step.graph.ops
+        return frozenset(op.target for op in ops if op.node is not None and not _compat.is_lowered(op.node))
+
+    def peak_bytes(self, played: Played) -> int:
+        """Of a half, with what libraries take while they run."""
+        if self.target.here.type == "cpu":
+            scratch = _scratch_of([node for node, _ in played.kernels])
+            return played.with_scratch(lambda node: scratch[signature_of(node, _HERE)])
+        assert self.step is not None and self.costs is not None
+        most: dict[str, int] = {}
+        for op in self.step.graph.ops:
+            size = self.costs.workspace_bytes.get(op.name, 0)
+            most[op.target] = max(most.get(op.target, 0), size)
+        return played.with_scratch(lambda node: most.get(str(node.target).rpartition(".")[0], 0))
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -113,7 +135,7 @@ class Piece:
             self.step = self._step_of(_compat.copy_of(joint), forwards)
             self.costs = costs_of_fused(self.step, self.target)
             self.seen_as = self._least() if self.seen_low else self.keep_all
-            return write(self.step, *self.seen_as).split(static)
+            return self.written(self.seen_as).split()
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
@@ -125,7 +147,44 @@ class Piece:
         problem = lower(graph, self.costs, resident_bytes=0)
         steps = minimum_peak(problem, time_limit_s=SEEN_S).schedule.steps(problem)
         behind = (k for k, i in enumerate(steps) if graph.ops[i].phase == "backward")
-        return tuple(steps), next(behind, len(steps))
+        return Own(tuple(steps), next(behind, len(steps)))
+
+    def torchs(self, budget: float) -> Own:
+        """What torch's own partition makes again, for an ``activation_memory_budget``.
+
+        Raises ``PlannerError`` where it would make something again that must run once, or might have other
+        bits.
+        """
+        assert self.step is not None
+        if self.same_bits:
+            raise PlannerError("torch's partition makes things again that have other bits then")
+        ops, turn = self.step.graph.ops, self.step.graph.turn
+        forward, backward = self.halves(Own((), turn, budget))
+        held = _held_elsewhere(forward, self.step.forwards)
+        (output,) = forward.graph.find_nodes(op="output")
+        kept = {n for n in output.args[0][self.step.forwards :] if isinstance(n, fx.Node)}
+        own = (n.meta["val"] for n in kept if n.name not in held)
+        self._left_bytes[budget] = sum(x.nbytes for x in own if isinstance(x, torch.Tensor))
+        late = {n.name for n in backward.graph.nodes if n.op == "call_function"}
+        again = {i for i in range(turn) if ops[i].name in late}
+        once = [ops[i].name for i in sorted(again) if not ops[i].recomputable]
+        if once:
+            raise PlannerError(f"torch's partition for a memory budget of {budget} runs {once[0]} twice")
+        steps, values = list(range(turn)), self.step.graph.values
+        for i in range(turn, len(ops)):
+            burst, stack = set[int](), list(ops[i].inputs)
+            while stack:
+                p = values[stack.pop()].producer
+                if p in again:
+                    again.remove(p)
+                    burst.add(p)
+                    stack += ops[p].inputs
+            steps += [*sorted(burst), i]
+        return Own(tuple(steps), turn, budget)
+
+    def left_bytes(self, budget: float) -> int:
+        """Bytes that torch's own partition holds, at least, when the backward begins."""
+        return self._left_bytes[budget]
 
     def _step_of(self, joint: fx.GraphModule, forwards: int) -> FusedStep:
         return FusedStep.of(joint, forwards, self._sources(), same_bits=self.same_bits)
@@ -187,9 +246,13 @@ class Piece:
                     f"graph {self.number} was planned as {self.step.graph!r}, and is now {step.graph!r}: "
                     "settings of torch.compile or of inductor have changed since; plan again"
                 )
-            return write(step, *own).split(static)
+            if own.torchs is not None:
+                return _compat.torchs_partition(joint, forwards, own.torchs, static)
+            return write(step, own.steps, own.turn).split()
 
-        return _compat.compile_split(self.gm, self.inputs, split, key=self.key_of(own))
+        return _compat.compile_split(
+            self.gm, self.inputs, split, key=self.key_of(own), as_written=own.torchs is None
+        )
 
     def key_of(self, own: Own) -> str:
         """What a schedule adds to the keys of inductor's caches."""
@@ -207,7 +270,14 @@ class Piece:
     def written(self, own: Own) -> Written:
         """The two graphs of a schedule."""
         assert self.step is not None
-        return write(self.step, *own)
+        return write(self.step, own.steps, own.turn)
+
+    def halves(self, own: Own) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The forward and the backward that are compiled of it."""
+        assert self.step is not None
+        if own.torchs is None:
+            return self.written(own).split()
+        return _compat.torchs_partition(_compat.copy_of(self.step.joint), self.step.forwards, own.torchs)
 
     def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
         """What the forward and the backward allocate that inductor makes of a schedule.
@@ -217,7 +287,10 @@ class Piece:
         key = own, going
         if key not in self._played:
             assert self.step is not None
-            self._played[key] = _played(self.written(own), self.step.forwards, going)
+            halves = self.halves(own)
+            self._played[key] = _played(
+                *halves, self.step.forwards, going, self.libraries, as_written=own.torchs is None
+            )
         return self._played[key]
 
 
@@ -270,26 +343,52 @@ def _run(gm: fx.GraphModule, given: list[Any]) -> Any:
     raise AssertionError("a graph without an output")
 
 
-def _played(written: Written, forwards: int, going: frozenset[int]) -> tuple[Played, Played]:
-    forward, backward = written.split()
+def _held_elsewhere(forward: fx.GraphModule, forwards: int) -> set[str]:
+    """Names of what lies on storages of a forward's operands and outputs, which others hold too."""
+
+    def base(node: fx.Node) -> fx.Node:
+        while _compat.is_view_of_operand(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node
+
+    (output,) = forward.graph.find_nodes(op="output")
+    returned = [n if isinstance(n, fx.Node) else None for n in output.args[0]]
+    shown = {base(n) for n in returned[:forwards] if n is not None}
+    held = {n.name for n in returned if n is not None and (base(n) in shown or base(n).op == "placeholder")}
+    return held
+
+
+def _played(
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    forwards: int,
+    going: frozenset[int],
+    libraries: frozenset[str],
+    *,
+    as_written: bool,
+) -> tuple[Played, Played]:
+    held = _held_elsewhere(forward, forwards)
+    (output,) = forward.graph.find_nodes(op="output")
+    names = [n.name if isinstance(n, fx.Node) else "" for n in output.args[0]]
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
-    first = play(
-        _compat.lowered(forward, is_backward=False, visible=range(forwards)), given, range(len(given))
-    )
+    code = _compat.lowered(forward, is_backward=False, visible=range(forwards), as_written=as_written)
+    first = play(code, given, range(len(given)), libraries)
+    saved = {n: made for n, made in zip(names[forwards:], first.results[forwards:], strict=True) if made}
     nodes = backward.graph.find_nodes(op="placeholder")
-    held = written.held
-    donated = [
-        i
-        for i, n in enumerate(nodes)
-        if not n.name.startswith(("primals", "tangents")) and n.name not in held
-    ]
+    for n in nodes:
+        if n.name in saved:  # laid out as the forward's code does
+            n.meta["val"] = saved[n.name].like
+    own = {i for i, n in enumerate(nodes) if n.name in saved and saved[n.name].own}
     (output,) = backward.graph.find_nodes(op="output")
     visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]
     given = [n.meta["val"] for n in nodes]
-    code = _compat.lowered(backward, is_backward=True, visible=visible, donated=donated)
+    donated = [i for i in own if nodes[i].name not in held]
+    code = _compat.lowered(
+        backward, is_backward=True, visible=visible, donated=donated, as_written=as_written
+    )
     tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
-    freed = {*donated, *(i for k, i in enumerate(tangents) if k in going)}
-    return first, play(code, given, [i for i in range(len(given)) if i not in freed])
+    freed = own | {i for k, i in enumerate(tangents) if k in going}
+    return first, play(code, given, [i for i in range(len(given)) if i not in freed], libraries)
 
 
 def costs_of_fused(step: FusedStep, target: Target) -> Costs:
@@ -306,15 +405,20 @@ def costs_of_fused(step: FusedStep, target: Target) -> Costs:
 # What a call raises that does not run on made-up operands.
 _NOT_RUN = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 
+_HERE = torch.device("cpu")
 _SCRATCH: dict[str, int] = {}  # by signature, for the life of the process
 
 
 def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
     """What libraries take while they run, which is measured whatever prices their seconds have."""
-    here = torch.device("cpu")
     nodes = {op.name: op.node for op in step.graph.ops if op.name in names and op.node is not None}
-    keys = {name: signature_of(node, here) for name, node in nodes.items()}
-    new = {key: nodes[name] for name, key in keys.items() if key not in _SCRATCH}
+    found = _scratch_of(list(nodes.values()))
+    return {name: found[signature_of(node, _HERE)] for name, node in nodes.items()}
+
+
+def _scratch_of(nodes: Sequence[fx.Node]) -> dict[str, int]:
+    """The same of each of ``nodes``, by its signature."""
+    new = {key: node for node in nodes if (key := signature_of(node, _HERE)) not in _SCRATCH}
     try:
         _SCRATCH.update(zip(new, cpu_scratch_bytes(list(new.values())), strict=True))
     except _NOT_RUN:
@@ -324,4 +428,4 @@ def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
             except _NOT_RUN as error:
                 log.debug("the scratch of %s is not measured: %s", node.target, error)
                 _SCRATCH[key] = 0
-    return {name: _SCRATCH[key] for name, key in keys.items()}
+    return _SCRATCH

@@ -245,13 +245,13 @@ class CompiledSession(Hears):
         for k, call in enumerate(self.calls):
             step, costs = call.piece.step, call.piece.costs
             assert step is not None and costs is not None
-            steps, turn = call.piece.seen_as
+            seen = call.piece.seen_as
             calls.append(
                 record.RegionCall(
                     f"r{k}", step.graph, costs, "", call.renamed,
                     {key: order[n] for key, n in call.crossings.items()},
                     {key: order[n] for key, n in call.gives.items()},
-                    steps, turn,
+                    seen.steps, seen.turn,
                 )
             )  # fmt: skip
         gone = recorder.gone_bytes
@@ -264,14 +264,13 @@ class CompiledSession(Hears):
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found)
 
-    def follow(self, parts: Sequence[tuple[Sequence[int], int]]) -> None:
+    def follow(self, parts: Sequence[Own]) -> None:
         """Let each graph run as planned.  Raises ``PlannerError`` for one that is called in two ways."""
         wanted: dict[int, Own] = {}
-        for call, (steps, turn) in zip(self.calls, parts, strict=True):
-            own: Own = (tuple(steps), turn)
+        for call, own in zip(self.calls, parts, strict=True):
             # a graph that is called several times is compiled once: it recomputes what one call of it does
             known = wanted.get(call.piece.number)
-            if known is None or len(own[0]) > len(known[0]):
+            if known is None or len(own.steps) > len(known.steps):
                 wanted[call.piece.number] = own
         self.is_closed = self.plan is None
         for number, own in wanted.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +17,7 @@ from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.capture.refusals import refuse_unplannable
 from planner.compiled.applied import CompiledForward
+from planner.compiled.piece import Own
 from planner.compiled.session import CompiledSession
 from planner.compiled.verify import CompiledReport, verified
 from planner.costs.target import CostSource, target_for
@@ -34,7 +37,7 @@ from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep
-from solvers import InfeasibleError, solve
+from solvers import InfeasibleError, Schedule, simulate, solve
 
 __all__ = ["CompiledStep", "compiled_step"]
 
@@ -42,6 +45,11 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 4  # targets that are tried
 NEAR = 0.01  # of the budget: so much that is left is not worth another round
+ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
+
+# Memory budgets of torch's own partitions that are tried, and the solver's name in plans that are one.
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
+BY_TORCH = "torch's partition for "
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +87,19 @@ class CompiledStep(JoinedStep):
         return self.graphs
 
     @cached_property
-    def _unjudged(self) -> Execution:
-        return super().execution(list(range(len(self.problem))))
-
-    @property
     def baseline(self) -> Execution:
-        """The step when nothing is recomputed, as the solvers see it."""
-        return self._unjudged
+        """The step as ``torch.compile`` runs it without a plan."""
+        for share, steps, _ in self.torchs:
+            if share == SHARES[0]:
+                return self._execution(steps, share)
+        return self.execution(list(range(len(self.problem))))
 
     def execution(self, steps: list[int]) -> Execution:
         """What running ``steps`` takes, each graph as inductor's code allocates."""
+        return self._execution(steps, None)
+
+    def _execution(self, steps: list[int], torchs: float | None) -> Execution:
+        """The same, where ``torchs`` is not ``None`` of graphs that torch splits for that memory budget."""
         ran = super().execution(steps)
         live = ran.timeline.live_bytes
         kept = ran.timeline.kept_bytes
@@ -96,23 +107,35 @@ class CompiledStep(JoinedStep):
         by_event: dict[int, list[int]] = {}
         for t, (_, event) in enumerate(self.joined.placed(steps)):
             by_event.setdefault(event, []).append(t)
-        own = parts(self.joined, steps)
-        for event, places in by_event.items():
-            what = self.record.events[event]
+        own = self._owns(steps, torchs)
+        more = 0  # what calls that wait for their backward hold beyond their stored values
+        of_call: dict[int, int] = {}
+        for event, what in enumerate(self.record.events):
+            places = by_event.get(event, [])
             if what.call is None:
+                slack[places] = more
+                continue
+            if not places:
                 continue
             piece = self.calls[what.call].piece
-            positions, turn = own[what.call]
-            forward, backward = piece.played((tuple(positions), turn), self._going(what.call))
+            forward, backward = piece.played(own[what.call], self._going(what.call))
             played = forward if what.kind == "forward" else backward
-            peak = played.with_scratch(piece.scratch_bytes)
+            peak = piece.peak_bytes(played)
             before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
-            top = before + peak
+            top = before + more + peak
             at = max(places, key=lambda t: int(live[t]))
             for t in places:
-                slack[t] = min(0, top - int(live[t]))
+                slack[t] = min(more, top - int(live[t]))
             slack[at] = top - int(live[at])
+            if what.kind == "forward":
+                of_call[what.call] = forward.left_bytes - (int(kept[places[-1]]) - before)
+                more += of_call[what.call]
+            else:
+                more -= of_call.pop(what.call, 0)
         return Execution(ran.problem, ran.timeline, slack)
+
+    def _owns(self, steps: list[int], torchs: float | None) -> list[Own]:
+        return [Own(tuple(own), turn, torchs) for own, turn in parts(self.joined, steps)]
 
     def _going(self, number: int) -> frozenset[int]:
         """Output gradients that were gone when the backward of a call had run: their maker let them go."""
@@ -138,8 +161,22 @@ class CompiledStep(JoinedStep):
         search.tell.phase("solve", f"{len(self.problem)} ops")
         if budget_bytes < self.memory.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
+        best = self._by_torch(budget_bytes, self.problem.total_seconds * (1 + ENOUGH))
+        if best is None:
+            best = self._searched(budget_bytes, search)
+            if best is None and (least := super().least).peak_bytes <= budget_bytes:
+                best = dataclasses.replace(least, budget_bytes=budget_bytes)
+            most_s = math.inf if best is None else best.seconds + ENOUGH * self.problem.total_seconds
+            best = self._by_torch(budget_bytes, most_s) or best
+        if best is None:
+            raise self.infeasible(budget_bytes)
+        return self.plan_of(best)
+
+    def _searched(self, budget_bytes: int, search: Search) -> Answer | None:
+        """The best schedule found whose code fits; targets of the solvers are moved by what it takes."""
         best: Answer | None = None
-        target, most = budget_bytes, self.baseline.peak_bytes
+        keep_all = simulate(self.problem, Schedule.keep_all(self.problem))
+        target, most, total = budget_bytes, keep_all.peak_bytes, self.problem.total_seconds
         low, high = 0, 2 * most
         for _ in range(ROUNDS):
             try:
@@ -150,21 +187,14 @@ class CompiledStep(JoinedStep):
                     time_limit_s=search.time_limit_s / 2,
                 )
             except InfeasibleError:
-                found = None
-            if found is None or not found.fits:
-                low = max(low, target)
-                if best is not None or low >= high - 1:
-                    break
-                least = super().least
-                if least.peak_bytes <= budget_bytes:
-                    best = dataclasses.replace(least, budget_bytes=budget_bytes)
+                break
+            if not found.fits:
                 break
             ran = self.execution_of(found.schedule)
-            log.info(
+            log.debug(
                 "target %d: simulated %d, generated code takes %d", target, found.peak_bytes, ran.peak_bytes
             )
             if ran.peak_bytes <= budget_bytes:
-                total = self.problem.total_seconds
                 if best is None or found.seconds < best.seconds:
                     best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
                                   found.solve_seconds)  # fmt: skip
@@ -173,18 +203,56 @@ class CompiledStep(JoinedStep):
                 if (
                     left <= NEAR * budget_bytes
                     or found.peak_bytes >= most
-                    or found.seconds <= total * (1 + 1e-9)
+                    or found.seconds <= total * (1 + ENOUGH)
                 ):
                     break
                 target = min(target + left, high - 1)
             else:
                 high = min(high, target)
                 target -= max(ran.peak_bytes - budget_bytes, found.peak_bytes // 100)
-            if target <= low and best is not None:
+            if target <= low:
                 break
-        if best is None:
-            raise self.infeasible(budget_bytes)
-        return self.plan_of(best)
+        return best
+
+    # -- torch's own partitions --------------------------------------------------------------------
+
+    @cached_property
+    def torchs(self) -> tuple[tuple[float, list[int], float], ...]:
+        """Torch's own partitions for some memory budgets, steps and seconds of each, the fastest first."""
+        found = []
+        for share in SHARES:
+            try:
+                owns = [call.piece.torchs(share) for call in self.calls]
+            except PlannerError as error:
+                log.debug("%s", error)
+                continue
+            steps = self.joined.as_run({k: (own.steps, own.turn) for k, own in enumerate(owns)})
+            again = steps.copy()
+            for i in range(len(self.problem)):
+                again.remove(i)
+            more = math.fsum(self.problem.ops[i].again_s for i in again)
+            found.append((share, steps, self.problem.total_seconds + more))
+        return tuple(sorted(found, key=operator.itemgetter(2)))
+
+    def _by_torch(self, budget_bytes: int, most_s: float) -> Answer | None:
+        """The fastest of torch's own partitions that fits and takes no more than ``most_s``, if one does."""
+        for share, steps, seconds in self.torchs:
+            if seconds > most_s:
+                break
+            if self.memory.total_bytes + sum(c.piece.left_bytes(share) for c in self.calls) > budget_bytes:
+                continue
+            ran = self._execution(steps, share)
+            log.debug("torch's partition for %s: generated code takes %d", share, ran.peak_bytes)
+            if ran.peak_bytes <= budget_bytes:
+                total = self.problem.total_seconds
+                return Answer(budget_bytes, ran, total, 0, seconds, f"{BY_TORCH}{share:g}")
+        return None
+
+    def _owns_of(self, plan: Plan) -> list[Own]:
+        """What each call runs of a plan for this step."""
+        share = plan.solver.removeprefix(BY_TORCH)
+        torchs = None if share == plan.solver else float(share)
+        return [Own(tuple(steps), turn, torchs) for steps, turn in self.parts(plan)]
 
     def plan_of(self, answer: Answer) -> Plan:
         """The plan that runs the schedule of ``answer``."""
@@ -204,7 +272,7 @@ class CompiledStep(JoinedStep):
     def follow(self, plan: Plan) -> None:
         """Let the graphs run as ``plan`` says."""
         self.owner.calls = list(self.calls)
-        self.owner.follow(self.parts(plan))
+        self.owner.follow(self._owns_of(plan))
 
     def verified(
         self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int

@@ -32,6 +32,7 @@ from planner.costs.roofline import (
 )
 from planner.costs.translation import scratch_bytes
 from planner.devices.rates import Device
+from planner.graph.nodes import talks
 from planner.graph.training_graph import TrainingGraph
 
 __all__ = ["Costs", "costs_of", "graph_costs"]
@@ -191,7 +192,8 @@ def _profile(
     limit_s: float,
 ) -> dict[str, Measured]:
     """Measured costs by signature, the largest shares of the step first; what is left out has none."""
-    missing = sorted((k for k in alike if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
+    alone = {k: of for k, of in alike.items() if not talks(of[0])}  # no rank measures what all have to run
+    missing = sorted((k for k in alone if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
     cache = cache_for(device) if missing else None
     if cache is not None:
         known = cache.read()

@@ -18,6 +18,7 @@ from planner.capture.expectation import Expectation, expectation_of
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph
 from planner.errors import StalePlanError
+from planner.graph.nodes import talks
 from planner.graph.step_graph import CALLERS, LAST
 from planner.graph.training_graph import TrainingGraph
 
@@ -80,7 +81,8 @@ def fingerprint_of(graph: TrainingGraph, expected: Expectation | None = None) ->
     for op in graph.ops:
         if op.phase != "loss" and op.node is not None:
             made = [graph.values[v].bytes for v in op.outputs]
-            call = f"{op.name}|{op.target}|{op.node.args}|{op.node.kwargs}|{made}\n"
+            args = op.node.args[:-1] if talks(op.node) else op.node.args  # last is a group of this rank's
+            call = f"{op.name}|{op.target}|{args}|{op.node.kwargs}|{made}\n"
             h.update(call.replace(here, anywhere).encode())
     for name, spec in ({} if expected is None else expected.parameters).items():
         spec = replace(spec, device=torch.device(spec.device.type))

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from planner import _compat
+
 __all__ = [
     "aten_op",
+    "collective",
     "cudnn_batch_norm_functional",
     "dropout_apply",
     "dropout_mask",
@@ -66,6 +69,11 @@ def dropout_scale(p: float, dtype: torch.dtype, device: str) -> float:
         kept = float(torch.full((), 1.0 - p, dtype=wide))
         return float(torch.full((), 1.0 / kept, dtype=wide))
     return float(torch.ones((), dtype=dtype).div_(1.0 - p))
+
+
+def collective(call: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What the ranks give together, by a functional collective ("all_reduce.default"), when it is there."""
+    return _compat.run_collective(call, args, kwargs)
 
 
 def cudnn_batch_norm_functional(

@@ -29,6 +29,7 @@ __all__ = [
     "roots_of",
     "same_layout",
     "spare_bytes",
+    "talks",
     "tensors_of",
     "transposed_twice",
 ]
@@ -101,6 +102,11 @@ def is_random(node: fx.Node) -> bool:
         return False  # a backward, which draws again what its forward drew
     certain = argument(node, "dropout_p") == 0 or argument(node, "p") == 0 or argument(node, "train") is False
     return not certain
+
+
+def talks(node: fx.Node) -> bool:
+    """Whether the call is a collective: all ranks make it, in one order, each as often as the others."""
+    return node.target is kernels.collective or _compat.talks(node.target)
 
 
 def is_check(node: fx.Node) -> bool:

@@ -38,7 +38,7 @@ from planner.capture.printed import code_of, headed
 from planner.capture.traced import Traced
 from planner.errors import TraceError
 from planner.graph.draft import Did, Draft, loaded
-from planner.graph.nodes import is_check, is_random
+from planner.graph.nodes import is_check, is_random, talks
 from planner.graph.passes import batch_norm, lstm
 from planner.graph.passes.buffers import update_buffers
 from planner.graph.passes.dropout import split_dropout
@@ -203,8 +203,8 @@ def _order(draft: Draft) -> tuple[list[fx.Node], list[fx.Node]]:
         if node in tangents or any(i in needs_tangent for i in node.all_input_nodes):
             needs_tangent.add(node)
     draws = [n for n in draft.graph.nodes if is_random(n)]
-    checks = [n for n in draft.graph.nodes if is_check(n) and n not in needs_tangent]
-    in_forward = draft.reaches((*draft.outputs, *draft.updates, *draft.states, *draws, *checks))
+    once = [n for n in draft.graph.nodes if (is_check(n) or talks(n)) and n not in needs_tangent]
+    in_forward = draft.reaches((*draft.outputs, *draft.updates, *draft.states, *draws, *once))
     if needs_tangent & in_forward:
         raise TraceError(
             "an output or a buffer depends on the gradients of the outputs; this cannot be planned"

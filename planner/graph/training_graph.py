@@ -22,7 +22,15 @@ from planner import _compat
 from planner.capture import meta
 from planner.capture.joint_graph import JointGraph
 from planner.graph import kernels
-from planner.graph.nodes import is_check, is_mutation, keeps_unreduced, roots_of, spare_bytes, tensors_of
+from planner.graph.nodes import (
+    is_check,
+    is_mutation,
+    keeps_unreduced,
+    roots_of,
+    spare_bytes,
+    talks,
+    tensors_of,
+)
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
 from planner.graph.step_graph import BETWEEN, CALLERS, DROPPED, LAST, RELEASE
@@ -443,6 +451,7 @@ class _Table:
                 recomputable=pinned is not None
                 and node not in pinned
                 and not is_check(node)
+                and not talks(node)
                 and (not mutates or meta.again(node) is not None),
                 reuses=self._reused(node, outputs),
                 fused_with_previous=draw is not None,

@@ -189,7 +189,7 @@ class StorageMeter(TorchDispatchMode):
         # torch.tensor(...) makes its storage out of sight and shows it first to lift_fresh.
         # Likewise gloo, which scatters the sum of a copy, and shows that when it is through.
         fresh = func is torch.ops.aten.lift_fresh.default or self._talked
-        self._talked = getattr(func, "namespace", "") == "c10d"
+        self._talked = getattr(func, "namespace", "") in ("c10d", "_c10d_functional")
         for tensor in seen:
             self._see(tensor, there_before=not fresh)
         result = func(*args, **kwargs)

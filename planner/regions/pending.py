@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from planner.errors import PlannerError
 from planner.regions.cut.region import Region
+from planner.regions.cut.spread import joined_up
+from planner.rewrite.apart import argument_of
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import PendingCall
 
@@ -27,6 +29,7 @@ class Pending(PendingCall):
 
     ``began``  whether a backward came; ``turn``: how many of the step's had begun before the call.
     ``kept``   what is kept instead of each tensor, in a step that is recorded.
+    ``spread``  the tensors that arguments are this rank's part of, and how their gradients are spread.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Pending(PendingCall):
         region: Region,
         turn: int,
         kept: Callable[[Any], Any] | None,
+        spread: Mapping[Argument, tuple[Any, Any]],
         **more: Any,
     ) -> None:
         super().__init__(*given, **more)
+        self.spread = spread
         if kept is not None:
             self.keep = [[kept(x) for x in of] for of in self.keep]
         self.session, self.seen, self.holder, self.region, self.turn = session, seen, holder, region, turn
@@ -73,4 +78,16 @@ class Pending(PendingCall):
         """One of its nodes."""
         gradients = super().run(index, held, tangents)
         self.session.gave(self, index, gradients)
-        return gradients
+        return self._whole(index, gradients) if self.spread else gradients
+
+    def leaves_of(self, index: int, given: Mapping[Argument, Any]) -> list[Any]:
+        """What the gradients of a node are of."""
+        leaves = super().leaves_of(index, given)
+        if not self.spread:
+            return leaves
+        arguments = map(argument_of, self.names[index])
+        return [self.spread.get(a, (x,))[0] for a, x in zip(arguments, leaves, strict=True)]
+
+    def _whole(self, index: int, gradients: list[Any]) -> list[Any]:
+        layouts = [self.spread.get(argument_of(key), (None, None))[1] for key in self.names[index]]
+        return joined_up(gradients, layouts)

@@ -38,6 +38,7 @@ from planner.measure.step import device_of, tensors_in
 from planner.regions import record
 from planner.regions.cut.checkpointed import SMALL_BYTES
 from planner.regions.cut.region import Region, Variant
+from planner.regions.cut.spread import Locals, gathered
 from planner.regions.cut.torn import torn
 from planner.regions.kept import ANY, Foresight, Kept, Kind, Own, Parts, Place
 from planner.regions.pending import Pending
@@ -88,6 +89,7 @@ class Session:
         self.stage: Stage = "look"
         self.regions: list[Region] = []
         self._captures: dict[Any, Variant] = {}  # by structure
+        self._locals = Locals()
         self._is_torn = False
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
@@ -264,14 +266,15 @@ class Session:
         if region.is_eager or not torch.is_grad_enabled() or not any(map(tracked, args)):
             self._times[region.number] += bool(torch.is_grad_enabled() and region.casts_of(args))
             return region.plain.forward(*args)
-        number, key = len(self.calls), region.signature(args)
+        whole, (args, layouts) = args, self._locals.of(args, self._names)
+        number, key = len(self.calls), region.signature(args, layouts)
         self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
         if self.stage == "look" or region.number not in self._known_regions:
             seen = Seen(self._step, number, region, turn_of, None, key, None)
             self.calls.append(seen)
-            return self._looked_at(seen, args)
+            return self._looked_at(seen, whole)
         with _compat.modes_set_aside():
             place = self._place(number, region, key, args)
             used = self._used(region, turn_of) if place is None else place.used
@@ -285,7 +288,7 @@ class Session:
         self.calls.append(seen)
         variant = seen.variant  # type: ignore[assignment]
         if variant is None:
-            return self._plain(seen, args)
+            return self._plain(seen, whole)
         assert variant.captured is not None
         with _compat.modes_set_aside():
             steps, turn = (place.steps, place.turn) if place is not None else self._lightest(variant)
@@ -313,6 +316,7 @@ class Session:
             region=region,
             turn=self._backwards,
             kept=None if recorder is None else recorder.kept,
+            spread=variant.spread_leaves(whole, layouts) if layouts else {},
         )
         flat, call = run_step(step, given, pending)
         self._pending.append(weakref.ref(call))  # type: ignore[arg-type]
@@ -320,6 +324,9 @@ class Session:
             for i, tensor in enumerate(flat):
                 self._note(recorder, seen.gives, ("output", i), tensor)
             recorder.leave()
+        spreads: Any = piece.spreads
+        if spreads.outputs:
+            flat = gathered(flat, spreads, region)
         return step.template.rebuild(flat)
 
     def _lightest(self, variant: Variant) -> Own:
@@ -402,6 +409,7 @@ class Session:
         if gradients[place] is None or within.is_all(output, gradients[place]):
             return
         seen.region.is_eager |= torch.is_grad_enabled()
+        seen.region.note_tangent(output, gradients[place])
         seen.present = (seen.present or frozenset()) | {output}
         if seen.step is not self._step:
             self._learn(seen)

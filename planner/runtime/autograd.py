@@ -28,7 +28,7 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,10 @@ class PendingCall:
             self._low = {slot: given[argument_of(slot)] for of in self.step.apart.casts for slot in of}
             self.casts = casts
             casts.join(self)
+
+    def leaves_of(self, index: int, given: Mapping[Argument, Any]) -> list[Any]:
+        """What the gradients of a node are of."""
+        return [given[argument_of(key)] for key in self.names[index]]
 
     @property
     def cast(self) -> frozenset[int]:

@@ -18,7 +18,6 @@ from torch import nn
 from planner._compat import left_alone, modes_set_aside
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.rewrite.apart import argument_of
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
@@ -197,8 +196,7 @@ def run_step(
         call.share(shared_casts(step.device), given)
     token = None
     for index in reversed(range(len(program.segments))):
-        leaves = [given[argument_of(key)] for key in call.names[index]]
-        token = SegmentNode.apply(call, index, token, *leaves)
+        token = SegmentNode.apply(call, index, token, *call.leaves_of(index, given))
     assert token is not None
     for position, tensor in call.through_gates(token).items():
         flat[position] = tensor

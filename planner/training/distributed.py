@@ -35,8 +35,14 @@ the root does itself, its loss too.
 
 A plan for each block, applied before ``fully_shard(block)``, works as well, with a budget for each; and one
 for the whole model with ``fully_shard(model)`` on the root alone.  Applied as one graph over sharded blocks
-it is refused, as is FSDP of the first version.  Parameters that are spread by tensor parallelism are refused:
-there the ops themselves talk.
+it is refused, as is FSDP of the first version.
+
+**Tensor parallelism.**  Parameters that are spread (``parallelize_module``: column-wise, row-wise,
+sequences) are planned in regions too, alone or under FSDP2 beside it.  A region is captured on what the rank
+has of them, its collectives with it (:mod:`planner.regions.cut.spread`).  A collective runs once: what it
+gives is kept, or what is made of that is made again.  So the ranks of a group talk as they do without a plan,
+in the same order, and may run different plans.  An op on a spread tensor that draws random numbers by its
+rank (CUDA) is left to eager.
 
 Known limits: in :func:`shared_plan` a rank that is killed between the two messages is noticed by the others
 only when the process group's own timeout ends.  ``nn.SyncBatchNorm`` talks to the other ranks inside the

@@ -64,6 +64,7 @@ _OWN = (
     "default one only. Leave generator= out, or draw outside forward and pass the result in"
 )
 _UNKNOWN = "a line that could not be found"
+_SYMPYS = "sympy's random"
 
 # What torch.random and torch.cuda ask of a default generator, in the words of a message.
 _WORDS = {
@@ -108,6 +109,8 @@ def _numpy_random() -> Any:
 
 
 def _of_python(generator: random.Random) -> _Source:
+    if any(generator is held for held in vars(sys.modules.get("sympy.core.random", random)).values()):
+        return _Source(_SYMPYS, generator.getstate, generator.setstate)
     name = "Python's random" if generator is _pythons() else "a random.Random of its own"
     return _Source(name, generator.getstate, generator.setstate)
 
@@ -278,11 +281,14 @@ class Generators:
         graph: fx.GraphModule,
         again: Callable[[], object],
         left: Iterable[tuple[Any, Any]] = (),
+        *,
+        symbolic: bool = False,
     ) -> None:
         """Raise ``TraceError`` for numbers that ``graph`` could not draw as eager does.
 
         ``again`` runs the step's code once more, on tensors without memory.
         ``left``  containers as they were, and what the forward had them hold.
+        ``symbolic``  the tracer itself draws, to compare expressions of sizes.
         """
         model_name = type(model).__name__
         if self._handled:
@@ -299,7 +305,7 @@ class Generators:
                 "draw the next of its numbers, a planned step what was drawn while planning. Draw outside "
                 "forward and pass it in, or draw with torch (torch.rand, torch.nn.Dropout)"
             )
-        for source_moved in [s for s in self._sources if s.moved]:
+        for source_moved in [s for s in self._sources if s.moved and not (symbolic and s.name == _SYMPYS)]:
             self.restore()
             place = _line_that_moves(source_moved, again)
             if place is not None:  # else another thread drew, or a first call that no later one repeats
@@ -477,7 +483,7 @@ def _line_that_moves(source: _Source, again: Callable[[], object]) -> str | None
         return look
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        # what Python's own library draws is drawn by the line that calls it; the tracer calls it all the time
+        # what Python's own library draws, the line draws that calls it; tracers call it all the time
         module = str(frame.f_globals.get("__name__", "")).split(".", maxsplit=1)[0]
         is_looked_at = found is None and module not in sys.stdlib_module_names and is_users(frame)
         return look(frame, event, argument) if is_looked_at else None

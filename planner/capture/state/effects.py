@@ -38,6 +38,7 @@ __all__ = [
     "Before",
     "Effects",
     "Marks",
+    "OpsSeen",
     "alike",
     "attributes_kept",
     "is_cache",
@@ -158,31 +159,68 @@ def alike(
     return Alike(ran[0].seen == ran[1].seen, not second.changed)
 
 
+class OpsSeen:
+    """Ops with their arguments: tensors by name, or by the place of the op that made them.
+
+    What an op makes is not held on to: torch copies what it hands out where somebody else holds it.
+    """
+
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self._names: dict[int, Any] = {id(t): name for name, t in named.items()}
+        self._named = list(named.values())  # so that no identity comes again
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """``func(*args, **kwargs)`` gave ``result``."""
+        given: list[Any] = [func]
+        self._name_all(args, given)
+        if kwargs:
+            given.extend(kwargs)
+            self._name_all(kwargs.values(), given)
+        self.seen.append(tuple(given))
+        for k, made in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
+            if isinstance(made, torch.Tensor) and self._name(made) is None:
+                vars(made)[_MADE] = self, len(self.seen), k
+
+    def _name(self, tensor: torch.Tensor) -> Any:
+        name = self._names.get(id(tensor))
+        if name is None:
+            by, *place = vars(tensor).get(_MADE, (None,))
+            return tuple(place) if by is self else None
+        return name
+
+    def _name_all(self, values: Iterable[Any], out: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                name = self._name(value)
+                out.append((tuple(value.shape), value.dtype) if name is None else name)
+            elif isinstance(value, (list, tuple)):
+                out.append(len(value))
+                self._name_all(value, out)
+            else:
+                out.append(type(value))
+                out.append(value if isinstance(value, (bool, int, float, str, torch.dtype)) else None)
+
+
+_MADE = "_planner_made"  # on a tensor: by which record, at which place
+
+
 class _Ops(TorchDispatchMode):
-    """Notes each op with its arguments: tensors by name, or by the place of the op that made them."""
+    """Notes each op that runs."""
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.seen: list[tuple[Any, ...]] = []
-        self._held: list[Any] = []  # so that no identity comes again
-        self._names: dict[int, Any] = {id(t): name for name, t in named.items()}
+        self._ops = OpsSeen(named)
+
+    @property
+    def seen(self) -> list[tuple[Any, ...]]:
+        return self._ops.seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # questions, which fakes ask where they remember no answer
-            return result
-        self.seen.append((func, *map(self._name, pytree.tree_leaves((args, kwargs)))))
-        for place, made in enumerate(pytree.tree_leaves(result)):
-            self._held.append(made)
-            if isinstance(made, torch.Tensor):
-                self._names.setdefault(id(made), (len(self.seen), place))
+        if func.namespace != "prim":  # questions, which fakes ask where they remember no answer
+            self._ops.note(func, args, kwargs, result)
         return result
-
-    def _name(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            self._held.append(value)
-            return self._names.get(id(value), (tuple(value.shape), value.dtype))
-        return type(value), value if isinstance(value, (bool, int, float, str, torch.dtype)) else None
 
 
 def is_cache(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Checkpointed:
         cuts = where(nodes, at)
         self._parts = [_part(plain, nodes[a:b]) for a, b in zip([0, *cuts], [*cuts, len(nodes)], strict=True)]
         # a gradient that is taken within, by torch.func: it says no to a checkpoint around it
-        self._held = [any(map(_compat.forbids_hooks, run.graph.nodes)) for run, _, _ in self._parts]
+        # and what may talk to other ranks, which is done once
+        held = [_compat.forbids_hooks(n) or _is_spread(n) for n in nodes]
+        self._held = [any(held[a:b]) for a, b in pairwise([0, *cuts, len(nodes)])]
         (output,) = plain.graph.find_nodes(op="output")
         self._results = output.args[0]
         self._given = plain.graph.find_nodes(op="placeholder")
@@ -174,6 +177,8 @@ def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
         for k in range(at[node] + 1, last + 1):
             alive[k] += size
     parts = math.isqrt(count)
+    spread = [_is_spread(n) for n in nodes]
+    turns = {k for k in range(1, count) if spread[k - 1] != spread[k]} - within
     found: list[int] = []
     for k in range(1, parts):
         middle, reach = count * k // parts, count // (2 * parts)
@@ -181,7 +186,13 @@ def _cuts(nodes: Sequence[fx.Node], at: Mapping[fx.Node, int]) -> list[int]:
         window = [i for i in range(low, min(middle + reach + 1, count)) if i not in within]
         if window:
             found.append(min(window, key=lambda i: (alive[i], abs(i - middle))))
-    return found
+    return sorted(turns.union(found))
+
+
+def _is_spread(node: fx.Node) -> bool:
+    """Whether a call reads or makes a tensor that is spread over ranks."""
+    made = (n.meta.get("example_value") for n in (node, *node.all_input_nodes))
+    return any(_compat.is_spread(type(x)) for of in made for x in _compat.pytree.tree_leaves(of))
 
 
 def _bytes_of(value: Any) -> int:

@@ -12,9 +12,11 @@ author's code only the function is kept: what is recomputed is the plan's to say
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +24,13 @@ from torch import fx, nn
 
 from planner import _compat
 from planner.capture import meta
-from planner.capture.joint_graph import JointGraph
+from planner.capture.inputs import Inputs
+from planner.capture.joint_graph import JointGraph, capture_piece
+from planner.errors import PlannerError
 from planner.graph import kernels
+from planner.regions.cut.spread import Layouts, Part, Spreads, parted, parts_of, with_talk
 
-__all__ = ["Piece", "Slot", "apart", "with_homes"]
+__all__ = ["Piece", "Slot", "apart", "captured_piece", "with_homes"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,25 @@ class Slot:
 
 
 class Piece(nn.Module):
-    """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments."""
+    """A graph of Dynamo's as a module with parameters and buffers, at ``given``, its arguments.
 
-    def __init__(self, graph: fx.GraphModule, slots: Sequence[Slot], given: Sequence[Any]) -> None:
+    ``layouts``   of arguments (by position) that stand for what this rank has of a spread tensor.
+    ``tangents``  of the gradients of outputs (by number) that are spread, where these are known.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        slots: Sequence[Slot],
+        given: Sequence[Any],
+        layouts: Layouts = MappingProxyType({}),
+        tangents: Layouts = MappingProxyType({}),
+    ) -> None:
         super().__init__()
+        self.layouts = layouts
+        self._spreads = (
+            Spreads(tangents=dict(tangents)),
+        )  # in a box: what a forward leaves on its module is undone in a trace
         self.graph_of = (graph,)  # no submodule: its constants are the trace's
         self.slots = tuple(slots)
         for slot, tensor in zip(slots, given, strict=True):
@@ -82,7 +102,14 @@ class Piece(nn.Module):
                 given.append(getattr(home, leaf))
             else:
                 given.append(next(rest))
-        return _Run(self.graph_of[0]).run(*given)
+        if self.layouts:
+            given = parts_of(given, self.layouts, self.spreads, rest)
+        return parted(_Run(self.graph_of[0]).run(*given), self.spreads)
+
+    @property
+    def spreads(self) -> Spreads:
+        """How what it gives is spread, as far as it was traced."""
+        return self._spreads[0]
 
     def arguments(self, given: Sequence[Any]) -> list[Any]:
         """What :meth:`forward` takes, of the arguments of Dynamo's graph."""
@@ -90,8 +117,68 @@ class Piece(nn.Module):
         return [x for slot, x in pairs if slot.kind in ("input", "constant")]
 
 
+def captured_piece(
+    piece: Piece, inputs: Inputs, used: frozenset[int] | None
+) -> tuple[JointGraph, dict[str | int, list[fx.Node]]]:
+    """As :func:`planner.capture.joint_graph.capture_piece`; where gradients of spread arguments are of
+    another shape, traced again with their carriers, which then are these arguments.
+    """
+    with _compat.no_draws_of_spread() if piece.layouts else contextlib.nullcontext():
+        try:
+            joint, terms = capture_piece(piece, inputs, used)
+        except PlannerError:
+            if not piece.spreads.carried:
+                raise
+        carried = piece.spreads.carried
+        if carried:
+            with _compat.fake_mode_of(inputs.tensors()[0]):
+                more = [
+                    torch.empty(x.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+                    for _, x in sorted(carried.items())
+                ]
+            beside = replace(inputs, args=(*inputs.args, *more))
+            joint, terms = capture_piece(piece, beside, used)
+            joint, terms = _carried(replace(joint, inputs=inputs, in_spec=inputs.flatten()[1]), terms, piece)
+    with_talk(joint.step)
+    return joint, terms
+
+
+def _carried(
+    joint: JointGraph, terms: dict[str | int, list[fx.Node]], piece: Piece
+) -> tuple[JointGraph, dict[str | int, list[fx.Node]]]:
+    step, first = joint.step, len(joint.inputs.tensors())
+    gradients, inputs = dict(step.gradients), dict(step.inputs)
+    input_gradients = dict(step.input_gradients)
+    terms = dict(terms)
+    for k, position in enumerate(sorted(piece.spreads.carried), start=first):
+        slot = piece.slots[position]
+        before = sum(s.kind == "input" for s in piece.slots[:position])
+        key: str | int = slot.name if slot.kind == "parameter" else before
+        step.module.graph.erase_node(inputs.pop(k))
+        gradient = input_gradients.pop(k, None)
+        if gradient is not None and isinstance(key, str):
+            gradients[key] = gradient
+        elif gradient is not None:
+            input_gradients[before] = gradient
+        if k in terms:
+            terms[key] = terms.pop(k)
+    step = replace(step, gradients=gradients, inputs=inputs, input_gradients=input_gradients)
+    return replace(joint, step=step), terms
+
+
 class _Run(fx.Interpreter):
-    """Runs a graph; what its author checkpointed runs as any other code."""
+    """Runs a graph; what its author checkpointed runs as any other code, and spread tensors are put together
+    for each call that reads them.
+    """
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        keeps = _compat.is_checkpoint(n.target)
+
+        def value(of: fx.Node) -> Any:
+            found = self.env[of]
+            return found.whole() if isinstance(found, Part) and not keeps else found
+
+        return fx.map_arg(args, value)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _compat.is_checkpoint(target):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import le
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from planner import _compat
 from planner._compat import pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
-from planner.capture.joint_graph import JointGraph, capture_piece
+from planner.capture.joint_graph import JointGraph
 from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
@@ -31,8 +32,9 @@ from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.plans.lowering import lower
 from planner.regions.cut.checkpointed import Checkpointed
 from planner.regions.cut.numbers import Numbers, Scalar, class_of, other_values, scalars_of, told
-from planner.regions.cut.piece import Piece, Slot, apart, with_homes
+from planner.regions.cut.piece import Piece, Slot, apart, captured_piece, with_homes
 from planner.regions.cut.plain import as_eager
+from planner.regions.cut.spread import Layouts
 from planner.regions.cut.writes import positions
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
@@ -199,6 +201,18 @@ class Variant:
             inputs += more
         return tuple(found)
 
+    def spread_leaves(self, args: Sequence[Any], layouts: Layouts) -> dict[Argument, tuple[Any, Any]]:
+        """Of the program's arguments that stand for spread tensors of ``args``: these, and how their
+        gradients are spread (``None`` for none).
+        """
+        assert self.captured is not None
+        come: Any = self.captured.model
+        return {
+            argument: (args[position], come.spreads.gradients.get(position))
+            for argument, position in self.arguments
+            if position in layouts
+        }
+
     @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The program's input that each of the piece's is, first where it is several."""
@@ -230,6 +244,7 @@ class Region:
     ``scalars``  arguments that may be another number at each call, within one capture.
     ``spoilt``   arguments (positions) that something behind it writes over before its backward, which
                  therefore reads nothing of them again; ``spoilt_outputs`` likewise (tensors, by number).
+    ``tangents`` how gradients of its outputs (tensors, by number) are spread, where they are.
     """
 
     def __init__(
@@ -254,6 +269,7 @@ class Region:
         self.casts: frozenset[int] | None = None  # by identity, weights that it reads under autocast
         self.spoilt: frozenset[int] = frozenset()
         self.spoilt_outputs: frozenset[int] = frozenset()
+        self.tangents: dict[int, Any] = {}
         self._varying: list[int] | None = None  # positions of arguments that are no parameters
 
     def casts_of(self, args: Sequence[Any]) -> frozenset[int]:
@@ -277,9 +293,11 @@ class Region:
         """As eager runs it, with nothing held."""
         return Checkpointed(self.plain)
 
-    def signature(self, args: Sequence[Any]) -> Any:
+    def signature(self, args: Sequence[Any], layouts: Layouts = MappingProxyType({})) -> Any:
         """What a capture depends on, beside what one graph of Dynamo's guards: all there is to know of
         parameters.
+
+        ``layouts``  of arguments that are spread, by position; they are the last of it.
         """
         if self._varying is None:
             self._varying = [i for i, x in enumerate(args) if type(x) is not nn.Parameter]
@@ -296,7 +314,7 @@ class Region:
             )
         device = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "cpu")
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return *tensors, autocast, torch.get_default_dtype()
+        return *tensors, autocast, torch.get_default_dtype(), tuple(layouts.items())
 
     def slots(self, args: Sequence[Any], names: Names) -> tuple[list[Slot], str]:
         """What each argument is, and the path that the names of parameters and buffers are below.
@@ -335,7 +353,7 @@ class Region:
             if found is not None:
                 self.variants[key, used] = found
                 return found
-            piece = Piece(self.graph, slots, args)
+            piece = Piece(self.graph, slots, args, dict(key[-1]), self.tangents)
             inputs = Inputs(tuple(piece.arguments(args)), {}).apart().without_data()
             found = self._captured(key, piece, inputs, base, target, used)
             if alike is not None:
@@ -356,7 +374,8 @@ class Region:
             for i, x in enumerate(args)
             if isinstance(x, nn.Parameter)
         )
-        return self.code, tuple(slots), parameters, key, used, self.spoilt, self.spoilt_outputs
+        known = self.spoilt, self.spoilt_outputs, tuple(self.tangents.items())
+        return self.code, tuple(slots), parameters, key, used, *known
 
     @cached_property
     def code(self) -> tuple[Any, ...] | None:
@@ -389,7 +408,7 @@ class Region:
         if found is not None:
             return found
         try:
-            joint, terms = capture_piece(piece, inputs, used)
+            joint, terms = captured_piece(piece, inputs, used)
             terms = {} if self.is_alone else terms
             scalars = self._scalars(joint, piece, inputs, used)
         except PlannerError as error:
@@ -421,6 +440,18 @@ class Region:
             made.captured = CapturedStep.of(piece, joint, graph)
         return made
 
+    def note_tangent(self, output: int, gradient: torch.Tensor) -> None:
+        """The gradient of an output has come, where it ran as eager runs it."""
+        if not _compat.is_spread(type(gradient)):
+            return
+        layout = _compat.layout_of(gradient)
+        known = self.tangents.setdefault(output, layout)
+        if known is layout:
+            self.variants.clear()
+        elif not _compat.alike_spread(known, layout):
+            self.is_eager = True
+            self.why = self.why or "the gradient of an output is spread in another way from call to call"
+
     def is_spoilt_at(self, arguments: Collection[int], outputs: Collection[int]) -> None:
         """Something writes over these arguments and outputs between a call and its backward."""
         if not (self.spoilt.issuperset(arguments) and self.spoilt_outputs.issuperset(outputs)):
@@ -440,7 +471,7 @@ class Region:
             others = other_values(inputs.args, at)
             if all(a is b for a, b in zip(inputs.args, others, strict=True)):
                 return []
-            other, _ = capture_piece(piece, replace(inputs, args=tuple(others)), used)
+            other, _ = captured_piece(piece, replace(inputs, args=tuple(others)), used)
             graphs = joint.step.module.graph, other.step.module.graph
             found, fixed = told(*graphs, inputs.args, others, positions)
             if not fixed:
