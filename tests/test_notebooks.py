@@ -46,6 +46,7 @@ from planner.examples.internvl2 import SHAPES
 for tower in (SHAPES["tiny"].vision, SHAPES["tiny"].text):
     tower["num_hidden_layers"] = 1""",
     "06_graph_network": "NODES, EDGES, WIDTH, LAYERS, SEARCH_S = 600, 3000, 48, 1, 0.5",
+    "08_how_large": "LAYERS, WIDTH, LENGTH, ROWS, SEARCH_S, GPU_LAYERS = 1, 16, 16, 4, 0.1, 1",
     "07_compiled": "LAYERS, WIDTH, TURNS, SHARES, THEIRS = 1, 64, 2, (0.8,), (0.5,)",
     "04_frontier_and_bounds": "SHARES, SECONDS, KNAPSACK_STEPS = [0.1, 0.35, 0.9], 2, 4",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from planner.sizing.batches import LargestBatch
 from planner.sizing.searching import last_within
 from planner.solving.priced import prepare
 from tests import tiny
+from tests.benchmarks import bench_largest
 
 quickly = functools.partial(planner.largest_batch, costs="roofline", time_limit_s=0.1)
 
@@ -110,7 +113,7 @@ def test_an_overhead_bounds_it_too(net: nn.Module, found: LargestBatch) -> None:
     assert (none.batch, none.stop.by, none.stop.at) == (as_it_is, "overhead", as_it_is + 1)
     assert none.plan.overhead == 0 and "more time" in str(none.stop)
     with pytest.raises(planner.PlannerError, match=r"at_most_overhead is 0\.00%"):
-        quickly(net, BUDGET_GB, rows, at_most_overhead=0.0, low=as_it_is + 1, high=as_it_is + 2)
+        quickly(net, BUDGET_GB, rows, at_most_overhead=0.0, low=as_it_is + 1, high=as_it_is + 1)
 
 
 def test_no_more_is_looked_for_than_was_asked(net: nn.Module) -> None:
@@ -156,7 +159,7 @@ def test_a_batch_of_another_structure_at_each_size_is_captured_at_each() -> None
 def test_in_regions_each_size_is_run() -> None:
     net = tiny.seeded(Deciding)
     full_bytes = planner.estimate(net, rows(16), costs="roofline").unplanned_peak_bytes
-    found = quickly(net, (full_bytes - 1) / 1e9, rows, low=16, high=17)
+    found = quickly(net, (full_bytes - 1) / 1e9, rows, low=16, high=16)
     assert "in regions" in found.kind and found.plan.regions and not found.others
     net.zero_grad(set_to_none=True)
     assert measured_peak(net, found, rows(found.batch)) <= found.budget_bytes
@@ -253,3 +256,12 @@ def test_the_last_size_is_found_with_few_looks(growth: list[int], limit: int, lo
     expected = max((n for n, v in value.items() if v <= limit), default=low - 1)
     assert last_within(value_of, limit, low, high, {seen: value[seen]}) == expected
     assert len(looks) == len(set(looks)) <= 4 * math.ceil(math.log2(len(value) + 1)) + 4
+
+
+def test_what_was_measured_is_as_promised() -> None:
+    rows = [bench_largest.Row(**row) for row in json.loads(bench_largest.RESULTS.read_text())["rows"]]
+    assert [row.case for row in rows] == list(bench_largest.CASES) and bench_largest.failures(rows) == []
+    for row in rows:
+        assert f"| {row.largest} |" in (bench_largest.RESULTS.parent / "README.md").read_text("utf-8")
+    worse = dataclasses.replace(rows[0], measured_bytes=1, largest=1)
+    assert len(bench_largest.failures([worse])) == 3

@@ -69,7 +69,7 @@ def least_known(step: BudgetedStep) -> Answer:
     for name in _SCHEDULES:
         if BASELINES[name].suits(lightest.problem):
             runs.append(lightest.execution_of(BASELINES[name].run(lightest.problem, 0)))
-    best = min(runs, key=lambda ran: ran.peak_bytes)
+    best = min(runs, key=lambda ran: (ran.peak_bytes, ran.timeline.recompute_seconds))
     total_s = lightest.problem.total_seconds
     return Answer(
         max(best.peak_bytes, lightest.memory.optimizer_step_bytes),
