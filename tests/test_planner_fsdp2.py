@@ -168,12 +168,8 @@ def _compared(
     got, measured, watched = _trained(rank, model, **how)
     plan = planner.plan_of(model)
     assert plan is not None
-    there = Sharding(2, "blocks", param_dtype=None, reduce_dtype=None)
-    on_paper = sharded_step(
-        _model(tied=False), (_ids(0, 0),), there, optimizer=torch.optim.AdamW, costs="roofline"
-    )
     return {
-        "on paper": on_paper.baseline_peak_bytes / plan.baseline_peak_bytes,
+        "on paper": 1.0 if before or rank else _on_paper_bytes() / plan.baseline_peak_bytes,
         "equal": same(got, want),
         "talks as plain": watched.talk == plain.talk and len(plain.talk) > 0,
         "begins": list(zip(plain.shares, watched.shares, strict=True)),
@@ -183,6 +179,14 @@ def _compared(
         "budget": plan.budget_bytes,
         "recomputed": {p.module for p in plan.placements if p.decision == "recompute"},
     }
+
+
+def _on_paper_bytes() -> int:
+    there = Sharding(2, "blocks", param_dtype=None, reduce_dtype=None)
+    step = sharded_step(
+        _model(tied=False), (_ids(0, 0),), there, optimizer=torch.optim.AdamW, costs="roofline"
+    )
+    return step.baseline_peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_planned_model_trains_as_plain_fsdp2_within_its_budget(
         assert any(module.startswith("blocks.") for module in seen["recomputed"])
         assert seen["measured"] <= seen["predicted"] <= 1.01 * seen["measured"]
         assert seen["predicted"] <= seen["budget"] and seen["most"] <= seen["budget"]
-        assert before or 1.0 <= seen["on paper"] < 1.01
+        assert 1.0 <= seen["on paper"] < 1.01
         assert len(seen["begins"]) >= 4
         for plain, ours in seen["begins"]:  # what is made again runs when it is needed, not before
             assert ours <= plain + 0.05
