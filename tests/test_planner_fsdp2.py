@@ -311,6 +311,7 @@ def _compiled(rank: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.nightly  # two ranks that compile C++
 def test_compiled_and_sharded_blocks_share_one_budget(ranks: Ranks) -> None:
     for seen in ranks(_compiled):
         assert seen["near"] and seen["regions"] == 2

@@ -180,7 +180,9 @@ def _compared(rank: int, kind: str, share: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("kind", "share"), [("sequences", 0.8), ("sharded", 0.85)])
+@pytest.mark.parametrize(
+    ("kind", "share"), [pytest.param("sequences", 0.8, marks=pytest.mark.nightly), ("sharded", 0.85)]
+)
 def test_a_spread_model_trains_as_it_does_without_a_plan(ranks: Ranks, kind: str, share: float) -> None:
     for seen in ranks(_compared, kind, share):
         assert seen["equal"] and seen["within"]
