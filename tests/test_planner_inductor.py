@@ -295,7 +295,7 @@ class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.stem, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pictures to a number."""
@@ -311,6 +311,8 @@ def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_choose
     assert report.equal and plan.overhead > 0, str(report)
     assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
     assert report.compiled_peak_bytes == pytest.approx(step.baseline_peak_bytes, rel=0.01)
+    # what the solvers count beside operands is of that layout too: in the other it is more than they are
+    assert max(step.costs.workspace_bytes.values()) < 100_000
 
 
 def test_running_statistics_move_once_where_all_is_recomputed() -> None:

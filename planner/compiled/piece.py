@@ -418,10 +418,29 @@ _SCRATCH: dict[str, int] = {}  # by signature, for the life of the process
 
 
 def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
-    """What libraries take while they run, which is measured whatever prices their seconds have."""
+    """What libraries take at least, which is measured whatever prices their seconds have."""
     nodes = {op.name: op.node for op in step.graph.ops if op.name in names and op.node is not None}
-    found = _scratch_of(list(nodes.values()))
-    return {name: found[signature_of(node, _HERE)] for name, node in nodes.items()}
+    ways = {name: _laid_out(node) for name, node in nodes.items()}
+    found = _scratch_of([node for way in ways.values() for node in way])
+    return {name: min(found[signature_of(node, _HERE)] for node in way) for name, way in ways.items()}
+
+
+def _laid_out(node: fx.Node) -> list[fx.Node]:
+    """The call; of a convolution, on operands in each layout that inductor may give them.
+
+    Which one it is, and so how much a library takes, is seen when generated code is played.
+    """
+    if not str(node.target).startswith("aten.convolution"):
+        return [node]
+    found = [node]
+    for by_rank in ({}, {4: torch.channels_last, 5: torch.channels_last_3d}):
+        graph, operands = fx.Graph(), dict[fx.Node, fx.Node]()
+        for n in node.all_input_nodes:
+            layout = by_rank.get(n.meta["val"].dim(), torch.contiguous_format)
+            operands[n] = graph.placeholder(n.name)
+            operands[n].meta["val"] = torch.empty_like(n.meta["val"], memory_format=layout)
+        found.append(graph.node_copy(node, operands.__getitem__))
+    return found
 
 
 def _scratch_of(nodes: Sequence[fx.Node]) -> dict[str, int]:
