@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 
@@ -592,3 +593,27 @@ def test_autocast_switched_on_or_off_after_planning() -> None:
         quick(other, inputs=(X,)).apply()
     with pytest.raises(StalePlanError, match=r"autocast is off, it was .*bfloat16"):
         other(X)
+
+
+def test_a_refused_trace_leaves_no_name_behind_for_the_next_ones_ops() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * self.inner(x).sum().item()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = Reads()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.reads(x)
+            return y
+
+    before = dict(fx_traceback.current_meta)
+    with pytest.raises(planner.TraceError):
+        planner.plan(Outer(), 1, (torch.ones(2, 4),), capture="one graph", costs="roofline")
+    assert fx_traceback.current_meta == before

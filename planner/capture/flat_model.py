@@ -239,6 +239,7 @@ def module_paths(model: nn.Module) -> Iterator[None]:
         if id(module) in paths and open_contexts:
             open_contexts.pop().__exit__(None, None, None)
 
+    noted = dict(fx_traceback.current_meta)
     before = nn.modules.module.register_module_forward_pre_hook(enter)
     after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
     try:
@@ -249,3 +250,6 @@ def module_paths(model: nn.Module) -> Iterator[None]:
         after.remove()
         while open_contexts:  # an exception passed through the modules
             open_contexts.pop().__exit__(None, None, None)
+        # These were left out of turn, and each has put back what it found: the next graph would have it.
+        fx_traceback.current_meta.clear()
+        fx_traceback.current_meta.update(noted)

@@ -27,6 +27,7 @@ from planner.measure.step import held
 from planner.regions import record
 from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
+from planner.regions.seen import Step
 from planner.regions.watching import Watch
 
 __all__ = ["CompiledSession"]
@@ -81,6 +82,8 @@ class CompiledSession(Hears):
         self.watching = Watch(self, target.here)
         self.called = 0  # calls of graphs so far
         self._tries = 0
+        self._alive: weakref.ref[Step] | None = None  # dies with the last node of the step that is seen
+        self._held: Step | None = None
         self._sharding: Any = None  # of the step that was planned
         self.is_sharded = model is not None and any(map(_compat.is_fully_sharded, model.modules()))
         self.is_closed = False  # whether what is not planned by now is not to be
@@ -138,6 +141,7 @@ class CompiledSession(Hears):
     def begin(self, recorder: Recorder | None) -> None:
         """Forget the last step; the next is recorded."""
         self.calls, self.recorder = [], recorder
+        self._alive = self._held = None
 
     def _see(self, piece: Piece, args: Sequence[Any]) -> Any:
         call = _Call(piece, len(self.calls))
@@ -161,9 +165,23 @@ class CompiledSession(Hears):
         )
         for i, x in enumerate(made):
             self._note(call.gives, ("output", i), x)
+        self._hold(made)
         del made
         recorder.leave()
         return outputs
+
+    def _hold(self, made: Sequence[Any]) -> None:
+        """The autograd nodes of the step's calls hold it: the recorder is taken off when they are gone."""
+        holder = None if self._alive is None else self._alive()
+        if holder is None:
+            holder = Step()
+            self._alive = weakref.ref(holder)
+            self.watching.settle_with(holder)
+        nodes = [getattr(x, "grad_fn", None) for x in made]
+        ours = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
+        for node in ours:
+            node._planner_step = holder  # type: ignore[attr-defined]
+        self._held = self._held if ours else holder  # until the next step begins
 
     def _names(self) -> dict[int, str]:
         """Of the model's tensors, by identity; of sharded ones what is gathered of them now too."""
@@ -222,7 +240,8 @@ class CompiledSession(Hears):
 
     @property
     def is_under_way(self) -> bool:
-        return bool(self.calls) and not all(call.is_through for call in self.calls)
+        awaits = self.recorder is not None and self.recorder.counts and not self.calls
+        return awaits or not all(call.is_through for call in self.calls)
 
     def _find_shards(self, args: Sequence[Any]) -> None:
         """What gathers these parameters, if they are of a sharded model (FSDP2), of which nobody told: it is

@@ -112,6 +112,7 @@ class Session:
         self._cast_for: set[frozenset[tuple[int, bool]]] = set()  # calls that shared no cast, or are eager
         self._closes = False  # whether the recorder hears when the backward that runs is through
         self._inside = 0  # calls of the model that are running
+        self._awaits = False  # whether a step has begun whose first call is still to come
         self._alive: weakref.ref[Step] | None = None  # dies with the last call that may have a backward
         self.watching = Watch(self, self.device)
         self._known: dict[int, str] | None = None
@@ -179,8 +180,8 @@ class Session:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a call of the step runs, or may yet have a backward."""
-        return bool(self._inside) or self._is_held
+        """Whether a call of the step is about to run, runs, or may yet have a backward."""
+        return self._awaits or bool(self._inside) or self._is_held
 
     def begin(self, stage: Stage, kind: Kind = ANY) -> None:
         """A step begins."""
@@ -191,6 +192,7 @@ class Session:
         self._step, self._times, self._known, self._alive = Step(), Counter(), None, None
         self._closes = False
         self._eager_before = self.eager
+        self._awaits = True
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in regions."""
@@ -200,6 +202,7 @@ class Session:
                 result = self._compiled(*args, **kwargs)
         finally:
             self._inside -= 1
+            self._awaits = False
         if self.recorder is not None and self.recorder.counts:
             self._returned(self.recorder, result)
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import weakref
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ class Owner(Protocol):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a call of its step runs, or may yet have a backward."""
+        """Whether a call of its step is about to run, runs, or may yet have a backward."""
         ...
 
 
@@ -40,7 +41,8 @@ class _Entered(NamedTuple):
 
 
 # Those of this process that are on.  One whose step is over is taken off by the next call of its model, where
-# the last of its calls is freed, or before an optimizer's step: the first of these.
+# the last of its calls is freed, before an optimizer's step, or at a garbage collection: the first of these.
+# (A mode that is taken off as the backward ends is put back by the engine.)
 _RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 
@@ -73,6 +75,8 @@ class Watch:
         recorder.register(*there)
         recorder.__enter__()
         _RECORDERS[recorder] = _Entered(self._owner, threading.get_ident(), _compat.dispatch_state())
+        if _at_collections not in gc.callbacks:
+            gc.callbacks.append(_at_collections)
         self._on = recorder
         return recorder
 
@@ -102,9 +106,17 @@ def _before_optimizers() -> None:
 
 
 def _take_off_those_through(*_: Any) -> None:
-    for recorder in list(_RECORDERS):
-        if not recorder.counts:
+    for recorder, entered in list(_RECORDERS.items()):
+        owner = entered.owner()
+        if not recorder.counts or owner is None or not owner.is_under_way:
             _take_off(recorder)
+
+
+def _at_collections(phase: str, _: object) -> None:
+    if phase == "stop":
+        _take_off_those_through()
+        if not _RECORDERS and _at_collections in gc.callbacks:
+            gc.callbacks.remove(_at_collections)
 
 
 def _take_off(recorder: Recorder) -> bool:
