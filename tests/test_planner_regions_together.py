@@ -74,14 +74,19 @@ def test_a_step_waits_for_what_another_thread_compiles_and_runs_as_planned(
     for _ in range(4):
         model(x).square().mean().backward()
     seen: dict[str, bool] = {}
-    begun, done = threading.Event(), threading.Event()
+    begun, done, through = threading.Event(), threading.Event(), threading.Event()
 
     def slow(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         seen["here"] = is_traced("Other")
         with FakeTensorMode():
             begun.set()
             done.wait(0.5)
-        return graph.forward
+
+        def run(*args: Any) -> Any:
+            through.wait(60)  # where the other call ends while ours runs, Dynamo at times compiles ours anew
+            return graph.forward(*args)
+
+        return run
 
     def compiles() -> None:
         torch.compile(lambda x: x.sin() + 1, backend=slow)(torch.ones(3))
@@ -98,6 +103,7 @@ def test_a_step_waits_for_what_another_thread_compiles_and_runs_as_planned(
             loss.backward()
         finally:
             done.set()
+            through.set()
             thread.join()
     assert seen == {"here": True, "there": False}
     assert calls and plan is not None and all(call.variant is not None for call in calls)
