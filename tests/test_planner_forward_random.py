@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import choice
 from typing import Any
 
@@ -22,17 +21,16 @@ from planner.errors import TraceError
 from planner.measure.bits import compare, run_step
 from tests.tiny import planned
 
-OWN = random.Random(3)
-NUMPYS = np.random.default_rng(3)
-OLD_NUMPYS = np.random.RandomState(3)
+OWN: random.Random
+NUMPYS: np.random.Generator
+OLD_NUMPYS: np.random.RandomState
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _seen() -> Iterator[None]:
-    """The generators above are among what the garbage collector walks, which conftest.py took out of it."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
+def _seen() -> None:
+    """They are among what the garbage collector walks: made after conftest.py took all else out of it."""
+    global OWN, NUMPYS, OLD_NUMPYS
+    OWN, NUMPYS, OLD_NUMPYS = random.Random(3), np.random.default_rng(3), np.random.RandomState(3)
 
 
 TORCHS = torch.Generator().manual_seed(3)

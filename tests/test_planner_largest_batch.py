@@ -107,6 +107,7 @@ def test_the_frontier_is_drawn_and_tabled(found: LargestBatch) -> None:
     plt.close(ax.figure)
 
 
+@pytest.mark.nightly
 def test_an_overhead_bounds_it_too(net: nn.Module, found: LargestBatch) -> None:
     as_it_is = found.others[0].batch
     none = quickly(net, BUDGET_GB, rows, at_most_overhead=0.0, low=as_it_is - 2)
@@ -156,6 +157,7 @@ def test_a_batch_of_another_structure_at_each_size_is_captured_at_each() -> None
     assert "each size by itself" in str(found)
 
 
+@pytest.mark.nightly
 def test_in_regions_each_size_is_run() -> None:
     net = tiny.seeded(Deciding)
     full_bytes = planner.estimate(net, rows(16), costs="roofline").unplanned_peak_bytes
