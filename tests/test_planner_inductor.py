@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -358,8 +357,7 @@ def test_code_that_compiles_itself_trains_within_the_budget(
 
     with caplog.at_level("WARNING", "planner"):
         step()  # is seen
-        gc.collect()
-        assert backend.plan is None and not _compat.watching_modes()  # nothing looks on where no step follows
+        assert backend.plan is None
         step()
     assert backend.plan is not None and backend.plan.peak_bytes <= budget
     assert "the step that was seen took 1 GB" in caplog.text and "call by call" in caplog.text
@@ -379,6 +377,7 @@ def test_the_last_compile_of_a_piece_of_code_is_told(caplog: pytest.LogCaptureFi
         assert "compiled for the last time" not in caplog.text
         call(torch.randn(3, 4))
     assert "compiled for the last time" in caplog.text and "recompile_limit" in caplog.text
+    assert not _compat.watching_modes()  # nothing looks on where no backward comes
 
 
 def test_a_plan_from_a_file_is_for_looking(tmp_path: Path) -> None:

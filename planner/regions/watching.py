@@ -46,6 +46,10 @@ class _Entered(NamedTuple):
 _RECORDERS: weakref.WeakKeyDictionary[Recorder, _Entered] = weakref.WeakKeyDictionary()
 
 
+# Of the dispatcher where nothing is going on: one that was entered within compiled code is taken off there.
+_OUTSIDE = _compat.dispatch_state()
+
+
 class Watch:
     """The recorder of one model's training loop."""
 
@@ -124,7 +128,7 @@ def _take_off(recorder: Recorder) -> bool:
     _, thread, keys = _RECORDERS[recorder]
     if threading.get_ident() != thread or _compat.current_backward() != -1:
         return False
-    if not _compat.is_top_mode(recorder) or _compat.dispatch_state() != keys:
+    if not _compat.is_top_mode(recorder) or _compat.dispatch_state() not in (keys, _OUTSIDE):
         return False
     del _RECORDERS[recorder]
     recorder.counts = False
