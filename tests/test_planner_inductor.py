@@ -23,7 +23,7 @@ from planner.costs.target import Target
 from planner.options import Search
 from planner.plans.lowering import lower
 from solvers import Schedule, minimum_peak, simulate, solve
-from solvers.bounds.lower_bounds import peak_floor
+from solvers.bounds.lower_bounds import peak_floor, time_bound
 
 WIDTH = 32
 
@@ -412,9 +412,12 @@ def test_what_is_proved_of_a_compiled_step_is_below_what_was_found() -> None:
     assert isinstance(step, CompiledStep)
     assert plan.overhead_bound <= plan.overhead
     least = step.least
-    proved = step._with_bound(dataclasses.replace(least, bound_seconds=0.0), 1.0)
     total = step.problem.total_seconds
-    assert total < proved.bound_seconds <= least.seconds
+    proved = step._with_bound(dataclasses.replace(least, bound_seconds=0.0), 10.0)
+    assert total <= proved.bound_seconds <= least.seconds
+    # at the floor something is proved, whichever least plan the search had time to find
+    problem, counted = step._below
+    assert total < time_bound(problem, step.floor_bytes, time_limit_s=10.0, counted=counted)
     assert step.floor_bytes <= least.peak_bytes
 
 
