@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from hypothesis import given
@@ -93,8 +94,7 @@ def test_the_frontier_has_the_figures_of_plans_and_of_other_ways(net: nn.Module,
 
 
 def test_the_frontier_is_drawn_and_tabled(found: LargestBatch) -> None:
-    pytest.importorskip("pandas")
-    pytest.importorskip("matplotlib").use("Agg")
+    matplotlib.use("Agg")
     frame = found.to_dataframe()
     assert list(frame.way[: len(found.points)]) == ["plan"] * len(found.points)
     assert {"batch", "overhead", "examples_per_s", "peak_bytes"} <= {*frame.columns}

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
-from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, held_by, no_data, sized_output
+from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, sized_output
 
 _kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -159,14 +159,7 @@ class _Tensor:
                 torch._C._set_neg(inner, self.flags[1])
             if self.view is not None:
                 inner.set_(args[self.view].untyped_storage(), offset, shape, stride)
-        made = torch.Tensor._make_subclass(
-            FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=self.device
-        )
-        no_data(mode, made)
-        held = vars(made)
-        held.update(self.held)
-        held["fake_mode"] = mode
-        return made
+        return fake_of(mode, inner, self.device, self.held)
 
 
 def _recipe(mode: Any, output: Any, func: Any, args: Any, kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["OF_SYMBOLS", "VALUES", "fake_on", "held_by", "no_data", "sized_output"]
+__all__ = ["OF_SYMBOLS", "VALUES", "fake_of", "fake_on", "held_by", "no_data", "sized_output"]
 
 _kind, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -24,6 +24,18 @@ VALUES = frozenset({
     int, float, bool, str, type(None), complex,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 })  # fmt: skip
+
+
+def fake_of(mode: Any, inner: torch.Tensor, device: torch.device, held: dict[str, Any]) -> FakeTensor:
+    """``inner``, on the meta device, as a fake of ``mode`` on ``device``; ``held``: its other attributes."""
+    made = torch.Tensor._make_subclass(
+        FakeTensor, inner, inner.requires_grad, dispatch_device=True, device_for_backend_keys=device
+    )
+    no_data(mode, made)
+    attributes = vars(made)
+    attributes.update(held)
+    attributes["fake_mode"] = mode
+    return made
 
 
 def no_data(mode: Any, made: torch.Tensor) -> None:
@@ -165,14 +177,7 @@ class _SizedTensor:
             if self.flags != (False, False):
                 torch._C._set_conj(inner, self.flags[0])
                 torch._C._set_neg(inner, self.flags[1])
-        made = torch.Tensor._make_subclass(
-            FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=self.device
-        )
-        no_data(mode, made)
-        held = vars(made)
-        held.update(self.held)
-        held["fake_mode"] = mode
-        return made
+        return fake_of(mode, inner, self.device, self.held)
 
 
 def _no_guards(mode: FakeTensorMode) -> Any:
