@@ -16,12 +16,14 @@ from torch import nn
 import planner
 from planner import _compat
 from planner.compiled.emit import Written
-from planner.compiled.piece import Own, Piece, costs_of_fused
+from planner.compiled.piece import Own, Piece
+from planner.compiled.prices import costs_of_fused
 from planner.compiled.session import CompiledSession
 from planner.compiled.step import CompiledStep, compiled_step
 from planner.costs.target import Target
 from planner.options import Search
 from planner.plans.lowering import lower
+from planner.solving.fit import Answer
 from solvers import Schedule, minimum_peak, simulate, solve
 from solvers.bounds.lower_bounds import peak_floor, time_bound
 
@@ -313,6 +315,40 @@ def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_choose
     assert report.compiled_peak_bytes == pytest.approx(step.baseline_peak_bytes, rel=0.01)
     # what the solvers count beside operands is of that layout too: in the other it is more than they are
     assert max(step.costs.workspace_bytes.values()) < 100_000
+
+
+class Depthwise(nn.Module):
+    """Patches, and a convolution of each channel by itself, whose gradient wants other layouts than most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.mixed = nn.Conv2d(16, 16, 7, padding=3, groups=16)
+        self.end = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures to a number."""
+        x = torch.tanh(self.patches(x))
+        rows = torch.tanh(self.mixed(x)).permute(0, 2, 3, 1)
+        return torch.tanh(self.end(rows)).square().mean()
+
+
+def test_a_convolution_made_again_leaves_gradients_their_layout() -> None:
+    """Its own would spread over the backward, where a depthwise gradient takes 17 times its operands."""
+    step = compiled_step(
+        Depthwise(), (torch.randn(4, 3, 32, 32),), costs="roofline", search=Search(time_limit_s=0.5)
+    )
+    ops, turn = step.graph.ops, step.graph.turn
+    again = [i for i, op in enumerate(ops) if op.phase == "forward" and op.recomputable]
+    assert sum("convolution" in ops[i].name for i in again) == 2
+    ran = step.execution([*range(turn), *again, *range(turn, len(ops))])
+    seconds = 2 * step.problem.total_seconds
+    plan = step.plan_of(Answer(ran.peak_bytes, ran, 0.0, 0, seconds))
+    assert plan.peak_bytes < 2 * step.baseline_peak_bytes
+    report = plan.verify()
+    assert report.equal, str(report)
+    assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
 
 
 def test_running_statistics_move_once_where_all_is_recomputed() -> None:

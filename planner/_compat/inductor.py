@@ -26,6 +26,7 @@ __all__ = [
     "compile_split",
     "copy_of",
     "forward_and_backward",
+    "has_channels_last",
     "has_symbols",
     "is_exact",
     "is_fused",
@@ -33,6 +34,7 @@ __all__ = [
     "is_lowered",
     "is_view_of_operand",
     "keeps_products_apart",
+    "laid_out",
     "lowered",
     "recompile_limit",
     "seeded",
@@ -58,8 +60,14 @@ _LIBRARY = {
     aten.mkldnn_rnn_layer,
 }  # fmt: skip
 
-# Settings under which kernels run in the order in which a graph calls them.
-_AS_WRITTEN = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+
+def _as_written(*, is_backward: bool) -> dict[str, Any]:
+    """Settings under which kernels run in the order in which a graph calls them, a backward's on operands
+    that are laid out as it says.
+    """
+    order: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+    return order | {"layout_optimization": False} if is_backward else order
+
 
 # What is written into its readers, beside what torch tags as pointwise.
 _INLINED = {
@@ -157,14 +165,25 @@ def forward_and_backward(
 
 def stored(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What a kernel made, apart from the calls that read it: they are not joined to it; 2.6+."""
-    value = node.meta["val"]
-    if any(isinstance(n, torch.SymInt) for n in value.stride()):
-        return node
+    strides = node.meta["val"].stride()
+    return node if any(isinstance(n, torch.SymInt) for n in strides) else laid_out(graph, node, strides)
+
+
+def laid_out(graph: fx.Graph, node: fx.Node, strides: Sequence[int]) -> fx.Node:
+    """What ``node`` makes, with dimensions in the order of ``strides``: a copy where it is not; 2.6+."""
     from torch._inductor import inductor_prims
 
-    new = graph.call_function(inductor_prims.force_stride_order, (node, list(value.stride())))
-    new.meta = dict(node.meta)
+    new = graph.call_function(inductor_prims.force_stride_order, (node, list(strides)))
+    value = node.meta["val"]
+    new.meta = {**node.meta, "val": value.new_empty_strided(value.shape, strides)}
     return new
+
+
+def has_channels_last(gm: fx.GraphModule) -> bool:
+    """Whether inductor lays out the convolutions of a graph with the channels last; 2.1+."""
+    from torch._inductor.graph import GraphLowering
+
+    return bool(GraphLowering.decide_layout_opt(gm, is_inference=False))
 
 
 def writes(node: fx.Node) -> bool:
@@ -236,17 +255,17 @@ def compile_split(
     ``inner``       compiles each half instead of inductor's code generator: (graph module, inputs, settings).
     ``as_written``  calls of libraries run in the order of the halves, and loops stay between them.
     """
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.virtualized import V
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        with V.set_choices_handler(_choices()):
+        settings = _as_written(is_backward=bool(kwargs.get("is_backward")))
+        with V.set_choices_handler(_choices()), config.patch(settings):
             return compile_fx_inner(*args, **kwargs)
 
     own = copy_of(gm)
     patches: dict[str, Any] = {"custom_partitioner_fn": _partitioner()(split, key)}
-    if as_written:
-        patches |= _AS_WRITTEN
     made: Any = compile_fx(
         own, inputs, inner or (compiled if as_written else compile_fx_inner), config_patches=patches
     )
@@ -462,7 +481,10 @@ def lowered(
         tracing(context),
         DebugContext(),
         V.set_choices_handler(_choices()) if as_written else contextlib.nullcontext(),
-        c.config.patch(_AS_WRITTEN if as_written else {}),
+        c.config.patch(_as_written(is_backward=is_backward) if as_written else {}),
+        c.config.patch(
+            {"cpp.simdlen": 1}
+        ),  # loops that nobody runs: not in vectors, which take long to write
     ):
         c.fake_tensor_prop(gm, inputs)
         c._recursive_record_original_output_strides(gm)

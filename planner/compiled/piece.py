@@ -6,7 +6,6 @@ and run by the dispatcher.  Nothing is compiled for that.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import operator
@@ -21,21 +20,21 @@ from planner import _compat
 from planner.compiled.emit import Written, write
 from planner.compiled.fused import FusedStep
 from planner.compiled.judge import Played, play
-from planner.costs.op_costs import Costs, graph_costs
-from planner.costs.profiler import cpu_scratch_bytes, signature_of
+from planner.compiled.layouts import lay_out
+from planner.compiled.prices import costs_of_fused
+from planner.compiled.scratch import scratch_bytes
+from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.plans.lowering import lower
 from solvers import minimum_peak
 
-__all__ = ["Own", "Piece", "costs_of_fused"]
+__all__ = ["Own", "Piece"]
 
 log = logging.getLogger(__name__)
 
-FORM = 1  # of what is written for a schedule: another for the same schedule is another entry of the caches
+FORM = 2  # of what is written for a schedule: another for the same schedule is another entry of the caches
 
-# What loops that inductor writes take of what the same calls take one by one.
-FUSED = 0.05
 KEPT = 8  # plans whose code is kept, should they come back
 SEEN_S = 1.0  # of search for the schedule of a step that is seen
 
@@ -125,8 +124,9 @@ class Piece:
     def peak_bytes(self, played: Played) -> int:
         """Of a half, with what libraries take while they run."""
         if self.target.here.type == "cpu":
-            scratch = _scratch_of([node for node, _ in played.kernels])
-            return played.with_scratch(lambda node: scratch[signature_of(node, _HERE)])
+            nodes = [node for node, _ in played.kernels]
+            scratch = dict(zip(nodes, scratch_bytes(nodes), strict=True))
+            return played.with_scratch(scratch.__getitem__)
         assert self.step is not None and self.costs is not None
         most: dict[str, int] = {}
         for op in self.step.graph.ops:
@@ -141,7 +141,7 @@ class Piece:
             self.step = self._step_of(_compat.copy_of(joint), forwards)
             self.costs = costs_of_fused(self.step, self.target)
             self.seen_as = self._least() if self.seen_low else self.keep_all
-            return self.written(self.seen_as).split()
+            return _split(self.written(self.seen_as))
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
@@ -254,7 +254,7 @@ class Piece:
                 )
             if own.torchs is not None:
                 return _compat.torchs_partition(joint, forwards, own.torchs, static)
-            return write(step, own.steps, own.turn).split()
+            return _split(write(step, own.steps, own.turn))
 
         return _compat.compile_split(
             self.gm, self.inputs, split, key=self.key_of(own), as_written=own.torchs is None
@@ -284,7 +284,7 @@ class Piece:
         """The forward and the backward that are compiled of it."""
         assert self.step is not None
         if own.torchs is None:
-            return self.written(own).split()
+            return _split(self.written(own))
         return _compat.torchs_partition(_compat.copy_of(self.step.joint), self.step.forwards, own.torchs)
 
     def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
@@ -312,6 +312,12 @@ class Hears:
     def backward_ends(self, seen: Any, made: Sequence[Any]) -> None:
         """It has run, and made a gradient or None for each input."""
         raise NotImplementedError
+
+
+def _split(written: Written) -> tuple[fx.GraphModule, fx.GraphModule]:
+    halves = written.split()
+    lay_out(*halves)
+    return halves
 
 
 def _shape(step: FusedStep) -> list[tuple[Any, ...]]:
@@ -397,62 +403,3 @@ def _played(
     tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
     freed = own | {i for k, i in enumerate(tangents) if k in going}
     return first, play(code, given, [i for i in range(len(given)) if i not in freed], libraries)
-
-
-def costs_of_fused(step: FusedStep, target: Target) -> Costs:
-    """What the calls of libraries cost, and of inductor's own loops the part that remains of them."""
-    costs = graph_costs(step.graph, target.source, rates=target.named)
-    lowered = {op.name: op.node is not None and _compat.is_lowered(op.node) for op in step.graph.ops}
-    seconds = {n: s * (FUSED if lowered.get(n) else 1.0) for n, s in costs.seconds.items()}
-    workspace = {n: 0 if lowered.get(n) else b for n, b in costs.workspace_bytes.items()}
-    if target.here.type == "cpu":
-        workspace |= _cpu_scratch(step, [n for n, loop in lowered.items() if not loop])
-    return dataclasses.replace(costs, seconds=seconds, workspace_bytes=workspace)
-
-
-# What a call raises that does not run on made-up operands.
-_NOT_RUN = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
-
-_HERE = torch.device("cpu")
-_SCRATCH: dict[str, int] = {}  # by signature, for the life of the process
-
-
-def _cpu_scratch(step: FusedStep, names: list[str]) -> dict[str, int]:
-    """What libraries take at least, which is measured whatever prices their seconds have."""
-    nodes = {op.name: op.node for op in step.graph.ops if op.name in names and op.node is not None}
-    ways = {name: _laid_out(node) for name, node in nodes.items()}
-    found = _scratch_of([node for way in ways.values() for node in way])
-    return {name: min(found[signature_of(node, _HERE)] for node in way) for name, way in ways.items()}
-
-
-def _laid_out(node: fx.Node) -> list[fx.Node]:
-    """The call; of a convolution, on operands in each layout that inductor may give them.
-
-    Which one it is, and so how much a library takes, is seen when generated code is played.
-    """
-    if not str(node.target).startswith("aten.convolution"):
-        return [node]
-    found = [node]
-    for by_rank in ({}, {4: torch.channels_last, 5: torch.channels_last_3d}):
-        graph, operands = fx.Graph(), dict[fx.Node, fx.Node]()
-        for n in node.all_input_nodes:
-            layout = by_rank.get(n.meta["val"].dim(), torch.contiguous_format)
-            operands[n] = graph.placeholder(n.name)
-            operands[n].meta["val"] = torch.empty_like(n.meta["val"], memory_format=layout)
-        found.append(graph.node_copy(node, operands.__getitem__))
-    return found
-
-
-def _scratch_of(nodes: Sequence[fx.Node]) -> dict[str, int]:
-    """The same of each of ``nodes``, by its signature."""
-    new = {key: node for node in nodes if (key := signature_of(node, _HERE)) not in _SCRATCH}
-    try:
-        _SCRATCH.update(zip(new, cpu_scratch_bytes(list(new.values())), strict=True))
-    except _NOT_RUN:
-        for key, node in new.items():  # which of them it is
-            try:
-                (_SCRATCH[key],) = cpu_scratch_bytes([node])
-            except _NOT_RUN as error:
-                log.debug("the scratch of %s is not measured: %s", node.target, error)
-                _SCRATCH[key] = 0
-    return _SCRATCH

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import operator
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,15 +39,16 @@ from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep, taken_in
-from solvers import InfeasibleError, Problem, Schedule, simulate, solve
+from solvers import InfeasibleError, Problem, Schedule, Solution, simulate, solve
 from solvers.bounds.lower_bounds import time_bound
 from solvers.core.facts import Facts
+from solvers.portfolio import Methods
 
 __all__ = ["CompiledStep", "compiled_step"]
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 3  # targets that are tried: playing each takes seconds
+ROUNDS = 4  # targets that are tried at least: playing each takes seconds
 NEAR = 0.01  # of the budget: so much that is left is not worth another round
 ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
 
@@ -163,7 +166,7 @@ class CompiledStep(JoinedStep):
         search.tell.phase("solve", f"{len(self.problem)} ops")
         if budget_bytes < self.memory.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
-        best = self._by_torch(budget_bytes, self.problem.total_seconds * (1 + ENOUGH))
+        best = self._by_torch(budget_bytes, self._without_s)
         if best is None:
             best = self._searched(budget_bytes, search)
             if best is None and (least := super().least).peak_bytes <= budget_bytes:
@@ -194,6 +197,21 @@ class CompiledStep(JoinedStep):
         need = Facts.of(problem).pressure[counted]
         return max(int(need.max(initial=0)), self.memory.optimizer_step_bytes)
 
+    def _least_within(self, limit_s: float, *, fast: bool = True) -> Answer:
+        """The lowest by what generated code takes: the solvers' own, torch's partitions, and keeping all."""
+        least = super()._least_within(limit_s, fast=fast)
+        ways: list[tuple[str, float, float | None, list[int]]] = [
+            (f"{BY_TORCH}{share:g}", seconds, share, steps) for share, steps, seconds in self.torchs
+        ]
+        ways.append(("keep all", self.problem.total_seconds, None, list(range(len(self.problem)))))
+        for solver, seconds, share, steps in ways:
+            ran = self._execution(steps, share)
+            need = max(ran.peak_bytes, self.memory.optimizer_step_bytes)
+            if need < least.budget_bytes:
+                floor = min(least.floor_bytes, need)
+                least = Answer(need, ran, self.problem.total_seconds, floor, seconds, solver)
+        return least
+
     @cached_property
     def _answers(self) -> list[Answer]:
         """What was found for budgets so far."""
@@ -204,46 +222,56 @@ class CompiledStep(JoinedStep):
         return under(self.graph, self.problem)
 
     def _searched(self, budget_bytes: int, search: Search) -> Answer | None:
-        """The best schedule found whose code fits; targets of the solvers are moved by what it takes."""
+        """The best schedule found whose code fits; targets of the solvers are moved by what it takes.
+
+        It ends where next to nothing is left of the budget, or when the search's seconds are over.
+        """
         best: Answer | None = None
-        keep_all = simulate(self.problem, Schedule.keep_all(self.problem))
-        target, most, total = budget_bytes, keep_all.peak_bytes, self.problem.total_seconds
-        low, high = 0, 2 * most
-        for _ in range(ROUNDS):
-            try:
-                found = solve(
-                    self.problem,
-                    min(target, most),
-                    solver=search.solver,
-                    time_limit_s=search.time_limit_s / 2,
-                )
-            except InfeasibleError:
-                break
-            if not found.fits:
-                break
-            ran = self.execution_of(found.schedule)
-            log.debug(
-                "target %d: simulated %d, generated code takes %d", target, found.peak_bytes, ran.peak_bytes
-            )
-            if ran.peak_bytes <= budget_bytes:
-                if best is None or found.seconds < best.seconds:
-                    best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
-                                  found.solve_seconds)  # fmt: skip
-                left = budget_bytes - ran.peak_bytes
+        methods, total = Methods(self.problem), self.problem.total_seconds
+        most = simulate(self.problem, Schedule.keep_all(self.problem)).peak_bytes
+        # At ``low`` a schedule fits, or the solvers find none; at ``high`` they find one that does not fit.
+        target, low, high = budget_bytes, 0, 2 * most
+        began = time.perf_counter()
+        for turn in itertools.count(1):
+            found = self._solved(min(target, most), search, methods)
+            if found is None:
                 low = max(low, target)
-                if (
-                    left <= NEAR * budget_bytes
-                    or found.peak_bytes >= most
-                    or found.seconds <= total * (1 + ENOUGH)
-                ):
-                    break
-                target = min(target + left, high - 1)
+                target = (low + min(high, most)) // 2
             else:
-                high = min(high, target)
-                target -= max(ran.peak_bytes - budget_bytes, found.peak_bytes // 100)
-            if target <= low:
+                ran = self.execution_of(found.schedule)
+                over = ran.peak_bytes - budget_bytes
+                log.debug("target %d: simulated %d, code takes %d", target, found.peak_bytes, ran.peak_bytes)
+                if over <= 0:
+                    if best is None or found.seconds < best.seconds:
+                        best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
+                                      found.solve_seconds)  # fmt: skip
+                    low = max(low, target)
+                    is_enough = found.peak_bytes >= most or found.seconds <= total * (1 + ENOUGH)
+                    if is_enough or -over <= NEAR * budget_bytes:
+                        break
+                    target = min(target - over, (low + high) // 2)
+                else:
+                    high = min(high, found.peak_bytes)
+                    target = high - max(over, most // 100)
+                    if target <= low:
+                        target = (low + high) // 2
+            is_late = turn >= ROUNDS and time.perf_counter() - began > search.time_limit_s
+            if is_late or min(high, most) - low <= NEAR * budget_bytes:
                 break
         return best
+
+    def _solved(self, target_bytes: int, search: Search, methods: Methods) -> Solution | None:
+        try:
+            found = solve(
+                self.problem,
+                target_bytes,
+                solver=search.solver,
+                time_limit_s=search.time_limit_s / ROUNDS,
+                methods=methods if search.solver == "auto" else None,
+            )
+        except InfeasibleError:
+            return None
+        return found if found.fits else None
 
     # -- torch's own partitions --------------------------------------------------------------------
 
@@ -264,6 +292,12 @@ class CompiledStep(JoinedStep):
             more = math.fsum(self.problem.ops[i].again_s for i in again)
             found.append((share, steps, self.problem.total_seconds + more))
         return tuple(sorted(found, key=operator.itemgetter(2)))
+
+    @property
+    def _without_s(self) -> float:
+        """Seconds of the step without a plan: what torch makes again for nobody's budget is no overhead."""
+        by_torch = (seconds for share, _, seconds in self.torchs if share == SHARES[0])
+        return max(self.problem.total_seconds * (1 + ENOUGH), *by_torch, 0.0)
 
     def _by_torch(self, budget_bytes: int, most_s: float) -> Answer | None:
         """The fastest of torch's own partitions that fits and takes no more than ``most_s``, if one does."""

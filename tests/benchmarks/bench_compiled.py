@@ -1,6 +1,6 @@
 """Compiled steps within a budget: planned, and by torch's own ``activation_memory_budget``.
 
-    python -m tests.benchmarks.bench_compiled [--few] [model ...]
+    python -m tests.benchmarks.bench_compiled [--few | --loops] [model ...]
 
 For each model, side by side in one run: the eager step, ``torch.compile``, torch's memory budgets, and plans
 under inductor at the peaks that those were measured to reach and below.  Writes ``results/compiled.json``;
@@ -13,7 +13,8 @@ exit code 1 with a line for each of these that does not hold:
 * no measured peak is over its budget, or more than 3 % off its prediction;
 * gradients are torch.compile's own without a budget to 1e-6 of their norm.
 
-``--few``: only the budgets that these name, and of torch's 0.5 and 0.25.
+``--few``: only the budgets that these name, and of torch's 0.5 and 0.25.  ``--loops``: only what inductor's
+loops take in ``torch.compile``'s step, beside what the calls written into them take one by one.
 
 Peaks are the allocator's, above what was there when the step began: activations and gradients.  Times are CPU
 seconds of one thread, the least of turns in which all take part, since others may use the machine; how many
@@ -38,6 +39,8 @@ import planner
 from planner import _compat
 from planner.checks import zoo
 from planner.compiled.step import CompiledStep, compiled_step
+from planner.costs.op_costs import costs_of
+from planner.costs.roofline import is_view
 from planner.options import Search
 from planner.view.text import aligned
 
@@ -255,6 +258,26 @@ def bench(name: str, few: bool = False) -> list[dict[str, Any]]:
     return [row | {"load": round(os.getloadavg()[0], 1)} for row in rows]
 
 
+def loops(name: str) -> str:
+    """What the generated loops of a step take of the calls that are written into them, in words."""
+    model, batch = MODELS[name]()
+    step = compiled_step(copy.deepcopy(model), batch, search=Search(time_limit_s=SOLVE_S))
+    calls_s = 0.0
+    for call in step.calls:
+        assert call.piece.step is not None
+        nodes = [n for n in call.piece.step.joint.graph.nodes if _compat.is_lowered(n) and not is_view(n)]
+        calls_s += costs_of(nodes, "profile", torch.device("cpu"), limit_s=60.0).total_seconds
+    compiled = _by_torch(model, batch, None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(TURNS):
+            compiled.step()
+    graphs = [e for e in seen.key_averages() if "CompiledFxGraph" in e.key]
+    loops_s = sum(e.self_cpu_time_total for e in graphs) / 1e6 / TURNS
+    return (
+        f"{name}: loops {loops_s * 1e3:.1f} ms, {loops_s / calls_s:.2f} of their calls' {calls_s * 1e3:.1f}"
+    )
+
+
 def failures(rows: list[dict[str, Any]]) -> list[str]:
     """What the rows of one model do not hold."""
     by = {r["method"]: r for r in rows}
@@ -311,7 +334,11 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     few = "--few" in names
-    names = [name for name in names if name != "--few"] or list(MODELS)
+    only_loops = "--loops" in names
+    names = [name for name in names if not name.startswith("--")] or list(MODELS)
+    if only_loops:
+        print("\n".join(map(loops, names)))
+        return 0
     wrong: list[str] = []
     for name in names:
         found = bench(name, few)
