@@ -53,7 +53,8 @@ def test_a_trainer_that_finds_its_batch_size_takes_a_smaller_one(tmp_path: Path)
     rows = [{"x": x, "labels": label} for x, label in zip(whole["x"], whole["labels"], strict=True)]
     trainer = Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows)
     trainer.train()
-    assert sizes[0] == 64 and 32 <= sizes[-1] < 64 and len(losses_of(trainer)) == 1
+    # by how much is a matter of what a short search finds
+    assert sizes[0] == 64 and sizes[-1] < 64 and len(losses_of(trainer)) == 1
 
 
 def test_other_refusals_do_not() -> None:
@@ -172,3 +173,48 @@ def test_a_tensor_that_wraps_others_is_named_as_such() -> None:
     model.layer.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
     with pytest.raises(planner.TraceError, match="a tensor that wraps others"):
         planner.plan(model, 1, (X,), capture="one graph", **FAST)
+
+
+# -- a switch that nobody threw --------------------------------------------------------------------
+
+
+def _reminders(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "switch was not thrown" in r.getMessage()]
+
+
+def test_a_step_that_trains_before_the_switch_is_thrown_is_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, batch = tiny.seeded(Net), tiny.batch(4, labels=True)
+    planner.enable(model, 0.5, **FAST)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch)
+    assert not _reminders(caplog)
+    for _ in range(2):
+        model.train()(**batch)["loss"].backward()
+    (said,) = _reminders(caplog)
+    assert said.startswith("Net trains without a plan: it is enabled for 500 MB") and "now=True" in said
+    assert planner.plan_of(model) is None
+
+
+def _thrown(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+
+
+def _planned_by_hand(model: nn.Module) -> None:
+    planner.plan(model, 0.5, tiny.batch(4, labels=True), **FAST).apply(model)
+
+
+def _disabled(model: nn.Module) -> None:
+    planner.disable(model)
+
+
+@pytest.mark.parametrize("way", [_thrown, _planned_by_hand, _disabled])
+def test_it_is_not_where_it_is_thrown_or_is_not_to_be(
+    way: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = planner.enable(tiny.seeded(Net), 0.5, **FAST)
+    way(model)
+    model(**tiny.batch(4, labels=True))["loss"].backward()
+    assert not _reminders(caplog)

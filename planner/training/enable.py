@@ -54,14 +54,14 @@ def enable(
 ) -> nn.Module:
     """Let the checkpointing switch of ``model`` plan its training step for ``budget_gb``.  Returns ``model``.
 
-    Nothing changes until the switch is thrown: by ``TrainingArguments(gradient_checkpointing=True)`` (or
-    ``activation_checkpointing=True``), by ``model.gradient_checkpointing_enable()``, which every model has
-    from here on, or by ``now=True``.  Any of the options may also come with the switch, as
-    ``gradient_checkpointing_kwargs={"budget_gb": 8}``.  From then on each kind of training batch is planned
-    when it first comes; evaluation, ``generate`` and ``no_grad`` run as they always did.  A model in eval
-    mode is planned once a backward came through it, a frozen one where its input asks for a gradient; a part
-    that trains by itself is named in a warning.  What the first steps take beside the planned calls is
-    counted from then on.
+    Nothing changes until the switch is thrown, of which a step that trains before reminds, once: by
+    ``TrainingArguments(gradient_checkpointing=True)`` (or ``activation_checkpointing=True``), by
+    ``model.gradient_checkpointing_enable()``, which every model has from here on, or by ``now=True``.  Any of
+    the options may also come with the switch, as ``gradient_checkpointing_kwargs={"budget_gb": 8}``.  From
+    then on each kind of training batch is planned when it first comes; evaluation, ``generate`` and
+    ``no_grad`` run as they always did.  A model in eval mode is planned once a backward came through it, a
+    frozen one where its input asks for a gradient; a part that trains by itself is named in a warning.  What
+    the first steps take beside the planned calls is counted from then on.
 
     ``budget_gb``  GB of 10**9 bytes for the whole step on the device, as for :func:`planner.plan`.
                    Parameters, gradients and optimizer state are those of ``model``; what is planned is
@@ -115,6 +115,8 @@ def enable(
         switch.change(settings)
     if now:
         switch.turn_on()
+    else:
+        switch.remind()
     return model
 
 

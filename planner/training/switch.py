@@ -94,6 +94,7 @@ class Switch:
                 f"no budget for this {type(self.root).__name__}: pass planner.enable(model, budget_gb=8), or "
                 'gradient_checkpointing_kwargs={"budget_gb": 8}'
             )
+        unplanned.forget(self.planned)
         if not self.on:
             self._lowered = huggingface.flags_raised(self.root)
             self._flagged = huggingface.own_checkpointing(self.root) if by_name else self._lowered
@@ -104,8 +105,14 @@ class Switch:
                 vars(self.planned)["forward"] = self
         self.on = True
 
+    def remind(self) -> None:
+        """Say so, once, where a step trains before the switch was thrown."""
+        if not self.on:
+            unplanned.remind(self.planned, self, self.root, self.settings.budget_bytes)
+
     def turn_off(self) -> None:
         """Back to the forward that was there; what was planned is kept for the next time."""
+        unplanned.forget(self.planned)
         if self.on:
             unplanned.take_hooks(self.planned)
             huggingface.set_flags(self._lowered, True)

@@ -27,7 +27,7 @@ from planner.measure.step import tensors_in
 from planner.runtime.tracing import is_traced
 from planner.units import bytes_text
 
-__all__ = ["Held", "put_hooks", "take_hooks", "when_differentiated", "where_called"]
+__all__ = ["Held", "forget", "put_hooks", "remind", "take_hooks", "when_differentiated", "where_called"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,43 @@ def take_hooks(module: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
                 del hooks[key]
                 part._forward_hooks_always_called.pop(key, None)
+
+
+class _Reminder(_Hook):
+    """Says once, when a step trains, that the switch was never thrown."""
+
+    def __init__(self, watcher: Watcher, model: nn.Module, budget: str) -> None:
+        super().__init__(watcher, type(model).__name__)
+        self.budget = budget
+
+    def __call__(self, part: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or not (part.training and torch.is_grad_enabled()):
+            return
+        if is_traced(self.name):
+            return
+        forget(part)
+        if hasattr(vars(part).get("forward"), "original"):  # of a plan that was applied by hand
+            return
+        log.warning(
+            "%s trains without a plan: it is enabled%s, and its switch was not thrown. "
+            "TrainingArguments(gradient_checkpointing=True) does, model.gradient_checkpointing_enable(), or "
+            "planner.enable(model, ..., now=True)",
+            self.name, self.budget,
+        )  # fmt: skip
+
+
+def remind(module: nn.Module, watcher: Watcher, model: nn.Module, budget_bytes: int | None) -> None:
+    """Let the first call of ``module`` that trains say that nothing is planned yet."""
+    forget(module)
+    budget = "" if budget_bytes is None else f" for {bytes_text(budget_bytes)}"
+    module.register_forward_pre_hook(_Reminder(watcher, model, budget))
+
+
+def forget(module: nn.Module) -> None:
+    """It has nothing to say any more; also of a copy."""
+    hooks = module._forward_pre_hooks
+    for key in [k for k, hook in hooks.items() if isinstance(hook, _Reminder)]:
+        del hooks[key]
 
 
 def is_real(name: str) -> bool:
