@@ -351,6 +351,17 @@ def test_a_convolution_made_again_leaves_gradients_their_layout() -> None:
     assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
 
 
+def test_a_profile_that_is_at_work_goes_on_and_nothing_is_measured_in_it() -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))  # calls that were not measured yet
+    with torch.profiler.profile() as seen:
+        with pytest.raises(planner.PlannerError, match="before a profile begins"):
+            planner.plan(model, 1, (torch.randn(7, 24),), backend="inductor", costs="roofline")
+        with pytest.raises(RuntimeError, match="measure outside of it"):
+            planner.measure.allocated_peak(lambda: torch.ones(1))
+        torch.ones(3).cosh()
+    assert "aten::cosh" in {event.key for event in seen.key_averages()}
+
+
 def test_running_statistics_move_once_where_all_is_recomputed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))

@@ -32,6 +32,7 @@ __all__ = [
     "is_fused",
     "is_last_compile",
     "is_lowered",
+    "is_profiled",
     "is_view_of_operand",
     "keeps_products_apart",
     "laid_out",
@@ -352,7 +353,12 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 
 
 def allocated_peaks(runs: Sequence[Callable[[], Any]]) -> list[int]:
-    """The same of each of ``runs``, in order; what a run returns lives to its end, and no longer."""
+    """The same of each of ``runs``, in order; what a run returns lives to its end, and no longer.
+
+    Raises ``RuntimeError`` inside of another profile, which it would end.
+    """
+    if is_profiled():
+        raise RuntimeError("bytes are measured with torch.profiler, which is at work: measure outside of it")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
@@ -376,6 +382,11 @@ def allocated_peaks(runs: Sequence[Callable[[], Any]]) -> list[int]:
 
 
 _RUN = "a run whose memory is looked at"
+
+
+def is_profiled() -> bool:
+    """Whether torch.profiler is at work; 1.9+."""
+    return bool(torch.autograd._profiler_enabled())
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:

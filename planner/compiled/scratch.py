@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from planner import _compat
 from planner.costs.profiler import cpu_scratch_bytes, signature_of
+from planner.errors import PlannerError
 
 __all__ = ["in_layout", "scratch_bytes"]
 
@@ -40,9 +42,17 @@ def in_layout(node: fx.Node, *, channels_last: bool) -> fx.Node:
 
 
 def scratch_bytes(nodes: Sequence[fx.Node]) -> list[int]:
-    """What each of ``nodes`` takes beside operands and results; 0 of what does not run on made-up ones."""
+    """What each of ``nodes`` takes beside operands and results; 0 of what does not run on made-up ones.
+
+    Raises ``PlannerError`` inside of a profile, for it is one that measures.
+    """
     keys = [signature_of(node, _HERE) for node in nodes]
     new = {key: node for key, node in zip(keys, nodes, strict=True) if key not in _SCRATCH}
+    if new and _compat.is_profiled():
+        raise PlannerError(
+            "what libraries' kernels take on a CPU is measured with torch.profiler, which is at work: plan "
+            "before a profile begins, or begin it after the first two steps of a kind of batches"
+        )
     try:
         _SCRATCH.update(zip(new, cpu_scratch_bytes(list(new.values())), strict=True))
     except _NOT_RUN:
