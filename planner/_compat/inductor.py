@@ -386,7 +386,7 @@ _RUN = "a run whose memory is looked at"
 
 def is_profiled() -> bool:
     """Whether torch.profiler is at work; 1.9+."""
-    return bool(torch.autograd._profiler_enabled())
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def copy_of(gm: fx.GraphModule) -> fx.GraphModule:

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from planner import _compat
 from planner.alive import instances_of, kinds_of
-from planner.compiled.piece import Hears, Own, Piece
+from planner.compiled.piece import Own, Piece
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.measure.step import held
@@ -50,7 +50,7 @@ class _Call:
     is_through: bool = False
 
 
-class CompiledSession(Hears):
+class CompiledSession:
     """``backend`` is what ``torch.compile`` is given.
 
     ``model``  whose graphs they are, if that is known.

@@ -28,7 +28,7 @@ __all__ = ["KeptPlan", "PlanCache", "StepCache"]
 Key = TypeVar("Key")
 Kept = TypeVar("Kept")
 
-# Shapes of a kind captured one by one before sizes become symbols, which takes as long as five of them.
+# Shapes of a kind captured one by one before sizes become symbols, which takes as long as three or four.
 FIXED = 2
 
 # Kinds of call whose captures are counted; a model that is given a new constant every step makes one each.
