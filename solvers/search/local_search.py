@@ -52,6 +52,8 @@ WINDOW_NODES = 400
 ROUNDS = 8
 # A window that has to fit is worth more, since what is alike is mended with it.
 FITTING_S = 5.0
+# And is off the best by so much of a step at most: there are others.
+FITTING_GAP = 2e-4
 # What a window must take off the most bytes above the budget in it, as a share of the budget.
 LEAST_FALL = 1e-4
 # Windows with more optional slots than this are cut into fewer stages.
@@ -273,7 +275,7 @@ class Search:
         program = TemplateProgram(template, limit, closures=_closures(template))
         gone = {v: program.without(v, inside, seconds) for v, seconds in waiting}
         lp, end = program.lp, min(deadline, time.perf_counter() + min(self.fitting_s, self.run.left_s))
-        gap = LEAST_GAIN * self.run.total_s / program.seconds_scale
+        gap = FITTING_GAP * self.run.total_s / program.seconds_scale
         program.memory.add_first()
         relax = True
         while (left_s := end - time.perf_counter()) > 0.02:

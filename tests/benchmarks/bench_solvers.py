@@ -171,6 +171,11 @@ class Results:
         """The row of ``job``, of whatever run."""
         return self.rows.get(job.key)
 
+    def is_of(self, job: Job) -> bool:
+        """Whether there is a row of ``job``, of whatever solvers, for the same budget."""
+        row = self.rows.get(job.key)
+        return row is not None and row["budget_bytes"] == job.budget_bytes
+
     def is_current(self, job: Job, code: str) -> bool:
         """Whether the row is there, from the same solvers, the same limit and the same budget."""
         row = self.rows.get(job.key)
@@ -210,7 +215,9 @@ def measure(names: Sequence[str], labels: Sequence[str], limit_s: float | None, 
                 below = (least.get("peak_bytes") or 0) > job.budget_bytes
                 if job.budget and job.order == "fixed" and job.budget != NEAR_FLOOR and below:
                     continue
-                if again or not results.is_current(job, run["solvers"]):
+                # Who asks for some budgets asks for their plans; what stands beside them is there or is made.
+                beside = bool(labels) and job.kind != "plan" and results.is_of(job)
+                if not beside and (again or not results.is_current(job, run["solvers"])):
                     row = computed(job)
                     results.add(job, row, run)
                     yield _line(job, row)
