@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ from ortools.math_opt.python import mathopt
 
 from solvers.core import linear
 from solvers.core.linear import LinearProgram
+
+ROOT = Path(__file__).parent.parent
 
 
 def program(cost: float = 1.0) -> LinearProgram:
@@ -80,6 +85,34 @@ def test_the_answer_is_what_mathopts_own_objects_say(seed: int, relax: bool) -> 
     assert (answer.reduced_costs is None) == (not relax)
     if answer.reduced_costs is not None:
         assert answer.reduced_costs.tolist() == result.reduced_costs(variables)
+
+
+LEFT_BEHIND = """
+import random, threading
+from solvers.core.linear import LinearProgram
+
+rng, lp, begun = random.Random(0), LinearProgram(), threading.Event()
+columns = [lp.column(rng.uniform(1, 3), integer=True) for _ in range(120)]
+for _ in range(200):
+    lp.one_of(rng.sample(columns, 3))
+
+def work():
+    while True:
+        begun.set()
+        lp.solve(time_limit_s=0.03)
+
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+"""
+
+
+def test_a_search_that_is_left_behind_does_not_abort_the_exit() -> None:
+    """A thread that comes back from C++ into an interpreter that is taken down would."""
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_program_without_columns_is_no_better_than_its_rows() -> None:

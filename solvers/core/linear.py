@@ -12,8 +12,10 @@ Weakness: every solve is a cold start; MathOpt does not pass HiGHS a basis or an
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,6 +55,45 @@ class LinearAnswer:
         return f"LinearAnswer(objective {self.objective:.9g}, bound {self.bound:.9g}, optimal={self.optimal})"
 
 
+# Seconds that an exit waits for programs in flight.
+EXIT_S = 2.0
+
+
+class _Door:
+    """Lets threads into HiGHS, and none any more once Python exits.
+
+    A thread that comes back from C++ while the interpreter is taken down is unwound there, which aborts the
+    process.  So an exit waits a little for those that are inside, and holds back those that come then: they
+    are daemons, and nobody waits for what they would find.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._closed, self._watched = 0, False, False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if not self._watched:
+                self._watched = True
+                atexit.register(self._close)
+            while self._closed:
+                self._changed.wait()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._inside, timeout=EXIT_S)
+
+
+_DOOR = _Door()
+
+
 def _solved(
     model: model_pb2.ModelProto, parameters: mathopt.SolveParameters
 ) -> result_pb2.SolveResultProto | None:
@@ -66,17 +107,18 @@ def _solved(
         unread.filter_by_ids = True
     wanted.variable_values_filter.skip_zero_values = wanted.reduced_costs_filter.skip_zero_values = True
     try:
-        return solver.solve(
-            model,
-            mathopt.SolverType.HIGHS.value,
-            mathopt.StreamableSolverInitArguments().to_proto(),
-            parameters.to_proto(),
-            wanted,
-            None,
-            mathopt.CallbackRegistration().to_proto(),
-            None,
-            None,
-        )
+        with _DOOR:
+            return solver.solve(
+                model,
+                mathopt.SolverType.HIGHS.value,
+                mathopt.StreamableSolverInitArguments().to_proto(),
+                parameters.to_proto(),
+                wanted,
+                None,
+                mathopt.CallbackRegistration().to_proto(),
+                None,
+                None,
+            )
     except Exception as error:
         if "[INTERNAL]" not in str(error):
             raise
