@@ -44,6 +44,8 @@ NARROWEST, WIDEST = 6, 16
 WIDENINGS = 2
 # Windows of one schedule, at most.
 FEW_WINDOWS, WINDOWS_PER_PLACE = 20, 4
+# A place that takes more than this share of a step is left to others.
+TOO_DEAR = 0.06
 # What is done in one place is done in a like one for so many times the seconds at most.
 DEARER = 1.5
 # Values that a window may do without: so many, each at least this share of the budget.
@@ -166,11 +168,15 @@ class _Mending:
     def take(self, place: int, base: list[int], window: Window, answer: list[int] | None) -> None:
         """What ``answer`` changed in ``base`` is changed, here and in like places; or the place is tried
         otherwise next."""
-        before_s = self.line.recompute_seconds
-        if answer is not None and self._judged(self._merged(base, answer)) and not self._is_over(place):
-            self.tried.pop(place, None)
-            self._repeat(place, base, window, answer, self.line.recompute_seconds - before_s)
-            return
+        before = self.steps, self.line
+        if answer is not None and self._judged(self._merged(base, answer)):
+            more_s = self.line.recompute_seconds - before[1].recompute_seconds
+            if more_s > TOO_DEAR * self.problem.total_seconds:
+                self._set(*before)
+            elif not self._is_over(place):
+                self.tried.pop(place, None)
+                self._repeat(place, base, window, answer, more_s)
+                return
         self.tried[place] = self.tried.get(place, 0) + 1
         before_turn = place < self.search.reach.first
         if (before_turn or self.tried[place] >= WIDENINGS) and not self._drop(place):
@@ -241,7 +247,8 @@ class _Mending:
             fall = float(self.excess.sum() - np.maximum(line.live_bytes - self.run.budget_bytes, 0).sum())
             more_s = line.recompute_seconds - self.line.recompute_seconds
             gain = fall / max(least_s, more_s)
-            if fall >= LEAST_FALL * most and (best is None or gain > best[0]):
+            cheap = more_s <= TOO_DEAR * self.problem.total_seconds
+            if cheap and fall >= LEAST_FALL * most and (best is None or gain > best[0]):
                 best = gain, steps, line
         if best is None:
             return False
