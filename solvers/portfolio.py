@@ -2,11 +2,11 @@
 
 No method is best everywhere, so plans flow from one to the next through the :class:`Incumbent`: first
 the baselines that cost nothing, then the rounded relaxations of the staged program, which at generous
-budgets are all but optimal, then the chain program where these leave a gap or find nothing, then shaving,
-which lowers the schedules that are a little above the budget, and then local search, from whichever plan is
-best, or from each method's where that is far from the bound.  The bound is proved on the other core
-meanwhile, offers the schedules it meets, and ends the search when it is close, or when nothing can fit.
-Graphs of a few dozen ops go to the exact program first, graphs without a turn to ``retention``.
+budgets are all but optimal, then the chain program where these leave a gap or find nothing, then mending
+and shaving, which lower the schedules that are a little above the budget, and then local search, from
+whichever plan is best, or from each method's where that is far from the bound.  The bound is proved on the
+other core meanwhile, offers the schedules it meets, and ends the search when it is close, or when nothing
+can fit.  Graphs of a few dozen ops go to the exact program first, graphs without a turn to ``retention``.
 
 Weakness: greedy takes seconds on thousands of ops and there comes last, so that a time limit may leave an
 answer worse than greedy's.
@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -35,6 +35,8 @@ from solvers.exact import method as checkmate
 from solvers.methods import METHODS, Method, has_backward
 from solvers.retention import method as retention
 from solvers.search import local_search
+from solvers.search.mend import mend
+from solvers.search.repeats import Repeats
 from solvers.search.shave import shave
 from solvers.staged.method import Relaxations, ops_per_layer
 
@@ -64,6 +66,13 @@ CHAIN_SHARE = 0.4
 # Of what they leave, schedules a little above the budget are lowered to it for this share, the nearest
 # two and so many of the others.
 SHAVE_SHARE, MOST_SHAVED = 0.5, 4
+# So many of them, from the nearest to the fastest, are mended: before that for the larger share, or behind it
+# for the smaller one, where few layers are alike and every place takes a window of its own.
+MEND_SHARE, MEND_SHARE_APART, MOST_MENDED = 0.5, 0.2, 4
+# The nearest is shaved for so long before any is mended, while nothing fits.
+FIRST_SHAVE_SHARE = 0.2
+# Layers are alike where so large a share of the backward is met as often as this.
+ALIKE_SHARE, ALIKE_TIMES = 0.5, 8
 BOUND_SHARE = 0.8
 RETENTION_SHARE = 0.8
 # Budgets up to so many times the cheap floor may be below a proved one; the time to look for that.
@@ -216,16 +225,43 @@ class Methods:
                 programs.relaxations.offer_plans(run, first=1, last=FIRST_CUTS, seed=seed)
             if not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
                 programs.chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
-            self._shave(run)
+            self._lower(run, seed)
             # Relaxations that are far from a plan are the slowest to solve.
             if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:
                 programs.relaxations.offer_plans(run, first=FIRST_CUTS, seed=seed)
         if len(self.problem) <= GREEDY_OPS or not run.fits or run.recompute_s > run.total_s:
             self._offer_greedy(run)
 
-    def _shave(self, run: Incumbent) -> None:
-        """Make plans of the schedules that are a little above the budget, and faster than the best plan."""
-        deadline = time.perf_counter() + SHAVE_SHARE * run.left_s
+    def _lower(self, run: Incumbent, seed: int) -> None:
+        """Mend and shave what is above the budget; where layers are alike mending is for all of them."""
+        near = [one for one in run.near if one.recompute_s <= run.total_s]
+        if Repeats(self.problem).share(ALIKE_TIMES) >= ALIKE_SHARE:
+            if not run.fits:  # some plan is worth most
+                self._shave(run, FIRST_SHAVE_SHARE, most=1)
+            self._mend(run, near, MEND_SHARE, seed)
+            self._shave(run, SHAVE_SHARE)
+        else:
+            self._shave(run, SHAVE_SHARE)
+            self._mend(run, near, MEND_SHARE_APART, seed)
+
+    def _mend(self, run: Incumbent, near: Sequence[Offer], share: float, seed: int) -> None:
+        """Make plans of ``near``, schedules above the budget, that would be faster than the best plan."""
+        deadline = time.perf_counter() + share * run.left_s
+        for k in _spread_out(len(near), MOST_MENDED):
+            hard = not run.fits or run.gap_s > CHAIN_GAP * run.total_s
+            if run.done or time.perf_counter() >= deadline or not hard:
+                return
+            if not run.fits or near[k].recompute_s < run.recompute_s:
+                mended = mend(run, near[k].steps, deadline=deadline, seed=seed, layer=self.layer)
+                # A place or two may be left, for which a few drops do.
+                shave(run, mended, deadline=time.perf_counter() + FIRST_SHAVE_SHARE * run.left_s)
+
+    def _shave(self, run: Incumbent, share: float, *, most: int | None = None) -> None:
+        """Make plans of the schedules that are a little above the budget, and faster than the best plan.
+
+        In a ``share`` of the time left; from ``most`` of them (``None``: the nearest two and some others).
+        """
+        deadline = time.perf_counter() + share * run.left_s
         # Moves on what recomputes everything, which may be near too, take seconds each.
         known = run.near
         near = [one for one in known if one.recompute_s <= run.total_s] or known
@@ -233,13 +269,14 @@ class Methods:
         starts = [*first, *rest[:: max(1, -(-len(rest) // MOST_SHAVED))]]
         if not starts and not run.fits:
             starts = [run.best.offer]
+        starts = starts[:most]
         for k, start in enumerate(starts):
             left_s = deadline - time.perf_counter()
             if run.done or left_s <= 0 or (run.fits and run.gap_s <= GREEDY_GAP * run.total_s):
                 return
             if not run.fits or start.recompute_s < run.recompute_s:
-                share = left_s / (len(starts) - k)
-                shave(run, start.steps, deadline=time.perf_counter() + max(share, left_s / 2))
+                each_s = left_s / (len(starts) - k)
+                shave(run, start.steps, deadline=time.perf_counter() + max(each_s, left_s / 2))
 
     def _offer_greedy(self, run: Incumbent) -> None:
         if run.left_s > 0 and (not run.fits or run.gap_s > GREEDY_GAP * run.total_s):
@@ -324,7 +361,7 @@ class Methods:
             if self.splits and self._far(run):
                 with self._programs() as programs:
                     programs.chains.offer_plans(near, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
-                self._shave(near)
+                self._shave(near, SHAVE_SHARE)
                 run.offer(near.lowest.steps, near.lowest.solver)
             # The schedule of lowest peak may be one that recomputes everything, from which nothing leads on.
             start, share = near.best.offer, FIRST_STEP
@@ -384,6 +421,11 @@ def _worth_starting_from(run: Incumbent) -> list[Offer]:
         if worth:
             chosen.append(start)
     return sorted(chosen, key=lambda start: (start.recompute_s, start.solver))[:MOST_STARTS]
+
+
+def _spread_out(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` places: the first, then others evenly apart."""
+    return sorted({k * count // most for k in range(most)} & set(range(count)))
 
 
 def _limit_s(run: Incumbent, share: float) -> float:

@@ -33,7 +33,7 @@ def test_drops_do_to_the_bytes_what_they_say(seed: int) -> None:
     run = tight(problem, 0.5)
     steps = list(range(len(problem)))
     line = run.line
-    places = shave._Places(run, steps, line)
+    places = shave.Places(run, steps, line)
     drops = places.drops()
     assert drops
     for drop in drops:
@@ -53,7 +53,7 @@ def test_drops_that_agree_add_up(seed: int) -> None:
     problem = random_training_graph(seed, layers=5)
     steps, rng = list(range(len(problem))), random.Random(seed)
     run = tight(problem, 0.3)
-    drops = shave._Places(run, steps, run.line).drops()
+    drops = shave.Places(run, steps, run.line).drops()
     rng.shuffle(drops)
     chosen: list[shave._Drop] = []
     for drop in drops:

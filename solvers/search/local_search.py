@@ -24,7 +24,7 @@ import math
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -38,7 +38,7 @@ from solvers.core.simulate import Timeline
 from solvers.search.template import Template, template_around
 from solvers.search.template_program import TemplateProgram
 
-__all__ = ["Window", "improve"]
+__all__ = ["Search", "Window", "improve"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ LEAST_GAIN = 2e-5
 WINDOW_S = 2.0
 WINDOW_NODES = 400
 ROUNDS = 8
+# A window that has to fit is worth more, since what is alike is mended with it.
+FITTING_S = 5.0
+# And is off the best by so much of a step at most: there are others.
+FITTING_GAP = 2e-4
 # What a window must take off the most bytes above the budget in it, as a share of the budget.
 LEAST_FALL = 1e-4
 # Windows with more optional slots than this are cut into fewer stages.
@@ -172,7 +176,7 @@ class Outcome:
     settled: bool
 
 
-class _Search:
+class Search:
     """What the windows of one search share."""
 
     def __init__(self, run: Incumbent, seed: int) -> None:
@@ -182,6 +186,7 @@ class _Search:
         self.rng = random.Random(seed)
         # Without a time limit windows are given up by nodes, so that the same seed gives the same answer.
         self.window_s = WINDOW_S if run.deadline < math.inf else math.inf
+        self.fitting_s = FITTING_S if run.deadline < math.inf else math.inf
         self.nodes = WINDOW_NODES if run.deadline == math.inf else None
 
     def sweep(self, width: int, ahead: int, workers: Callable[[], int]) -> tuple[bool, float]:
@@ -230,8 +235,7 @@ class _Search:
         """The cheapest schedules found that differ from ``steps`` in ``window``; ``line`` is its timeline."""
         run, resident = self.run, self.problem.resident_bytes
         template = window_template(self.problem, self.reach, steps, window)
-        stages = [g for g, (a, b) in enumerate(zip(template.starts, template.ends, strict=True)) if b > a]
-        closures = stages[1 :: max(1, len(stages) // CLOSURES)]
+        closures = _closures(template)
         if line.peak_bytes <= run.budget_bytes:
             program = TemplateProgram(template, run.budget_bytes - resident, closures=closures)
             program.below(line.recompute_seconds - LEAST_GAIN * run.total_s)
@@ -245,6 +249,50 @@ class _Search:
             program = TemplateProgram(template, limit, closures=closures, over=inside)
             program.over_below(over - min(over, max(1, LEAST_FALL * run.budget_bytes)))
         return self._solve(program, seed)
+
+    def fitting(
+        self,
+        window: Window,
+        steps: list[int],
+        line: Timeline,
+        waiting: Sequence[tuple[int, float]],
+        deadline: float,
+    ) -> tuple[list[int], list[int]] | None:
+        """The cheapest schedule found that is within the budget in ``window``, above it outside at most where
+        and as far as ``steps`` are, and which of ``waiting`` it does without there; ``None`` without any.
+
+        ``line``     the timeline of ``steps``.
+        ``waiting``  values that are there all through the window, untouched, and the seconds that it takes to
+                     make each again behind it.
+        ``deadline`` of ``time.perf_counter()``.
+        """
+        resident, budget = self.problem.resident_bytes, self.run.budget_bytes
+        template = window_template(self.problem, self.reach, steps, window)
+        limit = np.full(len(template), budget - resident)
+        np.maximum.at(limit, np.asarray(template.of_step), line.live_bytes - resident)
+        inside = _slots_of(template, window)
+        limit[inside.start : inside.stop] = budget - resident
+        program = TemplateProgram(template, limit, closures=_closures(template))
+        gone = {v: program.without(v, inside, seconds) for v, seconds in waiting}
+        lp, end = program.lp, min(deadline, time.perf_counter() + min(self.fitting_s, self.run.left_s))
+        gap = FITTING_GAP * self.run.total_s / program.seconds_scale
+        program.memory.add_first()
+        relax = True
+        while (left_s := end - time.perf_counter()) > 0.02:
+            answer = lp.solve(
+                time_limit_s=left_s,
+                relax=relax,
+                absolute_gap=None if relax else gap,
+                node_limit=None if relax else self.nodes,
+            )
+            if answer.x is None:
+                return None
+            if not program.memory.add_violated(answer.x):
+                if not relax:
+                    dropped = [v for v, column in gone.items() if answer.x[column] > 0.5]
+                    return trim(self.problem, program.steps(answer.x)), dropped
+                relax = False
+        return None
 
     def _solve(self, program: TemplateProgram, seed: int) -> Outcome:
         run, lp = self.run, program.lp
@@ -273,6 +321,12 @@ class _Search:
                     return Outcome(tuple(found), answer.optimal)
                 relax = False
         return Outcome(tuple(found), False)
+
+
+def _closures(template: Template) -> list[int]:
+    """The stages at whose start closure rows are worth their columns."""
+    stages = [g for g, (a, b) in enumerate(zip(template.starts, template.ends, strict=True)) if b > a]
+    return stages[1 :: max(1, len(stages) // CLOSURES)]
 
 
 def _slots_of(template: Template, window: Window) -> range:
@@ -310,7 +364,7 @@ def improve(
     ``layer``       ops that make up a layer of the backward: the scale that windows start from.
     ``until_fits``  stop once the best schedule is within the budget.
     """
-    search = _Search(run, seed)
+    search = Search(run, seed)
     n = len(run.problem) - search.reach.first
     if n <= 0:
         return
@@ -327,7 +381,7 @@ def improve(
 
 
 def _all_sizes(
-    search: _Search, scale: int, workers: Callable[[], int]
+    search: Search, scale: int, workers: Callable[[], int]
 ) -> Literal["gained", "nothing", "given up"]:
     """Sweep with windows from ``scale`` up, as long as each size brings something, then the next larger.
 

@@ -36,7 +36,7 @@ from solvers.core.incumbent import Incumbent
 from solvers.core.just_in_time import can_be_dropped, first_runs, runs_again, trim
 from solvers.core.simulate import Timeline, simulate_steps
 
-__all__ = ["shave"]
+__all__ = ["Places", "shave"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def shave(run: Incumbent, steps: Sequence[int], *, deadline: float) -> None:
     while run.over_of(line) > 0 and not run.done and time.perf_counter() < deadline:
         if run.fits and line.recompute_seconds >= run.recompute_s:
             return
-        places = _Places(run, now, line)
+        places = Places(run, now, line)
         better = _dropped(places, TOGETHER) or _dropped(places, 1) or _moved(places)
         better = better or _dropped(places, 1, MOST_AGAIN)
         if better is None:
@@ -100,7 +100,7 @@ class _Drop:
         )
 
 
-def _dropped(places: _Places, most: int, again: int = FEW_AGAIN) -> tuple[list[int], Timeline] | None:
+def _dropped(places: Places, most: int, again: int = FEW_AGAIN) -> tuple[list[int], Timeline] | None:
     """The schedule after up to ``most`` drops, each the one that lowers the excess most per second.
 
     ``again``  ops that make again what is dropped, at most.
@@ -137,7 +137,7 @@ def _dropped(places: _Places, most: int, again: int = FEW_AGAIN) -> tuple[list[i
     return places.judged([*steps, *places.steps[done:]])
 
 
-def _moved(places: _Places) -> tuple[list[int], Timeline] | None:
+def _moved(places: Places) -> tuple[list[int], Timeline] | None:
     """The schedule after the move that lowers the excess most per second."""
     run, line = places.run, places.line
     best, most = None, 0.0
@@ -154,7 +154,7 @@ def _moved(places: _Places) -> tuple[list[int], Timeline] | None:
     return best
 
 
-class _Places:
+class Places:
     """Where each value of a schedule is made and read, and which steps are above the budget."""
 
     def __init__(self, run: Incumbent, steps: list[int], line: Timeline) -> None:

@@ -251,6 +251,15 @@ class TemplateProgram:
         for i, column in ever.items():
             lp.closure(problem.counted_inputs[i], sources, of=column)
 
+    def without(self, v: int, slots: range, again_s: float) -> int:
+        """A column by which value ``v``, there all through ``slots``, is not there, at ``again_s`` seconds.
+
+        To be called before any row of bytes is made.
+        """
+        column = self.lp.column(again_s / self.seconds_scale, integer=True)
+        self.memory.put(slots.start, slots.stop, -self.problem.values[v].bytes, (column,))
+        return column
+
     def below(self, recompute_s: float) -> None:
         """Ask for at most ``recompute_s`` of recomputation in all, that of required slots included."""
         ops = self.problem.ops

@@ -2,19 +2,25 @@
 
     python -m tests.benchmarks.bench_solvers [--graphs NAME ...] [--budgets 0.5 floor+2% ...]
                                              [--time-limit SECONDS] [--again] [--table-only]
+                                             [--before CHECKOUT]
 
 Graphs: training steps of real models at real sizes (``tests/benchmarks/graphs.py``), the six of an
 earlier prototype (``traced/...``) and random layered DAGs (``tests/benchmarks/layered.py``).
 
 Budgets.  Parameters, buffers and inputs are resident whatever is decided, so a budget is a share of what
 the step adds to them when nothing is recomputed: activations, gradients and held outputs at their peak.
-90, 70, 50, 40 and 35 %, and 2 % above the proved floor of those bytes; 90 and 80 % for layered DAGs, in
-the given order and in free order.  Budgets below the least that any plan was found for are left out.
+90, 70, 50, 40, 35, 25 and 20 %, and 20, 10, 5 and 2 % above the proved floor of those bytes; 90 and 80 %
+for layered DAGs, in the given order and in free order.  Budgets below the least that any plan was found for
+are left out.
+
+``--before`` computes the plans of a checkout of another commit instead, on its own copies of the graphs; they
+stand in the table beside this one's.
 
 Each row is a process of its own (``tests/benchmarks/solver_jobs.py``).  Rows are written to
 ``results/solvers.json`` as they come, each with the run it is from: commit, date, machine, versions.  A
 row that is there already for the same solvers and the same time limit is not computed again, so a run
-that was broken off goes on where it stopped.  ``results/solvers.md`` is made from the JSON.
+that was broken off goes on where it stopped.  ``results/solvers.md`` is made from the JSON.  What does not
+hold of the graphs asked for is told line by line, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,7 +42,7 @@ from typing import Any
 from solvers import Problem
 from solvers.bounds.lower_bounds import peak_floor
 from tests.benchmarks.solver_jobs import Job, graph_names, keep_all_bytes, load_graph
-from tests.benchmarks.solver_table import PROTOTYPE, markdown
+from tests.benchmarks.solver_table import PROTOTYPE, checks, markdown
 
 __all__ = ["jobs_of", "main"]
 
@@ -45,32 +51,36 @@ RESULTS = Path(__file__).parent / "results" / "solvers.json"
 TABLE = RESULTS.with_suffix(".md")
 
 SHARES = ("0.9", "0.7", "0.5", "0.4", "0.35")
+EDGE_SHARES = ("0.25", "0.2")
 LAYERED_SHARES = ("0.9", "0.8")
-NEAR_FLOOR = "floor+2%"
+ABOVE_FLOOR = ("floor+20%", "floor+10%", "floor+5%", "floor+2%")
+NEAR_FLOOR = ABOVE_FLOOR[-1]
 TRAINING_LIMIT_S = 10.0
-NEAR_FLOOR_LIMIT_S = 25.0
+EDGE_LIMIT_S = 30.0
+LEAST_LIMIT_S = 25.0
 PACKAGES = ("numpy", "networkx", "ortools", "torch")
 
 
 def time_limit_of(graph: str, label: str) -> float:
     """Seconds that a solver has for one budget of ``graph``; without a ``label``, for its least peak."""
     if not graph.startswith("layered-"):
-        return TRAINING_LIMIT_S if label in SHARES else NEAR_FLOOR_LIMIT_S
+        return TRAINING_LIMIT_S if label in SHARES else EDGE_LIMIT_S
     return 60.0 if int(graph.split("-")[1]) <= 500 else 180.0
 
 
 def budget_bytes_of(label: str, graph: str, problem: Problem, floor_bytes: int) -> int:
     """Bytes of a budget by its label, ``resident_bytes`` included."""
     resident = problem.resident_bytes
-    if label == NEAR_FLOOR:
-        return resident + -(-102 * (floor_bytes - resident) // 100)
+    if label in ABOVE_FLOOR:
+        percent = 100 + int(label.removeprefix("floor+").removesuffix("%"))
+        return resident + -(-percent * (floor_bytes - resident) // 100)
     return resident + round(float(label) * keep_all_bytes(graph, problem))
 
 
 def first_jobs_of(graph: str, time_limit_s: float | None) -> list[Job]:
     """The rows of one graph that no budget has: the least peak, which proves the floor too, and baselines."""
     limit_s = time_limit_s or time_limit_of(graph, "")
-    return [Job("least", graph, min(limit_s, NEAR_FLOOR_LIMIT_S)), Job("baselines", graph, limit_s)]
+    return [Job("least", graph, min(limit_s, LEAST_LIMIT_S)), Job("baselines", graph, limit_s)]
 
 
 def jobs_of(
@@ -83,7 +93,7 @@ def jobs_of(
     """
     jobs = []
     layered = graph.startswith("layered-")
-    for label in LAYERED_SHARES if layered else (*SHARES, *_published(graph), NEAR_FLOOR):
+    for label in LAYERED_SHARES if layered else (*SHARES, *EDGE_SHARES, *_published(graph), *ABOVE_FLOOR):
         budget_bytes = budget_bytes_of(label, graph, problem, floor_bytes)
         if (labels and label not in labels) or budget_bytes < floor_bytes:
             continue
@@ -97,15 +107,15 @@ def jobs_of(
 
 def _published(graph: str) -> list[str]:
     """Shares at which the earlier prototype has a figure, beyond the usual ones."""
-    return [share for share in PROTOTYPE.get(graph, {}) if share not in SHARES]
+    return [share for share in PROTOTYPE.get(graph, {}) if share not in (*SHARES, *EDGE_SHARES)]
 
 
-def computed(job: Job) -> dict[str, Any]:
-    """The row of ``job`` from a process of its own; what went wrong, if it did."""
+def computed(job: Job, root: Path = ROOT) -> dict[str, Any]:
+    """The row of ``job`` from a process of its own, in the checkout ``root``; what went wrong, if it did."""
     command = [sys.executable, "-m", "tests.benchmarks.solver_jobs", json.dumps(asdict(job))]
     most_s = 120 + 3 * job.time_limit_s
     try:
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=most_s, check=False)
+        ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=most_s, check=False)
     except subprocess.TimeoutExpired:
         return {**asdict(job), "status": "hung", "error": f"killed after {most_s:.0f} s"}
     if ran.returncode:
@@ -114,22 +124,22 @@ def computed(job: Job) -> dict[str, Any]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def code_of_solvers() -> str:
+def code_of_solvers(root: Path = ROOT) -> str:
     """Hash of what is measured: the solvers' sources and the graphs are the same if it is."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "solvers").glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted((root / "solvers").rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def this_run() -> dict[str, Any]:
-    """Commit, date, machine and versions."""
+def this_run(root: Path = ROOT) -> dict[str, Any]:
+    """Commit of the checkout, date, machine and versions."""
     asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     )
     return {
         "commit": asked.stdout.strip() or None,
-        "solvers": code_of_solvers(),
+        "solvers": code_of_solvers(root),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": platform.machine(),
         "processor": _processor(),
@@ -160,6 +170,11 @@ class Results:
     def row(self, job: Job) -> dict[str, Any] | None:
         """The row of ``job``, of whatever run."""
         return self.rows.get(job.key)
+
+    def is_of(self, job: Job) -> bool:
+        """Whether there is a row of ``job``, of whatever solvers, for the same budget."""
+        row = self.rows.get(job.key)
+        return row is not None and row["budget_bytes"] == job.budget_bytes
 
     def is_current(self, job: Job, code: str) -> bool:
         """Whether the row is there, from the same solvers, the same limit and the same budget."""
@@ -200,10 +215,28 @@ def measure(names: Sequence[str], labels: Sequence[str], limit_s: float | None, 
                 below = (least.get("peak_bytes") or 0) > job.budget_bytes
                 if job.budget and job.order == "fixed" and job.budget != NEAR_FLOOR and below:
                     continue
-                if again or not results.is_current(job, run["solvers"]):
+                # Who asks for some budgets asks for their plans; what stands beside them is there or is made.
+                beside = bool(labels) and job.kind != "plan" and results.is_of(job)
+                if not beside and (again or not results.is_current(job, run["solvers"])):
                     row = computed(job)
                     results.add(job, row, run)
                     yield _line(job, row)
+
+
+def measure_before(
+    names: Sequence[str], labels: Sequence[str], limit_s: float | None, checkout: Path
+) -> Iterator[str]:
+    """The plans of another commit's solvers for the same budgets, as rows of the kind ``before``."""
+    results, run = Results(RESULTS), this_run(checkout)
+    for graph in names:
+        problem = load_graph(graph)
+        least = results.row(Job("least", graph, 0.0)) or {}
+        floor = max(least.get("floor_bytes") or 0, peak_floor(problem).bytes)
+        for job in jobs_of(graph, problem, labels, limit_s, floor):
+            if job.kind == "plan" and job.order == "fixed":
+                before = replace(job, kind="before")
+                results.add(before, {**computed(job, checkout), "kind": "before"}, run)
+                yield _line(before, results.rows[before.key])
 
 
 def _line(job: Job, row: dict[str, Any]) -> str:
@@ -230,17 +263,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="per budget; default by graph")
     parser.add_argument("--again", action="store_true", help="compute rows that are there already")
     parser.add_argument("--table-only", action="store_true", help="only make the table from the JSON")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="plans of another commit's solvers")
     given = parser.parse_args(arguments)
     names = chosen(given.graphs, graph_names())
     if not names:
         parser.error(f"no graph is called {' or '.join(given.graphs)}; there are {', '.join(graph_names())}")
-    if not given.table_only:
-        for line in measure(names, given.budgets, given.time_limit, given.again):
-            print(line, flush=True)
+    if given.before is not None:
+        lines = measure_before(names, given.budgets, given.time_limit, given.before)
+    else:
+        lines = measure(names, given.budgets, given.time_limit, given.again)
+    for line in () if given.table_only else lines:
+        print(line, flush=True)
     results = Results(RESULTS)
-    text, failed = markdown(results.runs, results.rows)
-    TABLE.write_text(text)
-    print(f"{TABLE.relative_to(ROOT)}: {len(results.rows)} rows, {failed} claims not met")
+    TABLE.write_text(markdown(results.runs, results.rows))
+    failed = [c for c in checks(results.rows) if not c.met and c.row.split("|")[0] in names]
+    for check in failed:
+        print(f"not met: {check.claim}: {' '.join(filter(None, check.row.split('|')))}: {check.figure}")
+    print(f"{TABLE.relative_to(ROOT)}: {len(results.rows)} rows, {len(failed)} claims not met")
     return 1 if failed else 0
 
 

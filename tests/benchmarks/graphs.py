@@ -44,6 +44,7 @@ from planner.costs.op_costs import graph_costs
 from planner.devices.rates import Device
 from planner.solving.priced import prepare
 from solvers import Problem, Schedule, read_problem, simulate, write_problem
+from tests.benchmarks import public_graphs
 
 __all__ = ["FOLDER", "GRAPHS", "activation_peak_bytes", "capture_problem", "load"]
 
@@ -304,6 +305,12 @@ GRAPHS: Mapping[str, Callable[[], Step]] = {
     "whisper-small-b16": _whisper_small,
     "densenet121-b64x224": _densenet121,
     "gru-b256x64": _gru,
+    "mobilenet-b512x224": public_graphs.mobilenet,
+    "vgg16-b256x224": lambda: public_graphs.vgg(public_graphs.VGG16),
+    "vgg19-b256x224": lambda: public_graphs.vgg(public_graphs.VGG19),
+    "segnet-b32x416x608": public_graphs.segnet,
+    "vgg-unet-b32x416x608": public_graphs.vgg_unet,
+    "gru-cell-b1024x40": public_graphs.gru_cell,
 }
 
 

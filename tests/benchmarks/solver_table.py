@@ -39,6 +39,23 @@ MOCCASIN: Mapping[int, Mapping[str, float]] = {
     500: {"0.9": 0.7, "0.8": 3.4},
     1000: {"0.9": 0.7, "0.8": 3.4},
 }
+# Gaps in points at floor + 2 % before windows were mended and layers that are alike treated as such, on this
+# machine in 25 s; half of each is allowed.
+GAP_BEFORE: Mapping[str, float] = {
+    "bert-large-b16x512": 18.4,
+    "resnet50-b64x224": 20.3,
+    "vit-large-b64x224": 21.3,
+    "unet-b16x256": 18.8,
+    "whisper-small-b16": 12.3,
+    "gru-b256x64": 26.3,
+}
+# Gaps allowed at the edge of what fits, in points; and on unrolled recurrent cells.
+EDGE: Mapping[str, float] = {"0.25": 1.0, "0.2": 2.0, "floor+20%": 2.0, "floor+10%": 4.0}
+RECURRENT: Mapping[tuple[str, str], float] = {
+    ("gru-b256x64", "0.4"): 1.0,
+    ("gru-b256x64", "0.35"): 1.0,
+    ("gru-cell-b1024x40", "0.35"): 3.0,
+}
 BASELINES = ("keep_all", "every_block", "sqrt", "greedy", "recompute_all", "knapsack")
 FREE_AT_MOST = 0.1
 OF_THE_PROVED = 0.1
@@ -48,6 +65,10 @@ CLAIMS: Mapping[str, str] = {
     "answer": "every row has an answer: no crash, no hang",
     "plan": "a plan at every budget from the least reachable up",
     "gap": "gap at most 0.3 points at 50 % and up, 1 at 40 %, 3 at floor + 2 %",
+    "edge": "gap at most 1 point at 25 %, 2 at 20 % and floor + 20 %, 4 at floor + 10 %, half of what it was "
+    "at floor + 2 % where that is listed",
+    "recurrent": "unrolled cells: gap at most 1 point on the GRU at 40 and 35 %, 3 on the cell at 35 %",
+    "plan at the floor": "a plan at floor + 2 %, unless it is proved that there is none",
     "least": "the least reachable peak is within 1 % of the proved floor, activations alone",
     "baselines": "never slower than a baseline that fits the same budget",
     "prototype": "never slower than the earlier prototype on its graphs",
@@ -114,6 +135,7 @@ def _of_plan(row: Row, rows: Rows) -> Iterator[Finding]:
         most = _gap_allowed(row["budget"])
         if most is not None and row["status"] != "infeasible":  # that is a proof
             yield "gap", fits(row) and row["gap"] <= most, f"{row['gap']:.2f}" if fits(row) else "no plan"
+        yield from _edge(row)
         yield from _speed(row)
     if not fits(row):
         return
@@ -140,9 +162,23 @@ def _within_limit(row: Row) -> Finding:
 
 
 def _gap_allowed(budget: str) -> float | None:
-    if budget == "floor+2%":
-        return 3.0
+    if budget.startswith("floor"):
+        return 3.0 if budget == "floor+2%" else None
     return 0.3 if float(budget) >= 0.5 else 1.0 if budget == "0.4" else None
+
+
+def _edge(row: Row) -> Iterator[Finding]:
+    """What is asked near the floor; a proof that nothing fits meets it."""
+    graph, budget = row["graph"], row["budget"]
+    if row["status"] == "infeasible":
+        return
+    if budget == "floor+2%":
+        yield "plan at the floor", fits(row), row["status"]
+    half = GAP_BEFORE[graph] / 2 if budget == "floor+2%" and graph in GAP_BEFORE else None
+    for claim, most in (("edge", EDGE.get(budget, half)), ("recurrent", RECURRENT.get((graph, budget)))):
+        if most is not None:
+            said = f"{row['gap']:.2f}, {most:g} asked" if fits(row) else "no plan"
+            yield claim, fits(row) and row["gap"] <= most, said
 
 
 def _speed(row: Row) -> Iterator[Finding]:
@@ -204,15 +240,15 @@ _HEAD = (
     "the step's time without recomputation, gaps are points of it. A budget is a share of what a step adds "
     "to parameters, buffers and inputs when nothing is recomputed; `GB` is that share. A baseline that has "
     "no plan within the budget is blank. Rows are what was found on this machine in the time given; bounds "
-    "are proved."
+    "are proved. `before` is another commit's plan, where one was computed: of the run that says so."
 )
 _LEAST_HEAD = (
     "graph", "ops", "keep all GB", "floor GB", "least GB", "over the floor %", "overhead", "s", "not met",
 )  # fmt: skip
 
 
-def markdown(runs: Sequence[Mapping[str, Any]], rows: Rows) -> tuple[str, int]:
-    """The whole report, and how many checks were not met."""
+def markdown(runs: Sequence[Mapping[str, Any]], rows: Rows) -> str:
+    """The whole report."""
     found = checks(rows)
     plans = sorted((r for r in rows.values() if r["kind"] == "plan"), key=_place)
     least = sorted((r for r in rows.values() if r["kind"] == "least"), key=_place)
@@ -229,7 +265,7 @@ def markdown(runs: Sequence[Mapping[str, Any]], rows: Rows) -> tuple[str, int]:
         "## Least budgets",
         _table(_LEAST_HEAD, [_least_line(r, found) for r in least]),
     ]
-    return "\n\n".join(parts) + "\n", sum(not check.met for check in found)
+    return "\n\n".join(parts) + "\n"
 
 
 def _is_layered(row: Row) -> bool:
@@ -268,8 +304,9 @@ def _short(key: str) -> str:
 
 def _plan_table(plans: Sequence[Row], rows: Rows, found: Sequence[Check]) -> str:
     head = (
-        "graph", "ops", "order", "budget", "GB", "overhead", "bound", "gap", "status", "solver", "s", "limit",
-        "RSS MiB", *(name.replace("_", " ") for name in BASELINES), "not met",
+        "graph", "ops", "order", "budget", "GB", "overhead", "bound", "gap",
+        "before: overhead", "bound", "gap", "status", "solver", "s", "limit", "RSS MiB",
+        *(name.replace("_", " ") for name in BASELINES), "not met",
     )  # fmt: skip
     return _table(head, [_plan_line(row, rows, found) for row in plans])
 
@@ -286,6 +323,7 @@ def _plan_line(row: Row, rows: Rows, found: Sequence[Check]) -> tuple[str, ...]:
         _number(row.get("overhead") if shown else None),
         _number(row.get("bound")),
         _number(row.get("gap") if shown else None),
+        *_before(row, rows),
         row.get("status", ""),
         row.get("solver") or "",
         _number(row.get("seconds"), 1),
@@ -294,6 +332,14 @@ def _plan_line(row: Row, rows: Rows, found: Sequence[Check]) -> tuple[str, ...]:
         *(_number(others[name]) for name in BASELINES),
         _not_met(row, found),
     )
+
+
+def _before(row: Row, rows: Rows) -> tuple[str, str, str]:
+    """Overhead, bound and gap of another commit's plan for the same budget."""
+    other = rows.get(f"{row['graph']}|before|{row['order']}|{row['budget']}", {})
+    shown = fits(other)
+    over, gap = (_number(other.get(k) if shown else None) for k in ("overhead", "gap"))
+    return over, _number(other.get("bound")), gap
 
 
 def _least_line(row: Row, found: Sequence[Check]) -> tuple[str, ...]:
