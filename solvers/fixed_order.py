@@ -10,7 +10,6 @@ runs.  One that is still in a linear program when its time is up is left to end 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import math
@@ -33,14 +32,10 @@ __all__ = ["checked_budget", "checked_time_limit", "minimum_peak", "refuse_below
 
 log = logging.getLogger(__name__)
 
-_left: set[threading.Thread] = set()  # searches that were left behind
-
-# All by judgement.
+# Both by judgement.
 
 # A search that is not back this long after its limit is left behind, with the best it had.
 PATIENCE = 1.05
-# So long a process that ends waits for it.
-LEFT_S = 10.0
 # Share of the time that looks for the least peak; the rest makes the schedule of that peak faster.
 LEAST_SHARE = 0.7
 
@@ -121,8 +116,7 @@ def minimum_peak(
 def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float) -> None:
     """Do ``work`` in a thread, so that Ctrl-C is heard while a linear program runs; then ``run`` is stopped.
 
-    A thread that is still in a linear program by ``give_up_at`` (or at Ctrl-C) is left to end on its own; a
-    process that ends before waits for it, for libraries that are torn down around their threads abort.
+    A thread that is still in a linear program by ``give_up_at`` (or at Ctrl-C) is left to end on its own.
     """
     failure: list[BaseException] = []
 
@@ -142,16 +136,8 @@ def _interruptible(work: Callable[[], object], run: Incumbent, give_up_at: float
         run.interrupt()
     if thread.is_alive():
         run.stop()
-        _left.difference_update([t for t in _left if not t.is_alive()])
-        _left.add(thread)
     if failure:
         raise failure[0]
-
-
-@atexit.register
-def _await_left() -> None:
-    for thread in list(_left):
-        thread.join(LEFT_S)
 
 
 def refuse_below(floor: PeakFloor, budget_bytes: int, *, interrupted: bool = False) -> None:

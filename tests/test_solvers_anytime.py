@@ -162,34 +162,6 @@ def test_ctrl_c_returns_the_best_so_far(name: str, what: str) -> None:
     assert "interrupted: answering with the best schedule so far" in done.stderr
 
 
-# A search that was left behind at its limit, in a program that ends right after.
-LEFT = """
-import time, types
-from solvers import fixed_order
-
-def work():
-    time.sleep(0.5)
-    print("ended", flush=True)
-
-fixed_order._interruptible(work, types.SimpleNamespace(stop=lambda: None), time.perf_counter())
-print("left", flush=True)
-"""
-
-
-def test_a_process_waits_for_a_search_that_was_left_behind() -> None:
-    """Its libraries have threads of their own; the process would abort around them (seen once, at load 8)."""
-    done = subprocess.run(
-        [sys.executable, "-c", LEFT],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=FAR_S,
-        check=True,
-    )
-    assert done.stdout.split() == ["left", "ended"]
-
-
 @pytest.mark.parametrize("name", joint_graphs.NAMES)
 def test_no_time_at_all_answers_with_a_baseline(name: str) -> None:
     problem = joint_graphs.load(name)
