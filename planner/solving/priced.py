@@ -79,6 +79,13 @@ def prepare(
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
             joint = capture(model, inputs, loss_fn)
+    if outputs == "unread":
+        if not joint.sees_loss:
+            raise ValueError(
+                f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns none "
+                "that is told apart: pass labels, or another of 'held', 'released' and 'auto'"
+            )
+        joint = joint.reading(joint.differentiated)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
         graph = training_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
@@ -115,6 +122,7 @@ class PricedStep(BudgetedStep):
     ``varying``        ``None`` where all sizes are fixed.
     ``resident_at``    says what is resident where the step is captured again or evaluated at other sizes;
                        ``None``: what is now, but for the inputs.
+    ``unchunked``      the same with its loss whole, where that is computed in chunks.
 
     ``outputs`` is what was asked for, ``graph.released`` what is planned for.  "auto": that, and for all of
     them released where it does not fit.
@@ -124,6 +132,7 @@ class PricedStep(BudgetedStep):
     translation: Translation | None = None
     varying: Varying | None = None
     resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
+    unchunked: PricedStep | None = None
 
     @property
     def whole(self) -> Whole:
@@ -197,10 +206,23 @@ class PricedStep(BudgetedStep):
     def output_states(self) -> dict[str, OutputState]:
         """What is planned for, by the name of each output."""
         graph, leaves = self.graph, enumerate(self.joint.template.leaves)
-        return {
+        states: dict[str, OutputState] = {
             leaf.name: "released" if i in graph.released else "kept" if i in graph.kept else "held"
             for i, leaf in leaves
         }
+        return states | {name: "unread" for _, name in self.joint.unread}
+
+    def in_chunks(self, chunks: int, *, unread: bool = False) -> PricedStep:
+        """The same step with its loss in so many chunks of tokens.
+
+        ``unread``: and of its outputs only the loss is handed out.  Raises ``PlannerError`` where the loss is
+        none that can be cut so, with the call in the way.
+        """
+        joint = dataclasses.replace(self.joint, chunks=chunks)
+        joint = joint.reading(joint.differentiated) if unread else joint
+        step = self.recaptured(self.model, joint)
+        outputs: OutputsMode = "unread" if unread else self.outputs
+        return dataclasses.replace(step, outputs=outputs, unchunked=self.unchunked or self)
 
     # -- other sizes -------------------------------------------------------------------------------
 
@@ -306,9 +328,12 @@ class PricedStep(BudgetedStep):
 
     def _identity(self) -> dict[str, Any]:
         """What a plan is for: the step captured, the device, the source of its costs."""
-        leaves = self.joint.template.leaves
+        whole = self.unchunked
         return {
             **super()._identity(),
-            "differentiated": tuple(i for i, leaf in enumerate(leaves) if leaf.differentiated),
+            "differentiated": self.joint.differentiated,
+            "chunked": self.graph.chunked,
+            **({} if whole is None else {"whole_step_s": whole.problem.total_seconds}),
+            **({} if whole is None else {"whole_peak_bytes": whole.baseline_peak_bytes}),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }

@@ -89,7 +89,12 @@ def over_form(node: fx.Node) -> Any:
     """What to call in place of ``node`` to have its result on the storage of its first operand."""
     if node.target is kernels.written:
         return kernels.write_over
-    form = in_place_form(node) if node.target in _CHANGES else None
+    if node.target is kernels.gradient_scaled:
+        form: Any = kernels.scale_gradient
+    elif node.target is aten.addmm.default:  # of a sum of products, one more
+        form = aten.addmm_.default if meta.tensor(node.args[0]).shape == meta.tensor(node).shape else None  # type: ignore[arg-type]
+    else:
+        form = in_place_form(node) if node.target in _CHANGES else None
     if form is None:
         return None
     operand, made = meta.tensor(node.all_input_nodes[0]), meta.tensor(node)

@@ -1,0 +1,141 @@
+"""A step in float64, as the reference for two that round otherwise: how far each of them is from it.
+
+The same model in float64 makes the same choices: it draws the numbers that were drawn before, and what its
+code casts to a narrower type stays wide (an upcast of logits "to float32" would else round them).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planner._compat import TorchDispatchMode, pytree, writes_arguments
+from planner.capture.inputs import Inputs
+from planner.capture.outputs import LossFn
+from planner.measure.bits import StepRecord, distance, run_step
+from planner.measure.step import Batch
+
+__all__ = ["Errors", "errors_of", "recorded_draws", "step_in_float64"]
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if _is_random(func):
+            self.draws.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), made))
+        return made
+
+
+@contextmanager
+def recorded_draws() -> Iterator[list[Any]]:
+    """What random ops make within, in order: copies."""
+    mode = _Record()
+    with mode:
+        yield mode.draws
+
+
+class _Wide(TorchDispatchMode):
+    """Draws what was drawn, and keeps what is cast to a narrower type."""
+
+    def __init__(self, draws: list[Any]) -> None:
+        super().__init__()
+        self.draws = iter(draws)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        if _is_random(func):
+            drawn = pytree.tree_map_only(Tensor, _widened, next(self.draws))
+            return args[0].copy_(drawn) if writes_arguments(func) else drawn
+        return func(*args, **kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype in _NARROW else tensor
+
+
+def step_in_float64(
+    model: nn.Module, inputs: Batch, draws: list[Any], *, loss_fn: LossFn | None = None, seed: int = 0
+) -> StepRecord:
+    """The step of a copy of ``model`` in float64, whose random ops give ``draws``.
+
+    Raises whatever the step raises in float64; ``StopIteration`` where it draws more than was drawn.
+    """
+    twin = copy.deepcopy(model).double()
+    if isinstance(inputs, Inputs):
+        args, kwargs = pytree.tree_map_only(Tensor, _widened, (inputs.args, inputs.kwargs))
+        wide: Batch = replace(inputs, args=args, kwargs=kwargs)
+    else:
+        wide = pytree.tree_map_only(Tensor, _widened, inputs)
+    with _Wide(draws):
+        return run_step(twin, wide, loss_fn=loss_fn, seed=seed)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far two steps are from the same in float64.
+
+    Each the largest, over gradients, of max|g - g64| / max|g64|.  ``worst``: the gradient of which the second
+    one's share over the first one's is largest, with ``share``; errors below the rounding of the gradient's own
+    type count as that.  ``loss_ulps``  between the two losses, in units in the last place of the first.
+    """
+
+    eager: float
+    planned: float
+    worst: str
+    share: float
+    loss_ulps: float
+    differing: int = field(default=0)
+
+    def __str__(self) -> str:
+        return (
+            f"from float64 its gradients are up to {self.planned:.2e} away, eager's {self.eager:.2e}; at most "
+            f"{self.share:.2f} times as far as eager's ({self.worst}); the loss differs by {self.loss_ulps:.3g} ulp"
+        )
+
+
+def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord) -> Errors:
+    """The gradients of two records against those of a third in float64; zeros where there are none."""
+    errors = {"eager": 0.0, "planned": 0.0}
+    worst, share, differing = "", 0.0, 0
+    for name, reference in wide.gradients.items():
+        mine, its = (r.gradients[name] for r in (eager, planned))
+        size = float(reference.abs().max()) if reference.numel() else 0.0
+        if not size:
+            continue
+        eps = torch.finfo(its.dtype).eps / 2
+        far = {k: distance(t, reference) / size for k, t in (("eager", mine), ("planned", its))}
+        errors = {k: max(errors[k], far[k]) for k in errors}
+        differing += not torch.equal(mine, its)
+        ratio = max(far["planned"], eps) / max(far["eager"], eps)
+        if ratio > share:
+            worst, share = name, ratio
+    ulps = 0.0
+    if eager.loss is not None and planned.loss is not None:
+        ulps = _ulps(eager.loss, planned.loss)
+    return Errors(errors["eager"], errors["planned"], worst, share, ulps, differing)
+
+
+def _ulps(a: Tensor, b: Tensor) -> float:
+    """How many units in the last place of ``a`` two numbers lie apart; 0 where both are nan."""
+    if torch.equal(a, b) or (bool(a.isnan().all()) and bool(b.isnan().all())):
+        return 0.0
+    step = (torch.nextafter(a.abs(), torch.full_like(a, torch.inf)) - a.abs()).double()
+    return float(((a.double() - b.double()).abs() / step).max())
