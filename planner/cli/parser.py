@@ -325,7 +325,7 @@ def _add_step(parser: ArgumentParser) -> None:
         help="auto, profile, roofline, or a GPU that is elsewhere, such as H100 (default: %(default)s)",
     )
     parser.add_argument(
-        "--outputs", choices=("auto", "held", "released"), default="auto",
+        "--outputs", choices=("auto", "held", "released", "unread"), default="auto",
         help="what the model returns is held to the end of the step, or released before the backward, as by "
         "model(**batch).loss; auto: held, where that fits (default: %(default)s)",
     )  # fmt: skip

@@ -430,6 +430,8 @@ def _infeasible_error(least: PlanData, budget_bytes: int, floor_bytes: int) -> I
         else f"none was found between the proved floor of {floor_bytes / 1e9:.4g} GB and there"
     )
     released = ", with the outputs let go of before the backward" if least.released else ""
+    if least.chunked:
+        released += f", with the loss in {max(of.chunks for of in least.chunked)} chunks"
     return InfeasibleBudgetError(
         f"no plan for {least.model_name} fits {budget_bytes / 1e9:.4g} GB. The least budget "
         f"with a plan is {gb_enough(need_bytes)} GB{released}, and {decided}. At that plan's peak: {parts}. "

@@ -22,7 +22,7 @@ from planner.capture.sizes import Dims, Dynamic, varying_dims
 from planner.capture.symbolic import SymbolicCaptures, capture_varying
 from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
-from planner.errors import InfeasibleBudgetError
+from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.consumed import consumed_of, consuming
 from planner.graph.step_graph import DROPPED, LAST
@@ -80,12 +80,7 @@ def prepare(
         else:
             joint = capture(model, inputs, loss_fn)
     if outputs == "unread":
-        if not joint.sees_loss:
-            raise ValueError(
-                f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns none "
-                "that is told apart: pass labels, or another of 'held', 'released' and 'auto'"
-            )
-        joint = joint.reading(joint.differentiated)
+        joint = _reading_the_loss(model, joint)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
         graph = training_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
@@ -106,6 +101,15 @@ def prepare(
         outputs=outputs,
     )
     return step.all_released if outputs == "released" else step
+
+
+def _reading_the_loss(model: nn.Module, joint: JointGraph) -> JointGraph:
+    if not joint.sees_loss:
+        raise PlannerError(
+            f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns none "
+            "that is told apart: pass labels, or another of 'held', 'released' and 'auto'"
+        )
+    return joint.reading(joint.differentiated)
 
 
 def _static(
@@ -218,11 +222,20 @@ class PricedStep(BudgetedStep):
         ``unread``: and of its outputs only the loss is handed out.  Raises ``PlannerError`` where the loss is
         none that can be cut so, with the call in the way.
         """
-        joint = dataclasses.replace(self.joint, chunks=chunks)
-        joint = joint.reading(joint.differentiated) if unread else joint
-        step = self.recaptured(self.model, joint)
-        outputs: OutputsMode = "unread" if unread else self.outputs
-        return dataclasses.replace(step, outputs=outputs, unchunked=self.unchunked or self)
+        step = self.reading_the_loss() if unread else self
+        joint = dataclasses.replace(step.joint, chunks=chunks)
+        step = dataclasses.replace(step, unchunked=self.unchunked or self)
+        return step.recaptured(self.model, joint)
+
+    def reading_the_loss(self) -> PricedStep:
+        """The same step where the caller reads only the loss, and nothing else is made for it.
+
+        Raises ``PlannerError`` where there is no loss among the outputs.
+        """
+        if self.joint.unread:
+            return self
+        step = dataclasses.replace(self, outputs="unread")
+        return step.recaptured(self.model, _reading_the_loss(self.model, self.joint))
 
     # -- other sizes -------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ class _Writer:
         self.here = _Block()
         held = {*draft.outputs, *draft.gradients.values(), *draft.mutations.values()}
         views = _views_of(region.head) if region.is_made else set()
-        self.exits = {n for n in region.exits(held) if n not in views}
+        self.exits = dict.fromkeys(n for n in region.exits(held) if n not in views)  # in order
         self.whole: dict[fx.Node, fx.Node] = {}  # of exits, what is there for all rows
         self.pieces: dict[fx.Node, list[fx.Node]] = {}
         self.rows: dict[tuple[fx.Node, int], fx.Node] = {}  # operand from outside, chunk
