@@ -31,6 +31,8 @@ __all__ = [
     "rng_state",
     "rng_state_bytes",
     "scale_gradient",
+    "sum_over",
+    "sum_with",
     "write_over",
     "written",
 ]
@@ -132,6 +134,16 @@ def gradient_scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tenso
 def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """:func:`gradient_scaled` in the gradient's own storage."""
     return gradient.mul_(factor.reshape(()))
+
+
+def sum_with(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A sum and one more, of the same type or a narrower one."""
+    return total.add(part)
+
+
+def sum_over(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """:func:`sum_with` in the sum's own storage."""
+    return total.add_(part)
 
 
 def written(

@@ -23,6 +23,7 @@ from planner.measure.step import Batch
 
 __all__ = ["Errors", "errors_of", "recorded_draws", "step_in_float64"]
 
+ZERO = 1e-12  # share of the largest gradient below which float64 says that another is none
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,6 +65,8 @@ class _Wide(TorchDispatchMode):
         if _is_random(func):
             drawn = pytree.tree_map_only(Tensor, _widened, next(self.draws))
             return args[0].copy_(drawn) if writes_arguments(func) else drawn
+        if not writes_arguments(func):  # a constant that belongs to no module is as narrow as it was
+            args, kwargs = pytree.tree_map_only(Tensor, _widened, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -92,7 +95,8 @@ def step_in_float64(
 class Errors:
     """How far two steps are from the same in float64.
 
-    Each the largest, over gradients, of max|g - g64| / max|g64|.  ``worst``: the gradient of which the second
+    Each the largest, over gradients, of max|g - g64| / max|g64|; of a gradient that is zero but for rounding (a
+    bias before a softmax) relative to the largest one there is.  ``worst``: the gradient of which the second
     one's share over the first one's is largest, with ``share``; errors below the rounding of the gradient's own
     type count as that.  ``loss_ulps``  between the two losses, in units in the last place of the first.
     """
@@ -115,9 +119,12 @@ def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord) -> Error
     """The gradients of two records against those of a third in float64; zeros where there are none."""
     errors = {"eager": 0.0, "planned": 0.0}
     worst, share, differing = "", 0.0, 0
-    for name, reference in wide.gradients.items():
+    sizes = {name: float(g.abs().max()) for name, g in wide.gradients.items() if g.numel()}
+    largest = max(sizes.values(), default=0.0)
+    for name, size in sizes.items():
+        reference = wide.gradients[name]
         mine, its = (r.gradients[name] for r in (eager, planned))
-        size = float(reference.abs().max()) if reference.numel() else 0.0
+        size = size if size > ZERO * largest else largest
         if not size:
             continue
         eps = torch.finfo(its.dtype).eps / 2

@@ -194,8 +194,9 @@ class PlanData:
 
     ``backend``              what runs it: "eager", or "inductor", which compiles it.
 
-    ``chunked``              losses that are computed in chunks of tokens; ``whole_step_s`` and
-                             ``whole_peak_bytes`` are then ``step_s`` and ``baseline_peak_bytes`` without.
+    ``chunked``              losses that are computed in chunks of tokens; ``whole_step_s``,
+                             ``whole_step_flops`` and ``whole_peak_bytes`` are then ``step_s``, ``step_flops``
+                             and ``baseline_peak_bytes`` without.
 
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
@@ -247,6 +248,7 @@ class PlanData:
     backend: Backend = "eager"
     chunked: tuple[Chunked, ...] = ()
     whole_step_s: float = 0.0
+    whole_step_flops: int = 0
     whole_peak_bytes: int = 0
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ _SKIPPED = (
     "cuts",
     "chunked",
     "whole_step_s",
+    "whole_step_flops",
     "whole_peak_bytes",
     *_ARRAYS,
 )
@@ -98,7 +99,7 @@ def to_text(plan: PlanData) -> str:
         record["cuts"] = list(plan.cuts)
     if plan.chunked:
         record["chunked"] = [dataclasses.asdict(of) for of in plan.chunked]
-        record["whole"] = [plan.whole_step_s, plan.whole_peak_bytes]
+        record["whole"] = [plan.whole_step_s, plan.whole_step_flops, plan.whole_peak_bytes]
     if plan.backend == "eager":  # as files of before there was another say
         del record["backend"]
     outline = plan.outline
@@ -185,8 +186,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         regions=tuple(_region(of) for of in record.get("regions", ())),  # none: the step is one graph
         cuts=tuple(map(str, record.get("cuts", ()))),
         chunked=tuple(_chunked(of) for of in record.get("chunked", ())),
-        whole_step_s=float(record.get("whole", (0.0, 0))[0]),
-        whole_peak_bytes=int(record.get("whole", (0.0, 0))[1]),
+        **_whole(record.get("whole", (0.0, 0, 0))),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 
@@ -202,6 +202,14 @@ def _region(record: Mapping[str, Any]) -> RegionSummary:
         if not isinstance(value, _NUMBERS_AND_TEXT[types[name]]) or isinstance(value, bool):
             raise ValueError(f"{name!r} of a region is {value!r}, want {types[name].__name__}")
     return RegionSummary(**record)
+
+
+def _whole(record: Any) -> dict[str, Any]:
+    """Of the same step with its loss whole: seconds, FLOPs, bytes."""
+    seconds, flops, peak_bytes = record
+    return {
+        "whole_step_s": float(seconds), "whole_step_flops": int(flops), "whole_peak_bytes": int(peak_bytes)
+    }  # fmt: skip
 
 
 def _chunked(record: Mapping[str, Any]) -> Chunked:

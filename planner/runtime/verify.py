@@ -172,7 +172,7 @@ def verify(
         peak,
         int(max(plan.timeline, default=0)) - state,
         flops - eager_flops,
-        plan.recompute_flops,
+        plan.recompute_flops + (plan.step_flops - plan.whole_step_flops if plan.chunked else 0),
         state,
         tuple(leaves[i] for i in kept),
         tuple(leaves[i] for i in beside),

@@ -103,6 +103,15 @@ def prepare(
     return step.all_released if outputs == "released" else step
 
 
+def _of_whole(step: PricedStep) -> dict[str, Any]:
+    """What a plan tells of the same step with its loss whole."""
+    return {
+        "whole_step_s": step.problem.total_seconds,
+        "whole_step_flops": step.costs.total_flops,
+        "whole_peak_bytes": step.baseline_peak_bytes,
+    }
+
+
 def _reading_the_loss(model: nn.Module, joint: JointGraph) -> JointGraph:
     if not joint.sees_loss:
         raise PlannerError(
@@ -341,12 +350,10 @@ class PricedStep(BudgetedStep):
 
     def _identity(self) -> dict[str, Any]:
         """What a plan is for: the step captured, the device, the source of its costs."""
-        whole = self.unchunked
         return {
             **super()._identity(),
             "differentiated": self.joint.differentiated,
             "chunked": self.graph.chunked,
-            **({} if whole is None else {"whole_step_s": whole.problem.total_seconds}),
-            **({} if whole is None else {"whole_peak_bytes": whole.baseline_peak_bytes}),
+            **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }

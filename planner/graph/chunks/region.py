@@ -18,7 +18,7 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.errors import PlannerError
-from planner.graph.chunks.rules import SOFTMAXES, InRows, Rows, in_rows
+from planner.graph.chunks.rules import SOFTMAXES, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
 from planner.graph.draft import Draft
 from planner.graph.nodes import is_mutation, is_random
 
@@ -36,20 +36,32 @@ class NotInRows(PlannerError):
 
 @dataclass(eq=False)
 class Region:
-    """What follows ``head``, a product of ``count`` rows, row by row.
+    """What follows ``head``, a product of matrices, row by row.
 
+    ``entry``    what of the product is worked on: itself, or its rows but for those that a slice leaves out, as
+                 of a language model whose last token has nothing to predict.
+    ``count``    rows that are worked on; ``total`` those of the product.
     ``calls``    its calls in order, and how each is made for some of the rows.
     ``carried``  how what they make carries rows.
     ``losses``   negative log-likelihoods of its rows, summed or not.
-    ``is_made``  whether the model returns the product itself, so that it is made whole.
+    ``is_made``  whether the model returns the product, or what is made of it, so that it is made whole.
     """
 
     head: fx.Node
+    entry: fx.Node
     count: int
+    total: int
     calls: dict[fx.Node, InRows] = field(default_factory=dict)
     carried: dict[fx.Node, Rows] = field(default_factory=dict)
     losses: list[fx.Node] = field(default_factory=list)
     is_made: bool = False
+
+    @property
+    def operand(self) -> fx.Node:
+        """The factor of the product that has the rows."""
+        x = self.head.args[HEADS[self.head.target]]
+        assert isinstance(x, fx.Node)
+        return x
 
     @property
     def width(self) -> int:
@@ -60,6 +72,11 @@ class Region:
         """Whether what the node makes is about as large as the product."""
         value = meta.value(node)
         return isinstance(value, torch.Tensor) and 2 * value.numel() >= self.count * self.width
+
+    def enter(self, node: fx.Node) -> None:
+        """From here on its rows are those of ``node``."""
+        rows = Rows() if node is self.head else Rows(len(meta.tensor(node).shape) - 1)
+        self.entry, self.calls, self.carried = node, {node: InRows(rows, lambda n: node.args)}, {node: rows}
 
     def exits(self, held: set[fx.Node]) -> Iterator[fx.Node]:
         """What others read of it, and has to be there for all rows at once."""
@@ -104,59 +121,124 @@ def regions_of(draft: Draft) -> list[Region]:
 
 
 def _region(draft: Draft, head: fx.Node) -> Region | None:
-    """What follows ``head``; ``None`` where no softmax does.  Raises ``NotInRows``."""
+    """What follows ``head``; ``None`` where that is no loss.  Raises ``NotInRows``."""
     count = int(meta.tensor(head).shape[0])
-    x = head.args[HEADS[head.target]]
-    if count < 2 or not isinstance(x, fx.Node):
+    if count < 2 or not isinstance(head.args[HEADS[head.target]], fx.Node):
         return None
     if head.target is aten.addmm.default and meta.tensor(head.args[0]).dim() != 1:  # type: ignore[arg-type]
         return None
-    region = Region(head, count)
-    region.calls[head] = InRows(Rows(), lambda n: head.args, {x: 1})
-    region.carried[head] = Rows()
+    region = Region(head, head, count, count)
+    region.enter(head)
     blocked: NotInRows | None = None
-    softmax = False
-    behind = False
-    for node in draft.graph.nodes:
-        behind = behind or node is head
-        if node is head or not behind or node.op != "call_function":
-            continue
+    calls = list(draft.graph.nodes)
+    for node in calls[calls.index(head) + 1 :]:
         read = [n for n in node.all_input_nodes if n in region.carried]
-        if not read:
+        if node.op != "call_function" or not read:
+            continue
+        if _leaves_out(node, region):
             continue
         if node.target is aten.nll_loss_forward.default and region.carried.get(node.args[0]) == Rows():
             region.losses.append(node)
             continue
-        call = None if is_random(node) or is_mutation(node) else in_rows(node, region.carried.get, count)
+        call = None if is_random(node) or is_mutation(node) else _call(node, region)
         if call is None:
             wide = [n for n in read if region.is_wide(n)]
             blocked = blocked or (_blocked(node, wide[0], region) if wide else None)
             continue
-        softmax = softmax or node.target in SOFTMAXES
         region.calls[node] = call
         if call.rows is not None and not call.is_end:
             region.carried[node] = call.rows
-    if not softmax:
-        return None
     if blocked is not None:
         raise blocked
+    if not any(node.target in SOFTMAXES for node in region.calls):
+        return None
+    _take_in(region)
+    order = {n: i for i, n in enumerate(calls)}
+    region.calls = dict(sorted(region.calls.items(), key=lambda item: order[item[0]]))
     _leaves_whole(draft, region)
     return region
 
 
-def _leaves_whole(draft: Draft, region: Region) -> None:
-    """What is as wide as the logits and leaves the region may only be the logits themselves."""
-    held = {*draft.outputs, *draft.gradients.values(), *draft.mutations.values()}
+def _take_in(region: Region) -> None:
+    """What is as wide as the logits and made for the region alone is made row by row too: soft labels, weights."""
+    waiting = list(region.calls.items())
+    while waiting:
+        _, call = waiting.pop()
+        for other, lead in call.sliced.items():
+            wide = region.is_wide(other) and other.op == "call_function" and not call.padded
+            alone = all(user in region.calls for user in other.users)
+            if not wide or not alone or lead < 1 or other in region.calls or is_random(other):
+                continue
+            made = of_others(other, lead, region.count)
+            if made is not None and made.rows is not None:
+                region.calls[other] = made
+                region.carried[other] = made.rows
+                waiting.append((other, made))
+
+
+def _call(node: fx.Node, region: Region) -> InRows | None:
+    """How ``node`` works on rows of ``region``."""
+    carried, read = region.carried, [n for n in node.all_input_nodes if n in region.carried]
+    if region.count < region.total:
+        if node.target is aten.slice_backward.default and _is_of_entry(node, region):
+            x = node.args[0]
+            lead = lead_of(meta.tensor(node).shape, region.total)
+            return lead and InRows(Rows(lead, padded=True), lambda n: (x,))  # type: ignore[return-value]
+        if any(carried[n].padded for n in read):
+            return in_padded_rows(node, carried.get, region.total)
+    return in_rows(node, carried.get, region.count)
+
+
+def _leaves_out(node: fx.Node, region: Region) -> bool:
+    """Whether the node takes some rows of the product, and only those are read; they are then the region's."""
+    if node.target is not aten.slice.Tensor or region.entry is not region.head or region.losses:
+        return False
+    x, dim, *where = node.args
+    own = region.carried[x]  # type: ignore[index]
+    shape = tuple(meta.tensor(node).shape)
     key = _compat.storage_key(meta.tensor(region.head))
-    for node in region.exits(held):
+    views = all(_compat.storage_key(meta.tensor(n)) == key for n in region.calls)
+    if not views or own.turned or not isinstance(dim, int) or dim % len(shape) >= own.lead:
+        return False
+    if own.lead != len(shape) - 1 or any(isinstance(w, fx.Node) for w in where):
+        return False
+    others = [u for n in region.calls for u in n.users if u not in region.calls and u is not node]
+    if others:
+        return False
+    region.count = math.prod(shape[:-1])
+    region.enter(node)
+    return True
+
+
+def _is_of_entry(node: fx.Node, region: Region) -> bool:
+    """Whether ``node`` puts the rows of the entry's gradient back among those of the product."""
+    gradient, sizes, *where = node.args
+    entry = region.entry
+    x, dim, *given = entry.args
+    before = meta.tensor(x)  # type: ignore[arg-type]
+    if list(sizes) != list(before.shape) or region.carried[gradient] != region.carried[entry]:  # type: ignore
+        return False
+    start, end, step = (*given, None, None, None)[:3]
+    size = before.shape[dim]  # type: ignore[index]
+    mine = slice(start, end, step).indices(size)  # type: ignore[misc]
+    its = slice(*where[1:]).indices(size)  # type: ignore[arg-type]
+    return where[0] % before.dim() == dim % before.dim() and mine == its  # type: ignore[operator]
+
+
+def _leaves_whole(draft: Draft, region: Region) -> None:
+    """What is as wide as the logits may leave the region only as an output, which is then made whole."""
+    outputs = set(draft.outputs)
+    for node in region.exits({*outputs, *draft.gradients.values(), *draft.mutations.values()}):
         if node not in region.carried or not region.is_wide(node):
             continue
-        if _compat.storage_key(meta.tensor(node)) != key:
+        if node not in outputs or any(u not in region.calls and u not in region.losses for u in node.users):
             raise NotInRows(
-                f"{node.name} ({node.target}), {_sizes(node)}, is read or returned whole, "
-                f"not only by the loss: the model returns it, or a call reads it that is not row by row. Return the "
-                "logits instead, or plan with chunk_loss=False"
+                f"{node.name} ({node.target}), {_sizes(node)}, is read whole by something else than the loss; its "
+                "rows cannot be made one after the other. Plan with chunk_loss=False"
             )
+        region.is_made = True
+    key = _compat.storage_key(meta.tensor(region.head))
+    if any(isinstance(v := meta.value(n), torch.Tensor) and _compat.storage_key(v) == key for n in outputs):
         region.is_made = True
 
 

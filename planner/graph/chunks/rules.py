@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,17 +19,21 @@ from torch import fx
 from planner.capture import meta
 from planner.graph.nodes import argument
 
-__all__ = ["FACTORIES", "SOFTMAXES", "InRows", "Rows", "factory_of", "in_rows", "lead_of", "rows_last"]
+__all__ = ["FACTORIES", "SOFTMAXES", "InRows", "Rows", "factory_of", "in_padded_rows", "in_rows", "lead_of", "of_others", "rows_last"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How a tensor carries rows: in its first ``lead`` dims or, a matrix turned round, in its last."""
+    """How a tensor carries rows: in its first ``lead`` dims or, a matrix turned round, in its last.
+
+    ``padded``  it has more rows than are worked on, and the others are zero.
+    """
 
     lead: int = 1
     turned: bool = False
+    padded: bool = False
 
 
 rows_last = -1  # of a matrix from outside that carries rows in its last dim
@@ -44,6 +48,7 @@ class InRows:
     ``sliced``  operands from outside that carry rows, and in how many leading dims (``rows_last``).
     ``single``  operands from outside whose leading dims are ones, and how many dims stay behind them.
     ``is_end``  whether its result is no longer of the loss: the product that goes back into the model.
+    ``padded``  whether what it reads from outside has the rows that a padded tensor has.
     """
 
     rows: Rows | None
@@ -51,6 +56,7 @@ class InRows:
     sliced: Mapping[fx.Node, int] = field(default_factory=dict)
     single: Mapping[fx.Node, int] = field(default_factory=dict)
     is_end: bool = False
+    padded: bool = False
 
 
 # Node -> how it carries rows; ``None``: not at all.
@@ -67,9 +73,69 @@ def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return rule(node, carried, count)
 
 
+def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
+    """How ``node``, which reads nothing of a region but carries its rows in ``lead`` dims, works on some of them."""
+    if node.target in FACTORIES:
+        return InRows(Rows(lead), lambda n: factory_of(node, n, lead) or node.args)
+    if not isinstance(meta.value(node), torch.Tensor) or node.kwargs.keys() - _KWARGS:
+        return None
+    made = _shape(node)
+    nodes = node.all_input_nodes
+    if node.target is aten.expand.default:
+        args: Callable[[int], tuple[Any, ...]] = lambda n: (node.args[0], (n, *made[lead:]))  # noqa: E731
+    elif node.target in _BY_INDEX and isinstance(dim := node.args[1], int) and dim % len(made) >= lead:
+        moved = dim % len(made) - lead + 1
+        args = lambda n: (node.args[0], moved, *node.args[2:])  # noqa: E731
+    elif node.target is aten._to_copy.default or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        args = lambda n: node.args  # noqa: E731
+    else:
+        return None
+    found = _met(nodes, made, lead)
+    return None if found is None else InRows(Rows(lead), args, *found)
+
+
+def _met(
+    nodes: Sequence[fx.Node], made: tuple[int, ...], lead: int
+) -> tuple[dict[fx.Node, int], dict[fx.Node, int]] | None:
+    """Of operands from outside those that carry rows, and those with ones in their place; ``None``: neither."""
+    sliced: dict[fx.Node, int] = {}
+    single: dict[fx.Node, int] = {}
+    for n in nodes:
+        shape = _shape(n)
+        rest = len(made) - lead
+        if len(shape) == len(made) and shape[:lead] == made[:lead]:
+            sliced[n] = lead
+        elif len(shape) > rest:
+            if set(shape[: len(shape) - rest]) != {1}:
+                return None
+            single[n] = rest
+    return sliced, single
+
+
+def in_padded_rows(node: fx.Node, carried: Carried, total: int) -> InRows | None:
+    """:func:`in_rows` of a call on a padded tensor of ``total`` rows, where zeros stay zeros."""
+    if node.target not in _KEEP_ZEROS:
+        return None
+
+    def plain(n: fx.Node) -> Rows | None:
+        own = carried(n)
+        return own if own is None else replace(own, padded=False)
+
+    if any((own := carried(n)) is not None and not own.padded for n in node.all_input_nodes):
+        return None
+    made = in_rows(node, plain, total)
+    if made is None:
+        return None
+    return replace(made, rows=made.rows and replace(made.rows, padded=True), padded=True)
+
+
 def lead_of(shape: Sequence[int], count: int) -> int | None:
     """In how many leading dims a shape carries ``count`` rows; ``None``: in none."""
     return next((k for k in range(1, len(shape) + 1) if math.prod(shape[:k]) == count), None)
+
+
+# Arguments by name that say nothing of sizes.
+_KWARGS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "alpha"})
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -139,21 +205,11 @@ def _pointwise(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     lead = own[0].lead
     if any(r.turned or r.lead != lead for r in own):
         return None
-    sliced: dict[fx.Node, int] = {}
-    single: dict[fx.Node, int] = {}
-    for n in operands:
-        shape = _shape(n)
-        meets = len(shape) == len(made) and shape[:lead] == made[:lead]
-        if carried(n) is not None:
-            if not meets:
-                return None
-        elif meets:
-            sliced[n] = lead
-        elif len(shape) > (rest := len(made) - lead):
-            if set(shape[: len(shape) - rest]) != {1}:
-                return None
-            single[n] = rest
-    return InRows(Rows(lead), lambda n: node.args, sliced, single)
+    inside = [n for n in operands if carried(n) is not None]
+    if any(len(_shape(n)) != len(made) or _shape(n)[:lead] != made[:lead] for n in inside):
+        return None
+    found = _met([n for n in operands if carried(n) is None], made, lead)
+    return None if found is None else InRows(Rows(lead), lambda n: node.args, *found)
 
 
 def _like(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -197,6 +253,19 @@ def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if dim < own.lead:
         return None
     return InRows(own, lambda n: (node.args[0], dim - own.lead + 1, *node.args[2:]), sliced)
+
+
+def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """The gradient of a part of what each row has: ``(gradient, sizes, dim, ...)``."""
+    x, made, dim = _first(node), _shape(node), node.args[2]
+    own = carried(x)
+    if own is None or own.turned or not isinstance(dim, int):
+        return None
+    dim %= len(made)
+    if dim < own.lead:
+        return None
+    new = dim - own.lead + 1
+    return InRows(own, lambda n: (x, (n, *made[own.lead :]), new, *node.args[3:]))
 
 
 def _softmax_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -283,6 +352,8 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.masked_fill.Tensor: _pointwise,
         aten.new_zeros.default: _new,
         aten.new_full.default: _new,
+        aten.select_backward.default: _put_back,
+        aten.slice_backward.default: _put_back,
         aten._log_softmax_backward_data.default: _softmax_backward,
         aten._softmax_backward_data.default: _softmax_backward,
         aten.nll_loss_backward.default: _nll_backward,
@@ -292,6 +363,21 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         **dict.fromkeys(_OF_ONE_DIM, _of_one_dim),
         **dict.fromkeys(_BY_INDEX, _by_index),
         **dict.fromkeys(_LIKE, _like),
+    }
+)
+
+# What makes zeros of zeros, row by row, or sums over rows.
+_KEEP_ZEROS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten._to_copy.default,
+        aten.clone.default,
+        aten.mm.default,
+        aten.sum.dim_IntList,
     }
 )
 

@@ -12,7 +12,8 @@ https://arxiv.org/abs/2411.09009).
 
 Ordinary calls and not one call with scratch: a solver then sees each chunk's bytes and seconds, may keep some of
 them, and what is generated can be read.  The weight's gradient is added up by ``addmm`` in its own storage, where
-nobody reads the sum before (``GraphOp.reuses``).
+nobody reads the sum before (``GraphOp.reuses``); that of a weight of half precision in float32, since eager rounds
+once and a sum of rounded parts would as often as there are chunks.
 
 The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows that
 lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
@@ -35,7 +36,7 @@ from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
-from planner.graph.chunks.rules import factory_of, rows_last
+from planner.graph.chunks.rules import Rows, factory_of, rows_last
 from planner.graph.draft import Did, Draft
 
 __all__ = ["Chunked", "Form", "chunk_loss"]
@@ -98,10 +99,9 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
 
 def _written(draft: Draft, region: Region, chunks: int) -> int:
     later = _needing(draft.graph, set(draft.tangents.values()))
+    ahead = not any(_is_half(n) for n in region.exits(set()) if n in later)
+    written = _Writer(draft, region, chunks, later, ahead=ahead)
     try:
-        if any(_is_half(n) for n in region.exits(set()) if n in later):
-            raise _Barrier
-        written = _Writer(draft, region, chunks, later, ahead=True)
         written.run()
     except _Barrier:
         written.undo()
@@ -112,6 +112,11 @@ def _written(draft: Draft, region: Region, chunks: int) -> int:
     made = Chunked(head, region.count, region.width, len(written.bounds), form, region.is_made)
     draft.chunked.append(made)
     return written.finish()
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    """Whether a sum of many such would lose what eager's one product does not: it is added up in float32."""
+    return meta.tensor(node).dtype in (torch.float16, torch.bfloat16)
 
 
 def _is_half(node: fx.Node) -> bool:
@@ -147,8 +152,8 @@ class _Writer:
         self.blocks: list[_Block] = []
         self.here = _Block()
         held = {*draft.outputs, *draft.gradients.values(), *draft.mutations.values()}
-        views = _views_of(region.head) if region.is_made else set()
-        self.exits = dict.fromkeys(n for n in region.exits(held) if n not in views)  # in order
+        whole = {n for n in region.carried if region.is_wide(n)} - later  # made beside, if they are outputs
+        self.exits = dict.fromkeys(n for n in region.exits(held) if n not in whole)  # in order
         self.whole: dict[fx.Node, fx.Node] = {}  # of exits, what is there for all rows
         self.pieces: dict[fx.Node, list[fx.Node]] = {}
         self.rows: dict[tuple[fx.Node, int], fx.Node] = {}  # operand from outside, chunk
@@ -160,6 +165,7 @@ class _Writer:
         self.counted: dict[fx.Node, fx.Node] = {}  # total weight -> the same, known ahead
         self.scaled: dict[fx.Node, fx.Node] = {}  # exit of the backward -> after the loss's gradient came
         self.tangent: fx.Node | None = None
+        self.numbers: fx.Node | None = None  # of the rows that are worked on, where some are not
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -221,6 +227,46 @@ class _Writer:
             self.flat[node] = self.call(target, (self.outside(node), sizes), {}, node)
         return self.flat[node]
 
+    def picked(self, node: fx.Node, lead: int, chunk: int, like: fx.Node) -> fx.Node:
+        """The same of an operand that has the product's rows, of which some may not be worked on."""
+        if self.region.count == self.region.total:
+            return self.sliced(node, lead, chunk, like)
+        key = node, chunk
+        if key not in self.rows:
+            a, b = self.bounds[chunk]
+            rows = self.call(aten.slice.Tensor, (self._numbers(), 0, a, b), {}, like)
+            args = (self.outside(node), 1 if lead == rows_last else 0, rows)
+            self.rows[key] = self.call(aten.index_select.default, args, {}, like)
+        return self.rows[key]
+
+    def _numbers(self) -> fx.Node:
+        """Which rows of the product are worked on."""
+        if self.numbers is None:
+            entry = self.region.entry
+            x, *where = entry.args
+            device = meta.tensor(entry).device
+            every = self.call(aten.arange.default, (self.region.total,), {"device": device}, entry)
+            sizes = list(meta.tensor(x).shape[:-1])  # type: ignore[arg-type]
+            every = self.call(aten.view.default, (every, sizes), {}, entry)
+            some = self.call(aten.slice.Tensor, (every, *where), {}, entry)
+            self.numbers = self.call(aten.reshape.default, (some, [self.region.count]), {}, entry)
+        return self.numbers
+
+    def _product(self, chunk: int) -> fx.Node:
+        """The rows of a chunk of the product."""
+        head = self.region.head
+        if self.region.is_made:
+            return self.picked(head, 1, chunk, head)
+        rows = self.picked(self.region.operand, 1, chunk, head)
+        args, kwargs = fx.map_arg(
+            (head.args, head.kwargs), lambda n: rows if n is self.region.operand else self.outside(n)
+        )
+        return self.call(head.target, args, kwargs, head)
+
+    def _padded(self, node: fx.Node) -> Rows | None:
+        own = self.region.calls[node].rows
+        return own if own is not None and own.padded and not self.region.calls[node].padded else None
+
     # -- chunks ----------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -254,8 +300,11 @@ class _Writer:
 
     def _row_call(self, node: fx.Node, chunk: int) -> None:
         region, env = self.region, self.env[chunk]
-        if node is region.head and region.is_made:
-            env[node] = self.sliced(node, 1, chunk, node)
+        if node is region.entry:
+            env[node] = self._product(chunk)
+            return
+        if node.target is aten.slice_backward.default and region.calls[node].rows == self._padded(node):
+            env[node] = env[node.args[0]]  # type: ignore[index]
             return
         how, (a, b) = region.calls[node], self.bounds[chunk]
         args = how.args(b - a)
@@ -267,6 +316,8 @@ class _Writer:
         def operand(n: fx.Node) -> fx.Node:
             if n in env:
                 return env[n]
+            if n in how.sliced and how.padded:
+                return self.picked(n, how.sliced[n], chunk, node)
             if n in how.sliced:
                 return self.sliced(n, how.sliced[n], chunk, node)
             if n in how.single:
@@ -281,21 +332,37 @@ class _Writer:
                 self.pieces.setdefault(node, []).append(env[node])
             return
         total = self.whole.get(node)
-        if total is None:
-            self.whole[node] = self.call(node.target, args, kwargs, node)
-        elif node.target is aten.mm.default:
+        if node.target is aten.mm.default and total is not None and not _is_narrow(node):
             self.whole[node] = self.call(aten.addmm.default, (total, *args), kwargs, node)
+            return
+        part = self.call(node.target, args, kwargs, node)
+        if total is not None:
+            self.whole[node] = self.call(kernels.sum_with, (total, part), {}, node)
+        elif _is_narrow(node):
+            self.whole[node] = self.call(aten._to_copy.default, (part,), {"dtype": torch.float32}, node)
         else:
-            part = self.call(node.target, args, kwargs, node)
-            self.whole[node] = self.call(aten.add.Tensor, (total, part), {}, node)
+            self.whole[node] = part
 
     def _join(self, node: fx.Node) -> None:
         """What is there of an exit in pieces, as one; laid out as the exit was."""
         if node in self.pieces:
             self.whole[node] = self.call(aten.cat.default, (self.pieces.pop(node),), {}, node)
+            if self.region.calls[node].padded and self.region.count < self.region.total:
+                self.whole[node] = self._among_zeros(node)
+        elif _is_narrow(node):
+            kwargs = {"dtype": meta.tensor(node).dtype}
+            self.whole[node] = self.call(aten._to_copy.default, (self.whole[node],), kwargs, node)
         sizes = list(meta.tensor(node).shape)
         if list(meta.tensor(self.whole[node]).shape) != sizes:
             self.whole[node] = self.call(aten.view.default, (self.whole[node], sizes), {}, node)
+
+    def _among_zeros(self, node: fx.Node) -> fx.Node:
+        """What there is of some of the product's rows, with zeros for the others."""
+        made = meta.tensor(self.whole[node])
+        kwargs = {"dtype": made.dtype, "device": made.device}
+        sizes = [self.region.total, *made.shape[1:]]
+        zeros = self.call(aten.zeros.default, (sizes,), kwargs, node)
+        return self.call(aten.index_copy.default, (zeros, 0, self._numbers(), self.whole[node]), {}, node)
 
     def _scale(self) -> None:
         """Multiply what was made for a gradient of one by the one that comes."""
@@ -413,18 +480,6 @@ def _is_viewable(tensor: torch.Tensor, sizes: list[int]) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
-
-
-def _views_of(node: fx.Node) -> set[fx.Node]:
-    """The node and its views."""
-    key, found, stack = _compat.storage_key(meta.tensor(node)), {node}, [node]
-    while stack:
-        for user in stack.pop().users:
-            value = meta.value(user)
-            if user not in found and isinstance(value, torch.Tensor) and _compat.storage_key(value) == key:
-                found.add(user)
-                stack.append(user)
-    return found
 
 
 def _is_same(node: fx.Node, chunk: fx.Node, args: tuple[Any, ...]) -> bool:
