@@ -101,9 +101,9 @@ def plan(
                       "released": the backward begins without them, as in ``model(**batch).loss.backward()``
                       or after ``del outputs``; they then count as other values do, and the first steps check
                       that they are gone.  "unread": it reads only the loss; what else there is, is not made
-                      for it, and says so when it is read.  "auto": held, or, where no such plan fits, released; an applied
-                      plan looks at the first steps and plans again for what each output does, also where
-                      the last call's are still held while the next one runs.
+                      for it, and says so when it is read.  "auto": held, or, where no such plan fits,
+                      released; an applied plan looks at the first steps and plans again for what each output
+                      does, also where the last call's are still held while the next one runs.
     ``gradients``     "held": they are there until the loop lets go of them, after the step.  "consumed":
                       hooks on the parameters (``register_post_accumulate_grad_hook``) step the optimizer and
                       drop them inside the backward; each then counts until its hook has run.  Parameters
@@ -126,12 +126,13 @@ def plan(
                       bits": only such are that do not (products, attention, sums of two, gathers, dropout);
                       sums over many and approximated functions (exp, tanh) are kept.  In eager all of them
                       always have the same.
-    ``chunk_loss``    the last product and the loss behind it run for some tokens after the other, so that logits,
-                      softmax and their gradient never exist whole: n: in n chunks; True: in as many as make
-                      the fastest plan; "auto": so where the budget is proved to be too low for any plan without,
-                      with a line in the log; False: never.  Sums over tokens are then in another order, so the
-                      gradients' last bits are others, and plan.verify() says how far they are from float64
-                      beside eager's own.  Logits that the model returns are made whole all the same, unless
+    ``chunk_loss``    the last product and the loss behind it run for some tokens after the other, so that
+                      logits, softmax and their gradient never exist whole: n: in n chunks; True: in as many
+                      as make the fastest plan; "auto": so where the budget is proved to be too low for any
+                      plan without, with a line in the log; False: never.  Sums over tokens are then in
+                      another order, so the gradients' last bits are others, and plan.verify() says how far
+                      they are from float64 beside eager's own.  Logits that the model returns are made whole
+                      all the same, unless
                       ``outputs`` is "unread", or "auto" and they do not fit.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
@@ -185,7 +186,8 @@ def plan(
         )
     if outputs == "auto" and made.unread:
         log.warning(
-            "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an error; "
+            "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
+            "error; "
             "outputs='unread' says that it does not",
             made.model_name,
             budget_bytes / 1e9,
@@ -205,7 +207,8 @@ def in_chunks(
         return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
     if chunk_loss not in ("auto", False):
         raise PlannerError(
-            f"{type(step.model).__name__} is planned in regions, each captured by itself, and chunk_loss cuts a step "
+            f"{type(step.model).__name__} is planned in regions, each captured by itself, and chunk_loss "
+            f"cuts a step "
             "of one graph: capture='one graph' says what stands in the way of that; or pass chunk_loss=False"
         )
     return step

@@ -132,9 +132,7 @@ class JointGraph:
         """Which of the model's outputs are differentiated, by their number in what it returns."""
         gone = {i for i, _ in self.unread}
         numbers = (i for i in range(len(self.template.leaves) + len(gone)) if i not in gone)
-        return tuple(
-            i for i, leaf in zip(numbers, self.template.leaves, strict=True) if leaf.differentiated
-        )
+        return tuple(i for i, leaf in zip(numbers, self.template.leaves, strict=True) if leaf.differentiated)
 
     @property
     def code(self) -> str:

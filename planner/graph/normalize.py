@@ -4,7 +4,8 @@ In order, each a function in :mod:`planner.graph.passes` that says what it did:
 
 * ``load``: aliases and views that change nothing are removed, a size that varies becomes an argument, and
   whatever computed it goes;
-* ``chunk_loss``: where asked for, the loss runs for some tokens after the other (:mod:`planner.graph.chunks`);
+* ``chunk_loss``: where asked for, the loss runs for some tokens after the other
+(:mod:`planner.graph.chunks`);
 * ``write_parts``: a write into a part of a storage is one call again, with a form that is in place;
 * ``copy_gradients``: a gradient that autograd would have to copy is copied in the graph, so that the engine
   always takes it as it is and memory is known to the byte;

@@ -58,8 +58,8 @@ def _added_flops(_sum: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 
-# torch's counter does not know grouped products, products added in place, the CPU's attention kernels and LSTM, which it would count
-# as nothing, and that of torch 2.11 refuses fewer heads of keys than of queries.
+# torch's counter does not know grouped products, products added in place, the CPU's attention kernels and
+# LSTM, which it would count as nothing; that of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
         aten.addmm_: _added_flops,

@@ -95,10 +95,11 @@ def step_in_float64(
 class Errors:
     """How far two steps are from the same in float64.
 
-    Each the largest, over gradients, of max|g - g64| / max|g64|; of a gradient that is zero but for rounding (a
-    bias before a softmax) relative to the largest one there is.  ``worst``: the gradient of which the second
-    one's share over the first one's is largest, with ``share``; errors below the rounding of the gradient's own
-    type count as that.  ``loss_ulps``  between the two losses, in units in the last place of the first.
+    Each the largest, over gradients, of max|g - g64| / max|g64|; of a gradient that is zero but for rounding
+    (a bias before a softmax) relative to the largest one there is.  ``worst``: the gradient of which the
+    second one's share over the first one's is largest, with ``share``; errors below the rounding of the
+    gradient's own type count as that.  ``loss_ulps``  between the two losses, in units in the last place of
+    the first.
     """
 
     eager: float
@@ -110,8 +111,10 @@ class Errors:
 
     def __str__(self) -> str:
         return (
-            f"from float64 its gradients are up to {self.planned:.2e} away, eager's {self.eager:.2e}; at most "
-            f"{self.share:.2f} times as far as eager's ({self.worst}); the loss differs by {self.loss_ulps:.3g} ulp"
+            f"from float64 its gradients are up to {self.planned:.2e} away, eager's {self.eager:.2e}; at "
+            f"most "
+            f"{self.share:.2f} times as far as eager's ({self.worst}); the loss differs by "
+            f"{self.loss_ulps:.3g} ulp"
         )
 
 

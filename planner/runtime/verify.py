@@ -40,9 +40,10 @@ class Report(WithinBudget):
     ``optimizer_state_bytes``       what the plan reserves for an optimizer and the measured step, which
                                     has none, does not hold; left out of both peaks.
     ``unread_outputs``              names of the outputs that the planned step does not make.
-    ``errors``                      where the loss is in chunks, so that gradients are added up in another order:
-                                    how far they are from float64, and how far eager's are; ``None`` where every
-                                    bit is the same or there is no such reference, with the reason in ``no_reference``.
+    ``errors``                      where the loss is in chunks, so that gradients are added up in another
+                                    order: how far they are from float64, and how far eager's are; ``None``
+                                    where every bit is the same or there is no such reference, with the reason
+                                    in ``no_reference``.
     ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
     """
 
@@ -204,5 +205,8 @@ def _against_float64(
         with as_written(model):
             wide = step_in_float64(model, inputs, draws, loss_fn=loss_fn, seed=seed)
     except (RuntimeError, TypeError, ValueError, StopIteration, NotImplementedError) as error:
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more draws'}"
+        return (
+            None,
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more draws'}",
+        )
     return errors_of(eager, ours, wide), ""

@@ -1,8 +1,8 @@
 """Into how many chunks the loss goes: chosen with the plan, by predicted seconds within the budget.
 
 More chunks are smaller and cost more launches and smaller products, fewer leave more of the logits there at a
-time; which of the two a budget wants depends on what else is recomputed.  So numbers of chunks are tried from two
-up, each as a step with costs of its own and a quick plan, until more of them are no faster.
+time; which of the two a budget wants depends on what else is recomputed.  So numbers of chunks are tried from
+two up, each as a step with costs of its own and a quick plan, until more of them are no faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FASTER = 0.999  # share of the seconds of fewer chunks below which more of them 
 def with_loss_in_chunks(
     step: PricedStep, budget_bytes: int, chunk_loss: ChunkLoss, search: Search
 ) -> PricedStep:
-    """``step`` with its loss in chunks, as ``chunk_loss`` says of it for this budget; see :func:`planner.plan`.
+    """``step`` with its loss in chunks, as ``chunk_loss`` says of it for this budget; see
+    :func:`planner.plan`.
 
     Raises ``PlannerError`` where it must be and cannot, with the call in the way.
     """
@@ -49,7 +50,8 @@ def with_loss_in_chunks(
         if found is None:
             return lowest if (lowest := _lowest(step)).lightest.floor_bytes < floor_bytes else step
         log.warning(
-            "%s cannot fit %s with its loss whole (at least %s, proved): it is computed in %s; gradients then differ "
+            "%s cannot fit %s with its loss whole (at least %s, proved): it is computed in %s; gradients "
+            "then differ "
             "from eager's in their last bits, which plan.verify() tells beside eager's own error",
             type(step.model).__name__,
             bytes_text(budget_bytes),
@@ -73,8 +75,10 @@ def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
 def _refuse_what_varies(step: PricedStep) -> None:
     if step.loss_fn is not None:
         raise NotInRows(
-            "loss_fn is computed by the training loop, on outputs that exist whole by then: for a loss in chunks put "
-            "it into the module, with a forward that takes the labels and returns the loss, and plan that without "
+            "loss_fn is computed by the training loop, on outputs that exist whole by then: for a loss in "
+            "chunks put "
+            "it into the module, with a forward that takes the labels and returns the loss, and plan that "
+            "without "
             "loss_fn; or pass chunk_loss=False"
         )
     if step.varying is not None:

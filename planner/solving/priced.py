@@ -115,7 +115,8 @@ def _of_whole(step: PricedStep) -> dict[str, Any]:
 def _reading_the_loss(model: nn.Module, joint: JointGraph) -> JointGraph:
     if not joint.sees_loss:
         raise PlannerError(
-            f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns none "
+            f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns "
+            f"none "
             "that is told apart: pass labels, or another of 'held', 'released' and 'auto'"
         )
     return joint.reading(joint.differentiated)

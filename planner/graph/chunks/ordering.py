@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping
 
 from torch import fx
@@ -23,7 +24,9 @@ def reorder(graph: fx.Graph, place: Mapping[fx.Node, tuple[float, ...]]) -> bool
     last: fx.Node | None = None
     for node in sorted(nodes, key=place.__getitem__):
         before = set(node.all_input_nodes)
-        if node.op == "call_function" and (is_random(node) or is_mutation(node) or talks(node) or is_check(node)):
+        if node.op == "call_function" and (
+            is_random(node) or is_mutation(node) or talks(node) or is_check(node)
+        ):
             before |= set() if last is None else {last}
             last = node
         waits[node] = len(before)
@@ -42,6 +45,6 @@ def reorder(graph: fx.Graph, place: Mapping[fx.Node, tuple[float, ...]]) -> bool
                 heapq.heappush(ready, (place[user], number[user], user))
     if len(order) != len(nodes):
         return False
-    for before_it, node in zip(order, order[1:], strict=False):
-        before_it.append(node)
+    for earlier, node in itertools.pairwise(order):
+        earlier.append(node)
     return True

@@ -1,8 +1,8 @@
 """Finds the part of a step that works on the rows of its last product: logits, loss, and back to the product.
 
-From a product of matrices on, every call that has a rule for rows (:mod:`planner.graph.chunks.rules`) belongs to
-it: the logits' views, casts and caps, softmax and what is read off it, in the backward the same until the two
-products that lead back, to the hidden states and to the weight.  What is as wide as the logits must stay
+From a product of matrices on, every call that has a rule for rows (:mod:`planner.graph.chunks.rules`) belongs
+to it: the logits' views, casts and caps, softmax and what is read off it, in the backward the same until the
+two products that lead back, to the hidden states and to the weight.  What is as wide as the logits must stay
 inside; what is narrow (a number per token) may leave.
 """
 
@@ -38,8 +38,8 @@ class NotInRows(PlannerError):
 class Region:
     """What follows ``head``, a product of matrices, row by row.
 
-    ``entry``    what of the product is worked on: itself, or its rows but for those that a slice leaves out, as
-                 of a language model whose last token has nothing to predict.
+    ``entry``    what of the product is worked on: itself, or its rows but for those that a slice leaves out,
+                 as of a language model whose last token has nothing to predict.
     ``count``    rows that are worked on; ``total`` those of the product.
     ``calls``    its calls in order, and how each is made for some of the rows.
     ``carried``  how what they make carries rows.
@@ -114,7 +114,8 @@ def regions_of(draft: Draft) -> list[Region]:
         raise why[0]
     if not found:
         raise NotInRows(
-            "the step has no product of matrices that a softmax over its columns follows, so there is no loss to "
+            "the step has no product of matrices that a softmax over its columns follows, so there is no "
+            "loss to "
             "compute in chunks: plan with chunk_loss=False"
         )
     return found
@@ -160,7 +161,7 @@ def _region(draft: Draft, head: fx.Node) -> Region | None:
 
 
 def _take_in(region: Region) -> None:
-    """What is as wide as the logits and made for the region alone is made row by row too: soft labels, weights."""
+    """What is as wide as the logits and made for the region alone is made row by row too (soft labels)."""
     waiting = list(region.calls.items())
     while waiting:
         _, call = waiting.pop()
@@ -190,7 +191,7 @@ def _call(node: fx.Node, region: Region) -> InRows | None:
 
 
 def _leaves_out(node: fx.Node, region: Region) -> bool:
-    """Whether the node takes some rows of the product, and only those are read; they are then the region's."""
+    """Whether the node takes some rows of the product, which are then the region's: only they are read."""
     if node.target is not aten.slice.Tensor or region.entry is not region.head or region.losses:
         return False
     x, dim, *where = node.args
@@ -233,7 +234,8 @@ def _leaves_whole(draft: Draft, region: Region) -> None:
             continue
         if node not in outputs or any(u not in region.calls and u not in region.losses for u in node.users):
             raise NotInRows(
-                f"{node.name} ({node.target}), {_sizes(node)}, is read whole by something else than the loss; its "
+                f"{node.name} ({node.target}), {_sizes(node)}, is read whole by something else than the "
+                f"loss; its "
                 "rows cannot be made one after the other. Plan with chunk_loss=False"
             )
         region.is_made = True
@@ -245,9 +247,11 @@ def _leaves_whole(draft: Draft, region: Region) -> None:
 def _blocked(node: fx.Node, wide: fx.Node, region: Region) -> NotInRows:
     where = meta.module(node) or "the model itself"
     return NotInRows(
-        f"{node.name} ({node.target}) in {where} reads {wide.name}, {_sizes(wide)}, and does not work on each of its "
+        f"{node.name} ({node.target}) in {where} reads {wide.name}, {_sizes(wide)}, and does not work on "
+        f"each of its "
         f"{region.count} rows by itself, so the loss behind {region.head.name} cannot be computed in chunks. "
-        "Write it with log_softmax, logsumexp, gather, cross_entropy and pointwise ops, or plan with chunk_loss=False"
+        "Write it with log_softmax, logsumexp, gather, cross_entropy and pointwise ops, or plan with "
+        "chunk_loss=False"
     )
 
 

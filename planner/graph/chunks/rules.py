@@ -19,7 +19,18 @@ from torch import fx
 from planner.capture import meta
 from planner.graph.nodes import argument
 
-__all__ = ["FACTORIES", "SOFTMAXES", "InRows", "Rows", "factory_of", "in_padded_rows", "in_rows", "lead_of", "of_others", "rows_last"]
+__all__ = [
+    "FACTORIES",
+    "SOFTMAXES",
+    "InRows",
+    "Rows",
+    "factory_of",
+    "in_padded_rows",
+    "in_rows",
+    "lead_of",
+    "of_others",
+    "rows_last",
+]
 
 aten = torch.ops.aten
 
@@ -74,7 +85,7 @@ def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 
 def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
-    """How ``node``, which reads nothing of a region but carries its rows in ``lead`` dims, works on some of them."""
+    """How ``node``, which reads nothing of a region but has its rows in ``lead`` dims, works on some."""
     if node.target in FACTORIES:
         return InRows(Rows(lead), lambda n: factory_of(node, n, lead) or node.args)
     if not isinstance(meta.value(node), torch.Tensor) or node.kwargs.keys() - _KWARGS:
@@ -97,7 +108,7 @@ def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
 def _met(
     nodes: Sequence[fx.Node], made: tuple[int, ...], lead: int
 ) -> tuple[dict[fx.Node, int], dict[fx.Node, int]] | None:
-    """Of operands from outside those that carry rows, and those with ones in their place; ``None``: neither."""
+    """Of operands from outside those that carry rows, and those with ones there; ``None``: neither."""
     sliced: dict[fx.Node, int] = {}
     single: dict[fx.Node, int] = {}
     for n in nodes:
@@ -229,7 +240,9 @@ def _new(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 # -- along the vocabulary -------------------------------------------------------------------------
 
 
-def _aligned(node: fx.Node, carried: Carried, operands: Sequence[Any]) -> tuple[Rows, dict[fx.Node, int]] | None:
+def _aligned(
+    node: fx.Node, carried: Carried, operands: Sequence[Any]
+) -> tuple[Rows, dict[fx.Node, int]] | None:
     """Operands that all carry the same rows: how, and those of them that are from outside."""
     nodes = [n for n in operands if isinstance(n, fx.Node)]
     own = [r for n in nodes if (r := carried(n)) is not None]
@@ -317,7 +330,8 @@ def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if own is None or own.turned or not isinstance(dims, (list, tuple)):
         return None
     rest = len(_shape(x)) - own.lead
-    if sorted(d % (own.lead + rest) for d in dims) != list(range(own.lead)) or not rest:  # type: ignore[operator]
+    over = sorted(int(d) % (own.lead + rest) for d in dims)  # type: ignore[call-overload]
+    if over != list(range(own.lead)) or not rest:
         return None
     return InRows(None, lambda n: (x, [0], *node.args[2:]))
 

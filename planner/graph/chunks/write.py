@@ -1,22 +1,22 @@
 """Writes a region's calls once for each chunk of rows, as ordinary calls of aten.
 
 A loss's gradient is linear in the gradient that the loss gets.  So where that is one number, each chunk's
-gradient can be computed for the number one right behind its loss, in the forward, and multiplied later; nothing as
-wide as the vocabulary crosses to the backward and no product runs twice, which is the idea of Liger Kernel's fused
-linear cross entropy (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).  That is the form *ahead*.  It is not
-taken where the gradient is float16, which a small unscaled gradient underflows, where several gradients come or
-none is known to be one number, and where the backward reads a sum over all rows that only the last chunk
-completes.  Then the chunks' backward is written *behind*, where it was, and what it reads of a chunk is
-kept or computed again as a plan decides, as in Cut Your Losses (Wijmans et al. 2024,
-https://arxiv.org/abs/2411.09009).
+gradient can be computed for the number one right behind its loss, in the forward, and multiplied later;
+nothing as wide as the vocabulary crosses to the backward and no product runs twice, which is the idea of
+Liger Kernel's fused linear cross entropy (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).  That is the
+form *ahead*.  It is not taken where the gradient is float16, which a small unscaled gradient underflows,
+where several gradients come or none is known to be one number, and where the backward reads a sum over all
+rows that only the last chunk completes.  Then the chunks' backward is written *behind*, where it was, and
+what it reads of a chunk is kept or computed again as a plan decides, as in Cut Your Losses (Wijmans et al.
+2024, https://arxiv.org/abs/2411.09009).
 
-Ordinary calls and not one call with scratch: a solver then sees each chunk's bytes and seconds, may keep some of
-them, and what is generated can be read.  The weight's gradient is added up by ``addmm`` in its own storage, where
-nobody reads the sum before (``GraphOp.reuses``); that of a weight of half precision in float32, since eager rounds
-once and a sum of rounded parts would as often as there are chunks.
+Ordinary calls and not one call with scratch: a solver then sees each chunk's bytes and seconds, may keep some
+of them, and what is generated can be read.  The weight's gradient is added up by ``addmm`` in its own
+storage, where nobody reads the sum before (``GraphOp.reuses``); that of a weight of half precision in
+float32, since eager rounds once and a sum of rounded parts would as often as there are chunks.
 
-The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows that
-lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
+The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows
+that lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
 
 Known limits: sizes are fixed; where the model returns its logits they are made whole, and read in chunks.
 """
@@ -67,7 +67,8 @@ class Chunked:
         size = -(-self.rows // self.chunks)
         made = ", logits made whole" if self.is_made else ""
         return (
-            f"{self.head or 'the last product'}: {self.rows} x {self.columns} in {self.chunks} chunks of {size} rows, "
+            f"{self.head or 'the last product'}: {self.rows} x {self.columns} in {self.chunks} chunks of "
+            f"{size} rows, "
             f"gradients {'in the forward' if self.form == 'ahead' else 'in the backward'}{made}"
         )
 
@@ -83,7 +84,8 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
     """
     if draft.sizes:
         raise NotInRows(
-            "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, or with "
+            "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, "
+            "or with "
             "chunk_loss=False"
         )
     calls = 0
@@ -276,7 +278,9 @@ class _Writer:
             self._read_labels(loss)
         if self.ahead and not any(n in self.later for n in self.exits):
             raise _Barrier
-        parts = [calls] if self.ahead else [[n for n in calls if (n in self.later) == back] for back in (0, 1)]
+        parts = (
+            [calls] if self.ahead else [[n for n in calls if (n in self.later) == back] for back in (0, 1)]
+        )
         for number, part in enumerate(parts):
             for chunk in range(len(self.bounds)):
                 for node in part:
@@ -378,7 +382,7 @@ class _Writer:
 
     def _read_labels(self, loss: fx.Node) -> None:
         """Labels with 0 where they are ignored, which those are, and what the rows weigh together."""
-        _, target, weight, reduction, ignored = loss.args
+        _, target, weight, _, ignored = loss.args
         assert isinstance(target, fx.Node)
         target = self.outside(target)
         missing = self.call(aten.eq.Scalar, (target, ignored), {}, loss)
@@ -410,14 +414,16 @@ class _Writer:
         self.pieces.setdefault(loss, []).append(picked)
 
     def _summed(self, loss: fx.Node, picked: fx.Node) -> fx.Node:
-        """The kernel of ``loss`` on log-likelihoods of one class, which adds up the same numbers in its order."""
+        """The kernel of ``loss`` on log-likelihoods of one class: it adds up the same numbers likewise."""
         missing = self.labels[loss][1]
         labels = self.call(aten.zeros_like.default, (self.labels[loss][0],), {}, loss)
         labels = self.call(aten.masked_fill.Scalar, (labels, missing, NO_LABEL), {}, loss)
         return self.call(loss.target, (picked, labels, None, loss.args[3], NO_LABEL), {}, loss)
 
     def _part(self, node: fx.Node, index: int, like: fx.Node) -> fx.Node:
-        part = self.graph.create_node("call_function", operator.getitem, (node, index), name=f"{node.name}_{index}")
+        part = self.graph.create_node(
+            "call_function", operator.getitem, (node, index), name=f"{node.name}_{index}"
+        )
         meta.describe(part, meta.value(node)[index], like)
         self.here.nodes.append(part)
         return part
@@ -462,7 +468,8 @@ class _Writer:
             self.draft.replace(old, new)
         if not reorder(self.graph, place):
             raise NotInRows(
-                f"something that the loss behind {self.region.head.name} reads is computed from all of its rows: it "
+                f"something that the loss behind {self.region.head.name} reads is computed from all of its "
+                f"rows: it "
                 "cannot be computed in chunks. Plan with chunk_loss=False"
             )
         self.draft.sweep()

@@ -98,7 +98,8 @@ def over_form(node: fx.Node) -> Any:
     if node.target in _OF_OURS:
         form: Any = _OF_OURS[node.target]
     elif node.target is aten.addmm.default:  # of a sum of products, one more
-        form = aten.addmm_.default if meta.tensor(node.args[0]).shape == meta.tensor(node).shape else None  # type: ignore[arg-type]
+        total = meta.tensor(node.all_input_nodes[0])
+        form = aten.addmm_.default if total.shape == meta.tensor(node).shape else None
     else:
         form = in_place_form(node) if node.target in _CHANGES else None
     if form is None:

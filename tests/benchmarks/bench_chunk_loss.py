@@ -1,0 +1,242 @@
+"""The loss in chunks: language models at real size, planned for an H100, and small ones, run on the CPU.
+
+    python -m tests.benchmarks.bench_chunk_loss
+
+GPT2's and Llama's shapes with vocabularies of 50257 and 128256, in a loop that reads ``model(**batch).loss``.
+For an H100, in bfloat16, on tensors without memory: the step whole, as eager runs it, and the plan with
+``chunk_loss=True, outputs="unread"`` for a quarter of that peak; and at the least peak that the whole loss
+allows, the plan with the loss whole (which then recomputes all it can) beside the one with it in chunks.
+Bytes are the planner's, seconds its roofline's.  On the CPU, in float32, peak and seconds are measured: of a
+step as it is and as planned, in turns, the fastest of each.  Prints a table and writes
+``results/chunk_loss.json``.  Exit code 1 if
+
+* a plan for a quarter of eager's peak is not found, or its step takes more than 1.08 of eager's time;
+* at the least peak of the whole loss, chunks are not 1.15 times as fast;
+* a measured peak is not the predicted one, or ``verify`` is not content.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from planner.errors import InfeasibleBudgetError
+from planner.options import Search
+from planner.solving.chunked import with_loss_in_chunks
+from planner.solving.priced import PricedStep, prepare
+from planner.view.text import aligned
+
+RESULTS = Path(__file__).parent / "results" / "chunk_loss.json"
+SHARE, SLOWER, FASTER = 0.25, 1.08, 1.15
+SOLVE_S, LEAST_S = 20.0, 5.0
+ROUNDS = 5
+WORDS = (50257, 128256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and a batch of so many sequences of so many tokens."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    sequences: int
+    tokens: int
+    words: int
+
+    def batch(self) -> dict[str, Any]:
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.words, (self.sequences, self.tokens), generator=random)
+        return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def _gpt2(words: int, width: int, layers: int, heads: int) -> nn.Module:
+    config = hf.GPT2Config(
+        vocab_size=words, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=0, eos_token_id=0
+    )
+    return hf.GPT2LMHeadModel(config)
+
+
+def _llama(words: int, width: int, layers: int, heads: int) -> nn.Module:
+    config = hf.LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        tie_word_embeddings=True,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def _real() -> Iterator[Case]:
+    for words in WORDS:
+        yield Case(f"GPT2 124M, {words}", partial(_gpt2, words, 768, 12, 12), 16, 1024, words)
+        yield Case(f"Llama 1B, {words}", partial(_llama, words, 2048, 16, 32), 8, 4096, words)
+
+
+def _small() -> Iterator[Case]:
+    for words in WORDS:
+        yield Case(f"GPT2 small, {words}", partial(_gpt2, words, 64, 2, 4), 8, 128, words)
+        yield Case(f"Llama small, {words}", partial(_llama, words, 64, 2, 4), 8, 128, words)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``eager_*``  of the step as it is; ``peak_bytes`` and ``step_s`` of the plan for a quarter of its peak.
+
+    ``share``     of eager's peak; ``slower`` of eager's time.
+    ``faster``    at the least peak of the whole loss: its plan's seconds over those of the plan in chunks.
+    ``measured``  whether bytes and seconds are; else they are predicted.
+    """
+
+    case: str
+    measured: bool
+    chunks: int
+    eager_peak_bytes: int
+    peak_bytes: int
+    eager_s: float
+    step_s: float
+    faster: float
+    exact: bool
+    said: str
+
+    @property
+    def share(self) -> float:
+        return self.peak_bytes / self.eager_peak_bytes
+
+    @property
+    def slower(self) -> float:
+        return self.step_s / self.eager_s
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of the table."""
+        how = "measured" if self.measured else "for an H100"
+        gb = [f"{count / 1e9:.4g}" for count in (self.eager_peak_bytes, self.peak_bytes)]
+        ratios = f"{self.share:.3f}", f"{self.slower:.3f}", f"{self.faster:.2f}"
+        return self.case, how, str(self.chunks), *gb, *ratios
+
+    def missed(self) -> list[str]:
+        """What falls short, a line each."""
+        lines = []
+        if self.share > SHARE:
+            lines.append(f"{self.case}: peak {self.share:.3f} of eager's, want at most {SHARE}")
+        if self.slower > SLOWER:
+            lines.append(f"{self.case}: {self.slower:.3f} of eager's time, want at most {SLOWER}")
+        if self.faster < FASTER:
+            lines.append(f"{self.case}: {self.faster:.3f} times as fast at the same peak, want {FASTER}")
+        if not self.exact:
+            lines.append(f"{self.case}: {self.said}")
+        return lines
+
+
+def _seconds(step: PricedStep, budget_bytes: int) -> float:
+    plan = step.plan_bytes(budget_bytes, Search(time_limit_s=SOLVE_S))
+    return plan.step_s * (1 + plan.overhead)
+
+
+def _at_same_peak(step: PricedStep) -> float:
+    """Seconds of the plan with the loss whole at its least peak over those of the one in chunks there."""
+    least = step.least
+    chunked = with_loss_in_chunks(step, least.budget_bytes, True, Search(time_limit_s=SOLVE_S))
+    return least.seconds / _seconds(chunked, least.budget_bytes)
+
+
+def _planned(case: Case) -> Row:
+    """At real size, for an H100, without memory."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model, batch = case.build().train(), case.batch()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step = prepare(model, batch, costs="H100", search=Search(time_limit_s=LEAST_S), outputs="unread")
+    whole = prepare(model, batch, costs="H100", search=Search(time_limit_s=LEAST_S), outputs="released")
+    eager_bytes, eager_s = whole.baseline_peak_bytes, whole.problem.total_seconds
+    budget = int(SHARE * eager_bytes)
+    search = Search(time_limit_s=SOLVE_S)
+    chunked = with_loss_in_chunks(step, budget, True, search)
+    try:
+        plan = chunked.plan_bytes(budget, search)
+    except InfeasibleBudgetError as error:
+        plan = chunked.plan_bytes(error.minimum_bytes, search)
+    seconds = plan.step_s * (1 + plan.overhead)
+    return Row(
+        case.name, False, plan.chunked[0].chunks, eager_bytes, plan.peak_bytes, eager_s, seconds,
+        _at_same_peak(step), True, "",
+    )  # fmt: skip
+
+
+def _run(case: Case) -> Row:
+    """On the CPU: eager and the planned step in turns."""
+    torch.manual_seed(0)
+    model, batch = case.build().train(), case.batch()
+    step = prepare(model, batch, search=Search(time_limit_s=LEAST_S), outputs="unread")
+    eager_bytes = prepare(model, batch, costs="roofline", outputs="released").baseline_peak_bytes
+    budget = int(SHARE * eager_bytes)
+    search = Search(time_limit_s=SOLVE_S)
+    chunked = with_loss_in_chunks(step, budget, True, search)
+    try:
+        plan = chunked.plan_bytes(budget, search)
+    except InfeasibleBudgetError as error:
+        plan = chunked.plan_bytes(error.minimum_bytes, search)
+    report = plan.verify()
+    best = {"eager": float("inf"), "planned": float("inf")}
+    for _ in range(ROUNDS):
+        for way in best:
+            if way == "planned":
+                plan.apply()
+            began = time.process_time()
+            model(**batch).loss.backward()
+            best[way] = min(best[way], time.process_time() - began)
+            model.zero_grad()
+            plan.restore()
+    exact = report.ok and report.peak_bytes == report.predicted_peak_bytes
+    return Row(
+        case.name, True, plan.chunked[0].chunks, eager_bytes, report.peak_bytes, best["eager"],
+        best["planned"], _at_same_peak(step), exact, str(report),
+    )  # fmt: skip
+
+
+def main() -> int:
+    rows: list[Row] = []
+    for of, how in ((_small, _run), (_real, _planned)):
+        for case in of():
+            rows.append(how(case))
+            row = rows[-1]
+            print(
+                f"{row.case}: share {row.share:.3f}, time {row.slower:.3f}, faster {row.faster:.2f}",
+                flush=True,
+            )
+    head = (
+        "model",
+        "",
+        "chunks",
+        "eager GB",
+        "planned GB",
+        "share",
+        "of eager's time",
+        "faster at same peak",
+    )
+    print("\n".join(aligned([head, *(r.cells() for r in rows)], "llrrrrrr")))
+    RESULTS.write_text(
+        json.dumps([{**asdict(r), "share": r.share, "slower": r.slower} for r in rows], indent=1) + "\n"
+    )
+    missed = [line for row in rows for line in row.missed()]
+    print("\n".join(missed) if missed else "all targets are met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
