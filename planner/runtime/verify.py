@@ -65,14 +65,14 @@ class Report(WithinBudget):
     def ok(self) -> bool:
         """Within the budget, and equal; with the loss in chunks, as near to float64 as eager or nearly so.
 
-        That is: each gradient's error is at most twice eager's own (or the rounding of its type), the loss is
-        within one unit in the last place of its type, and all else is bit-equal.
+        That is: the errors of the loss and of each gradient are at most twice eager's own, or what rounding
+        is expected to make (:mod:`planner.measure.wide`), and all else is bit-equal.
         """
         if self.errors is None:
             return super().ok
         c = self.comparison
         others = c.buffers.equal and c.rng.equal and c.same_output_type
-        return self.within_budget and others and self.errors.share <= 2 and self.errors.loss_ulps <= 1
+        return self.within_budget and others and self.errors.share <= 2
 
     @property
     def equal(self) -> bool:
@@ -164,7 +164,8 @@ def verify(
         comparison = compare(_read(eager, whole), ours)
         errors, why = None, ""
         if plan.chunked and not comparison.equal:
-            errors, why = _against_float64(model, given, eager, ours, draws, loss_fn, seed)
+            terms = max(max(of.rows, of.columns) for of in plan.chunked)
+            errors, why = _against_float64(model, given, (eager, ours), draws, loss_fn, seed, terms)
     state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
     return Report(
         comparison,
@@ -194,11 +195,11 @@ def _read(eager: StepRecord, step: ExecutableStep | None) -> StepRecord:
 def _against_float64(
     model: nn.Module,
     inputs: Inputs,
-    eager: StepRecord,
-    ours: StepRecord,
+    records: tuple[StepRecord, StepRecord],
     draws: list[object],
     loss_fn: LossFn | None,
     seed: int,
+    terms: int,
 ) -> tuple[Errors | None, str]:
     """How far two steps are from the same in float64; else why that cannot be said."""
     try:
@@ -209,4 +210,4 @@ def _against_float64(
             None,
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more draws'}",
         )
-    return errors_of(eager, ours, wide), ""
+    return errors_of(*records, wide, terms), ""

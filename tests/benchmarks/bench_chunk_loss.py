@@ -4,13 +4,15 @@
 
 GPT2's and Llama's shapes with vocabularies of 50257 and 128256, in a loop that reads ``model(**batch).loss``.
 For an H100, in bfloat16, on tensors without memory: the step whole, as eager runs it, and the plan with
-``chunk_loss=True, outputs="unread"`` for a quarter of that peak; and at the least peak that the whole loss
+``chunk_loss=True, outputs="unread"`` for a share of that peak; and at the least peak that the whole loss
 allows, the plan with the loss whole (which then recomputes all it can) beside the one with it in chunks.
 Bytes are the planner's, seconds its roofline's.  On the CPU, in float32, peak and seconds are measured: of a
 step as it is and as planned, in turns, the fastest of each.  Prints a table and writes
 ``results/chunk_loss.json``.  Exit code 1 if
 
-* a plan for a quarter of eager's peak is not found, or its step takes more than 1.08 of eager's time;
+* where logits dominate (two thirds of eager's peak are as wide as the vocabulary) a plan for a quarter of
+  that peak is not found, elsewhere one for the peak without nine tenths of them;
+* its step takes more than 1.08 of eager's time;
 * at the least peak of the whole loss, chunks are not 1.15 times as fast;
 * a measured peak is not the predicted one, or ``verify`` is not content.
 """
@@ -32,6 +34,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from planner.errors import InfeasibleBudgetError
+from planner.memory.lifetimes import copies_of
 from planner.options import Search
 from planner.solving.chunked import with_loss_in_chunks
 from planner.solving.priced import PricedStep, prepare
@@ -39,6 +42,7 @@ from planner.view.text import aligned
 
 RESULTS = Path(__file__).parent / "results" / "chunk_loss.json"
 SHARE, SLOWER, FASTER = 0.25, 1.08, 1.15
+DOMINATE, GONE = 2 / 3, 0.9  # of eager's peak; of what is as wide as the vocabulary
 SOLVE_S, LEAST_S = 20.0, 5.0
 ROUNDS = 5
 WORDS = (50257, 128256)
@@ -94,8 +98,9 @@ def _small() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Row:
-    """``eager_*``  of the step as it is; ``peak_bytes`` and ``step_s`` of the plan for a quarter of its peak.
+    """``eager_*``  of the step as it is; ``peak_bytes`` and ``step_s`` of the plan for a share of its peak.
 
+    ``wide_bytes``  of eager's peak that are as wide as the vocabulary.
     ``share``     of eager's peak; ``slower`` of eager's time.
     ``faster``    at the least peak of the whole loss: its plan's seconds over those of the plan in chunks.
     ``measured``  whether bytes and seconds are; else they are predicted.
@@ -105,6 +110,7 @@ class Row:
     measured: bool
     chunks: int
     eager_peak_bytes: int
+    wide_bytes: int
     peak_bytes: int
     eager_s: float
     step_s: float
@@ -130,8 +136,9 @@ class Row:
     def missed(self) -> list[str]:
         """What falls short, a line each."""
         lines = []
-        if self.share > SHARE:
-            lines.append(f"{self.case}: peak {self.share:.3f} of eager's, want at most {SHARE}")
+        wanted = _share(self.wide_bytes, self.eager_peak_bytes)
+        if self.share > wanted:
+            lines.append(f"{self.case}: peak {self.share:.3f} of eager's, want at most {wanted:.3f}")
         if self.slower > SLOWER:
             lines.append(f"{self.case}: {self.slower:.3f} of eager's time, want at most {SLOWER}")
         if self.faster < FASTER:
@@ -139,6 +146,20 @@ class Row:
         if not self.exact:
             lines.append(f"{self.case}: {self.said}")
         return lines
+
+
+def _share(wide_bytes: int, peak_bytes: int) -> float:
+    """Of eager's peak: what is wanted."""
+    return SHARE if wide_bytes >= DOMINATE * peak_bytes else 1 - GONE * wide_bytes / peak_bytes
+
+
+def _wide_bytes(step: PricedStep, case: Case) -> int:
+    """Of the step's peak when nothing is recomputed, in storages as wide as the vocabulary."""
+    ran = step.baseline
+    copies = copies_of(step.graph, ran.problem, ran.timeline)
+    there = (c.value for c in copies if c.born <= ran.peak_step <= c.died)
+    sizes = (ran.problem.values[v].bytes for v in there)
+    return sum(size for size in sizes if size >= 2 * case.sequences * case.tokens * case.words)
 
 
 def _seconds(step: PricedStep, budget_bytes: int) -> float:
@@ -164,7 +185,8 @@ def _planned(case: Case) -> Row:
     step = prepare(model, batch, costs="H100", search=Search(time_limit_s=LEAST_S), outputs="unread")
     whole = prepare(model, batch, costs="H100", search=Search(time_limit_s=LEAST_S), outputs="released")
     eager_bytes, eager_s = whole.baseline_peak_bytes, whole.problem.total_seconds
-    budget = int(SHARE * eager_bytes)
+    wide_bytes = _wide_bytes(whole, case)
+    budget = int(_share(wide_bytes, eager_bytes) * eager_bytes)
     search = Search(time_limit_s=SOLVE_S)
     chunked = with_loss_in_chunks(step, budget, True, search)
     try:
@@ -173,7 +195,7 @@ def _planned(case: Case) -> Row:
         plan = chunked.plan_bytes(error.minimum_bytes, search)
     seconds = plan.step_s * (1 + plan.overhead)
     return Row(
-        case.name, False, plan.chunked[0].chunks, eager_bytes, plan.peak_bytes, eager_s, seconds,
+        case.name, False, plan.chunked[0].chunks, eager_bytes, wide_bytes, plan.peak_bytes, eager_s, seconds,
         _at_same_peak(step), True, "",
     )  # fmt: skip
 
@@ -183,8 +205,9 @@ def _run(case: Case) -> Row:
     torch.manual_seed(0)
     model, batch = case.build().train(), case.batch()
     step = prepare(model, batch, search=Search(time_limit_s=LEAST_S), outputs="unread")
-    eager_bytes = prepare(model, batch, costs="roofline", outputs="released").baseline_peak_bytes
-    budget = int(SHARE * eager_bytes)
+    whole = prepare(model, batch, costs="roofline", outputs="released")
+    eager_bytes, wide_bytes = whole.baseline_peak_bytes, _wide_bytes(whole, case)
+    budget = int(_share(wide_bytes, eager_bytes) * eager_bytes)
     search = Search(time_limit_s=SOLVE_S)
     chunked = with_loss_in_chunks(step, budget, True, search)
     try:
@@ -204,8 +227,8 @@ def _run(case: Case) -> Row:
             plan.restore()
     exact = report.ok and report.peak_bytes == report.predicted_peak_bytes
     return Row(
-        case.name, True, plan.chunked[0].chunks, eager_bytes, report.peak_bytes, best["eager"],
-        best["planned"], _at_same_peak(step), exact, str(report),
+        case.name, True, plan.chunked[0].chunks, eager_bytes, wide_bytes, report.peak_bytes,
+        best["eager"], best["planned"], _at_same_peak(step), exact, str(report),
     )  # fmt: skip
 
 
