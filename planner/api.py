@@ -17,7 +17,6 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
-from planner.errors import PlannerError
 from planner.frontier import Frontier
 from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
@@ -41,7 +40,7 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.chunked import with_loss_in_chunks
+from planner.solving.chunked import refuse_chunks, with_loss_in_chunks
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
@@ -157,6 +156,8 @@ def plan(
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
+    if backend == "eager":
+        refuse_chunks(chunk_loss, loss_fn, dynamic, capture == "regions")
     with search.reporting() as search:
         whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
@@ -205,12 +206,7 @@ def in_chunks(
     """
     if isinstance(step, PricedStep):
         return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
-    if chunk_loss not in ("auto", False):
-        raise PlannerError(
-            f"{type(step.model).__name__} is planned in regions, each captured by itself, and chunk_loss "
-            f"cuts a step "
-            "of one graph: capture='one graph' says what stands in the way of that; or pass chunk_loss=False"
-        )
+    refuse_chunks(chunk_loss, step.loss_fn, None, True)
     return step
 
 

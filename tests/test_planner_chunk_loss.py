@@ -60,9 +60,9 @@ def frozen_head() -> nn.Module:
     return model
 
 
-def gpt2() -> nn.Module:
+def gpt2(words: int = WORDS) -> nn.Module:
     config = hf.GPT2Config(
-        vocab_size=WORDS, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
+        vocab_size=words, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
     )
     return hf.GPT2LMHeadModel(config)
 
@@ -346,12 +346,10 @@ def test_a_file_holds_how_the_loss_was_cut(tmp_path: Any) -> None:
 
 
 def test_where_nothing_fits_without_it_is_done_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    model, batch = seeded(gpt2), {**tokens(8, 24), "use_cache": False}
+    model, batch = seeded(lambda: gpt2(2048)), {**tokens(8, 24), "use_cache": False}
     how: dict[str, Any] = {"costs": "roofline", "time_limit_s": 0.3}
     whole = prepare(model, batch, costs="roofline", search=Search(time_limit_s=0.3), outputs="released")
-    least = dataclasses.replace(whole.in_chunks(4, unread=True), least_limit_s=0.3).minimum_peak_bytes
-    assert least < whole.floor_bytes
-    budget_gb = (least + whole.floor_bytes) / 2e9
+    budget_gb = 0.8 * whole.floor_bytes / 1e9
     with caplog.at_level(logging.WARNING, "planner"):
         made = planner.plan(model, budget_gb, batch, **how)
     said = [r.getMessage() for r in caplog.records if r.name == "planner.solving.chunked"]
@@ -361,7 +359,7 @@ def test_where_nothing_fits_without_it_is_done_and_said(caplog: pytest.LogCaptur
     with pytest.raises(planner.InfeasibleBudgetError):
         planner.plan(model, budget_gb, batch, **how, chunk_loss=False)
     with pytest.raises(planner.InfeasibleBudgetError, match=r"with the loss in .* chunks") as refused:
-        planner.plan(model, budget_gb / 20, batch, **how)
+        planner.plan(model, budget_gb / 8, batch, **how)
     assert refused.value.floor_bytes < whole.floor_bytes
 
 
@@ -377,7 +375,7 @@ def test_the_number_of_chunks_is_chosen_by_the_budget() -> None:
 def test_trainers_switch_plans_chunks_at_each_size() -> None:
     model, batch = seeded(gpt2), causal()
     planner.enable(model, 1, costs="roofline", time_limit_s=0.3, chunk_loss=4, optimizer=None, now=True)
-    for length in (24, 24, 20, 18, 16):
+    for length in (24, 20, 18):
         cut = {k: v[:, :length] if isinstance(v, Tensor) else v for k, v in batch.items()}
         ours = model(**cut).loss
         ours.backward()
@@ -415,7 +413,7 @@ def test_refusals_name_what_is_in_the_way() -> None:
         plan(seeded(lambda: Speaker(cross())), dynamic=True)
     with pytest.raises(ValueError, match="chunk_loss is not for backend='inductor'"):
         plan(seeded(gpt2), backend="inductor")
-    with pytest.raises(planner.PlannerError, match="planned in regions"):
+    with pytest.raises(planner.PlannerError, match="captured piece by piece"):
         plan(seeded(gpt2), capture="regions")
     with pytest.raises(planner.PlannerError, match="reads only the loss"):
         planner.plan(seeded(lambda: nn.Linear(2, 2)), 1, (torch.ones(2, 2),), outputs="unread")

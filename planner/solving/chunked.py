@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
 from planner.graph.chunks.region import NotInRows
 from planner.options import ChunkLoss, Search
@@ -18,7 +19,7 @@ from planner.solving.fit import Answer, fitted
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-__all__ = ["chunked_as", "with_loss_in_chunks"]
+__all__ = ["chunked_as", "refuse_chunks", "with_loss_in_chunks"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def with_loss_in_chunks(
             "; ".join(map(str, found.graph.chunked)),
         )
         return found
-    _refuse_what_varies(step)
+    refuse_chunks(chunk_loss, step.loss_fn, step.varying, False)
     if chunk_loss is True:
         return _fastest(step, budget_bytes, search) or _lowest(step)
     return _within(step, chunk_loss, budget_bytes)
@@ -72,18 +73,24 @@ def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
     return step.in_chunks(max(of.chunks for of in plan.chunked), unread=bool(plan.unread))
 
 
-def _refuse_what_varies(step: PricedStep) -> None:
-    if step.loss_fn is not None:
+def refuse_chunks(chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object, regions: bool) -> None:
+    """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is."""
+    if chunk_loss in ("auto", False):
+        return
+    if loss_fn is not None:
         raise NotInRows(
             "loss_fn is computed by the training loop, on outputs that exist whole by then: for a loss in "
-            "chunks put "
-            "it into the module, with a forward that takes the labels and returns the loss, and plan that "
-            "without "
-            "loss_fn; or pass chunk_loss=False"
+            "chunks put it into the module, with a forward that takes the labels and returns the loss, and "
+            "plan that without loss_fn; or pass chunk_loss=False"
         )
-    if step.varying is not None:
+    if dynamic:
         raise NotInRows(
             "chunk_loss cuts the tokens of one size of batch, and dynamic asks for many: pass one of the two"
+        )
+    if regions:
+        raise NotInRows(
+            "a step in regions is captured piece by piece, and chunk_loss cuts a step of one graph: "
+            "capture='one graph' says what stands in the way of that; or pass chunk_loss=False"
         )
 
 
@@ -107,7 +114,7 @@ def _numbers(step: PricedStep) -> Iterator[int]:
 
 def _fastest(step: PricedStep, budget_bytes: int, search: Search) -> PricedStep | None:
     """The number of chunks of the fastest quick plan; ``None`` where no such plan was found."""
-    _refuse_what_varies(step)
+    refuse_chunks(True, step.loss_fn, step.varying, False)
     best: PricedStep | None = None
     best_s = float("inf")
     for chunks in _numbers(step):
@@ -135,6 +142,7 @@ def _quick(step: PricedStep, budget_bytes: int, search: Search) -> Answer:
     for one in (step, lightest) if step is not lightest else (step,):
         found = fitted(one.problem, budget_bytes, one.execution_of, quick)
         if found.fits:
+            one.begin_from(found)
             return found
     return none
 
