@@ -238,6 +238,30 @@ def test_scores_within_a_batch() -> None:
     assert_exact(step, ahead=True)
 
 
+class TwoHeads(nn.Module):
+    """Two predictions from one state, each with a loss, and a penalty beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.next, self.after = nn.Linear(WIDTH, WORDS), nn.Linear(WIDTH, WORDS // 2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        state = torch.tanh(self.embed(input_ids)).flatten(0, 1)
+        second = labels.flatten().clamp(max=WORDS // 2 - 1)
+        losses = (
+            F.cross_entropy(self.next(state), labels.flatten()),
+            F.cross_entropy(self.after(state), second),
+        )
+        return losses[0] + 0.5 * losses[1] + 1e-3 * state.pow(2).mean()
+
+
+def test_several_losses_are_each_in_chunks() -> None:
+    step = in_chunks(seeded(TwoHeads), tokens(), 4)
+    assert sorted(of.head for of in step.graph.chunked) == ["after", "next"]
+    assert_exact(step, ahead=True)
+
+
 def test_half_precision_is_not_scaled_down_ahead() -> None:
     """An unscaled gradient of float16 underflows: it is made when the loss's own has come."""
     step = in_chunks(seeded(lambda: Speaker(capped, bias=False).half()), tokens(), 3)

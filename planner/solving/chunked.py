@@ -40,8 +40,7 @@ def with_loss_in_chunks(
     if chunk_loss is False:
         return step
     if chunk_loss == "auto":
-        floor_bytes = step.lightest.floor_bytes
-        if budget_bytes >= floor_bytes:
+        if budget_bytes >= step.floor_bytes or budget_bytes >= (floor_bytes := step.lightest.floor_bytes):
             return step
         try:
             found = _fastest(step, budget_bytes, search)

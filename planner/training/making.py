@@ -212,14 +212,16 @@ class PlanMaker:
     def _in_chunks(self, call: Call, step: PricedStep, search: Search) -> PricedStep:
         """The step with its loss in chunks where that is asked for, or nothing fits without: at this size."""
         wish, alone = self.settings.chunk_loss, step
-        if wish is False or (wish == "auto" and not step.joint.sees_loss):
+        left_bytes = self._room(call).left_bytes
+        spare = not step.joint.sees_loss or left_bytes >= step.lightest.floor_bytes
+        if wish is False or (wish == "auto" and spare):
             return step
         if step.varying is not None:
             joint = step.varying.captures.of(self.planned, call.inputs, self.settings.loss_fn)
             if joint.sizes is not None:
                 joint = joint.at(joint.sizes.read(call.inputs.tensors()), fixed=True)
             alone = replace(step.recaptured(self.planned, joint), varying=None)
-        chunked = with_loss_in_chunks(alone, self._room(call).left_bytes, wish, search)
+        chunked = with_loss_in_chunks(alone, left_bytes, wish, search)
         return step if chunked is alone else chunked
 
     # -- the plan ----------------------------------------------------------------------------------

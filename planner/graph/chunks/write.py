@@ -38,6 +38,7 @@ from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
 from planner.graph.chunks.rules import Rows, factory_of, rows_last
 from planner.graph.draft import Did, Draft
+from planner.graph.nodes import is_mutation, is_random
 
 __all__ = ["Chunked", "Form", "chunk_loss"]
 
@@ -150,7 +151,7 @@ class _Writer:
         self.draft, self.graph, self.region = draft, draft.graph, region
         self.later, self.ahead = later, ahead
         self.bounds = rows_per_chunk(region.count, chunks)
-        self.written = list(draft.graph.nodes)
+        self.written, self.early = list(draft.graph.nodes), len(draft.early)
         self.blocks: list[_Block] = []
         self.here = _Block()
         held = {*draft.outputs, *draft.gradients.values(), *draft.mutations.values()}
@@ -186,7 +187,7 @@ class _Writer:
         node = self.counted.get(node, node)
         if not self.ahead or node not in self.later:
             return node
-        if node in self.region.calls or node in self.region.losses:
+        if node in self.region.calls or node in self.region.losses or is_random(node) or is_mutation(node):
             raise _Barrier
         if node not in self.hoisted:
             if node.op == "placeholder":
@@ -451,10 +452,10 @@ class _Writer:
 
     def undo(self) -> None:
         """Take out what was added."""
-        added = [n for n in self.graph.nodes if n not in set(self.written)]
-        for node in reversed(added):
+        before = set(self.written)
+        for node in reversed([n for n in self.graph.nodes if n not in before]):
             self.graph.erase_node(node)
-        del self.draft.early[:]
+        del self.draft.early[self.early :]
 
     def finish(self) -> int:
         """Put the calls where they belong, and let the rest of the step read them; how many there are."""
