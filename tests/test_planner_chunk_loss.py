@@ -268,7 +268,7 @@ def test_half_precision_is_not_scaled_down_ahead() -> None:
     assert_exact(step, ahead=False)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 3),
     length=st.integers(2, 9),
