@@ -24,12 +24,14 @@ from planner.memory.resident import budget_bytes_of
 from planner.options import (
     BackendMode,
     CaptureMode,
+    ChunkLoss,
     GradientsMode,
     OutputsMode,
     RecomputeMode,
     Search,
     checked_backend,
     checked_capture,
+    checked_chunk_loss,
     checked_gradients,
     checked_outputs,
     checked_recompute,
@@ -38,6 +40,7 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
+from planner.solving.chunked import refuse_chunks, with_loss_in_chunks
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
@@ -64,6 +67,7 @@ def plan(
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
     recompute: RecomputeMode = "fastest",
+    chunk_loss: ChunkLoss = "auto",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -95,9 +99,10 @@ def plan(
     ``outputs``       until when the loop holds what the model returns.  "held": to the end of the step.
                       "released": the backward begins without them, as in ``model(**batch).loss.backward()``
                       or after ``del outputs``; they then count as other values do, and the first steps check
-                      that they are gone.  "auto": held, or, where no such plan fits, released; an applied
-                      plan looks at the first steps and plans again for what each output does, also where
-                      the last call's are still held while the next one runs.
+                      that they are gone.  "unread": it reads only the loss; what else there is, is not made
+                      for it, and says so when it is read.  "auto": held, or, where no such plan fits,
+                      released; an applied plan looks at the first steps and plans again for what each output
+                      does, also where the last call's are still held while the next one runs.
     ``gradients``     "held": they are there until the loop lets go of them, after the step.  "consumed":
                       hooks on the parameters (``register_post_accumulate_grad_hook``) step the optimizer and
                       drop them inside the backward; each then counts until its hook has run.  Parameters
@@ -120,6 +125,14 @@ def plan(
                       bits": only such are that do not (products, attention, sums of two, gathers, dropout);
                       sums over many and approximated functions (exp, tanh) are kept.  In eager all of them
                       always have the same.
+    ``chunk_loss``    the last product and the loss behind it run for some tokens after the other, so that
+                      logits, softmax and their gradient never exist whole: n: in n chunks; True: in as many
+                      as make the fastest plan; "auto": so where the budget is proved to be too low for any
+                      plan without, with a line in the log; False: never.  Sums over tokens are then in
+                      another order, so the gradients' last bits are others, and plan.verify() says how far
+                      they are from float64 beside eager's own.  Logits that the model returns are made whole
+                      all the same, unless
+                      ``outputs`` is "unread", or "auto" and they do not fit.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -138,22 +151,26 @@ def plan(
     checked_capture(capture)
     checked_backend(backend)
     checked_recompute(recompute)
+    checked_chunk_loss(chunk_loss)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
+    if backend == "eager":
+        refuse_chunks(chunk_loss, loss_fn, dynamic, capture == "regions")
     with search.reporting() as search:
         whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
         step: PricedStep | JoinedStep
         if backend == "inductor":
-            _refuse_with_inductor(dynamic, calibrate, capture, gradients)
+            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss)
             step = compiled_step(
                 model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search,
                 same_bits=recompute == "same bits",
             )  # fmt: skip
         else:
             step = step_for(model, inputs, capture, gradients, how, whole)
+            step = in_chunks(step, budget_bytes, chunk_loss, search)
         if calibrate and isinstance(step, PricedStep):
             made = calibrated(step, budget_bytes, search)
         else:  # in regions what is held beside them was measured
@@ -168,17 +185,44 @@ def plan(
             budget_bytes / 1e9,
             ", ".join(made.released),
         )
+    if outputs == "auto" and made.unread:
+        log.warning(
+            "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
+            "error; "
+            "outputs='unread' says that it does not",
+            made.model_name,
+            budget_bytes / 1e9,
+            ", ".join(made.unread),
+        )
     return made
 
 
+def in_chunks(
+    step: PricedStep | JoinedStep, budget_bytes: int, chunk_loss: ChunkLoss, search: Search
+) -> PricedStep | JoinedStep:
+    """``step`` with its loss in chunks where ``chunk_loss`` says so; see :func:`plan`.
+
+    Raises ``PlannerError`` where it must be and cannot.
+    """
+    if isinstance(step, PricedStep):
+        return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
+    refuse_chunks(chunk_loss, step.loss_fn, None, True)
+    return step
+
+
 def _refuse_with_inductor(
-    dynamic: Dynamic, calibrate: bool, capture: CaptureMode, gradients: GradientsMode
+    dynamic: Dynamic,
+    calibrate: bool,
+    capture: CaptureMode,
+    gradients: GradientsMode,
+    chunk_loss: ChunkLoss,
 ) -> None:
     given = {
         "dynamic": bool(dynamic),
         "calibrate": calibrate,
         "capture": capture != "auto",
         "gradients": gradients == "consumed",
+        "chunk_loss": chunk_loss not in ("auto", False),
     }
     for name, is_given in given.items():
         if is_given:

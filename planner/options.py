@@ -14,20 +14,22 @@ from solvers.fixed_order import checked_time_limit
 __all__ = [
     "BackendMode",
     "CaptureMode",
+    "ChunkLoss",
     "GradientsMode",
     "OutputsMode",
     "RecomputeMode",
     "Search",
     "checked_backend",
     "checked_capture",
+    "checked_chunk_loss",
     "checked_gradients",
     "checked_outputs",
     "checked_recompute",
 ]
 
-# Until when the caller holds what the model returns: to the step's end, to the start of the backward, or
-# as the first steps show.
-OutputsMode: TypeAlias = Literal["held", "released", "auto"]
+# Until when the caller holds what the model returns: to the step's end, to the start of the backward, not at
+# all but for the loss, or as the first steps show.
+OutputsMode: TypeAlias = Literal["held", "released", "unread", "auto"]
 
 # Whether the step is to be one captured graph, pieces of one with other code between them, or whichever it
 # can.
@@ -43,11 +45,25 @@ RecomputeMode: TypeAlias = Literal["fastest", "same bits"]
 # backward, or as the first step shows.
 GradientsMode: TypeAlias = Literal["held", "consumed", "auto"]
 
+# Whether the loss is computed in chunks of tokens: where nothing fits without, always, never, or in so many.
+ChunkLoss: TypeAlias = bool | int | Literal["auto"]
+
+
+def checked_chunk_loss(chunk_loss: ChunkLoss) -> ChunkLoss:
+    """``chunk_loss`` if it is "auto", a bool or a number of chunks from 2 up; ``ValueError`` if not."""
+    if isinstance(chunk_loss, bool) or (isinstance(chunk_loss, str) and chunk_loss == "auto"):
+        return chunk_loss
+    if not isinstance(chunk_loss, int) or chunk_loss < 2:
+        raise ValueError(
+            f"chunk_loss must be 'auto', True, False or a number of chunks from 2 up, not {chunk_loss!r}"
+        )
+    return chunk_loss
+
 
 def checked_outputs(outputs: OutputsMode) -> OutputsMode:
-    """``outputs`` if it is one of the three; ``ValueError`` if not."""
-    if outputs not in ("held", "released", "auto"):
-        raise ValueError(f"outputs must be 'held', 'released' or 'auto', not {outputs!r}")
+    """``outputs`` if it is one of the four; ``ValueError`` if not."""
+    if outputs not in ("held", "released", "unread", "auto"):
+        raise ValueError(f"outputs must be 'held', 'released', 'unread' or 'auto', not {outputs!r}")
     return outputs
 
 

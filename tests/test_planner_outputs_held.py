@@ -199,7 +199,7 @@ def test_step_peak_holds_what_it_is_told() -> None:
 
 def test_arguments() -> None:
     for call in (planner.plan, planner.frontier):
-        with pytest.raises(ValueError, match="outputs must be 'held', 'released' or 'auto', not 'gone'"):
+        with pytest.raises(ValueError, match="outputs must be 'held', 'released', 'unread' or 'auto', not"):
             call(seeded(Head), 1.0, batch(), outputs="gone")  # type: ignore[operator]
 
 

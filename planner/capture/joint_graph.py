@@ -26,7 +26,7 @@ import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,6 +88,8 @@ class JointGraph:
     ``loss_at``    traces the loss for inputs of given sizes: it runs in the user's hands, so what it
                    does to sizes is no condition on the step.
     ``read``       what the forward read besides its arguments and parameters.
+    ``chunks``     of rows, in which the loss is to be computed.
+    ``unread``     outputs that are not made for the caller, by their number in the model's output, and name.
     """
 
     step: Traced
@@ -100,6 +102,8 @@ class JointGraph:
     symbolic: Traced | None = None
     loss_at: Callable[[Inputs], Traced] | None = None
     read: Watched = field(default_factory=Watched, repr=False)
+    chunks: int = 1
+    unread: tuple[tuple[int, str], ...] = ()
 
     def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
         """The same capture at other sizes, for which its guards hold; the step is not traced again.
@@ -113,6 +117,22 @@ class JointGraph:
         if fixed:
             return replace(self, step=step, loss=loss, inputs=inputs, sizes=None, symbolic=None)
         return replace(self, step=step, loss=loss, inputs=inputs)
+
+    def reading(self, outputs: Collection[int]) -> JointGraph:
+        """The same step where of the model's outputs the caller reads only these."""
+        names = [leaf.name for leaf in self.template.leaves]
+        unread = tuple((i, name) for i, name in enumerate(names) if i not in outputs)
+        if not unread or self.unread:
+            return self
+        template = self.template.reading(outputs)
+        return replace(self, step=self.step.reading(outputs), template=template, unread=unread)
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """Which of the model's outputs are differentiated, by their number in what it returns."""
+        gone = {i for i, _ in self.unread}
+        numbers = (i for i in range(len(self.template.leaves) + len(gone)) if i not in gone)
+        return tuple(i for i, leaf in zip(numbers, self.template.leaves, strict=True) if leaf.differentiated)
 
     @property
     def code(self) -> str:

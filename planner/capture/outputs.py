@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
 from planner._compat import pytree
-from planner.errors import TraceError
+from planner.errors import PlannerError, TraceError
 
 __all__ = [
     "Leaf",
     "LossFn",
     "OutputTemplate",
+    "Unread",
+    "UnreadOutputError",
     "loss_index",
     "loss_within",
     "register_dataclasses",
@@ -40,6 +42,42 @@ class Leaf:
     differentiated: bool
 
 
+class UnreadOutputError(PlannerError, AttributeError):
+    """An output was read that the step was planned not to make."""
+
+
+class Unread:
+    """Stands where an output was that nobody was to read; whatever asks anything of it is told so."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        name = object.__getattribute__(self, "_name")
+        raise UnreadOutputError(
+            f"{name} was not made: this step was planned for a loop that reads only the loss, so that "
+            f"{name} need not exist whole. Where the loop reads it, plan with outputs='released' or 'held'"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies, prints and compares objects asks of any
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in pytree.tree_leaves((args, kwargs or {})) if isinstance(x, Unread)]
+        return given[0]._refuse()
+
+    __getitem__ = __len__ = __iter__ = __array__ = __bool__ = __float__ = __add__ = __mul__ = _refuse
+    __radd__ = __rmul__ = __sub__ = __truediv__ = __neg__ = __matmul__ = _refuse
+
+    def __repr__(self) -> str:
+        return f"Unread({object.__getattribute__(self, '_name')})"
+
+
 @dataclass(frozen=True)
 class OutputTemplate:
     """The model's output type with its tensors taken out.
@@ -54,6 +92,18 @@ class OutputTemplate:
     constants: tuple[Any, ...]
     leaves: tuple[Leaf, ...]
     reached: frozenset[str | int] | None = None
+
+    def reading(self, outputs: Collection[int]) -> OutputTemplate:
+        """The same where of its tensors only these are handed out."""
+        place = [k for k, is_tensor in enumerate(self.is_tensor) if is_tensor]
+        is_tensor, constants = list(self.is_tensor), list(self.constants)
+        for i, (k, leaf) in enumerate(zip(place, self.leaves, strict=True)):
+            if i not in outputs:
+                is_tensor[k], constants[k] = False, Unread(leaf.name)
+        leaves = tuple(leaf for i, leaf in enumerate(self.leaves) if i in outputs)
+        return dataclasses.replace(
+            self, is_tensor=tuple(is_tensor), constants=tuple(constants), leaves=leaves
+        )
 
     def rebuild(self, tensors: list[torch.Tensor]) -> Any:
         """The output object around ``tensors``."""

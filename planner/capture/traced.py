@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Traced:
             if f.name not in ("module", "storage_bytes")
         }
         return Traced(module, **moved, storage_bytes=storage_bytes)
+
+    def reading(self, outputs: Collection[int]) -> Traced:
+        """The same graph where only these outputs are handed out, numbered anew."""
+        number = {old: new for new, old in enumerate(sorted(outputs))}
+        kept = {number[i]: node for i, node in self.outputs.items() if i in number}
+        tangents = {number[i]: node for i, node in self.tangents.items() if i in number}
+        return replace(self, outputs=kept, tangents=tangents)
 
     def function(self, name: str) -> str:
         """The graph as the Python function ``name`` of its placeholders and constants; imports above it."""

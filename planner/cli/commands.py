@@ -43,6 +43,12 @@ class Outcome:
 # -- plans ----------------------------------------------------------------------------------------
 
 
+def _chunk_loss(given: str) -> Any:
+    """What ``--chunk-loss`` says; what is none of its words and no number is refused by the planner."""
+    words = {"yes": True, "no": False}
+    return int(given) if given.isdecimal() else words.get(given, given)
+
+
 def plan(arguments: Namespace) -> Outcome:
     """Plan a model; its summary, or its figures as JSON."""
     import planner
@@ -64,6 +70,7 @@ def plan(arguments: Namespace) -> Outcome:
             time_limit_s=arguments.time_limit,
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
+            chunk_loss=_chunk_loss(arguments.chunk_loss),
             progress=_shown(arguments),
         )
     except InfeasibleBudgetError as error:

@@ -212,6 +212,11 @@ def _add_plan(command: Command) -> None:
     _add_planning(plan, time_limit_s=30.0)
     plan.add_argument("--dynamic", action="store_true", help="sizes may vary from batch to batch")
     plan.add_argument(
+        "--chunk-loss", default="auto", metavar="N",
+        help="compute the loss in N chunks of tokens; yes: as many as are fastest, no: whole, "
+        "auto: in chunks where nothing fits without (default: %(default)s)",
+    )  # fmt: skip
+    plan.add_argument(
         "--calibrate", action="store_true", help="run the planned step, and plan again until it fits"
     )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
@@ -325,7 +330,7 @@ def _add_step(parser: ArgumentParser) -> None:
         help="auto, profile, roofline, or a GPU that is elsewhere, such as H100 (default: %(default)s)",
     )
     parser.add_argument(
-        "--outputs", choices=("auto", "held", "released"), default="auto",
+        "--outputs", choices=("auto", "held", "released", "unread"), default="auto",
         help="what the model returns is held to the end of the step, or released before the backward, as by "
         "model(**batch).loss; auto: held, where that fits (default: %(default)s)",
     )  # fmt: skip

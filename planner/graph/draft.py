@@ -40,6 +40,8 @@ class Draft:
     ``pinned``         calls that no plan may run twice.
     ``updates``        calls that write to buffers.
     ``states``         notes of a generator's state.
+    ``early``          what only the backward reads, and the forward makes all the same.
+    ``chunked``        losses that are computed in chunks.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -56,6 +58,8 @@ class Draft:
     pinned: set[fx.Node] = field(default_factory=set)
     updates: list[fx.Node] = field(default_factory=list)
     states: list[fx.Node] = field(default_factory=list)
+    early: list[fx.Node] = field(default_factory=list)
+    chunked: list[Any] = field(default_factory=list)
 
     def sweep(self) -> int:
         """Remove what nothing reads, but never a draw of random numbers: later draws depend on it."""

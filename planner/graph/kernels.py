@@ -24,11 +24,15 @@ __all__ = [
     "dropout_scale",
     "gradient_apart",
     "gradient_like",
+    "gradient_scaled",
     "is_capturing",
     "lstm_layer",
     "replay",
     "rng_state",
     "rng_state_bytes",
+    "scale_gradient",
+    "sum_over",
+    "sum_with",
     "write_over",
     "written",
 ]
@@ -120,6 +124,26 @@ def gradient_apart(gradient: torch.Tensor) -> torch.Tensor:
         [n if s else min(n, 1) for n, s in zip(gradient.shape, steps, strict=True)], steps
     )
     return once.clone().expand(gradient.shape)
+
+
+def gradient_scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A gradient that was made for a loss's gradient of one, where that is ``factor``, of one element."""
+    return gradient.mul(factor.reshape(()))
+
+
+def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """:func:`gradient_scaled` in the gradient's own storage."""
+    return gradient.mul_(factor.reshape(()))
+
+
+def sum_with(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A sum and one more, of the same type or a narrower one."""
+    return total.add(part)
+
+
+def sum_over(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """:func:`sum_with` in the sum's own storage."""
+    return total.add_(part)
 
 
 def written(

@@ -116,7 +116,7 @@ def is_check(node: fx.Node) -> bool:
 
 def is_mutation(node: fx.Node) -> bool:
     """Whether the call writes to an argument; cuDNN's batch norm moves its statistics, its schema silent."""
-    if node.target is kernels.write_over:
+    if node.target in (kernels.write_over, kernels.scale_gradient, kernels.sum_over):
         return True
     if node.target is aten.cudnn_batch_norm.default:
         return argument(node, "training") is True and argument(node, "running_mean") is not None

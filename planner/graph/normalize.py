@@ -4,6 +4,8 @@ In order, each a function in :mod:`planner.graph.passes` that says what it did:
 
 * ``load``: aliases and views that change nothing are removed, a size that varies becomes an argument, and
   whatever computed it goes;
+* ``chunk_loss``: where asked for, the loss runs for some tokens after the other
+(:mod:`planner.graph.chunks`);
 * ``write_parts``: a write into a part of a storage is one call again, with a form that is in place;
 * ``copy_gradients``: a gradient that autograd would have to copy is copied in the graph, so that the engine
   always takes it as it is and memory is known to the byte;
@@ -24,6 +26,7 @@ took; ``TORCH_LOGS="+planner"`` says the same while it happens.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -37,6 +40,7 @@ from planner.capture.joint_graph import JointGraph
 from planner.capture.printed import code_of, headed
 from planner.capture.traced import Traced
 from planner.errors import TraceError
+from planner.graph.chunks.write import Chunked, chunk_loss
 from planner.graph.draft import Did, Draft, loaded
 from planner.graph.nodes import is_check, is_random, talks
 from planner.graph.passes import batch_norm, lstm
@@ -91,6 +95,7 @@ class Ordered:
     ``pinned``         calls that no plan may run twice.
     ``storage_bytes``  storage -> expression of its bytes, where they vary.
     ``passes``         what was done, in order.
+    ``chunked``        losses that are computed in chunks.
     """
 
     graph: fx.Graph
@@ -104,6 +109,7 @@ class Ordered:
     pinned: frozenset[fx.Node]
     storage_bytes: dict[int, object]
     passes: tuple[Pass, ...]
+    chunked: tuple[Chunked, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +158,10 @@ def normalize(joint: JointGraph) -> Normalized:
     Raises ``TraceError`` if an output or a buffer depends on output gradients.
     """
     loss = None if joint.loss is None else _ordered(joint.loss, passes=(), in_place=False)
-    return Normalized(_ordered(joint.step, passes=_PASSES, in_place=True), loss)
+    passes = _PASSES
+    if joint.chunks > 1:
+        passes = (("chunk_loss", functools.partial(chunk_loss, chunks=joint.chunks)), *passes)
+    return Normalized(_ordered(joint.step, passes=passes, in_place=True), loss)
 
 
 def _ordered(
@@ -192,6 +201,7 @@ def _ordered(
         frozenset(draft.pinned),
         draft.storage_bytes,
         tuple(done),
+        tuple(draft.chunked),
     )
 
 
@@ -204,7 +214,7 @@ def _order(draft: Draft) -> tuple[list[fx.Node], list[fx.Node]]:
             needs_tangent.add(node)
     draws = [n for n in draft.graph.nodes if is_random(n)]
     once = [n for n in draft.graph.nodes if (is_check(n) or talks(n)) and n not in needs_tangent]
-    in_forward = draft.reaches((*draft.outputs, *draft.updates, *draft.states, *draws, *once))
+    in_forward = draft.reaches((*draft.outputs, *draft.updates, *draft.states, *draft.early, *draws, *once))
     if needs_tangent & in_forward:
         raise TraceError(
             "an output or a buffer depends on the gradients of the outputs; this cannot be planned"

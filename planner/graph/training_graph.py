@@ -22,6 +22,7 @@ from planner import _compat
 from planner.capture import meta
 from planner.capture.joint_graph import JointGraph
 from planner.graph import kernels
+from planner.graph.chunks.write import Chunked
 from planner.graph.nodes import (
     is_check,
     is_mutation,
@@ -122,6 +123,7 @@ class TrainingGraph:
     ``released``      indices of the outputs that the caller lets go of at the turn (:meth:`releasing`).
     ``kept``          indices of the outputs that it holds until the next call has returned.
     ``pinned``        ops that run once only because the caller holds what they make.
+    ``chunked``       losses that are computed in chunks.
     """
 
     ops: tuple[GraphOp, ...]
@@ -139,6 +141,7 @@ class TrainingGraph:
     released: frozenset[int] = frozenset()
     kept: frozenset[int] = frozenset()
     pinned: frozenset[int] = frozenset()
+    chunked: tuple[Chunked, ...] = ()
     holding: TrainingGraph | None = field(default=None, repr=False)  # the same with all outputs held
 
     @cached_property
@@ -243,6 +246,7 @@ def training_graph(joint: JointGraph) -> TrainingGraph:
         table.device,
         loss_tensors,
         pinned=frozenset(pinned),
+        chunked=step.chunked,
     )
 
 

@@ -29,7 +29,7 @@ from planner.measure.step import (
     undone,
 )
 
-__all__ = ["Agreement", "Comparison", "StepRecord", "compare", "run_step"]
+__all__ = ["Agreement", "Comparison", "StepRecord", "compare", "distance", "run_step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +189,11 @@ def _agree(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Agreement:
             if apart > 0:  # the bits of 0.0 and -0.0 differ, their values do not
                 relative = max(relative, apart / size if size > 0 else inf)
     return Agreement(len(names), tuple(differing), relative, absolute)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """max|a - b| in float64; infinite where that is not a number."""
+    return _distance(a, b)[0]
 
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:

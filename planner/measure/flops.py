@@ -52,12 +52,17 @@ def _grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[-1] if len(a) == 2 or len(b) == 3 else 2 * a[1] * a[2] * b[-1]
 
 
+def _added_flops(_sum: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 _ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 
-# torch's counter does not know grouped products, the CPU's attention kernels and LSTM, which it would count
-# as nothing, and that of torch 2.11 refuses fewer heads of keys than of queries.
+# torch's counter does not know grouped products, products added in place, the CPU's attention kernels and
+# LSTM, which it would count as nothing; that of torch 2.11 refuses fewer heads of keys than of queries.
 FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
+        aten.addmm_: _added_flops,
         aten.mkldnn_rnn_layer: _lstm_flops,
         aten.mkldnn_rnn_layer_backward: _lstm_backward_flops,
     }

@@ -15,6 +15,7 @@ import numpy as np
 
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
+from planner.graph.chunks.write import Chunked
 from planner.plans.outline import Outline
 from planner.units import bytes_text
 
@@ -37,8 +38,8 @@ Backend = Literal["eager", "inductor"]
 Decision = Literal["save", "recompute", "free"]
 
 # Until when the caller holds an output: to the end of the step, until the backward begins, or, as a name that
-# is only assigned again does, until the next call has returned.
-OutputState = Literal["held", "released", "kept"]
+# is only assigned again does, until the next call has returned; or that it is not made.
+OutputState = Literal["held", "released", "kept", "unread"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,10 @@ class PlanData:
 
     ``backend``              what runs it: "eager", or "inductor", which compiles it.
 
+    ``chunked``              losses that are computed in chunks of tokens; ``whole_step_s``,
+                             ``whole_step_flops`` and ``whole_peak_bytes`` are then ``step_s``, ``step_flops``
+                             and ``baseline_peak_bytes`` without.
+
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
     ``outline``              the step in outline, by which the plan is played through and explained; ``None``
@@ -241,6 +246,10 @@ class PlanData:
     regions: tuple[RegionSummary, ...] = ()
     cuts: tuple[str, ...] = ()
     backend: Backend = "eager"
+    chunked: tuple[Chunked, ...] = ()
+    whole_step_s: float = 0.0
+    whole_step_flops: int = 0
+    whole_peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):
@@ -250,7 +259,7 @@ class PlanData:
         if self.status not in ("optimal", "feasible"):
             raise ValueError(f"'status' is {self.status!r}")
         for name, state in self.outputs.items():
-            if state not in ("held", "released", "kept"):
+            if state not in ("held", "released", "kept", "unread"):
                 raise ValueError(f"'outputs' says {state!r} of {name!r}")
         for p in self.placements:
             if any(not 0 <= first <= last < len(self.sequence) for first, last in p.spans):
@@ -280,6 +289,11 @@ class PlanData:
     def kept(self) -> tuple[str, ...]:
         """The outputs of the last call that the caller still holds while the next one runs."""
         return tuple(name for name, state in self.outputs.items() if state == "kept")
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The outputs that are not made, since the caller reads only the loss."""
+        return tuple(name for name, state in self.outputs.items() if state == "unread")
 
     @property
     def recompute_s(self) -> float:

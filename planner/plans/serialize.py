@@ -23,6 +23,7 @@ from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
 from planner.errors import InvalidPlanFileError, PlannerError
 from planner.files import write_whole
+from planner.graph.chunks.write import Chunked
 from planner.plans.outline import Outline
 from planner.plans.plan_data import Calibration, Placement, PlanData, RegionSummary, Round
 
@@ -45,6 +46,10 @@ _SKIPPED = (
     "outline",
     "regions",
     "cuts",
+    "chunked",
+    "whole_step_s",
+    "whole_step_flops",
+    "whole_peak_bytes",
     *_ARRAYS,
 )
 _PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
@@ -92,6 +97,9 @@ def to_text(plan: PlanData) -> str:
     if plan.regions:
         record["regions"] = [dataclasses.asdict(region) for region in plan.regions]
         record["cuts"] = list(plan.cuts)
+    if plan.chunked:
+        record["chunked"] = [dataclasses.asdict(of) for of in plan.chunked]
+        record["whole"] = [plan.whole_step_s, plan.whole_step_flops, plan.whole_peak_bytes]
     if plan.backend == "eager":  # as files of before there was another say
         del record["backend"]
     outline = plan.outline
@@ -177,6 +185,8 @@ def _read(record: dict[str, Any]) -> PlanData:
         outputs={str(k): v for k, v in record.get("outputs", {}).items()},  # earlier files: all held
         regions=tuple(_region(of) for of in record.get("regions", ())),  # none: the step is one graph
         cuts=tuple(map(str, record.get("cuts", ()))),
+        chunked=tuple(_chunked(of) for of in record.get("chunked", ())),
+        **_whole(record.get("whole", (0.0, 0, 0))),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 
@@ -192,6 +202,22 @@ def _region(record: Mapping[str, Any]) -> RegionSummary:
         if not isinstance(value, _NUMBERS_AND_TEXT[types[name]]) or isinstance(value, bool):
             raise ValueError(f"{name!r} of a region is {value!r}, want {types[name].__name__}")
     return RegionSummary(**record)
+
+
+def _whole(record: Any) -> dict[str, Any]:
+    """Of the same step with its loss whole: seconds, FLOPs, bytes."""
+    seconds, flops, peak_bytes = record
+    return {
+        "whole_step_s": float(seconds), "whole_step_flops": int(flops), "whole_peak_bytes": int(peak_bytes)
+    }  # fmt: skip
+
+
+def _chunked(record: Mapping[str, Any]) -> Chunked:
+    known = {"head": str, "rows": int, "columns": int, "chunks": int, "form": str, "is_made": bool}
+    for name, kind in known.items():
+        if type(record[name]) is not kind:
+            raise ValueError(f"{name!r} of a loss in chunks is {record[name]!r}, want {kind.__name__}")
+    return Chunked(**record)
 
 
 def _outline(

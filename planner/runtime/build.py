@@ -82,6 +82,10 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     """
     inputs = inputs_of(plan, device_of(model, None, None))
     joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
+    names = [leaf.name for leaf in joint.template.leaves]
+    joint = joint.reading([i for i, name in enumerate(names) if name not in plan.unread])
+    if plan.chunked:
+        joint = replace(joint, chunks=max(of.chunks for of in plan.chunked))
     captured = CapturedStep.of(model, joint, training_graph(joint))
     check_is_of(plan, captured)
     if plan.outline is not None:

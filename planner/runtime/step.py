@@ -58,6 +58,7 @@ class ExecutableStep:
     ``plan``      that it runs.
     ``lifetimes``  of the outputs, as it counts them.
     ``watched``   the outputs (numbers) that it counts as released, and others whose bytes matter, by storage.
+    ``unread``    outputs of the model (by number) that it does not make.
     ``is_tight``  whether it recomputes for want of memory, so that fewer bytes could make it faster.
     """
 
@@ -72,6 +73,7 @@ class ExecutableStep:
     is_tight: bool = True
     replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None
     plan: PlanData | None = None
+    unread: frozenset[int] = frozenset()
 
     @cached_property
     def differentiated(self) -> frozenset[int]:

@@ -138,6 +138,7 @@ def step_of(plan: PlanData, captured: CapturedStep, steps: list[int], turn: int)
         plan=plan,
         lifetimes=Lifetimes(released, kept),
         watched=watched,
+        unread=frozenset(i for i, _ in captured.joint.unread),
         is_tight=plan.baseline_peak_bytes > plan.budget_bytes and len(set(steps)) < len(steps),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -11,10 +11,11 @@ from planner._compat import FakeTensor
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
-from planner.measure.bits import Comparison, compare, run_step
+from planner.measure.bits import Comparison, StepRecord, compare, run_step
 from planner.measure.flops import step_flops
 from planner.measure.peaks import step_peak
 from planner.measure.step import dropping
+from planner.measure.wide import Errors, errors_of, recorded_draws, step_in_float64
 from planner.plans.plan_data import PlanData
 from planner.plans.within_budget import WithinBudget
 from planner.runtime.apply import applied, as_written
@@ -38,6 +39,11 @@ class Report(WithinBudget):
     ``kept_outputs``                of those, the ones of a step before that lay beside the forward.
     ``optimizer_state_bytes``       what the plan reserves for an optimizer and the measured step, which
                                     has none, does not hold; left out of both peaks.
+    ``unread_outputs``              names of the outputs that the planned step does not make.
+    ``errors``                      where the loss is in chunks, so that gradients are added up in another
+                                    order: how far they are from float64, and how far eager's are; ``None``
+                                    where every bit is the same or there is no such reference, with the reason
+                                    in ``no_reference``.
     ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
     """
 
@@ -51,6 +57,22 @@ class Report(WithinBudget):
     optimizer_state_bytes: int = 0
     held_outputs: tuple[str, ...] = ()
     kept_outputs: tuple[str, ...] = ()
+    unread_outputs: tuple[str, ...] = ()
+    errors: Errors | None = None
+    no_reference: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Within the budget, and equal; with the loss in chunks, as near to float64 as eager or nearly so.
+
+        That is: the errors of the loss and of each gradient are at most twice eager's own, or what rounding
+        is expected to make (:mod:`planner.measure.wide`), and all else is bit-equal.
+        """
+        if self.errors is None:
+            return super().ok
+        c = self.comparison
+        others = c.buffers.equal and c.rng.equal and c.same_output_type
+        return self.within_budget and others and self.errors.share <= 2
 
     @property
     def equal(self) -> bool:
@@ -69,10 +91,21 @@ class Report(WithinBudget):
             f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
             f"{state}; budget {self.budget_bytes / mb:.3f}; "
             f"{self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"{self._chunks()}"
             f"outputs held to the end: {outputs}\n"
             f"extra FLOPs {self.recompute_flops:.4g} counted, "
             f"{self.predicted_recompute_flops:.4g} predicted"
         )
+
+    def _chunks(self) -> str:
+        lines = []
+        if self.errors is not None:
+            lines.append(f"the loss is in chunks, so sums are in another order: {self.errors}\n")
+        elif self.no_reference:
+            lines.append(f"the loss is in chunks, and float64 says nothing of it: {self.no_reference}\n")
+        if self.unread_outputs:
+            lines.append(f"outputs not made, since only the loss is read: {', '.join(self.unread_outputs)}\n")
+        return "".join(lines)
 
 
 def verify(
@@ -107,8 +140,14 @@ def verify(
             "this plan knows only the sizes of its inputs (it is from a file, from another process, "
             "or made in the middle of training); pass verify(model, inputs)"
         )
+    unread = plan.unread
+    draws: list[object] = []
     with as_written(model):
-        eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
+        if plan.chunked:
+            with recorded_draws() as draws:
+                eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
+        else:
+            eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
         with dropping(model, consumed):
             eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         eager_flops = step_flops(model, given, loss_fn=loss_fn)
@@ -122,16 +161,53 @@ def verify(
         with dropping(model, consumed):
             peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
+        comparison = compare(_read(eager, whole), ours)
+        errors, why = None, ""
+        if plan.chunked and not comparison.equal:
+            terms = max(max(of.rows, of.columns) for of in plan.chunked)
+            errors, why = _against_float64(model, given, (eager, ours), draws, loss_fn, seed, terms)
     state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
     return Report(
-        compare(eager, ours),
+        comparison,
         plan.budget_bytes,
         eager_peak,
         peak,
         int(max(plan.timeline, default=0)) - state,
         flops - eager_flops,
-        plan.recompute_flops,
+        plan.recompute_flops + (plan.step_flops - plan.whole_step_flops if plan.chunked else 0),
         state,
         tuple(leaves[i] for i in kept),
         tuple(leaves[i] for i in beside),
+        unread,
+        errors,
+        why,
     )
+
+
+def _read(eager: StepRecord, step: ExecutableStep | None) -> StepRecord:
+    """A record without the outputs that ``step`` does not make, numbered as that numbers them."""
+    if step is None or not step.unread:
+        return eager
+    kept = [t for i, t in enumerate(eager.outputs.values()) if i not in step.unread]
+    return replace(eager, outputs={str(i): t for i, t in enumerate(kept)})
+
+
+def _against_float64(
+    model: nn.Module,
+    inputs: Inputs,
+    records: tuple[StepRecord, StepRecord],
+    draws: list[object],
+    loss_fn: LossFn | None,
+    seed: int,
+    terms: int,
+) -> tuple[Errors | None, str]:
+    """How far two steps are from the same in float64; else why that cannot be said."""
+    try:
+        with as_written(model):
+            wide = step_in_float64(model, inputs, draws, loss_fn=loss_fn, seed=seed)
+    except (RuntimeError, TypeError, ValueError, StopIteration, NotImplementedError) as error:
+        return (
+            None,
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more draws'}",
+        )
+    return errors_of(*records, wide, terms), ""

@@ -63,6 +63,7 @@ class _Shown:
         self.least: Answer | None = None
         self.lowest: Answer | None = None  # the same, told in a refusal, as slow as it was found
         self.floor_bytes = 0  # proved: no schedule's peak is lower
+        self.first: Schedule | None = None  # where a search may begin
 
     def raise_floor(self, floor_bytes: int) -> None:
         self.floor_bytes = max(self.floor_bytes, floor_bytes)
@@ -252,8 +253,14 @@ class BudgetedStep:
         tell.found(answer, self.problem.total_seconds)
         return self.plan_of(answer)
 
+    def begin_from(self, answer: Answer) -> None:
+        """Let searches that have no better place begin from what was found before."""
+        if answer.execution is not None:
+            self._shown.first = self._named(answer.execution)
+
     def _found(self, budget_bytes: int, search: Search, hint: Schedule | None) -> Answer:
         """The answer for a budget: an earlier process's, if it left one."""
+        hint = hint or self._shown.first
         kept = KeptSchedule.of(self.problem, budget_bytes, search)
         if kept is None:
             return fitted(self.problem, budget_bytes, self.execution_of, search, hint)
@@ -430,6 +437,8 @@ def _infeasible_error(least: PlanData, budget_bytes: int, floor_bytes: int) -> I
         else f"none was found between the proved floor of {floor_bytes / 1e9:.4g} GB and there"
     )
     released = ", with the outputs let go of before the backward" if least.released else ""
+    if least.chunked:
+        released += f", with the loss in {max(of.chunks for of in least.chunked)} chunks"
     return InfeasibleBudgetError(
         f"no plan for {least.model_name} fits {budget_bytes / 1e9:.4g} GB. The least budget "
         f"with a plan is {gb_enough(need_bytes)} GB{released}, and {decided}. At that plan's peak: {parts}. "

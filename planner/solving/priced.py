@@ -22,7 +22,7 @@ from planner.capture.sizes import Dims, Dynamic, varying_dims
 from planner.capture.symbolic import SymbolicCaptures, capture_varying
 from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
-from planner.errors import InfeasibleBudgetError
+from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.consumed import consumed_of, consuming
 from planner.graph.step_graph import DROPPED, LAST
@@ -79,6 +79,8 @@ def prepare(
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
             joint = capture(model, inputs, loss_fn)
+    if outputs == "unread":
+        joint = _reading_the_loss(model, joint)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
         graph = training_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
@@ -101,6 +103,25 @@ def prepare(
     return step.all_released if outputs == "released" else step
 
 
+def _of_whole(step: PricedStep) -> dict[str, Any]:
+    """What a plan tells of the same step with its loss whole."""
+    return {
+        "whole_step_s": step.problem.total_seconds,
+        "whole_step_flops": step.costs.total_flops,
+        "whole_peak_bytes": step.baseline_peak_bytes,
+    }
+
+
+def _reading_the_loss(model: nn.Module, joint: JointGraph) -> JointGraph:
+    if not joint.sees_loss:
+        raise PlannerError(
+            f"outputs='unread' says that the loop reads only the loss, and {type(model).__name__} returns "
+            f"none "
+            "that is told apart: pass labels, or another of 'held', 'released' and 'auto'"
+        )
+    return joint.reading(joint.differentiated)
+
+
 def _static(
     captured: CapturedStep, resident: Resident, target: Target, margin_bytes: int = 0
 ) -> StaticMemory:
@@ -115,6 +136,7 @@ class PricedStep(BudgetedStep):
     ``varying``        ``None`` where all sizes are fixed.
     ``resident_at``    says what is resident where the step is captured again or evaluated at other sizes;
                        ``None``: what is now, but for the inputs.
+    ``unchunked``      the same with its loss whole, where that is computed in chunks.
 
     ``outputs`` is what was asked for, ``graph.released`` what is planned for.  "auto": that, and for all of
     them released where it does not fit.
@@ -124,6 +146,7 @@ class PricedStep(BudgetedStep):
     translation: Translation | None = None
     varying: Varying | None = None
     resident_at: Callable[[TrainingGraph, Inputs], Resident] | None = None
+    unchunked: PricedStep | None = None
 
     @property
     def whole(self) -> Whole:
@@ -197,10 +220,32 @@ class PricedStep(BudgetedStep):
     def output_states(self) -> dict[str, OutputState]:
         """What is planned for, by the name of each output."""
         graph, leaves = self.graph, enumerate(self.joint.template.leaves)
-        return {
+        states: dict[str, OutputState] = {
             leaf.name: "released" if i in graph.released else "kept" if i in graph.kept else "held"
             for i, leaf in leaves
         }
+        return states | {name: "unread" for _, name in self.joint.unread}
+
+    def in_chunks(self, chunks: int, *, unread: bool = False) -> PricedStep:
+        """The same step with its loss in so many chunks of tokens.
+
+        ``unread``: and of its outputs only the loss is handed out.  Raises ``PlannerError`` where the loss is
+        none that can be cut so, with the call in the way.
+        """
+        step = self.reading_the_loss() if unread else self
+        joint = dataclasses.replace(step.joint, chunks=chunks)
+        step = dataclasses.replace(step, unchunked=self.unchunked or self)
+        return step.recaptured(self.model, joint)
+
+    def reading_the_loss(self) -> PricedStep:
+        """The same step where the caller reads only the loss, and nothing else is made for it.
+
+        Raises ``PlannerError`` where there is no loss among the outputs.
+        """
+        if self.joint.unread:
+            return self
+        step = dataclasses.replace(self, outputs="unread")
+        return step.recaptured(self.model, _reading_the_loss(self.model, self.joint))
 
     # -- other sizes -------------------------------------------------------------------------------
 
@@ -306,9 +351,10 @@ class PricedStep(BudgetedStep):
 
     def _identity(self) -> dict[str, Any]:
         """What a plan is for: the step captured, the device, the source of its costs."""
-        leaves = self.joint.template.leaves
         return {
             **super()._identity(),
-            "differentiated": tuple(i for i, leaf in enumerate(leaves) if leaf.differentiated),
+            "differentiated": self.joint.differentiated,
+            "chunked": self.graph.chunked,
+            **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }

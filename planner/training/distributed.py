@@ -68,6 +68,7 @@ from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
 from planner.runtime.build import check_is_of
+from planner.solving.chunked import chunked_as
 from planner.solving.in_regions import step_in_regions
 from planner.solving.priced import prepare
 from planner.training.job_store import JobStore
@@ -101,7 +102,7 @@ def shared_plan(
     def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
         given = inputs_of(received, device) if inputs is None else inputs
-        step = prepare(model, given, **_of_the_step(options))
+        step = chunked_as(prepare(model, given, **_of_the_step(options)), received)
         check_is_of(received, step.captured)
         return Plan.of(received, step.as_planned(received))
 
@@ -131,10 +132,13 @@ def _shared_of_sharded(
     return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
 
+_OF_THE_PLAN = ("progress", "calibrate", "chunk_loss")
+
+
 def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``options`` of :func:`planner.plan`, those that a captured step depends on."""
     search = {name: options[name] for name in ("solver", "time_limit_s") if name in options}
-    step = {name: v for name, v in options.items() if name not in (*search, "progress", "calibrate")}
+    step = {name: v for name, v in options.items() if name not in (*search, *_OF_THE_PLAN)}
     return {**step, "search": Search(**search)}
 
 

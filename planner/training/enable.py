@@ -18,7 +18,7 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import BackendMode, CaptureMode, GradientsMode, OutputsMode, RecomputeMode
+from planner.options import BackendMode, CaptureMode, ChunkLoss, GradientsMode, OutputsMode, RecomputeMode
 from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
@@ -49,6 +49,7 @@ def enable(
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
     recompute: RecomputeMode = "fastest",
+    chunk_loss: ChunkLoss = "auto",
     progress: bool | Progress | None = None,
     now: bool = False,
 ) -> nn.Module:
@@ -92,6 +93,7 @@ def enable(
 
     ``time_limit_s``  seconds of search for each plan.  A batch waits for the first three of them; where one
                    was found by then, the rest is spent beside training (:mod:`planner.solving.better`).
+    ``chunk_loss``  as for :func:`planner.plan`; a batch whose loss is in chunks is planned for its own sizes.
     ``costs``, ``solver``, ``recompute`` and ``progress`` as for :func:`planner.plan`.
 
     Enabling again changes the options, from the next batch on, without a new capture.  A model inside

@@ -32,6 +32,7 @@ from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.variants import Varying
 from planner.solving.better import FIRST_S
+from planner.solving.chunked import with_loss_in_chunks
 from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
@@ -112,6 +113,7 @@ class PlanMaker:
             limit_s = min(limit_s, FIRST_STEP_S)
         step = replace(step.with_resident(resident, resident_at), least_limit_s=limit_s)
         step = self._letting_go(step.with_margin(self.around_bytes))
+        step = self._in_chunks(call, step, search)
         try:
             return self._in_seconds(call, step, search, hint) or self._made_once(call, step, search, hint)
         except InfeasibleBudgetError as error:
@@ -200,10 +202,27 @@ class PlanMaker:
         mode = self.settings.outputs
         if mode == "released":
             return step.all_released
+        if mode == "unread":
+            return step.reading_the_loss()
         if mode == "held" or self.calls.per_step != 1:
             return step
         seen = self.outputs.learned(tuple(leaf.name for leaf in step.joint.template.leaves))
         return replace(step, outputs="auto") if seen is None else step.releasing(*seen)
+
+    def _in_chunks(self, call: Call, step: PricedStep, search: Search) -> PricedStep:
+        """The step with its loss in chunks where that is asked for, or nothing fits without: at this size."""
+        wish, alone = self.settings.chunk_loss, step
+        left_bytes = self._room(call).left_bytes
+        spare = not step.joint.sees_loss or left_bytes >= step.lightest.floor_bytes
+        if wish is False or (wish == "auto" and spare):
+            return step
+        if step.varying is not None:
+            joint = step.varying.captures.of(self.planned, call.inputs, self.settings.loss_fn)
+            if joint.sizes is not None:
+                joint = joint.at(joint.sizes.read(call.inputs.tensors()), fixed=True)
+            alone = replace(step.recaptured(self.planned, joint), varying=None)
+        chunked = with_loss_in_chunks(alone, left_bytes, wish, search)
+        return step if chunked is alone else chunked
 
     # -- the plan ----------------------------------------------------------------------------------
 

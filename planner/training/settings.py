@@ -11,12 +11,14 @@ from planner.memory.resident import budget_bytes_of
 from planner.options import (
     BackendMode,
     CaptureMode,
+    ChunkLoss,
     GradientsMode,
     OutputsMode,
     RecomputeMode,
     Search,
     checked_backend,
     checked_capture,
+    checked_chunk_loss,
     checked_gradients,
     checked_outputs,
     checked_recompute,
@@ -47,6 +49,7 @@ class Settings:
     capture: CaptureMode = "auto"
     backend: BackendMode = "eager"
     recompute: RecomputeMode = "fastest"
+    chunk_loss: ChunkLoss = "auto"
 
     def __post_init__(self) -> None:
         checked_outputs(self.outputs)
@@ -54,6 +57,7 @@ class Settings:
         checked_capture(self.capture)
         checked_backend(self.backend)
         checked_recompute(self.recompute)
+        checked_chunk_loss(self.chunk_loss)
         if self.on_larger not in ("replan", "raise"):
             raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
         counts: dict[str, int | None] = {"max_plans": self.max_plans}

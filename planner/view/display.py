@@ -111,12 +111,24 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
             f"{flops:.2%} of the step's",
             f"{plan.recompute_flops:.4g} on {plan.step_flops:.4g}",
         ),
+        *_in_chunks(plan),
         *_measured(plan),
         *_let_go(plan),
         *_regions(plan),
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
+
+
+def _in_chunks(plan: PlanData) -> list[tuple[str, str, str]]:
+    """What the loss in chunks takes, beside the same step with it whole."""
+    if not plan.chunked:
+        return []
+    rows = [("loss in chunks", str(of), "") for of in plan.chunked]
+    if plan.whole_step_s:
+        whole = f"{seconds_text(plan.whole_step_s)} and {gb_text(plan.whole_peak_bytes)}"
+        rows.append(("loss whole", whole, "the step, nothing recomputed"))
+    return rows
 
 
 def _reserved(plan: PlanData) -> list[tuple[str, str, str]]:

@@ -72,6 +72,12 @@ _POINTWISE: dict[Any, Any] = {
 }
 
 
+_OF_OURS: dict[Any, Any] = {
+    kernels.gradient_scaled: kernels.scale_gradient,
+    kernels.sum_with: kernels.sum_over,
+}
+
+
 def in_place_form(node: fx.Node) -> Any:
     """The op that leaves in its first operand what ``node`` makes, bit for bit; ``None`` if there is none."""
     form = {**_CHANGES, **_POINTWISE, aten.copy.default: aten.copy_.default}.get(node.target)
@@ -89,7 +95,13 @@ def over_form(node: fx.Node) -> Any:
     """What to call in place of ``node`` to have its result on the storage of its first operand."""
     if node.target is kernels.written:
         return kernels.write_over
-    form = in_place_form(node) if node.target in _CHANGES else None
+    if node.target in _OF_OURS:
+        form: Any = _OF_OURS[node.target]
+    elif node.target is aten.addmm.default:  # of a sum of products, one more
+        total = meta.tensor(node.all_input_nodes[0])
+        form = aten.addmm_.default if total.shape == meta.tensor(node).shape else None
+    else:
+        form = in_place_form(node) if node.target in _CHANGES else None
     if form is None:
         return None
     operand, made = meta.tensor(node.all_input_nodes[0]), meta.tensor(node)

@@ -1,0 +1,420 @@
+"""What a call does with rows, op by op: each row by itself, a sum over rows, or neither.
+
+A tensor *carries rows* where its leading dims, flattened, are the tokens: ``(batch, sequence, vocabulary)``
+carries ``batch * sequence``.  Over some of the rows it is a tensor ``(rows, *rest)``, whatever its leading
+dims were; a rule says how the call is then made.  What has no rule is not split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner.capture import meta
+from planner.graph.nodes import argument
+
+__all__ = [
+    "FACTORIES",
+    "SOFTMAXES",
+    "InRows",
+    "Rows",
+    "factory_of",
+    "in_padded_rows",
+    "in_rows",
+    "lead_of",
+    "of_others",
+    "rows_last",
+]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a tensor carries rows: in its first ``lead`` dims or, a matrix turned round, in its last.
+
+    ``padded``  it has more rows than are worked on, and the others are zero.
+    """
+
+    lead: int = 1
+    turned: bool = False
+    padded: bool = False
+
+
+rows_last = -1  # of a matrix from outside that carries rows in its last dim
+
+
+@dataclass(frozen=True, eq=False)
+class InRows:
+    """How one call is made for some of the rows.
+
+    ``rows``    how its result carries them; ``None``: it sums over them.
+    ``args``    its arguments for so many rows, of the nodes that the whole call reads.
+    ``sliced``  operands from outside that carry rows, and in how many leading dims (``rows_last``).
+    ``single``  operands from outside whose leading dims are ones, and how many dims stay behind them.
+    ``is_end``  whether its result is no longer of the loss: the product that goes back into the model.
+    ``padded``  whether what it reads from outside has the rows that a padded tensor has.
+    """
+
+    rows: Rows | None
+    args: Callable[[int], tuple[Any, ...]]
+    sliced: Mapping[fx.Node, int] = field(default_factory=dict)
+    single: Mapping[fx.Node, int] = field(default_factory=dict)
+    is_end: bool = False
+    padded: bool = False
+
+
+# Node -> how it carries rows; ``None``: not at all.
+Carried = Callable[[fx.Node], Rows | None]
+
+
+def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """How ``node``, of whose operands some carry ``count`` rows, works on some of them; ``None``: not so."""
+    rule = _RULES.get(node.target)
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = _pointwise
+    if rule is None or not isinstance(meta.value(node), torch.Tensor):
+        return None
+    return rule(node, carried, count)
+
+
+def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
+    """How ``node``, which reads nothing of a region but has its rows in ``lead`` dims, works on some."""
+    if node.target in FACTORIES:
+        return InRows(Rows(lead), lambda n: factory_of(node, n, lead) or node.args)
+    if not isinstance(meta.value(node), torch.Tensor) or node.kwargs.keys() - _KWARGS:
+        return None
+    made = _shape(node)
+    nodes = node.all_input_nodes
+    if node.target is aten.expand.default:
+        args: Callable[[int], tuple[Any, ...]] = lambda n: (node.args[0], (n, *made[lead:]))  # noqa: E731
+    elif node.target in _BY_INDEX and isinstance(dim := node.args[1], int) and dim % len(made) >= lead:
+        moved = dim % len(made) - lead + 1
+        args = lambda n: (node.args[0], moved, *node.args[2:])  # noqa: E731
+    elif node.target is aten._to_copy.default or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        args = lambda n: node.args  # noqa: E731
+    else:
+        return None
+    found = _met(nodes, made, lead)
+    return None if found is None else InRows(Rows(lead), args, *found)
+
+
+def _met(
+    nodes: Sequence[fx.Node], made: tuple[int, ...], lead: int
+) -> tuple[dict[fx.Node, int], dict[fx.Node, int]] | None:
+    """Of operands from outside those that carry rows, and those with ones there; ``None``: neither."""
+    sliced: dict[fx.Node, int] = {}
+    single: dict[fx.Node, int] = {}
+    for n in nodes:
+        shape = _shape(n)
+        rest = len(made) - lead
+        if len(shape) == len(made) and shape[:lead] == made[:lead]:
+            sliced[n] = lead
+        elif len(shape) > rest:
+            if set(shape[: len(shape) - rest]) != {1}:
+                return None
+            single[n] = rest
+    return sliced, single
+
+
+def in_padded_rows(node: fx.Node, carried: Carried, total: int) -> InRows | None:
+    """:func:`in_rows` of a call on a padded tensor of ``total`` rows, where zeros stay zeros."""
+    if node.target not in _KEEP_ZEROS:
+        return None
+
+    def plain(n: fx.Node) -> Rows | None:
+        own = carried(n)
+        return own if own is None else replace(own, padded=False)
+
+    if any((own := carried(n)) is not None and not own.padded for n in node.all_input_nodes):
+        return None
+    made = in_rows(node, plain, total)
+    if made is None:
+        return None
+    return replace(made, rows=made.rows and replace(made.rows, padded=True), padded=True)
+
+
+def lead_of(shape: Sequence[int], count: int) -> int | None:
+    """In how many leading dims a shape carries ``count`` rows; ``None``: in none."""
+    return next((k for k in range(1, len(shape) + 1) if math.prod(shape[:k]) == count), None)
+
+
+# Arguments by name that say nothing of sizes.
+_KWARGS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "alpha"})
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(meta.tensor(node).shape)
+
+
+def _first(node: fx.Node) -> fx.Node:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+# -- views ----------------------------------------------------------------------------------------
+
+
+def _view(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    x, lead = _first(node), lead_of(_shape(node), count)
+    own = carried(x)
+    if own is None or own.turned or lead is None:
+        return None
+    rest = _shape(node)[lead:]
+    return InRows(Rows(lead), lambda n: (x, (n, *rest)))
+
+
+def _turn(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    x = _first(node)
+    own = carried(x)
+    if own is None or own.lead != 1 or len(_shape(x)) != 2 or _shape(node) != _shape(x)[::-1]:
+        return None
+    return InRows(Rows(1, not own.turned), lambda n: node.args)
+
+
+def _expand(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    x, made = _first(node), _shape(node)
+    own = carried(x)
+    if own is None or own.turned or len(made) != len(_shape(x)) or made[: own.lead] != _shape(x)[: own.lead]:
+        return None
+    return InRows(own, lambda n: (x, (n, *made[own.lead :])))
+
+
+def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Ops whose second argument is a dim, or several, behind the rows: views, softmax, reductions."""
+    x = _first(node)
+    own = carried(x)
+    if own is None or own.turned or len(node.args) < 2:
+        return None
+    given = node.args[1]
+    dims = list(given) if isinstance(given, (list, tuple)) else [given]
+    size = len(_shape(x)) + (node.target is aten.unsqueeze.default)
+    if not dims or not all(isinstance(d, int) for d in dims):
+        return None
+    dims = [d % size for d in dims]
+    if min(dims) < own.lead:
+        return None
+    moved = [d - own.lead + 1 for d in dims]
+    new = moved if isinstance(given, (list, tuple)) else moved[0]
+    return InRows(own, lambda n: (x, new, *node.args[2:]))
+
+
+# -- pointwise ------------------------------------------------------------------------------------
+
+
+def _pointwise(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Operands are aligned from the right: rows must meet rows."""
+    made, operands = _shape(node), node.all_input_nodes
+    own = [r for n in operands if (r := carried(n)) is not None]
+    lead = own[0].lead
+    if any(r.turned or r.lead != lead for r in own):
+        return None
+    inside = [n for n in operands if carried(n) is not None]
+    if any(len(_shape(n)) != len(made) or _shape(n)[:lead] != made[:lead] for n in inside):
+        return None
+    found = _met([n for n in operands if carried(n) is None], made, lead)
+    return None if found is None else InRows(Rows(lead), lambda n: node.args, *found)
+
+
+def _like(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    own = carried(_first(node))
+    return None if own is None or own.turned else InRows(own, lambda n: node.args)
+
+
+def _new(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """``x.new_zeros(sizes)``: of ``x`` only the type is read."""
+    lead = lead_of(_shape(node), count)
+    if lead is None:
+        return None
+    rest = _shape(node)[lead:]
+    return InRows(Rows(lead), lambda n: (node.args[0], (n, *rest), *node.args[2:]))
+
+
+# -- along the vocabulary -------------------------------------------------------------------------
+
+
+def _aligned(
+    node: fx.Node, carried: Carried, operands: Sequence[Any]
+) -> tuple[Rows, dict[fx.Node, int]] | None:
+    """Operands that all carry the same rows: how, and those of them that are from outside."""
+    nodes = [n for n in operands if isinstance(n, fx.Node)]
+    own = [r for n in nodes if (r := carried(n)) is not None]
+    if not own or any(r.turned or r.lead != own[0].lead for r in own):
+        return None
+    lead = own[0].lead
+    leads = {_shape(n)[:lead] for n in nodes}
+    if len(leads) != 1:
+        return None
+    return own[0], {n: lead for n in nodes if carried(n) is None}
+
+
+def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """``gather`` and ``scatter``: ``(x, dim, index, ...)`` along a dim behind the rows."""
+    found = _aligned(node, carried, [node.args[0], *node.args[2:]])
+    dim = node.args[1]
+    if found is None or not isinstance(dim, int):
+        return None
+    own, sliced = found
+    dim %= len(_shape(_first(node)))
+    if dim < own.lead:
+        return None
+    return InRows(own, lambda n: (node.args[0], dim - own.lead + 1, *node.args[2:]), sliced)
+
+
+def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """The gradient of a part of what each row has: ``(gradient, sizes, dim, ...)``."""
+    x, made, dim = _first(node), _shape(node), node.args[2]
+    own = carried(x)
+    if own is None or own.turned or not isinstance(dim, int):
+        return None
+    dim %= len(made)
+    if dim < own.lead:
+        return None
+    new = dim - own.lead + 1
+    return InRows(own, lambda n: (x, (n, *made[own.lead :]), new, *node.args[3:]))
+
+
+def _softmax_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    found = _aligned(node, carried, node.args[:2])
+    dim = node.args[2]
+    if found is None or not isinstance(dim, int):
+        return None
+    own, sliced = found
+    dim %= len(_shape(node))
+    if dim < own.lead:
+        return None
+    return InRows(own, lambda n: (*node.args[:2], dim - own.lead + 1, *node.args[3:]), sliced)
+
+
+def _nll_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    gradient, logs, target = node.args[:3]
+    if not isinstance(gradient, fx.Node) or len(_shape(node)) != 2:
+        return None
+    each = [gradient] if _shape(gradient) == (count,) and argument(node, "reduction") == 0 else []
+    if not isinstance(logs, fx.Node) or carried(logs) != Rows(1):
+        return None
+    found = _aligned(node, carried, [logs, target, *each])
+    return None if found is None else InRows(Rows(1), lambda n: node.args, found[1])
+
+
+# -- products and sums ----------------------------------------------------------------------------
+
+
+def _product(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    a, b = node.args
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    left, right = carried(a), carried(b)
+    if left == Rows(1) and right is None:
+        return InRows(Rows(1), lambda n: (a, b), is_end=True)
+    if left == Rows(1, True) and (right == Rows(1) or (right is None and _shape(b)[0] == count)):
+        return InRows(None, lambda n: (a, b), {b: 1} if right is None else {})
+    if left is None and right == Rows(1) and _shape(a)[1] == count:
+        return InRows(None, lambda n: (a, b), {a: rows_last})
+    return None
+
+
+def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Along what a row has, or over the rows themselves."""
+    inside = _of_one_dim(node, carried, count)
+    if inside is not None:
+        return inside
+    x = _first(node)
+    own, dims = carried(x), node.args[1] if len(node.args) > 1 else None
+    if own is None or own.turned or not isinstance(dims, (list, tuple)):
+        return None
+    rest = len(_shape(x)) - own.lead
+    over = sorted(int(d) % (own.lead + rest) for d in dims)  # type: ignore[call-overload]
+    if over != list(range(own.lead)) or not rest:
+        return None
+    return InRows(None, lambda n: (x, [0], *node.args[2:]))
+
+
+def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    own = carried(_first(node))
+    wide = own is not None and len(_shape(_first(node))) > own.lead
+    return InRows(None, lambda n: node.args) if wide else None
+
+
+_OF_ONE_DIM = (
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor,
+    aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default, aten.amax.default,
+    aten.amin.default, aten.mean.dim, aten.argmax.default,
+)  # fmt: skip
+_BY_INDEX = (
+    aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default
+)  # fmt: skip
+_LIKE = (
+    aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+)  # fmt: skip
+
+_RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = MappingProxyType(
+    {
+        aten.view.default: _view,
+        aten._unsafe_view.default: _view,
+        aten.reshape.default: _view,
+        aten.t.default: _turn,
+        aten.transpose.int: _turn,
+        aten.expand.default: _expand,
+        aten.masked_fill.Tensor: _pointwise,
+        aten.new_zeros.default: _new,
+        aten.new_full.default: _new,
+        aten.select_backward.default: _put_back,
+        aten.slice_backward.default: _put_back,
+        aten._log_softmax_backward_data.default: _softmax_backward,
+        aten._softmax_backward_data.default: _softmax_backward,
+        aten.nll_loss_backward.default: _nll_backward,
+        aten.mm.default: _product,
+        aten.sum.dim_IntList: _sum,
+        aten.sum.default: _sum_of_all,
+        **dict.fromkeys(_OF_ONE_DIM, _of_one_dim),
+        **dict.fromkeys(_BY_INDEX, _by_index),
+        **dict.fromkeys(_LIKE, _like),
+    }
+)
+
+# What makes zeros of zeros, row by row, or sums over rows.
+_KEEP_ZEROS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten._to_copy.default,
+        aten.clone.default,
+        aten.mm.default,
+        aten.sum.dim_IntList,
+    }
+)
+
+# A loss over scores has one of these; without, nothing is gained by rows.
+SOFTMAXES = frozenset({aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default})
+
+# Ops that make a tensor of given sizes out of nothing, and where those stand among their arguments.
+FACTORIES: Mapping[Any, int] = MappingProxyType(
+    {
+        aten.zeros.default: 0,
+        aten.ones.default: 0,
+        aten.full.default: 0,
+        aten.new_zeros.default: 1,
+        aten.new_full.default: 1,
+    }
+)
+
+
+def factory_of(node: fx.Node, rows: int, lead: int) -> tuple[Any, ...] | None:
+    """Arguments that make ``rows`` rows of what ``node`` makes out of nothing; ``None`` where it does not."""
+    at = FACTORIES.get(node.target)
+    if at is None:
+        return None
+    args = list(node.args)
+    args[at] = (rows, *_shape(node)[lead:])
+    return tuple(args)

@@ -1,0 +1,164 @@
+"""A step in float64, as the reference for two that round otherwise: how far each of them is from it.
+
+The same model in float64 makes the same choices: it draws the numbers that were drawn before, and what its
+code casts to a narrower type stays wide (an upcast of logits "to float32" would else round them).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planner._compat import TorchDispatchMode, pytree, writes_arguments
+from planner.capture.inputs import Inputs
+from planner.capture.outputs import LossFn
+from planner.measure.bits import StepRecord, distance, run_step
+from planner.measure.step import Batch
+
+__all__ = ["Errors", "errors_of", "expected", "recorded_draws", "step_in_float64"]
+
+ZERO = 1e-12  # share of the largest gradient below which float64 says that another is none
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if _is_random(func):
+            self.draws.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), made))
+        return made
+
+
+@contextmanager
+def recorded_draws() -> Iterator[list[Any]]:
+    """What random ops make within, in order: copies."""
+    mode = _Record()
+    with mode:
+        yield mode.draws
+
+
+class _Wide(TorchDispatchMode):
+    """Draws what was drawn, and keeps what is cast to a narrower type."""
+
+    def __init__(self, draws: list[Any]) -> None:
+        super().__init__()
+        self.draws = iter(draws)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        if _is_random(func):
+            drawn = pytree.tree_map_only(Tensor, _widened, next(self.draws))
+            return args[0].copy_(drawn) if writes_arguments(func) else drawn
+        if not writes_arguments(func):  # a constant that belongs to no module is as narrow as it was
+            args, kwargs = pytree.tree_map_only(Tensor, _widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype in _NARROW else tensor
+
+
+def step_in_float64(
+    model: nn.Module, inputs: Batch, draws: list[Any], *, loss_fn: LossFn | None = None, seed: int = 0
+) -> StepRecord:
+    """The step of a copy of ``model`` in float64, whose random ops give ``draws``.
+
+    Raises whatever the step raises in float64; ``StopIteration`` where it draws more than was drawn.
+    """
+    twin = copy.deepcopy(model).double()
+    if isinstance(inputs, Inputs):
+        args, kwargs = pytree.tree_map_only(Tensor, _widened, (inputs.args, inputs.kwargs))
+        wide: Batch = replace(inputs, args=args, kwargs=kwargs)
+    else:
+        wide = pytree.tree_map_only(Tensor, _widened, inputs)
+    with _Wide(draws):
+        return run_step(twin, wide, loss_fn=loss_fn, seed=seed)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far two steps are from the same in float64.
+
+    Each the largest, over the loss and the gradients, of max|g - g64| / max|g64|; of a gradient that is zero
+    but for rounding (a bias before a softmax) relative to the largest one there is.  ``worst``: the one of
+    which the second step's share over the first one's, ``share``, is largest.  Errors below what a sum of so
+    many rounded terms is expected to have count as that (:func:`expected`).  ``loss_ulps``: between the two
+    losses, in units in the last place of the first.
+    """
+
+    eager: float
+    planned: float
+    worst: str
+    share: float
+    loss_ulps: float
+
+    def __str__(self) -> str:
+        return (
+            f"from float64 it is up to {self.planned:.2e} away, eager {self.eager:.2e}; at most "
+            f"{self.share:.2f} "
+            f"times as far as eager or what rounding is expected to make ({self.worst}); the loss differs by "
+            f"{self.loss_ulps:.3g} ulp"
+        )
+
+
+def expected(dtype: torch.dtype, terms: int) -> float:
+    """The relative error that a sum of so many rounded terms is expected to have: their root times a
+    rounding.
+
+    Half precision is added up in float32 and rounded once.  Higham and Mary, "A New Approach to Probabilistic
+    Rounding Error Analysis" (SIAM J. Sci. Comput. 41, 2019), https://doi.org/10.1137/18M1226312.
+    """
+    own, sums = (torch.finfo(d).eps / 2 for d in (dtype, torch.promote_types(dtype, torch.float32)))
+    return own + math.sqrt(terms) * sums
+
+
+def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord, terms: int) -> Errors:
+    """The loss and gradients of two records against those of a third in float64; zeros where there are none.
+
+    ``terms``  that are added up at most, in what the two do in another order.
+    """
+    records = (wide, eager, planned)
+    of = [dict(r.gradients) | ({} if r.loss is None else {"the loss": r.loss}) for r in records]
+    sizes = {
+        name: float(g.abs().max()) for name, g in of[0].items() if g.numel() and bool(g.isfinite().all())
+    }
+    largest = max(sizes.values(), default=0.0)
+    most = [0.0, 0.0]
+    worst, share = "", 0.0
+    for name, size in sizes.items():
+        size = size if size > ZERO * largest else largest
+        if not size:
+            continue
+        far = [distance(side[name], of[0][name]) / size for side in of[1:]]
+        most = [max(pair) for pair in zip(most, far, strict=True)]
+        floor = expected(of[2][name].dtype, terms)
+        ratio = max(far[1], floor) / max(far[0], floor)
+        if ratio > share:
+            worst, share = name, ratio
+    ulps = 0.0 if eager.loss is None or planned.loss is None else _ulps(eager.loss, planned.loss)
+    return Errors(*most, worst, share, ulps)
+
+
+def _ulps(a: Tensor, b: Tensor) -> float:
+    """How many units in the last place of ``a`` two numbers lie apart; 0 where both are nan."""
+    if torch.equal(a, b) or (bool(a.isnan().all()) and bool(b.isnan().all())):
+        return 0.0
+    step = (torch.nextafter(a.abs(), torch.full_like(a, torch.inf)) - a.abs()).double()
+    return float(((a.double() - b.double()).abs() / step).max())
