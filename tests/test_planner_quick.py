@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn, optim
 
 import planner
-from planner._compat import FakeTensorMode, collecting_seldom, fakes_as_last_time, storage_key, tracing
+from planner._compat import (
+    FakeTensorMode,
+    at_once,
+    collecting_seldom,
+    fakes_as_last_time,
+    storage_key,
+    tracing,
+)
 from planner.capture import flat_model, on_fakes
 from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
@@ -173,6 +180,35 @@ class _Varied(nn.Module):
         return {"loss": torch.stack([top.std(), h.pow(2).mean()]).sum(), "view": h.t()[1:3].reshape(-1)}
 
 
+class _Writes(nn.Module):
+    """Views of what was written through another name, before and after; what only torch's own code takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("table", torch.arange(64.0).reshape(8, 8))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        row, rest = self.table[0], self.table[1:].t()
+        self.table.mul_(0.9)
+        h = self.layer(x.unsqueeze(0)).squeeze(0)  # 3 dimensions: a view that no schema tells of
+        h.detach().view(-1)[::3] = 0  # from the first on: of others torch remembers another offset
+        ends = h.chunk(2, dim=-1)
+        product = torch.matmul(x.unsqueeze(1).expand(-1, 3, -1), self.layer.weight)
+        whole = product.transpose(0, 1)
+        product[:, 0].add_(row * self.steps)
+        whole[:, :, ::2].zero_()
+        scores = torch.where(h > 0, h, h.new_tensor(-1.0)).masked_fill(torch.eye(6, 8).bool(), 0.5)
+        index = torch.tensor([0, 2, 1])
+        scores = scores.index_put((index,), whole.sum(0)[index]) + torch.complex(h, h).conj().abs()
+        with torch.no_grad():
+            low = scores.exp().bfloat16()
+        loss = scores.sigmoid_().mean() + ends[0].square().sum() + rest.sum() + low.float().max()
+        return {"loss": loss, "first": whole[0], "many": torch.stack(torch.split(whole, 2, dim=1), 1)}
+
+
 def _told(joint: JointGraph) -> list[str]:
     """Every node with what it makes; storages by the first node that lies on each."""
     first: dict[int, str] = {}
@@ -194,6 +230,38 @@ def _told(joint: JointGraph) -> list[str]:
     ]
 
 
+def _as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("asked_once", "code_when_run"):
+        monkeypatch.setattr(tracing, name, contextlib.nullcontext)
+    monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "without_writes_at_once", lambda run: run)
+
+
+def test_ops_that_pass_all_layers_at_once_are_those_that_torch_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (torch.randn(6, 8, requires_grad=True),)
+    taken: list[Any] = []
+    noted = at_once.AtOnce._noted
+
+    def counted(self: Any, mode: Any, func: Any, *args: Any) -> Any:
+        made = noted(self, mode, func, *args)
+        if made is not at_once._TORCHS:
+            taken.append(func)
+        return made
+
+    monkeypatch.setattr(at_once.AtOnce, "_noted", counted)
+    for model in (_Varied, _Writes):
+        capture(tiny.seeded(model), given)  # from here on what ops give is known
+        taken.clear()
+        quick = capture(tiny.seeded(model), given)
+        calls = [n for n in quick.step.module.graph.nodes if n.op == "call_function"]
+        assert len(taken) > len(calls) / 2  # of calls that stayed in the graph
+        with monkeypatch.context() as patch:
+            _as_torch(patch)
+            torchs = capture(tiny.seeded(model), given)
+        assert _told(quick) == _told(torchs)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
     monkeypatch: pytest.MonkeyPatch, dynamic: bool
@@ -202,11 +270,7 @@ def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
     dims = ((0,),) if dynamic else None
     quick = capture(tiny.seeded(_Varied), given, dims=dims)
     again = quick if dynamic else capture(tiny.seeded(_Varied), given)
-    for name in ("asked_once", "code_when_run"):
-        monkeypatch.setattr(tracing, name, contextlib.nullcontext)
-    monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
-    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
-    monkeypatch.setattr(tracing, "not_hidden", lambda run: run)
+    _as_torch(monkeypatch)
     torchs = capture(tiny.seeded(_Varied), given, dims=dims)
     assert (torchs.sizes is not None) is dynamic
     if torchs.sizes is not None and quick.sizes is not None:

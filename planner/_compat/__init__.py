@@ -8,6 +8,7 @@ torch upgrade is a change to this folder.
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
+    at_once.py  ops that pass all layers of a trace at once
     sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
     symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph

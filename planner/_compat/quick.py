@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
+from planner._compat.at_once import AtOnce
 from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, sized_output
 
 _kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
@@ -256,6 +257,21 @@ def _looked_up(known: Remembered) -> Iterator[None]:
     finally:
         FakeTensorMode.cache = before
         type.__setattr__(FakeTensorMode, "__torch_dispatch__", run)
+
+
+def _layers() -> AtOnce:
+    cache: Any = FakeTensorMode.cache
+    return AtOnce(_key_of, cache.quick if isinstance(cache, Remembered) else {})
+
+
+def without_writes_at_once(run: Any) -> Any:
+    """``run`` of the mode that makes a program without writes, but for what passes all layers at once; 2.9+."""
+    return _layers().functional(not_hidden(run))
+
+
+def _noted_at_once(run: Any) -> Any:
+    """``run`` of the mode that writes the graph, likewise."""
+    return _layers().written(not_hidden(run))
 
 
 # -- graphs ---------------------------------------------------------------------------------------------
@@ -531,7 +547,7 @@ def asked_once() -> Iterator[None]:
                 _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
             )
         )
-        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", not_hidden))
+        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
         for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
             put(_names_of(importlib.import_module(name), **builtin))

@@ -40,7 +40,7 @@ from planner._compat.quick import (
     code_when_run,
     dynamo_callback,
     fakes_remembered,
-    not_hidden,
+    without_writes_at_once,
 )
 from planner._compat.symbols import sizes_remembered
 
@@ -454,13 +454,13 @@ def writes_keep_layout(told: Callable[..., None]) -> Iterator[None]:
     ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
-    run = not_hidden(before)
+    run, in_place = without_writes_at_once(before), torch._library.utils.is_inplace
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
         if not (
             isinstance(first, FunctionalTensor)
-            and torch._library.utils.is_inplace(func)
+            and in_place(func)
             and first.is_base_tensor()
             and 1 in first.shape
         ):
