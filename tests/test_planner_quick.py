@@ -23,6 +23,7 @@ from planner._compat import (
     at_once,
     collecting_seldom,
     fakes_as_last_time,
+    in_one_run,
     storage_key,
     tracing,
 )
@@ -236,6 +237,11 @@ def _as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
     monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
     monkeypatch.setattr(tracing, "without_writes_at_once", lambda run: run)
+
+    def not_at_all(*_: Any) -> Any:
+        raise in_one_run.NotInOneRun
+
+    monkeypatch.setattr(tracing, "joint_in_one_run", not_at_all)
 
 
 def test_ops_that_pass_all_layers_at_once_are_those_that_torch_notes(monkeypatch: pytest.MonkeyPatch) -> None:

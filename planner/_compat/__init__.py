@@ -9,6 +9,7 @@ torch upgrade is a change to this folder.
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
     at_once.py  ops that pass all layers of a trace at once
+    in_one_run.py  a joint graph from one run of the forward
     sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
     symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph
@@ -59,6 +60,7 @@ from planner._compat.dynamo import (
     split_graph,
     switches_gradients,
 )
+from planner._compat.in_one_run import run_as_traced
 from planner._compat.inductor import (
     IS_REALIZED,
     Lowered,
@@ -314,6 +316,7 @@ __all__ = [
     "spread",
     "spread_parameters",
     "stand_ins_derive_from",
+    "run_as_traced",
     "storage_key",
     "storage_uses",
     "stored",
