@@ -40,6 +40,8 @@ _WHOLE = _KEYS.CompositeImplicitAutograd  # of an op that is made of others
 _FUNCTIONALIZE = _C.DispatchKeySet(_KEYS.Functionalize)
 _PLAIN, _VIEW, _WRITES, _OTHER = range(4)
 _TORCHS: Any = object()  # a call that is left to torch
+_DEVICE = torch.ops.prim.device.default
+_HIDDEN_VIEW = torch.ops.aten._unsafe_view.default  # a view that its schema does not tell of
 
 
 class _Odd(Exception):
@@ -93,6 +95,8 @@ class AtOnce:
                 result = self._plain(mode, func, args, kwargs or {})
             elif kind == _VIEW:
                 result = self._view(mode, func, args, kwargs or {})
+            elif func is _DEVICE:
+                result = _device_of(args[0])
             else:
                 if kind == _WRITES:
                     self._note_writes((args, kwargs))
@@ -173,7 +177,7 @@ class AtOnce:
                 _torch._disable_functionalization()
                 _torch._functionalize_enable_reapply_views(before)
         made = [_wrapped(x, mode) for x in (out if isinstance(out, list) else [out])]
-        for each in made:
+        for each in made if func is not _HIDDEN_VIEW else ():
             _torch._functionalize_unsafe_set(each, args[0])
         return made if isinstance(out, list) else made[0]
 
@@ -183,7 +187,7 @@ class AtOnce:
         """For ``ProxyTorchDispatchMode.__torch_dispatch__``."""
 
         def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = self._noted(mode, func, args, kwargs or {})
+            made = _device_of(args[0]) if func is _DEVICE else self._noted(mode, func, args, kwargs or {})
             return torchs(mode, func, types, args, kwargs) if made is _TORCHS else made
 
         return dispatch
@@ -232,6 +236,12 @@ class AtOnce:
             item = self._new_node(tracer, "call_function", operator.getitem, (node, at), {}, "getitem")
             if each is not None:
                 self._track(tracer, item, each)
+
+
+def _device_of(x: Any) -> Any:
+    if _kind_of(x) is FunctionalTensor:
+        x = _torch._from_functional_tensor(x.elem)
+    return x.fake_device if _kind_of(x) is FakeTensor and not x.fake_mode.in_kernel_invocation else _TORCHS
 
 
 def _argument(x: Any, tracker: Any) -> Any:
@@ -290,8 +300,13 @@ def _kind_of_op(func: Any) -> int:
     )
     if apart:
         return _OTHER
+    if func is _HIDDEN_VIEW:
+        return _VIEW
     aliases = [x.alias_info is not None for x in (*schema.arguments, *schema.returns)]
     functional = _C._dispatch_has_kernel_for_dispatch_key(name, _KEYS.Functionalize)
+    functional = (
+        functional and func is not torch.ops.aten._to_copy.default
+    )  # whose kernel is for lazy devices
     if not any(aliases) and not functional:
         return _PLAIN if schema.returns and all(_is_tensor(x) for x in schema.returns) else _OTHER
     python: Any = importlib.import_module("torch.utils._python_dispatch")

@@ -72,7 +72,10 @@ def joint_in_one_run(module: nn.Module, args: tuple[Any, ...]) -> fx.GraphModule
     proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
     with _as_torch_traces(mode, env) as joint.mode:
         traced: fx.GraphModule = proxies.make_fx(
-            joint_helper, decomposition_table={}, record_module_stack=True, _disable_torch_fn_metadata_mode=True
+            joint_helper,
+            decomposition_table={},
+            record_module_stack=True,
+            _disable_torch_fn_metadata_mode=True,
         )(_each_alone(given))
     return joint.finished(traced)
 
@@ -205,7 +208,7 @@ class _Joint:
         return [next(made) if x.requires_grad else None for x in stand_ins]
 
     def _placeholders(self, proxies: Any, needed: list[tuple[int, Any]]) -> list[Any]:
-        """Stand-ins of the gradients of outputs, each behind a placeholder that is put in after the others."""
+        """Stand-ins of the gradients of outputs, each with a placeholder that is put behind the others."""
         described = _of("_aot_autograd.descriptors")
         tracer = proxies.get_proxy_mode().tracer
         last = [n for n in tracer.graph.nodes if n.op == "placeholder"][-1]
@@ -233,7 +236,7 @@ class _Joint:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
     def finished(self, traced: fx.GraphModule) -> fx.GraphModule:
-        """With descriptors, with what nodes of the backward take from those of the forward, without dead code."""
+        """With descriptors, with what the backward's nodes have from the forward's, without dead code."""
         utils: Any = importlib.import_module("torch._dynamo.utils")
         graph: Any = traced.graph
         placeholders = graph.find_nodes(op="placeholder")

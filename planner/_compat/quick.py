@@ -8,6 +8,7 @@ description of tensors that nobody reads.  Nothing that comes out of a trace dif
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import inspect
@@ -170,7 +171,7 @@ def _recipe(mode: Any, output: Any, func: Any, args: Any, kwargs: Any) -> Any:
             mode._validate_cache_key(func, args, kwargs)
         except _fake_tensor._BypassDispatchCache:
             return None
-    if _kind_of(output) is not tuple:
+    if not isinstance(output, tuple) or isinstance(output, torch.Size):
         return _maker_of(mode, output, func, args, kwargs)
     each = [_maker_of(mode, made, func, args, kwargs) for made in output]
     storages = [made.untyped_storage()._cdata for made in output if _kind_of(made) is FakeTensor]
@@ -265,7 +266,7 @@ def _layers() -> AtOnce:
 
 
 def without_writes_at_once(run: Any) -> Any:
-    """``run`` of the mode that makes a program without writes, but for what passes all layers at once; 2.9+."""
+    """``run`` of the mode that makes programs without writes, but for what passes all layers at once; 2.9+."""
     return _layers().functional(not_hidden(run))
 
 
@@ -359,6 +360,9 @@ class _Flattening:
             with contextlib.suppress(_Odd):
                 return leaves, _Shape(self._flat(tree, leaves))
         return self._torchs.tree_flatten(tree, *how, **more)
+
+    def tree_iter(self, tree: Any, *how: Any, **more: Any) -> Any:
+        return iter(self.tree_flatten(tree, *how, **more)[0])
 
     def tree_leaves(self, tree: Any, *how: Any, **more: Any) -> Any:
         return self.tree_flatten(tree, *how, **more)[0]
@@ -512,6 +516,22 @@ def _tracked(proxies: Any) -> Any:
     return track
 
 
+class _Copying:
+    """``copy.copy`` of what nodes hold on to: texts, and dicts of them."""
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        kind = _kind_of(x)
+        return x if kind is str else dict(x) if kind is dict else copy.copy(x)
+
+
+# Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
+_ASK_OF_OBJECTS = (
+    "torch._dynamo.eval_frame", "torch._tensor", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
+    "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def asked_once() -> Iterator[None]:
     """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
@@ -549,7 +569,9 @@ def asked_once() -> Iterator[None]:
         )
         put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
-        for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
+        for name in _ASK_OF_OBJECTS:
             put(_names_of(importlib.import_module(name), **builtin))
+        put(_names_of(importlib.import_module("torch.fx.graph"), pytree=flattening))
+        put(_names_of(importlib.import_module("torch.fx.proxy"), copy=_Copying))
         put(_names_of(_fake_tensor, **builtin))
         yield

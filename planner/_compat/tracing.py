@@ -45,7 +45,6 @@ from planner._compat.quick import (
 )
 from planner._compat.symbols import sizes_remembered
 
-
 log = logging.getLogger(__name__)
 
 

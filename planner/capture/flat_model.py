@@ -133,8 +133,8 @@ class FlatModel(nn.Module):
     ) -> Any:
         """The model's output, the model as it was; ``effects`` then says what it did besides.
 
-        The tracer may call this more than once.  Each run finds the model as it was, but for what the run before
-        it did besides: so it shows whether a later call runs the same ops as the first (``alike``).  Where
+        It may be called more than once.  Each run finds the model as it was, but for what the run before it
+        did besides: so it shows whether a later call runs the same ops as the first (``alike``).  Where
         tensors were stored, a later call would not make them: then each run is a first one.
         """
         first, again = self.effects, self.runs_again()
@@ -167,9 +167,9 @@ class FlatModel(nn.Module):
         return self.records and bool(self.effects.touched) and not self.effects.stored
 
     def is_another_later(self, run: Callable[[], object]) -> bool:
-        """Whether a run behind the one that was traced runs other ops; ``run`` is another, if there is to be one.
+        """Whether a call behind the one that was traced runs other ops, which ``run``, if need be, makes.
 
-        What was traced with the first one stays as that left it.
+        What the backward was traced with stays.
         """
         if not self.runs_again():
             return False
@@ -236,7 +236,9 @@ def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphMod
     """The joint graph of ``module``, of the kernels that eager would run."""
 
     def again() -> bool:
-        return isinstance(module, FlatModel) and module.is_another_later(lambda: run_as_traced(module, inputs))
+        return isinstance(module, FlatModel) and module.is_another_later(
+            lambda: run_as_traced(module, inputs)
+        )
 
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
