@@ -266,7 +266,7 @@ def _layers() -> AtOnce:
 
 
 def without_writes_at_once(run: Any) -> Any:
-    """``run`` of the mode that makes programs without writes, but for what passes all layers at once; 2.9+."""
+    """``run`` of the mode that makes programs without writes, but for what passes layers at once; 2.9+."""
     return _layers().functional(not_hidden(run))
 
 
@@ -360,9 +360,6 @@ class _Flattening:
             with contextlib.suppress(_Odd):
                 return leaves, _Shape(self._flat(tree, leaves))
         return self._torchs.tree_flatten(tree, *how, **more)
-
-    def tree_iter(self, tree: Any, *how: Any, **more: Any) -> Any:
-        return iter(self.tree_flatten(tree, *how, **more)[0])
 
     def tree_leaves(self, tree: Any, *how: Any, **more: Any) -> Any:
         return self.tree_flatten(tree, *how, **more)[0]
@@ -516,6 +513,29 @@ def _tracked(proxies: Any) -> Any:
     return track
 
 
+class _Leaves:
+    """Torch's flattening of containers, quick where a graph looks through what a node is called with."""
+
+    def __init__(self, torchs: Any) -> None:
+        self._torchs = torchs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchs, name)
+
+    def tree_iter(self, tree: Any) -> list[Any]:
+        leaves: list[Any] = []
+        waiting = [tree]
+        while waiting:
+            for x in waiting.pop():
+                if isinstance(x, (tuple, list)):
+                    waiting.append(x)
+                elif isinstance(x, dict):
+                    waiting.append(x.values())
+                else:
+                    leaves.append(x)
+        return leaves
+
+
 class _Copying:
     """``copy.copy`` of what nodes hold on to: texts, and dicts of them."""
 
@@ -571,7 +591,7 @@ def asked_once() -> Iterator[None]:
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
         for name in _ASK_OF_OBJECTS:
             put(_names_of(importlib.import_module(name), **builtin))
-        put(_names_of(importlib.import_module("torch.fx.graph"), pytree=flattening))
+        put(_names_of(importlib.import_module("torch.fx.graph"), pytree=_Leaves(flattening)))
         put(_names_of(importlib.import_module("torch.fx.proxy"), copy=_Copying))
         put(_names_of(_fake_tensor, **builtin))
         yield
