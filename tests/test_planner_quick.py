@@ -224,8 +224,10 @@ def _told(joint: JointGraph) -> list[str]:
 
     nodes = list(joint.step.module.graph.nodes)
     begins = min(n.meta["seq_nr"] for n in nodes if "seq_nr" in n.meta)
+    own = "_torchdynamo_"  # what Dynamo notes when it first comes by a function of torch's
+    noted = {n: {k: v for k, v in n.meta.get("custom", {}).items() if not k.startswith(own)} for n in nodes}
     return [
-        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {n.meta.get('custom')} "
+        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {noted[n]} "
         f"{n.meta.get('is_gradient_acc')} {n.meta.get('seq_nr', begins) - begins} {n.meta.get('desc')}"
         for n in nodes
     ]

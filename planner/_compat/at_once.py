@@ -38,7 +38,8 @@ _C: Any = torch._C
 _KEYS, _MODES = _C.DispatchKey, _C._TorchDispatchModeKey
 _WHOLE = _KEYS.CompositeImplicitAutograd  # of an op that is made of others
 _FUNCTIONALIZE = _C.DispatchKeySet(_KEYS.Functionalize)
-_PLAIN, _VIEW, _WRITES, _OTHER = range(4)
+_PLAIN, _VIEW, _IN_PLACE, _BESIDE, _WRITES, _OTHER = range(6)
+_THROUGH = _VIEW, _IN_PLACE, _BESIDE
 _TORCHS: Any = object()  # a call that is left to torch
 _DEVICE = torch.ops.prim.device.default
 _HIDDEN_VIEW = torch.ops.aten._unsafe_view.default  # a view that its schema does not tell of
@@ -93,8 +94,8 @@ class AtOnce:
             kind = self._kind(func)
             if kind == _PLAIN:
                 result = self._plain(mode, func, args, kwargs or {})
-            elif kind == _VIEW:
-                result = self._view(mode, func, args, kwargs or {})
+            elif kind in _THROUGH:
+                result = self._through(mode, kind, func, args, kwargs or {})
             elif func is _DEVICE:
                 result = _device_of(args[0])
             else:
@@ -118,18 +119,31 @@ class AtOnce:
             self._note_writes(list(x.values()))
 
     def _elem(self, x: Any) -> Any:
-        """The tensor of C++ below one of the trace, which has all writes; the same of a list of them."""
+        """The tensor of C++ below one of the trace, which has all writes then; the same of a list of them."""
         kind = _kind_of(x)
         if kind is FunctionalTensor:
             elem = x.elem
             if self._written and elem.untyped_storage()._cdata in self._written:
-                raise _Odd
+                self._bring_writes(x)
             return elem
         if kind in VALUES:
             return x
         if kind is tuple or kind is list:
             return kind([self._elem(item) for item in x])
         raise _Odd
+
+    @staticmethod
+    def _bring_writes(x: Any) -> None:
+        """Make a view anew that does not have a write to its base; its node is marked as the first one's."""
+        writer = _C._get_dispatch_mode(_MODES.PROXY)
+        if writer is None:
+            _torch._sync(x)
+            return
+        entry = writer.tracer.tensor_tracker.get(_torch._from_functional_tensor(x.elem))
+        if entry is None:
+            raise _Odd
+        with fx.traceback.set_current_replay_node(entry.proxy.node):
+            _torch._sync(x)
 
     def _inner(self, x: Any) -> Any:
         """The fake that a tensor of the trace stands for."""
@@ -158,9 +172,14 @@ class AtOnce:
             return tuple([x if x is None else _functional(x, mode) for x in made])
         return _functional(made, mode)
 
-    def _view(self, mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    def _through(self, mode: Any, kind: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """A view, or a write: C++ notes what it is of, and runs what it is without writes."""
+        if kind != _VIEW:
+            self._note_writes((args, kwargs))
         if self._all_written or mode.export or mode.pre_dispatch or _kind_of(args[0]) is not FunctionalTensor:
             return _TORCHS
+        if kind != _VIEW and args[0]._has_symbolic_sizes_strides:
+            return _TORCHS  # what it gives has sizes of its own, whose nodes count in the names of others
         try:
             elems = [self._elem(x) for x in args]
             if kwargs:
@@ -176,10 +195,13 @@ class AtOnce:
             finally:
                 _torch._disable_functionalization()
                 _torch._functionalize_enable_reapply_views(before)
-        made = [_wrapped(x, mode) for x in (out if isinstance(out, list) else [out])]
-        for each in made if func is not _HIDDEN_VIEW else ():
+        if kind == _IN_PLACE:
+            return args[0]
+        many = isinstance(out, (list, tuple))
+        made = [_wrapped(x, mode) for x in (out if many else [out])]
+        for each in made if kind == _VIEW and func is not _HIDDEN_VIEW else ():
             _torch._functionalize_unsafe_set(each, args[0])
-        return made if isinstance(out, list) else made[0]
+        return type(out)(made) if many else made[0]
 
     # -- the graph ---------------------------------------------------------------------------------
 
@@ -280,13 +302,12 @@ def _wrapped(elem: Any, mode: Any) -> Any:
 
 
 def _kind_of_op(func: Any) -> int:
-    """Whether an op is plain, a view of its first argument, writes, or is left to torch."""
+    """Whether an op is plain, a view of its first argument, a write in its place or beside its results, or is
+    left to torch."""
     if not isinstance(func, OpOverload):
         return _OTHER
-    schema = func._schema
-    if schema.is_mutable or torch.Tag.inplace_view in func.tags:
-        return _WRITES
-    name = func.name()
+    schema, name = func._schema, func.name()
+    writes = schema.is_mutable or torch.Tag.inplace_view in func.tags
     effects: Any = importlib.import_module("torch._higher_order_ops.effects")
     apart = (
         func.namespace != "aten"
@@ -295,24 +316,34 @@ def _kind_of_op(func: Any) -> int:
         or _WHOLE in func.py_kernels
         or _KEYS.Functionalize in func.py_kernels
         or _C._dispatch_has_kernel_for_dispatch_key(name, _WHOLE)
-        or "maybe_aliasing_or_mutating" in {tag.name for tag in func.tags}
+        or {"maybe_aliasing_or_mutating", "inplace_view"} & {tag.name for tag in func.tags}
         or effects.has_effects(func)
     )
     if apart:
-        return _OTHER
+        return _WRITES if writes else _OTHER
     if func is _HIDDEN_VIEW:
         return _VIEW
+    kernel = _C._dispatch_has_kernel_for_dispatch_key(name, _KEYS.Functionalize)
+    if writes:
+        return _kind_of_write(schema) if kernel else _WRITES
     aliases = [x.alias_info is not None for x in (*schema.arguments, *schema.returns)]
-    functional = _C._dispatch_has_kernel_for_dispatch_key(name, _KEYS.Functionalize)
-    functional = (
-        functional and func is not torch.ops.aten._to_copy.default
-    )  # whose kernel is for lazy devices
-    if not any(aliases) and not functional:
+    lazy = func is torch.ops.aten._to_copy.default  # its kernel there does more for lazy devices alone
+    if not any(aliases) and (lazy or not kernel):
         return _PLAIN if schema.returns and all(_is_tensor(x) for x in schema.returns) else _OTHER
     python: Any = importlib.import_module("torch.utils._python_dispatch")
-    of_first = functional and python.get_alias_info(func).read_only_alias_match_indexes == [(0, 0)]
+    of_first = kernel and python.get_alias_info(func).read_only_alias_match_indexes == [(0, 0)]
     alone = sum(aliases) == 2 and len(schema.returns) == 1
     return _VIEW if of_first and alone and func.is_view else _OTHER
+
+
+def _kind_of_write(schema: Any) -> int:
+    """Of an op that writes: whether it gives its first argument, or tensors beside those that it writes."""
+    written = [x for x in schema.arguments if x.alias_info is not None]
+    given = [x.alias_info for x in schema.returns]
+    if schema.returns and not any(given) and all(_is_tensor(x) for x in schema.returns):
+        return _BESIDE if all(x.alias_info.is_write for x in written) else _WRITES
+    first = written == [schema.arguments[0]] and len(given) == 1 and given[0] is not None
+    return _IN_PLACE if first and schema.name.endswith("_") else _WRITES
 
 
 def _is_tensor(returned: Any) -> bool:

@@ -13,7 +13,6 @@ backward writes into; effects in order; nothing to differentiate.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import inspect
 from collections import Counter
@@ -35,6 +34,7 @@ __all__ = ["NotInOneRun", "joint_in_one_run", "run_as_traced"]
 
 _C: Any = torch._C
 _BACKWARD = "is_backward"  # how torch marks nodes of the backward
+_DYNAMOS = "_torchdynamo_"  # what it notes for itself, the first time that it comes by a function of torch's
 
 # What prepares a module for torch's own tracer takes these and returns twelve things; 2.13+
 _PREPARES = "_record_nn_module_stack", "_disable_torch_fn_metadata_mode", "disable_functionalization"
@@ -269,4 +269,5 @@ def _note_modules(graph: fx.Graph) -> None:
         elif not node.meta.get("is_gradient_acc", False):
             custom = made_by.get(number)
             if custom is not None:
-                node.meta["custom"] = {**node.meta.get("custom", {}), **copy.copy(custom)}
+                told = {key: value for key, value in custom.items() if not key.startswith(_DYNAMOS)}
+                node.meta["custom"] = {**node.meta.get("custom", {}), **told}
