@@ -36,8 +36,12 @@ _C: Any = torch._C
 _BACKWARD = "is_backward"  # how torch marks nodes of the backward
 _DYNAMOS = "_torchdynamo_"  # what it notes for itself, the first time that it comes by a function of torch's
 
-# What prepares a module for torch's own tracer takes these and returns twelve things; 2.13+
-_PREPARES = "_record_nn_module_stack", "_disable_torch_fn_metadata_mode", "disable_functionalization"
+# What prepares a module for torch's own tracer is known to take these; 2.13
+_PREPARES = frozenset({
+    "mod", "args", "kwargs", "decompositions", "keep_inference_input_mutations", "ignore_shape_env",
+    "flatten", "force_non_lazy_backward_lowering", "disable_functionalization", "_record_nn_module_stack",
+    "_disable_torch_fn_metadata_mode",
+})  # fmt: skip
 
 
 class NotInOneRun(Exception):
@@ -53,15 +57,9 @@ def joint_in_one_run(module: nn.Module, args: tuple[Any, ...]) -> fx.GraphModule
 
     Raises ``NotInOneRun``; then the forward may have run.
     """
-    prepare = getattr(_of("aot_autograd"), "prepare_aot_module_simplified", None)
-    if prepare is None or not {*_PREPARES} <= inspect.signature(prepare).parameters.keys():
-        raise NotInOneRun("an earlier version of torch")
     if _functorch_config.functionalize_rng_ops or _functorch_config.backward_pass_autocast != "off":
         raise NotInOneRun("other settings of the tracer")
-    flat_fn, _, _, _, given, descs, _, mode, env, _, _, _ = prepare(
-        module, args, {}, None, False, False, flatten=True, force_non_lazy_backward_lowering=True,
-        _disable_torch_fn_metadata_mode=True,
-    )  # fmt: skip
+    flat_fn, given, descs, mode, env = _prepared(module, args)
     if any(type(x) is not FakeTensor for x in given):
         raise NotInOneRun("inputs that wrap others")
     joint = _Joint(flat_fn, descs)
@@ -82,13 +80,24 @@ def joint_in_one_run(module: nn.Module, args: tuple[Any, ...]) -> fx.GraphModule
 
 def run_as_traced(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Run ``module`` as :func:`joint_in_one_run` does, without a graph; behind a call of that."""
-    flat_fn, _, _, _, given, _, _, mode, env, _, _, _ = _of("aot_autograd").prepare_aot_module_simplified(
-        module, args, {}, None, False, False, flatten=True
-    )
+    flat_fn, given, _, mode, env = _prepared(module, args)
     away = _C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(_C.DispatchKey.Functionalize))
     uncached = importlib.import_module("torch.fx.experimental.proxy_tensor").disable_autocast_cache
     with _as_torch_traces(mode, env), away, uncached():
         flat_fn(*map(_of("_aot_autograd.functional_utils").to_fun, _each_alone(given)))
+
+
+def _prepared(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any], Any, Any]:
+    """``module`` as a function of parameters, buffers and ``args``; these as fakes; what each is; their mode
+    and shape environment."""
+    prepare = getattr(_of("aot_autograd"), "prepare_aot_module_simplified", None)
+    if prepare is None or inspect.signature(prepare).parameters.keys() != _PREPARES:
+        raise NotInOneRun("another version of torch")
+    flat_fn, _, _, _, given, descs, _, mode, env, _, _, _ = prepare(
+        module, args, {}, None, keep_inference_input_mutations=False, ignore_shape_env=False, flatten=True,
+        force_non_lazy_backward_lowering=True, _disable_torch_fn_metadata_mode=True,
+    )  # fmt: skip
+    return flat_fn, given, descs, mode, env
 
 
 def _each_alone(given: list[Any]) -> list[Any]:

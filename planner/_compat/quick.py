@@ -12,6 +12,7 @@ import copy
 import gc
 import importlib
 import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -546,10 +547,10 @@ class _Copying:
 
 
 # Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
-_ASK_OF_OBJECTS = (
+_ASK_OF_OBJECTS = frozenset({
     "torch._dynamo.eval_frame", "torch._tensor", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
     "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
-)  # fmt: skip
+})  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -589,8 +590,8 @@ def asked_once() -> Iterator[None]:
         )
         put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
-        for name in _ASK_OF_OBJECTS:
-            put(_names_of(importlib.import_module(name), **builtin))
+        for name in _ASK_OF_OBJECTS & sys.modules.keys():
+            put(_names_of(sys.modules[name], **builtin))
         put(_names_of(importlib.import_module("torch.fx.graph"), pytree=_Leaves(flattening)))
         put(_names_of(importlib.import_module("torch.fx.proxy"), copy=_Copying))
         put(_names_of(_fake_tensor, **builtin))

@@ -29,6 +29,7 @@ import pickle
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -141,6 +142,11 @@ def _of_torch(generator: torch.Generator) -> _Source:
     return _Source("torch's generator", read, write)
 
 
+_found: weakref.WeakSet[random.Random] = (
+    weakref.WeakSet()
+)  # those of Python's that are alive, as far as known
+
+
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from global_sources()
@@ -150,11 +156,13 @@ def _alive() -> Iterator[_Source]:
     named = {id(_pythons())} | {key for key, x in tracers.items() if type(x) in pythons}
     numbers = numbers_of(pythons | numpys)  # in one walk, and most often there are no others
     hidden = gc.get_freeze_count() > 0  # these may be; then any other counts
-    if sum(numbers[kind] for kind in pythons) > (0 if hidden else len(named)):
-        for thing in instances_of(pythons):
-            if id(thing) not in named:
-                with contextlib.suppress(Exception):  # half made, or a subclass without a state
-                    yield _of_python(thing)
+    found = [x for x in _found if id(x) not in named]
+    if hidden or sum(numbers[kind] for kind in pythons) != len(named) + len(found):
+        found = [x for x in instances_of(pythons) if id(x) not in named]
+        _found.update(found)
+    for thing in found:
+        with contextlib.suppress(Exception):  # half made, or a subclass without a state
+            yield _of_python(thing)
     if sum(numbers[kind] for kind in numpys) > (0 if hidden else 1):  # beside the global one
         for thing in _numpy_instances():
             with contextlib.suppress(Exception):
