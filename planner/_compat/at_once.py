@@ -164,6 +164,10 @@ class AtOnce:
             named = {name: self._inner(x) for name, x in kwargs.items()} if kwargs else kwargs
         except _Odd:
             return _TORCHS
+        if inner and inner[-1] is None:
+            return _TORCHS  # C++ may leave it out
+        if any(x is None for x in named.values()):
+            named = _as_given_on(func, named)
         writer = _C._get_dispatch_mode(_MODES.PROXY)
         made = self._made(func, inner, named) if writer is None else self._noted(writer, func, inner, named)
         if made is _TORCHS:
@@ -220,10 +224,16 @@ class AtOnce:
         if mode is None or not mode.cache_enabled or mode.cache_crosscheck_enabled:
             return _TORCHS
         key = self._key_of(mode, func, args, kwargs)
-        maker = None if key is None else self._known.get(key)
-        if maker is None:
+        if key is None:
             return _TORCHS
-        made = maker(mode, args)
+        maker = self._known.get(key)
+        if maker is not None:
+            made = maker(mode, args)
+        elif mode.shape_env is None:
+            with self._proxies.disable_proxy_modes_tracing():
+                made = func(*args, **kwargs)  # on fakes alone, which are remembered if that can be
+        else:
+            return _TORCHS
         of = made if _kind_of(made) is tuple else (made,)
         return made if all(x is None or _kind_of(x) is FakeTensor for x in of) else _TORCHS
 
@@ -258,6 +268,12 @@ class AtOnce:
             item = self._new_node(tracer, "call_function", operator.getitem, (node, at), {}, "getitem")
             if each is not None:
                 self._track(tracer, item, each)
+
+
+def _as_given_on(func: Any, named: dict[str, Any]) -> dict[str, Any]:
+    """Named arguments without tensors that are undefined in C++ and none by default, as C++ gives them on."""
+    defaults = {x.name for x in func._schema.arguments if x.has_default_value() and x.default_value is None}
+    return {name: x for name, x in named.items() if x is not None or name not in defaults}
 
 
 def _device_of(x: Any) -> Any:
