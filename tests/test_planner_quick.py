@@ -210,6 +210,23 @@ class _Writes(nn.Module):
         return {"loss": loss, "first": whole[0], "many": torch.stack(torch.split(whole, 2, dim=1), 1)}
 
 
+class _Attends(nn.Module):
+    """Attention without a mask, of which C++ tells as an undefined tensor; norms and dropouts, whose results
+    have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(5, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x + self.table(torch.arange(6) % 5))
+        heads = h.view(1, 6, 2, 4).transpose(1, 2)
+        for causal in (True, True, False):
+            heads = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal)
+        out: Tensor = nn.functional.dropout(heads, 0.1).square().mean()
+        return out
+
+
 def _told(joint: JointGraph) -> list[str]:
     """Every node with what it makes; storages by the first node that lies on each."""
     first: dict[int, str] = {}
@@ -225,9 +242,10 @@ def _told(joint: JointGraph) -> list[str]:
     nodes = list(joint.step.module.graph.nodes)
     begins = min(n.meta["seq_nr"] for n in nodes if "seq_nr" in n.meta)
     own = "_torchdynamo_"  # what Dynamo notes when it first comes by a function of torch's
-    noted = {n: {k: v for k, v in n.meta.get("custom", {}).items() if not k.startswith(own)} for n in nodes}
+    calls = [n for n in nodes if n.op != "output"]  # which is of no module, whatever the tracer wrote last
+    noted = {n: {k: v for k, v in n.meta.get("custom", {}).items() if not k.startswith(own)} for n in calls}
     return [
-        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {noted[n]} "
+        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {noted.get(n)} "
         f"{n.meta.get('is_gradient_acc')} {n.meta.get('seq_nr', begins) - begins} {n.meta.get('desc')}"
         for n in nodes
     ]
@@ -258,7 +276,7 @@ def test_ops_that_pass_all_layers_at_once_are_those_that_torch_notes(monkeypatch
         return made
 
     monkeypatch.setattr(at_once.AtOnce, "_noted", counted)
-    for model in (_Varied, _Writes):
+    for model in (_Varied, _Writes, _Attends):
         capture(tiny.seeded(model), given)  # from here on what ops give is known
         taken.clear()
         quick = capture(tiny.seeded(model), given)
@@ -268,6 +286,47 @@ def test_ops_that_pass_all_layers_at_once_are_those_that_torch_notes(monkeypatch
             _as_torch(patch)
             torchs = capture(tiny.seeded(model), given)
         assert _told(quick) == _told(torchs)
+
+
+class _Twice(tiny.Mlp):
+    """Two inputs, of which it may write into one."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.register_buffer("past", torch.zeros(4, 8))
+        self.register_buffer("rows", self.past[1:3])  # on the memory of another
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.writes:
+            self.past.mul_(2)
+        return super().forward(x + y * 2 + self.past) + self.rows.sum()
+
+
+def test_the_forward_runs_once_where_that_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as often as torch's own tracer runs it beside, where one buffer is written through another."""
+    runs = []
+    run = flat_model.called
+
+    def called(*args: Any) -> Any:
+        runs.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(flat_model, "called", called)
+    x = torch.randn(4, 8)
+    for inputs in ((x, x), (x, torch.randn(4, 8))):  # one tensor under two names, or two
+        runs.clear()
+        quick = capture(tiny.seeded(lambda: _Twice(writes=False)), inputs)
+        assert len(runs) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(in_one_run, "_PREPARES", frozenset())  # a version of torch that is not known
+            torchs = capture(tiny.seeded(lambda: _Twice(writes=False)), inputs)
+        assert len(runs) == 3
+        assert _told(quick) == _told(torchs)
+    runs.clear()
+    with contextlib.suppress(PlannerError):  # what comes of it is torch's
+        capture(tiny.seeded(lambda: _Twice(writes=True)), (x, x))
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
