@@ -80,10 +80,15 @@ class AtOnce:
             if isinstance(func, OpOverload) and _kind_of_op(func) in (_PLAIN, _VIEW):
                 exact = self._proxies._should_save_eager_input_vals(func)
                 values = torch.Tag.data_dependent_output in func.tags
-                if not exact and not values and func not in mode.decomposition_table:
+                if not exact and not values and func not in self._formulas(mode):
                     name = mode.tracer.graph._target_to_str(func.overloadpacket.__name__)
             self._names[func] = name
         return self._names[func]
+
+    def _formulas(self, mode: Any) -> Any:
+        """What the mode that writes the graph runs in the place of ops; 2.11 keeps it beside the mode."""
+        own = getattr(mode, "decomposition_table", None)
+        return self._proxies.CURRENT_DECOMPOSITION_TABLE if own is None else own
 
     # -- without writes ----------------------------------------------------------------------------
 
