@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn, optim
 
 import planner
-from planner._compat import FakeTensorMode, collecting_seldom, fakes_as_last_time, storage_key, tracing
+from planner._compat import (
+    FakeTensorMode,
+    at_once,
+    collecting_seldom,
+    fakes_as_last_time,
+    in_one_run,
+    storage_key,
+    tracing,
+)
 from planner.capture import flat_model, on_fakes
 from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
@@ -173,6 +181,52 @@ class _Varied(nn.Module):
         return {"loss": torch.stack([top.std(), h.pow(2).mean()]).sum(), "view": h.t()[1:3].reshape(-1)}
 
 
+class _Writes(nn.Module):
+    """Views of what was written through another name, before and after; what only torch's own code takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("table", torch.arange(64.0).reshape(8, 8))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        row, rest = self.table[0], self.table[1:].t()
+        self.table.mul_(0.9)
+        h = self.layer(x.unsqueeze(0)).squeeze(0)  # 3 dimensions: a view that no schema tells of
+        h.detach().view(-1)[::3] = 0  # from the first on: of others torch remembers another offset
+        ends = h.chunk(2, dim=-1)
+        product = torch.matmul(x.unsqueeze(1).expand(-1, 3, -1), self.layer.weight)
+        whole = product.transpose(0, 1)
+        product[:, 0].add_(row * self.steps)
+        whole[:, :, ::2].zero_()
+        scores = torch.where(h > 0, h, h.new_tensor(-1.0)).masked_fill(torch.eye(6, 8).bool(), 0.5)
+        index = torch.tensor([0, 2, 1])
+        scores = scores.index_put((index,), whole.sum(0)[index]) + torch.complex(h, h).conj().abs()
+        with torch.no_grad():
+            low = scores.exp().bfloat16()
+        loss = scores.sigmoid_().mean() + ends[0].square().sum() + rest.sum() + low.float().max()
+        return {"loss": loss, "first": whole[0], "many": torch.stack(torch.split(whole, 2, dim=1), 1)}
+
+
+class _Attends(nn.Module):
+    """Attention without a mask, of which C++ tells as an undefined tensor; norms and dropouts, whose results
+    have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(5, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x + self.table(torch.arange(6) % 5))
+        heads = h.view(1, 6, 2, 4).transpose(1, 2)
+        for causal in (True, True, False):
+            heads = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=causal)
+        out: Tensor = nn.functional.dropout(heads, 0.1).square().mean()
+        return out
+
+
 def _told(joint: JointGraph) -> list[str]:
     """Every node with what it makes; storages by the first node that lies on each."""
     first: dict[int, str] = {}
@@ -187,11 +241,92 @@ def _told(joint: JointGraph) -> list[str]:
 
     nodes = list(joint.step.module.graph.nodes)
     begins = min(n.meta["seq_nr"] for n in nodes if "seq_nr" in n.meta)
+    own = "_torchdynamo_"  # what Dynamo notes when it first comes by a function of torch's
+    calls = [n for n in nodes if n.op != "output"]  # which is of no module, whatever the tracer wrote last
+    noted = {n: {k: v for k, v in n.meta.get("custom", {}).items() if not k.startswith(own)} for n in calls}
     return [
-        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {n.meta.get('custom')} "
+        f"{n.name} {n.target} {n.args} {n.kwargs} {of(n.meta.get('val'), n.name)} {noted.get(n)} "
         f"{n.meta.get('is_gradient_acc')} {n.meta.get('seq_nr', begins) - begins} {n.meta.get('desc')}"
         for n in nodes
     ]
+
+
+def _as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("asked_once", "code_when_run"):
+        monkeypatch.setattr(tracing, name, contextlib.nullcontext)
+    monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
+    monkeypatch.setattr(tracing, "without_writes_at_once", lambda run: run)
+
+    def not_at_all(*_: Any) -> Any:
+        raise in_one_run.NotInOneRun
+
+    monkeypatch.setattr(tracing, "joint_in_one_run", not_at_all)
+
+
+def test_ops_that_pass_all_layers_at_once_are_those_that_torch_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (torch.randn(6, 8, requires_grad=True),)
+    taken: list[Any] = []
+    noted = at_once.AtOnce._noted
+
+    def counted(self: Any, mode: Any, func: Any, *args: Any) -> Any:
+        made = noted(self, mode, func, *args)
+        if made is not at_once._TORCHS:
+            taken.append(func)
+        return made
+
+    monkeypatch.setattr(at_once.AtOnce, "_noted", counted)
+    for model in (_Varied, _Writes, _Attends):
+        capture(tiny.seeded(model), given)  # from here on what ops give is known
+        taken.clear()
+        quick = capture(tiny.seeded(model), given)
+        calls = [n for n in quick.step.module.graph.nodes if n.op == "call_function"]
+        assert len(taken) > len(calls) / 2  # of calls that stayed in the graph
+        with monkeypatch.context() as patch:
+            _as_torch(patch)
+            torchs = capture(tiny.seeded(model), given)
+        assert _told(quick) == _told(torchs)
+
+
+class _Twice(tiny.Mlp):
+    """Two inputs, of which it may write into one."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.writes = writes
+        self.register_buffer("past", torch.zeros(4, 8))
+        self.register_buffer("rows", self.past[1:3])  # on the memory of another
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.writes:
+            self.past.mul_(2)
+        return super().forward(x + y * 2 + self.past) + self.rows.sum()
+
+
+def test_the_forward_runs_once_where_that_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as often as torch's own tracer runs it beside, where one buffer is written through another."""
+    runs = []
+    run = flat_model.called
+
+    def called(*args: Any) -> Any:
+        runs.append(args)
+        return run(*args)
+
+    monkeypatch.setattr(flat_model, "called", called)
+    x = torch.randn(4, 8)
+    for inputs in ((x, x), (x, torch.randn(4, 8))):  # one tensor under two names, or two
+        runs.clear()
+        quick = capture(tiny.seeded(lambda: _Twice(writes=False)), inputs)
+        assert len(runs) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(in_one_run, "_PREPARES", frozenset())  # a version of torch that is not known
+            torchs = capture(tiny.seeded(lambda: _Twice(writes=False)), inputs)
+        assert len(runs) == 3
+        assert _told(quick) == _told(torchs)
+    runs.clear()
+    with contextlib.suppress(PlannerError):  # what comes of it is torch's
+        capture(tiny.seeded(lambda: _Twice(writes=True)), (x, x))
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -202,11 +337,7 @@ def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
     dims = ((0,),) if dynamic else None
     quick = capture(tiny.seeded(_Varied), given, dims=dims)
     again = quick if dynamic else capture(tiny.seeded(_Varied), given)
-    for name in ("asked_once", "code_when_run"):
-        monkeypatch.setattr(tracing, name, contextlib.nullcontext)
-    monkeypatch.setattr(tracing, "fakes_remembered", lambda known: contextlib.nullcontext())
-    monkeypatch.setattr(tracing, "sizes_remembered", lambda env: contextlib.nullcontext())
-    monkeypatch.setattr(tracing, "not_hidden", lambda run: run)
+    _as_torch(monkeypatch)
     torchs = capture(tiny.seeded(_Varied), given, dims=dims)
     assert (torchs.sizes is not None) is dynamic
     if torchs.sizes is not None and quick.sizes is not None:

@@ -8,6 +8,8 @@ torch upgrade is a change to this folder.
     autocast.py contexts of autocast
     dynamo.py   how Dynamo cuts a forward
     quick.py    the same trace in less time
+    at_once.py  ops that pass all layers of a trace at once
+    in_one_run.py  a joint graph from one run of the forward
     sized_fakes.py  what ops give on fakes whose sizes are symbols, remembered
     symbols.py  arithmetic on symbols, remembered
     inductor.py how inductor splits, lowers and compiles a graph
@@ -58,6 +60,7 @@ from planner._compat.dynamo import (
     split_graph,
     switches_gradients,
 )
+from planner._compat.in_one_run import run_as_traced
 from planner._compat.inductor import (
     IS_REALIZED,
     Lowered,
@@ -308,6 +311,7 @@ __all__ = [
     "reads_a_number",
     "recompile_limit",
     "root_of_shards",
+    "run_as_traced",
     "run_collective",
     "saved_tensors_hooks_set_aside",
     "seeded",

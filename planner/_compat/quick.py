@@ -8,9 +8,11 @@ description of tensors that nobody reads.  Nothing that comes out of a trace dif
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
+from planner._compat.at_once import AtOnce
 from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, sized_output
 
 _kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
@@ -169,7 +172,7 @@ def _recipe(mode: Any, output: Any, func: Any, args: Any, kwargs: Any) -> Any:
             mode._validate_cache_key(func, args, kwargs)
         except _fake_tensor._BypassDispatchCache:
             return None
-    if _kind_of(output) is not tuple:
+    if not isinstance(output, tuple) or isinstance(output, torch.Size):
         return _maker_of(mode, output, func, args, kwargs)
     each = [_maker_of(mode, made, func, args, kwargs) for made in output]
     storages = [made.untyped_storage()._cdata for made in output if _kind_of(made) is FakeTensor]
@@ -256,6 +259,21 @@ def _looked_up(known: Remembered) -> Iterator[None]:
     finally:
         FakeTensorMode.cache = before
         type.__setattr__(FakeTensorMode, "__torch_dispatch__", run)
+
+
+def _layers() -> AtOnce:
+    cache: Any = FakeTensorMode.cache
+    return AtOnce(_key_of, cache.quick if isinstance(cache, Remembered) else {})
+
+
+def without_writes_at_once(run: Any) -> Any:
+    """``run`` of the mode that makes programs without writes, but for what passes layers at once; 2.9+."""
+    return _layers().functional(not_hidden(run))
+
+
+def _noted_at_once(run: Any) -> Any:
+    """``run`` of the mode that writes the graph, likewise."""
+    return _layers().written(not_hidden(run))
 
 
 # -- graphs ---------------------------------------------------------------------------------------------
@@ -496,6 +514,45 @@ def _tracked(proxies: Any) -> Any:
     return track
 
 
+class _Leaves:
+    """Torch's flattening of containers, quick where a graph looks through what a node is called with."""
+
+    def __init__(self, torchs: Any) -> None:
+        self._torchs = torchs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchs, name)
+
+    def tree_iter(self, tree: Any) -> list[Any]:
+        leaves: list[Any] = []
+        waiting = [tree]
+        while waiting:
+            for x in waiting.pop():
+                if isinstance(x, (tuple, list)):
+                    waiting.append(x)
+                elif isinstance(x, dict):
+                    waiting.append(x.values())
+                else:
+                    leaves.append(x)
+        return leaves
+
+
+class _Copying:
+    """``copy.copy`` of what nodes hold on to: texts, and dicts of them."""
+
+    @staticmethod
+    def copy(x: Any) -> Any:
+        kind = _kind_of(x)
+        return x if kind is str else dict(x) if kind is dict else copy.copy(x)
+
+
+# Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
+_ASK_OF_OBJECTS = frozenset({
+    "torch._dynamo.eval_frame", "torch._tensor", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
+    "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
+})  # fmt: skip
+
+
 @contextlib.contextmanager
 def asked_once() -> Iterator[None]:
     """What the tracer asks at every op, of the op alone, it asks once; for the whole process.
@@ -531,9 +588,11 @@ def asked_once() -> Iterator[None]:
                 _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
             )
         )
-        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", not_hidden))
+        put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
-        for name in ("torch.fx.graph", "torch.fx.node", "torch.fx.proxy", "torch.utils._pytree"):
-            put(_names_of(importlib.import_module(name), **builtin))
+        for name in _ASK_OF_OBJECTS & sys.modules.keys():
+            put(_names_of(sys.modules[name], **builtin))
+        put(_names_of(importlib.import_module("torch.fx.graph"), pytree=_Leaves(flattening)))
+        put(_names_of(importlib.import_module("torch.fx.proxy"), copy=_Copying))
         put(_names_of(_fake_tensor, **builtin))
         yield

@@ -48,9 +48,13 @@ def no_data(mode: Any, made: torch.Tensor) -> None:
 
 def held_by(mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
     """The attributes of a fake."""
-    held = dict(vars(FakeTensor(mode, _plain((0,), (1,), torch.float32), device)))
-    assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
-    return held
+    known = vars(mode).setdefault(_HELD, {})
+    if device not in known:
+        held = dict(vars(FakeTensor(mode, _plain((0,), (1,), torch.float32), device)))
+        assert all(held[name] is None for name in held if name not in _OF_A_FAKE)
+        del held["fake_mode"]  # set by who makes one
+        known[device] = held
+    return {**known[device], "fake_mode": mode}
 
 
 def fake_on(
@@ -71,6 +75,8 @@ def fake_on(
     fake: FakeTensor = made
     return fake
 
+
+_HELD = "_planner_held"  # on a mode: the attributes of its fakes, by device
 
 # Attributes of a fake that are not ``None``.
 _OF_A_FAKE = frozenset({"_fake_device", "fake_device", "fake_mode"})

@@ -34,15 +34,18 @@ from torch._subclasses.functional_tensor import (
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from planner._compat.in_one_run import NotInOneRun, joint_in_one_run
 from planner._compat.quick import (
     Remembered,
     asked_once,
     code_when_run,
     dynamo_callback,
     fakes_remembered,
-    not_hidden,
+    without_writes_at_once,
 )
 from planner._compat.symbols import sizes_remembered
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -418,10 +421,13 @@ _UNNAMED: dict[str, Any] = (
 )
 
 
-def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def export_joint(
+    module: nn.Module, args: tuple[Any, ...], again: Callable[[], bool] = lambda: False
+) -> fx.GraphModule:
     """The joint graph of ``module`` at fake inputs, undecomposed, each placeholder and output described.
 
-    Called inside :func:`kernels_as_eager`.
+    Called inside :func:`kernels_as_eager`.  ``again()``, asked once there is a graph: whether that is to be
+    one of another run.
 
     ``node.meta["desc"]`` on placeholders and on the output node holds ``descriptors`` objects;
     ``node.meta["val"]`` is a fake tensor.
@@ -434,7 +440,12 @@ def export_joint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         sizes_remembered(env),
         contextlib.ExitStack() as stack,
     ):
-        joint = aot_export_joint_with_descriptors(stack, module, args, kwargs, **_UNNAMED)
+        try:
+            graph = joint_in_one_run(module, args)
+            return joint_in_one_run(module, args) if again() else graph
+        except NotInOneRun as error:
+            log.debug("the forward runs twice more: %s", error)
+        joint = aot_export_joint_with_descriptors(stack, module, args, {}, **_UNNAMED)
         return joint.graph_module
 
 
@@ -454,13 +465,13 @@ def writes_keep_layout(told: Callable[..., None]) -> Iterator[None]:
     ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
-    run = not_hidden(before)
+    run, in_place = without_writes_at_once(before), torch._library.utils.is_inplace
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
         if not (
             isinstance(first, FunctionalTensor)
-            and torch._library.utils.is_inplace(func)
+            and in_place(func)
             and first.is_base_tensor()
             and 1 in first.shape
         ):

@@ -13,7 +13,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 
 from planner import _compat
-from planner._compat import pytree
+from planner._compat import pytree, run_as_traced
 from planner.capture.as_eager.backward import Installed
 from planner.capture.as_eager.casts import contexts_noted
 from planner.capture.as_eager.masks import masks_as_eager
@@ -66,6 +66,7 @@ class FlatModel(nn.Module):
         self.template: OutputTemplate | None = None
         self.reads, self.effects = Reads(), Effects()
         self.runs = 0  # of the forward
+        self.looks = False  # a run is only to say what it does
         self.ran: OpsSeen | None = None  # the ops of the run before, where it matters
         self.running: OpsSeen | None = None
         self.alike: Alike | None = None  # what the second run has in common with the first
@@ -100,6 +101,8 @@ class FlatModel(nn.Module):
         after = dict(state)
         named = [*state.items(), *((f"input {i}", t) for i, t in zip(self.alone, tensors, strict=True))]
         output = self._called(after, args, kwargs, named)
+        if self.looks:
+            return ()
         self.installed.put(after)
         asked = {id(t) for t in self.reads.placed}
         self.placed |= {name for name, t in state.items() if id(t) in asked}
@@ -130,12 +133,11 @@ class FlatModel(nn.Module):
     ) -> Any:
         """The model's output, the model as it was; ``effects`` then says what it did besides.
 
-        The tracer calls this more than once.  Each run finds the model as it was, but for what the run before
-        it did besides: so it shows whether a later call runs the same ops as the first (``alike``).  Where
+        It may be called more than once.  Each run finds the model as it was, but for what the run before it
+        did besides: so it shows whether a later call runs the same ops as the first (``alike``).  Where
         tensors were stored, a later call would not make them: then each run is a first one.
         """
-        first = self.effects
-        again = self.records and bool(first.touched) and not first.stored
+        first, again = self.effects, self.runs_again()
         kept = attributes_kept(self.model, self.reads.containers)
         with kept as self.effects, contextlib.ExitStack() as stack:
             look = self.effects.look
@@ -159,6 +161,24 @@ class FlatModel(nn.Module):
             self.alike = Alike(ran.seen == self.ran.seen, not second.changed)
         self.ran = ran if self.runs == 1 and self.effects.touched and not self.effects.stored else None
         return output
+
+    def runs_again(self) -> bool:
+        """Whether a run behind the last one finds the model otherwise than that one did."""
+        return self.records and bool(self.effects.touched) and not self.effects.stored
+
+    def is_another_later(self, run: Callable[[], object]) -> bool:
+        """Whether a call behind the one that was traced runs other ops, which ``run``, if need be, makes.
+
+        What the backward was traced with stays.
+        """
+        if not self.runs_again():
+            return False
+        self.looks = True
+        try:
+            run()
+        finally:
+            self.looks = False
+        return self.alike is None or not self.alike.ops
 
     def told(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An op of the step has run."""
@@ -214,13 +234,19 @@ def _unheard(*_: Any) -> None:
 
 def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphModule:
     """The joint graph of ``module``, of the kernels that eager would run."""
+
+    def again() -> bool:
+        return isinstance(module, FlatModel) and module.is_another_later(
+            lambda: run_as_traced(module, inputs)
+        )
+
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
         _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
         _compat.writes_keep_layout(module.told if isinstance(module, FlatModel) else _unheard),
         masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
     ):
-        return _compat.export_joint(module, inputs, {})
+        return _compat.export_joint(module, inputs, again)
 
 
 @contextlib.contextmanager

@@ -403,10 +403,11 @@ class _Counted:
         return max(0, *(max(map(sum, zip(*part, strict=True)), default=0) for part in parts.values()))
 
     def _in_loop(self, params: list[Tensor], sized: list[tuple[Any, int]]) -> int | None:
-        most_bytes = max(line.transient_at([size]) for line, size in ((self.alone[k], s) for k, s in sized))
-        for (a, b), ((kind, size), (other, next_size)) in zip(
-            itertools.pairwise(params), itertools.pairwise(sized), strict=True
-        ):
+        most_bytes = max(self.alone[kind].transient_at([size]) for kind, size in dict.fromkeys(sized))
+        neighbours: dict[Any, tuple[Tensor, Tensor]] = {}  # the first of each two kinds and sizes
+        for two, of in zip(itertools.pairwise(params), itertools.pairwise(sized), strict=True):
+            neighbours.setdefault(of, two)
+        for ((kind, size), (other, next_size)), (a, b) in neighbours.items():
             both = kind, other
             if both not in self.pairs:
                 self.pairs[both] = _Line.of(self.step, [a, b])

@@ -29,6 +29,7 @@ import pickle
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -141,20 +142,28 @@ def _of_torch(generator: torch.Generator) -> _Source:
     return _Source("torch's generator", read, write)
 
 
+_found: weakref.WeakSet[random.Random] = (
+    weakref.WeakSet()
+)  # those of Python's that are alive, as far as known
+
+
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from global_sources()
-    numpy_random, kinds = _numpy_random(), kinds_of(random.Random) - kinds_of(random.SystemRandom)
-    shared = [] if numpy_random is None else [numpy_random.mtrand._rand._bit_generator]
-    known = gc.get_referrers(*kinds, *shared)  # in one walk
+    pythons, numpys = kinds_of(random.Random) - kinds_of(random.SystemRandom), kinds_of(*_numpys())
     # what sympy draws while sizes are symbols, the tracer does, to compare expressions
-    tracers = {id(x) for x in vars(sys.modules.get("sympy.core.random", random)).values()} - {id(_pythons())}
-    for thing in known:
-        if type(thing) in kinds and id(thing) not in tracers:
-            with contextlib.suppress(Exception):  # half made, or a subclass without a state
-                yield _of_python(thing)
-    numpys = kinds_of(*_numpys())
-    if numbers_of(numpys) > sum(type(x) in numpys for x in known):  # beside those on the global state
+    tracers = {id(x): x for x in vars(sys.modules.get("sympy.core.random", random)).values()}
+    named = {id(_pythons())} | {key for key, x in tracers.items() if type(x) in pythons}
+    numbers = numbers_of(pythons | numpys)  # in one walk, and most often there are no others
+    hidden = gc.get_freeze_count() > 0  # these may be; then any other counts
+    found = [x for x in _found if id(x) not in named]
+    if hidden or sum(numbers[kind] for kind in pythons) != len(named) + len(found):
+        found = [x for x in instances_of(pythons) if id(x) not in named]
+        _found.update(found)
+    for thing in found:
+        with contextlib.suppress(Exception):  # half made, or a subclass without a state
+            yield _of_python(thing)
+    if sum(numbers[kind] for kind in numpys) > (0 if hidden else 1):  # beside the global one
         for thing in _numpy_instances():
             with contextlib.suppress(Exception):
                 yield _of_numpy(thing)

@@ -48,6 +48,9 @@ _KEEPS = frozenset(
     }
 )
 
+_PASSES_ON = frozenset({torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.__getitem__})  # some of them
+_MAY_COUNT_UP = _KEEPS | _PASSES_ON | {torch.arange}
+
 
 def _is_one_of_theirs(model: nn.Module) -> bool:
     """Whether ``model`` may call what makes transformers' masks."""
@@ -101,15 +104,29 @@ def _asked_eagerly(
 class _Consecutive(TorchFunctionMode):
     """Marks integers whose last dimension counts up by one, by the calls that made them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._writes: dict[Any, bool] = {}
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _counts_up(func, args, kwargs or {}) and isinstance(result, torch.Tensor):
+        if (
+            func in _MAY_COUNT_UP
+            and _counts_up(func, args, kwargs or {})
+            and isinstance(result, torch.Tensor)
+        ):
             setattr(result, _CONSECUTIVE, result.dtype in (torch.int32, torch.int64))
-        elif args and getattr(args[0], _CONSECUTIVE, False) and _writes(func):
+        elif self._may_write(func) and args and getattr(args[0], _CONSECUTIVE, False):
             setattr(args[0], _CONSECUTIVE, False)
         return result
+
+    def _may_write(self, func: Any) -> bool:
+        known = self._writes.get(func)
+        if known is None:
+            known = self._writes[func] = _writes(func)
+        return known
 
 
 def _writes(func: Any) -> bool:

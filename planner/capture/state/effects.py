@@ -48,6 +48,8 @@ __all__ = [
     "tensors_kept",
 ]
 
+_identity, _kind_of = id, type  # a capture replaces the builtins, for code outside torch
+
 _HOOKS = tuple(
     name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)
 )
@@ -168,7 +170,7 @@ class OpsSeen:
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self._named = list(named)  # kept, so that no identity comes again
-        self._names: dict[int, Any] = {id(t): name for name, t in self._named}
+        self._names: dict[int, Any] = {_identity(t): name for name, t in self._named}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """``func(*args, **kwargs)`` gave ``result``."""
@@ -183,7 +185,7 @@ class OpsSeen:
                 vars(made)[_MADE] = self, len(self.seen), k
 
     def _name(self, tensor: torch.Tensor) -> Any:
-        name = self._names.get(id(tensor))
+        name = self._names.get(_identity(tensor))
         if name is None:
             by, *place = vars(tensor).get(_MADE, (None,))
             return tuple(place) if by is self else None
@@ -198,7 +200,7 @@ class OpsSeen:
                 out.append(len(value))
                 self._name_all(value, out)
             else:
-                out.append(type(value))
+                out.append(_kind_of(value))
                 out.append(value if isinstance(value, (bool, int, float, str, torch.dtype)) else None)
 
 
@@ -432,15 +434,15 @@ class _Kept:
             self._slots.append((name, value, value.value))
             return
         if isinstance(value, functools._lru_cache_wrapper):
-            self._results.setdefault(id(value), (value, value.cache_info().misses))
+            self._results.setdefault(_identity(value), (value, value.cache_info().misses))
             return
-        if id(value) in self._held or isinstance(value, (str, int, float, torch.Tensor)):
+        if _identity(value) in self._held or isinstance(value, (str, int, float, torch.Tensor)):
             return
         if isinstance(value, nn.Module) or is_plain_object(value) or type(value) is SimpleNamespace:
             if isinstance(value, nn.Module) and type(value._modules) is dict:  # a scripted one has another
                 self.keep(name, value._modules, OWN)
             held = getattr(value, "__dict__", None)
-            if type(held) is dict and id(held) not in self._held:
+            if type(held) is dict and _identity(held) not in self._held:
                 self.keep(name, held, OWN if isinstance(value, nn.Module) else frozenset())
                 for key, item in held.items():
                     if key not in OWN or not isinstance(value, nn.Module):
@@ -459,7 +461,7 @@ class _Kept:
 
     def keep(self, name: str, container: _Container, but: frozenset[str] = frozenset()) -> None:
         """Remember what is in ``container``; all but what is under these keys, of a module's attributes."""
-        self._held[id(container)] = name, container, container.copy(), but
+        self._held[_identity(container)] = name, container, container.copy(), but
 
     def put_back(self, effects: Effects) -> None:
         """Every container as it was; ``effects`` then says what they had become."""
@@ -470,7 +472,7 @@ class _Kept:
             if isinstance(container, dict):
                 self._compare(name, container, held, but, effects)
             else:
-                effects.written[id(container), None] = None
+                effects.written[_identity(container), None] = None
                 effects.touched.append(name)
             if isinstance(container, list):
                 _note_tensors(name, [x for x in container if not any(x is y for y in held)], effects)
@@ -479,7 +481,7 @@ class _Kept:
             now = slot.value
             if now is not was:
                 effects.left.append((slot, now))
-                effects.written[id(slot.holder), slot.key] = now
+                effects.written[_identity(slot.holder), slot.key] = now
                 effects.touched.append(name)
                 if not _note_tensors(name, now, effects) and type(now) in (int, float, str) and now != was:
                     effects.changed.append((name, slot, None, was, now))
@@ -495,7 +497,7 @@ class _Kept:
                 continue
             module = bool(but)
             inside = f"{name}{key}" if module or name[-1:] == "." else f"{name}[{key!r}]"
-            effects.written[id(now), key] = item
+            effects.written[_identity(now), key] = item
             effects.touched.append(inside)
             if key == "_flat_weights" and module:  # an RNN's parameters once more
                 continue

@@ -39,6 +39,8 @@ import numpy as np
 import torch
 from torch import nn
 
+_identity, _kind_of = id, type  # a capture replaces the builtins, for code outside torch
+
 __all__ = ["OWN", "Reads", "Slot", "is_foreign", "is_plain_object"]
 
 OWN = frozenset(vars(nn.Module()))  # parameters, buffers and submodules are looked after elsewhere
@@ -66,7 +68,7 @@ def is_foreign(module_name: object) -> bool:
 
 def is_plain_object(value: object) -> bool:
     """Whether ``value`` is an instance of somebody's class whose attributes are worth looking at."""
-    kind = type(value)
+    kind = _kind_of(value)
     return not (isinstance(value, _OTHERWISE) or is_foreign(kind.__module__))
 
 
@@ -166,7 +168,11 @@ class Reads:
         def __getattribute__(owner: Any, name: str) -> Any:
             if name[:2] != "__" and name not in OWN:
                 frame = frame_at(1)
-                if (id(owner), name, id(frame.f_code)) not in seen and threading.get_ident() == thread:
+                if (
+                    _identity(owner),
+                    name,
+                    _identity(frame.f_code),
+                ) not in seen and threading.get_ident() == thread:
                     note(owner, name, frame)
             return read(owner, name)
 
@@ -186,14 +192,16 @@ class Reads:
 
     def _note(self, owner: Any, name: str, frame: types.FrameType) -> None:
         code = frame.f_code
-        if not self._recording or (isinstance(owner, nn.Module) and type(owner).__module__[:8] == "planner."):
+        if not self._recording or (
+            isinstance(owner, nn.Module) and _kind_of(owner).__module__[:8] == "planner."
+        ):
             return
-        self._seen.add((id(owner), name, id(code)))
+        self._seen.add((_identity(owner), name, _identity(code)))
         self._alive += (owner, code)
-        self.attributes.setdefault(id(owner), {})[name] = None
+        self.attributes.setdefault(_identity(owner), {})[name] = None
         self.readers.setdefault(name, []).append(code)
         self._code(code, frame.f_globals)
-        for kind in type(owner).__mro__:
+        for kind in _kind_of(owner).__mro__:
             if not is_foreign(kind.__module__):
                 self._of_class(kind, {n for n in code.co_names if n in vars(kind)} | {name})
         held = getattr(owner, "__dict__", {})
@@ -204,9 +212,9 @@ class Reads:
 
     def _code(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """The globals that ``code`` names, and the functions among them in turn."""
-        if id(code) in self._reached or is_foreign(namespace.get("__name__", "__main__")):
+        if _identity(code) in self._reached or is_foreign(namespace.get("__name__", "__main__")):
             return
-        self._reached.add(id(code))
+        self._reached.add(_identity(code))
         self._alive.append(code)
         strings = {c for c in code.co_consts if isinstance(c, str) and len(c) < 100}
         names = {*code.co_names, *strings}
@@ -224,7 +232,7 @@ class Reads:
         self, namespace: dict[str, Any], name: str, names: set[str], code: types.CodeType
     ) -> None:
         value = namespace[name]
-        self.globals.setdefault(id(namespace), (namespace, {}))[1][name] = None
+        self.globals.setdefault(_identity(namespace), (namespace, {}))[1][name] = None
         self.readers.setdefault(name, []).append(code)
         self._contains(name, Slot(namespace, name))
         self._named(value, names, code)
@@ -249,7 +257,7 @@ class Reads:
             if not is_foreign(value.__name__):
                 held = vars(value)
                 for name in [n for n in names if n in held and not isinstance(held[n], types.ModuleType)]:
-                    if name not in self.globals.setdefault(id(held), (held, {}))[1]:
+                    if name not in self.globals.setdefault(_identity(held), (held, {}))[1]:
                         self._of_namespace(held, name, names, code)
         elif isinstance(value, type):
             function = issubclass(value, torch.autograd.Function)
@@ -272,9 +280,12 @@ class Reads:
 
     def _reach(self, value: Any) -> None:
         """The code behind a value, and the classes of the objects in it."""
-        if isinstance(value, (str, int, float, torch.Tensor, np.ndarray)) or id(value) in self._reached:
+        if (
+            isinstance(value, (str, int, float, torch.Tensor, np.ndarray))
+            or _identity(value) in self._reached
+        ):
             return
-        self._reached.add(id(value))
+        self._reached.add(_identity(value))
         self._alive.append(value)
         if isinstance(value, types.FunctionType):
             self._code(value.__code__, value.__globals__)
@@ -301,7 +312,7 @@ class Reads:
             for held in list(value.values()):
                 self._reach(held)
         elif isinstance(value, nn.Module):
-            self._of_class(type(value), {"forward"} & vars(type(value)).keys())
+            self._of_class(_kind_of(value), {"forward"} & vars(_kind_of(value)).keys())
         elif is_plain_object(value):
             self._object(value)
         elif isinstance(value, _CACHE):
@@ -309,7 +320,7 @@ class Reads:
             self._reach(value.__wrapped__)
 
     def _object(self, value: Any) -> None:
-        kind = type(value)
+        kind = _kind_of(value)
         for owner in kind.__mro__:
             if not is_foreign(owner.__module__):
                 special = {n for n, held in vars(owner).items() if n[:2] == "__" and _is_code(held)}
@@ -325,7 +336,7 @@ class Reads:
 
     def is_exact(self, owner: Any) -> bool:
         """Whether each attribute read from ``owner`` was seen."""
-        return any(self._kinds.get(kind, False) for kind in type(owner).__mro__)
+        return any(self._kinds.get(kind, False) for kind in _kind_of(owner).__mro__)
 
     def keys_of(self, name: str) -> frozenset[Any] | None:
         """Of dicts that stand under ``name``: the keys that are read, ``None`` if any may be.
@@ -333,7 +344,7 @@ class Reads:
         Known where all the code that reads the name does so as ``.name["key"]`` or ``.name.get("key")``.
         """
         keys: set[Any] = set()
-        for code in {id(c): c for c in self.readers.get(name, ())}.values():
+        for code in {_identity(c): c for c in self.readers.get(name, ())}.values():
             found = _constant_keys(code, name)
             if found is None:
                 return None
