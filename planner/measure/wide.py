@@ -153,7 +153,7 @@ def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord, terms: i
         if ratio > share:
             worst, share = name, ratio
     ulps = 0.0 if eager.loss is None or planned.loss is None else _ulps(eager.loss, planned.loss)
-    return Errors(*most, worst, share, ulps)
+    return Errors(most[0], most[1], worst, share, ulps)
 
 
 def _ulps(a: Tensor, b: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The loss in chunks: language models at real size, planned for an H100, and small ones, run on the CPU.
 
-    python -m tests.benchmarks.bench_chunk_loss
+    python -m tests.benchmarks.bench_chunk_loss [PART OF A NAME ...]
 
 GPT2's and Llama's shapes with vocabularies of 50257 and 128256, in a loop that reads ``model(**batch).loss``.
 For an H100, in bfloat16, on tensors without memory: the step whole, as eager runs it, and the plan with
@@ -8,7 +8,7 @@ For an H100, in bfloat16, on tensors without memory: the step whole, as eager ru
 whole and every block recomputed, beside the plan with the loss in chunks at that peak.
 Bytes are the planner's, seconds its roofline's.  On the CPU, in float32, peak and seconds are measured: of a
 step as it is and as planned, in turns, the fastest of each.  Prints a table and writes
-``results/chunk_loss.json``.  Exit code 1 if
+``results/chunk_loss.json``, where cases that are not run keep their rows.  Exit code 1 if
 
 * where logits dominate (two thirds of eager's peak are as wide as the vocabulary) a plan for a quarter of
   that peak is not found, elsewhere one for the peak without nine tenths of them;
@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,34 +248,32 @@ def _fastest(model: nn.Module, batch: dict[str, Any], ways: dict[str, Plan | Non
     return best
 
 
-def main() -> int:
-    rows: list[Row] = []
-    for of, how in ((_small, _run), (_real, _planned)):
+def _kept() -> dict[str, Row]:
+    """Rows of earlier runs, by case."""
+    if not RESULTS.exists():
+        return {}
+    names = {field.name for field in fields(Row)}
+    return {
+        r["case"]: Row(**{k: v for k, v in r.items() if k in names}) for r in json.loads(RESULTS.read_text())
+    }
+
+
+def main(*wanted: str) -> int:
+    rows = _kept()
+    for of, how in ((_real, _planned), (_small, _run)):
         for case in of():
-            rows.append(how(case))
-            row = rows[-1]
-            print(
-                f"{row.case}: share {row.share:.3f}, time {row.slower:.3f}, faster {row.faster:.2f}",
-                flush=True,
-            )
-    head = (
-        "model",
-        "",
-        "chunks",
-        "eager GB",
-        "planned GB",
-        "share",
-        "of eager's time",
-        "faster at same peak",
-    )
-    print("\n".join(aligned([head, *(r.cells() for r in rows)], "llrrrrrr")))
-    RESULTS.write_text(
-        json.dumps([{**asdict(r), "share": r.share, "slower": r.slower} for r in rows], indent=1) + "\n"
-    )
-    missed = [line for row in rows for line in row.missed()]
+            if wanted and not any(word in case.name for word in wanted):
+                continue
+            row = rows[case.name] = how(case)
+            print("  ".join(row.cells()), flush=True)
+            kept = [{**asdict(r), "share": r.share, "slower": r.slower} for r in rows.values()]
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    head = ("model", "", "chunks", "eager GB", "planned GB", "share", "of eager's time", "faster than blocks")
+    print("\n".join(aligned([head, *(r.cells() for r in rows.values())], "llrrrrrr")))
+    missed = [line for row in rows.values() for line in row.missed()]
     print("\n".join(missed) if missed else "all targets are met")
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
