@@ -5,14 +5,16 @@ above the budget inside every layer, where their options do not go deep enough. 
 drops costs such a schedule half a forward pass; a window solved exactly costs it a hundredth.  So the places
 above the budget are taken in the order of the run: a few first runs around each are opened, every op that may
 be worth it gets a slot to run again there (:mod:`solvers.search.template`), and the fewest seconds are asked
-for with which the window is within the budget and nothing outside gets worse.  Where no such window is
-found, a wider one is tried; then what waits across the place is dropped and made again later, at the least
-seconds per byte that it takes off the schedule's whole excess; then the place is left as it is.
+for with which the window is within the budget and nothing outside gets worse.  Where there is no such
+schedule, a wider window is tried, which may also do without what waits across it, at the seconds to make
+that again behind it; then something is dropped, at the least seconds per byte that it takes off the whole
+excess; then the place is left as it is.  What mended one place is laid over all like places
+(:mod:`solvers.search.repeats`), so that twenty equal layers take the windows of a few.
 
 Sources: the windows are those of :mod:`solvers.search.local_search` (Shaw, 1998), as a repair; dropping what
 waits is the eviction of Kirisame et al., "Dynamic Tensor Rematerialization" (ICLR 2021).
 Optimal: each window, within its template and given the rest.  On ViT-L at 2 % above its floor the chain's
-schedule of 34 % is 6 % above the budget; mended it takes 45 %, shaved 49 %.
+schedule of 34 % is 6 % above the budget; mended and then shaved it takes 45 %, shaved alone 49 %.
 Weakness: what is kept across layers is decided place by place.
 """
 
