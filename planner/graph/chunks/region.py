@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +27,10 @@ __all__ = ["NotInRows", "Region", "regions_of", "rows_per_chunk"]
 
 aten = torch.ops.aten
 
-HEADS = {aten.mm.default: 0, aten.addmm.default: 1}  # product -> which argument carries the rows
+HEADS: dict[Any, int] = {
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+}  # product -> which argument carries the rows
 MATTERS = 8  # products smaller than this part of the largest one stay whole
 
 
@@ -221,8 +225,8 @@ def _is_of_entry(node: fx.Node, region: Region) -> bool:
         return False
     start, end, step = (*given, None, None, None)[:3]
     size = before.shape[dim]  # type: ignore[index]
-    mine = slice(start, end, step).indices(size)  # type: ignore[misc]
-    its = slice(*where[1:]).indices(size)  # type: ignore[arg-type]
+    mine = slice(start, end, step).indices(size)
+    its = slice(*where[1:]).indices(size)
     return where[0] % before.dim() == dim % before.dim() and mine == its  # type: ignore[operator]
 
 

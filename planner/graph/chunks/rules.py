@@ -194,7 +194,7 @@ def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if own is None or own.turned or len(node.args) < 2:
         return None
     given = node.args[1]
-    dims = list(given) if isinstance(given, (list, tuple)) else [given]
+    dims: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     size = len(_shape(x)) + (node.target is aten.unsqueeze.default)
     if not dims or not all(isinstance(d, int) for d in dims):
         return None
@@ -262,10 +262,10 @@ def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if found is None or not isinstance(dim, int):
         return None
     own, sliced = found
-    dim %= len(_shape(_first(node)))
-    if dim < own.lead:
+    moved = dim % len(_shape(_first(node))) - own.lead + 1
+    if moved < 1:
         return None
-    return InRows(own, lambda n: (node.args[0], dim - own.lead + 1, *node.args[2:]), sliced)
+    return InRows(own, lambda n: (node.args[0], moved, *node.args[2:]), sliced)
 
 
 def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -287,10 +287,10 @@ def _softmax_backward(node: fx.Node, carried: Carried, count: int) -> InRows | N
     if found is None or not isinstance(dim, int):
         return None
     own, sliced = found
-    dim %= len(_shape(node))
-    if dim < own.lead:
+    moved = dim % len(_shape(node)) - own.lead + 1
+    if moved < 1:
         return None
-    return InRows(own, lambda n: (*node.args[:2], dim - own.lead + 1, *node.args[3:]), sliced)
+    return InRows(own, lambda n: (*node.args[:2], moved, *node.args[3:]), sliced)
 
 
 def _nll_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -330,7 +330,7 @@ def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if own is None or own.turned or not isinstance(dims, (list, tuple)):
         return None
     rest = len(_shape(x)) - own.lead
-    over = sorted(int(d) % (own.lead + rest) for d in dims)  # type: ignore[call-overload]
+    over = sorted(int(d) % (own.lead + rest) for d in dims)
     if over != list(range(own.lead)) or not rest:
         return None
     return InRows(None, lambda n: (x, [0], *node.args[2:]))
