@@ -120,6 +120,7 @@ def _as_torch_traces(mode: Any, env: Any) -> Iterator[FunctionalTensorMode]:
         put = stack.enter_context
         put(compiled._disable())
         put(torch.autograd.set_multithreading_enabled(False))
+        put(torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), check_nan=False))  # of no values
         put(utils.preserve_rng_state())
         put(mode)
         if env is not None:
