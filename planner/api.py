@@ -17,6 +17,7 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
+from planner.errors import InfeasibleBudgetError
 from planner.frontier import Frontier
 from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
@@ -40,7 +41,7 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.chunked import refuse_chunks, with_loss_in_chunks
+from planner.solving.chunked import in_chunks_instead, refuse_chunks, with_loss_in_chunks
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
@@ -127,8 +128,8 @@ def plan(
                       always have the same.
     ``chunk_loss``    the last product and the loss behind it run for some tokens after the other, so that
                       logits, softmax and their gradient never exist whole: n: in n chunks; True: in as many
-                      as make the fastest plan; "auto": so where the budget is proved to be too low for any
-                      plan without, with a line in the log; False: never.  Sums over tokens are then in
+                      as make the fastest plan; "auto": so where no plan fits without, proved or after the
+                      search, with a line in the log; False: never.  Sums over tokens are then in
                       another order, so the gradients' last bits are others, and plan.verify() says how far
                       they are from float64 beside eager's own.  Logits that the model returns are made whole
                       all the same, unless
@@ -171,10 +172,15 @@ def plan(
         else:
             step = step_for(model, inputs, capture, gradients, how, whole)
             step = in_chunks(step, budget_bytes, chunk_loss, search)
-        if calibrate and isinstance(step, PricedStep):
-            made = calibrated(step, budget_bytes, search)
-        else:  # in regions what is held beside them was measured
-            made = step.plan_bytes(budget_bytes, search)
+        try:
+            made = _made(step, budget_bytes, calibrate, search)
+        except InfeasibleBudgetError as error:
+            if not isinstance(step, PricedStep):
+                raise _with_why(error, step, chunk_loss) from None
+            fewer = in_chunks_instead(step, budget_bytes, chunk_loss, search)
+            if fewer is None:
+                raise
+            made = _made(fewer, budget_bytes, calibrate, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     if outputs == "auto" and made.released:
@@ -195,6 +201,22 @@ def plan(
             ", ".join(made.unread),
         )
     return made
+
+
+def _made(step: PricedStep | JoinedStep, budget_bytes: int, calibrate: bool, search: Search) -> Plan:
+    if calibrate and isinstance(step, PricedStep):
+        return calibrated(step, budget_bytes, search)
+    return step.plan_bytes(budget_bytes, search)  # in regions what is held beside them was measured
+
+
+def _with_why(error: InfeasibleBudgetError, step: JoinedStep, chunk_loss: ChunkLoss) -> InfeasibleBudgetError:
+    """What else could be done of a step that would be planned for less as one graph."""
+    if not step.why or chunk_loss is False:
+        return error
+    return error.saying(
+        f"{error}. As one graph its loss could be computed in chunks, for less where logits are large; it is "
+        f"planned in regions, since: {step.why}"
+    )
 
 
 def in_chunks(

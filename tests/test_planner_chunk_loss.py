@@ -351,6 +351,19 @@ def test_logits_that_nobody_reads_are_not_made() -> None:
     assert not hasattr(output.logits, "shape") and "logits" in repr(output)
 
 
+def test_gradients_asked_of_logits_beside_a_cut_loss_are_refused() -> None:
+    """They are made whole for the caller; the loss is not computed from these any more."""
+    model, batch = seeded(gpt2), causal()
+    planner.plan(model, 1, batch, costs="roofline", chunk_loss=3, time_limit_s=0.3).apply()
+    outputs = model(**batch)
+    outputs.logits.retain_grad()
+    with pytest.raises(planner.PlannerError, match=r"gradient of output\['logits'\] is asked for"):
+        outputs.loss.backward()
+    outputs = model(**batch)
+    with pytest.raises(planner.PlannerError, match="by another output of the model"):
+        torch.autograd.grad(outputs.loss, [outputs.logits], allow_unused=True)
+
+
 def test_a_file_holds_how_the_loss_was_cut(tmp_path: Any) -> None:
     model, batch = seeded(gpt2), causal()
     for outputs in ("unread", "held"):
@@ -385,6 +398,29 @@ def test_where_nothing_fits_without_it_is_done_and_said(caplog: pytest.LogCaptur
     with pytest.raises(planner.InfeasibleBudgetError, match=r"with the loss in .* chunks") as refused:
         planner.plan(model, budget_gb / 8, batch, **how)
     assert refused.value.floor_bytes < whole.floor_bytes
+
+
+def test_where_no_plan_is_found_without_it_is_done_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between what is proved of the whole loss and what is found of it, more budget is never worse."""
+    model, batch = seeded(gpt2), causal()
+    found = PricedStep.plan_bytes
+
+    def none_whole(self: PricedStep, budget_bytes: int, *args: Any, **more: Any) -> Any:
+        if not self.graph.chunked:
+            raise self.infeasible(10)
+        return found(self, budget_bytes, *args, **more)
+
+    monkeypatch.setattr(PricedStep, "plan_bytes", none_whole)
+    how: dict[str, Any] = {"costs": "roofline", "time_limit_s": 0.3}
+    assert planner.plan(model, 1, batch, **how).chunked
+    with pytest.raises(planner.InfeasibleBudgetError):
+        planner.plan(model, 1, batch, **how, chunk_loss=False)
+
+
+def test_in_regions_it_is_said_what_one_graph_would_bring() -> None:
+    model, batch = seeded(gpt2), {k: v for k, v in causal().items() if k != "use_cache"}
+    with pytest.raises(planner.InfeasibleBudgetError, match=r"computed in chunks.* use_cache"):
+        planner.plan(model, 1e-4, batch, costs="roofline", time_limit_s=0.3)
 
 
 def test_the_number_of_chunks_is_chosen_by_the_budget() -> None:

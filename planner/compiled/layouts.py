@@ -33,6 +33,8 @@ def lay_out(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
     for node in gradients:
         if _is_cheaper_in_rows(node):
             _given(node, node.args[:2], torch.contiguous_format)
+    for node in backward.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # of what lies otherwise now; inductor does so too
     backward.recompile()
 
 

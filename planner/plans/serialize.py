@@ -217,7 +217,8 @@ def _chunked(record: Mapping[str, Any]) -> Chunked:
     for name, kind in known.items():
         if type(record[name]) is not kind:
             raise ValueError(f"{name!r} of a loss in chunks is {record[name]!r}, want {kind.__name__}")
-    return Chunked(**record)
+    feeds = tuple((int(i), int(j)) for i, j in record.get("feeds", ()))
+    return Chunked(**{**record, "feeds": feeds})
 
 
 def _outline(

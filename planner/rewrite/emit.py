@@ -367,6 +367,8 @@ def _feeds(graph: TrainingGraph) -> dict[int, frozenset[int]]:
     for i, node in enumerate(graph.outputs):
         at.setdefault(node, set()).add(i)
     found: dict[int, set[int]] = {}
+    for i, j in (pair for of in graph.chunked for pair in of.feeds):  # of what is made beside the loss
+        found.setdefault(i, set()).add(j)
     for j, node in enumerate(graph.outputs):
         seen, stack = {node}, list(node.all_input_nodes)
         while stack:

@@ -2,7 +2,7 @@
 
 More chunks are smaller and cost more launches and smaller products, fewer leave more of the logits there at a
 time; which of the two a budget wants depends on what else is recomputed.  So numbers of chunks are tried from
-two up, each as a step with costs of its own and a quick plan, until more of them are no faster.
+two up, each as a step with costs of its own and a quick plan, until one of them recomputes next to nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from planner.solving.fit import Answer, fitted
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-__all__ = ["chunked_as", "refuse_chunks", "with_loss_in_chunks"]
+__all__ = ["chunked_as", "in_chunks_instead", "refuse_chunks", "with_loss_in_chunks"]
 
 log = logging.getLogger(__name__)
 
 MOST_CHUNKS = 64
 FEWEST_ROWS = 16  # in a chunk
 TRY_S = 1.0  # of search for each number of chunks
+FREE = 1.001  # of a step's seconds, what recomputes next to nothing takes
 FASTER = 0.999  # share of the seconds of fewer chunks below which more of them are worth it
 
 
@@ -49,20 +50,36 @@ def with_loss_in_chunks(
             return step
         if found is None:
             return lowest if (lowest := _lowest(step)).lightest.floor_bytes < floor_bytes else step
-        log.warning(
-            "%s cannot fit %s with its loss whole (at least %s, proved): it is computed in %s; gradients "
-            "then differ "
-            "from eager's in their last bits, which plan.verify() tells beside eager's own error",
-            type(step.model).__name__,
-            bytes_text(budget_bytes),
-            bytes_text(floor_bytes),
-            "; ".join(map(str, found.graph.chunked)),
-        )
+        _tell(found, budget_bytes, f"at least {bytes_text(floor_bytes)}, proved")
         return found
     refuse_chunks(chunk_loss, step.loss_fn, step.varying, False)
     if chunk_loss is True:
         return _fastest(step, budget_bytes, search) or _lowest(step)
     return _within(step, chunk_loss, budget_bytes)
+
+
+def in_chunks_instead(
+    step: PricedStep, budget_bytes: int, chunk_loss: ChunkLoss, search: Search
+) -> PricedStep | None:
+    """``step``, of which no plan was found, with its loss in chunks; ``None`` where none is then either."""
+    if chunk_loss != "auto" or step.graph.chunked or search.tell.stopped:
+        return None
+    try:
+        found = _fastest(step, budget_bytes, search)
+    except PlannerError as error:
+        log.debug("the loss stays whole: %s", error)
+        return None
+    if found is not None:
+        _tell(found, budget_bytes, "none was found")
+    return found
+
+
+def _tell(step: PricedStep, budget_bytes: int, why: str) -> None:
+    log.warning(
+        "no plan of %s fits %s with its loss whole (%s): it is computed in %s; gradients then differ from "
+        "eager's in their last bits, which plan.verify() tells beside eager's own error",
+        type(step.model).__name__, bytes_text(budget_bytes), why, "; ".join(map(str, step.graph.chunked)),
+    )  # fmt: skip
 
 
 def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
@@ -122,13 +139,10 @@ def _fastest(step: PricedStep, budget_bytes: int, search: Search) -> PricedStep 
         tried = _within(step, chunks, budget_bytes)
         answer = _quick(tried, budget_bytes, search)
         log.debug("%d chunks: %s s", chunks, answer.seconds)
-        if not answer.fits:
-            if best is not None:
-                break
-            continue
-        if answer.seconds >= best_s * FASTER:
-            break
-        best, best_s = tried, answer.seconds
+        if answer.fits and answer.seconds < best_s * FASTER:
+            best, best_s = tried, answer.seconds
+        if best is not None and best_s <= tried.problem.total_seconds * FREE:
+            break  # nothing to speak of is recomputed: more chunks only cost more
     return best
 
 

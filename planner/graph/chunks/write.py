@@ -55,6 +55,7 @@ class Chunked:
     ``head``    path of the module whose product it is; ``rows`` in ``chunks`` chunks, ``columns`` wide.
     ``form``    "ahead": gradients are made in the forward, for a loss's gradient of one; "behind".
     ``is_made`` whether the logits are made whole too, since the model returns them.
+    ``feeds``   (output, an output that the step computes from it), by their numbers, before the cut.
     """
 
     head: str
@@ -63,6 +64,7 @@ class Chunked:
     chunks: int
     form: Form
     is_made: bool
+    feeds: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         size = -(-self.rows // self.chunks)
@@ -89,18 +91,26 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
             "or with "
             "chunk_loss=False"
         )
-    calls = 0
+    calls, feeds = 0, _feeds(draft)
     for region in regions_of(draft):
         if chunks > region.count:
             raise NotInRows(
                 f"chunk_loss={chunks} is more than the {region.count} rows behind {region.head.name}: "
                 f"{region.count} chunks are the most there can be"
             )
-        calls += _written(draft, region, chunks)
+        calls += _written(draft, region, chunks, feeds)
     return {"losses": len(draft.chunked), "calls": calls}
 
 
-def _written(draft: Draft, region: Region, chunks: int) -> int:
+def _feeds(draft: Draft) -> tuple[tuple[int, int], ...]:
+    found = []
+    for i, output in enumerate(draft.outputs):
+        behind = _needing(draft.graph, {output}) - {output}
+        found += [(i, j) for j, other in enumerate(draft.outputs) if other in behind]
+    return tuple(found)
+
+
+def _written(draft: Draft, region: Region, chunks: int, feeds: tuple[tuple[int, int], ...]) -> int:
     later = _needing(draft.graph, set(draft.tangents.values()))
     ahead = not any(_is_half(n) for n in region.exits(set()) if n in later)
     written = _Writer(draft, region, chunks, later, ahead=ahead)
@@ -112,7 +122,7 @@ def _written(draft: Draft, region: Region, chunks: int) -> int:
         written.run()
     head = meta.module(region.head) or ""
     form: Form = "ahead" if written.ahead else "behind"
-    made = Chunked(head, region.count, region.width, len(written.bounds), form, region.is_made)
+    made = Chunked(head, region.count, region.width, len(written.bounds), form, region.is_made, feeds)
     draft.chunked.append(made)
     return written.finish()
 
