@@ -132,8 +132,7 @@ def plan(
                       search, with a line in the log; False: never.  Sums over tokens are then in
                       another order, so the gradients' last bits are others, and plan.verify() says how far
                       they are from float64 beside eager's own.  Logits that the model returns are made whole
-                      all the same, unless
-                      ``outputs`` is "unread", or "auto" and they do not fit.
+                      all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -194,8 +193,7 @@ def plan(
     if outputs == "auto" and made.unread:
         log.warning(
             "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
-            "error; "
-            "outputs='unread' says that it does not",
+            "error; outputs='unread' says that it does not",
             made.model_name,
             budget_bytes / 1e9,
             ", ".join(made.unread),

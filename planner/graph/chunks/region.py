@@ -119,8 +119,7 @@ def regions_of(draft: Draft) -> list[Region]:
     if not found:
         raise NotInRows(
             "the step has no product of matrices that a softmax over its columns follows, so there is no "
-            "loss to "
-            "compute in chunks: plan with chunk_loss=False"
+            "loss to compute in chunks: plan with chunk_loss=False"
         )
     return found
 
@@ -239,8 +238,7 @@ def _leaves_whole(draft: Draft, region: Region) -> None:
         if node not in outputs or any(u not in region.calls and u not in region.losses for u in node.users):
             raise NotInRows(
                 f"{node.name} ({node.target}), {_sizes(node)}, is read whole by something else than the "
-                f"loss; its "
-                "rows cannot be made one after the other. Plan with chunk_loss=False"
+                "loss; its rows cannot be made one after the other. Plan with chunk_loss=False"
             )
         region.is_made = True
     key = _compat.storage_key(meta.tensor(region.head))
@@ -252,8 +250,8 @@ def _blocked(node: fx.Node, wide: fx.Node, region: Region) -> NotInRows:
     where = meta.module(node) or "the model itself"
     return NotInRows(
         f"{node.name} ({node.target}) in {where} reads {wide.name}, {_sizes(wide)}, and does not work on "
-        f"each of its "
-        f"{region.count} rows by itself, so the loss behind {region.head.name} cannot be computed in chunks. "
+        f"each of its {region.count} rows by itself, so the loss behind {region.head.name} cannot be "
+        "computed in chunks. "
         "Write it with log_softmax, logsumexp, gather, cross_entropy and pointwise ops, or plan with "
         "chunk_loss=False"
     )

@@ -71,8 +71,7 @@ class Chunked:
         made = ", logits made whole" if self.is_made else ""
         return (
             f"{self.head or 'the last product'}: {self.rows} x {self.columns} in {self.chunks} chunks of "
-            f"{size} rows, "
-            f"gradients {'in the forward' if self.form == 'ahead' else 'in the backward'}{made}"
+            f"{size} rows, gradients {'in the forward' if self.form == 'ahead' else 'in the backward'}{made}"
         )
 
 
@@ -88,8 +87,7 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
     if draft.sizes:
         raise NotInRows(
             "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, "
-            "or with "
-            "chunk_loss=False"
+            "or with chunk_loss=False"
         )
     calls, feeds = 0, _feeds(draft)
     for region in regions_of(draft):
