@@ -317,6 +317,34 @@ def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_choose
     assert max(step.costs.workspace_bytes.values()) < 100_000
 
 
+class Masks(nn.Module):
+    """Two masks for the backward alone: of what a product reads there too, and of what nothing else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer, self.last = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows to a number."""
+        x = torch.relu(self.inner(x))
+        return torch.relu(self.outer(x)).sum() + self.last(x).square().sum()
+
+
+def test_a_mask_is_kept_only_instead_of_what_it_is_made_of() -> None:
+    step = compiled_step(Masks(), (torch.randn(8, 16),), costs="roofline", search=Search(time_limit_s=0.5))
+    fused = step.calls[0].piece.step
+    assert fused is not None
+    graph = fused.graph
+    made = [(k, graph.values[op.outputs[0]]) for k, op in enumerate(graph.ops[: graph.turn])]
+    masks = [k for k, value in made if value.root is not None and value.root.meta["val"].dtype == torch.bool]
+    assert len(masks) == 1  # of the second relu
+    (product,) = (v for v in graph.ops[masks[0]].inputs if graph.values[v].producer is not None)
+    products = [k for k in range(graph.turn) if graph.ops[k].target in ("aten.addmm", "aten.mm")]
+    assert graph.values[product].producer == products[1]
+    assert products[1] < masks[0] < products[2]  # where that is made, not behind the loss
+
+
 class Depthwise(nn.Module):
     """Patches, and a convolution of each channel by itself, whose gradient wants other layouts than most."""
 

@@ -9,7 +9,7 @@ that are smaller than what they are made from, a sum of two others say.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +58,10 @@ class FusedStep:
         ``same_bits``  what would have other bits when it is made again, in another loop, is stored: sums, and
                        functions that are approximated.
         """
-        return _Reader(joint, forwards, sources, same_bits).read()
+        reader = _Reader(joint, forwards, sources, same_bits)
+        step = reader.read()
+        left = reader.needless()
+        return _Reader(joint, forwards, sources, same_bits, left).read() if left else step
 
     @property
     def results(self) -> tuple[Any, ...]:
@@ -83,8 +86,16 @@ def _bytes(node: fx.Node) -> int:
 
 
 class _Reader:
-    def __init__(self, joint: fx.GraphModule, forwards: int, sources: Sources, same_bits: bool) -> None:
+    def __init__(
+        self,
+        joint: fx.GraphModule,
+        forwards: int,
+        sources: Sources,
+        same_bits: bool,
+        left: Collection[fx.Node] = (),
+    ) -> None:
         self.joint, self.forwards, self.same_bits = joint, forwards, same_bits
+        self.left = left  # to the backward, which alone reads them
         self.inexact: set[fx.Node] = set()  # made with what would have other bits another time
         self.read_late: set[fx.Node] = set()  # by the backward, or written into what it reads
         self.nodes = list(joint.graph.nodes)
@@ -126,6 +137,8 @@ class _Reader:
                 continue
             early = node not in late and (node in needed or not self._only_for_later(node))
             (forward if early else backward).append(node)
+        self.early = needed
+        forward = self._where_made(forward)
         self._find_read_late(forward, backward)
         backward = self._ends_first(backward)
         for node in forward:
@@ -168,7 +181,37 @@ class _Reader:
         """
         if is_size(node) or _compat.is_view_of_operand(node) or _compat.writes(node):
             return False
-        return not _compat.is_fused(node)
+        return node in self.left or not _compat.is_fused(node)
+
+    def needless(self) -> set[fx.Node]:
+        """What was read as kept for the backward, though this needs all that it is made of in any case.
+
+        The mask of a relu that a convolution reads, say: the convolution's gradient needs the relu.  Kept
+        beside it, it would take memory, and the time to write it: on a CPU ten times that of the sum.
+        """
+        behind = {v for op in self.ops if op.phase == "backward" for v in op.inputs}
+        found = set()
+        for op in self.ops:
+            node = op.node
+            if op.phase == "backward" or node is None or node in self.early or not op.recomputable:
+                continue
+            made = {v for v in op.inputs if self.values[v].producer is not None}
+            if _compat.is_fused(node) and node not in self.returned and made and made <= behind:
+                found.add(node)
+        return found
+
+    def _where_made(self, forward: Sequence[fx.Node]) -> list[fx.Node]:
+        """The same calls, those that only the backward reads next to what they are made of.
+
+        In the joint graph they are behind the loss: what they are made of would be held until then, and read
+        once more from memory.
+        """
+        place = {node: i for i, node in enumerate(forward)}
+        for node in forward:
+            operands = [place[n] for n in node.all_input_nodes if n in place]
+            if node not in self.early and operands and not node.is_impure() and not _runs_once(node):
+                place[node] = max(operands)
+        return sorted(forward, key=place.__getitem__)
 
     def _ends_first(self, backward: Sequence[fx.Node]) -> list[fx.Node]:
         """The same calls, where of two kernels that read one gradient the one with no reader is first.

@@ -85,6 +85,7 @@ class Piece:
         self._compiled: dict[Own | None, Callable[..., Any]] = {}
         self._played: dict[tuple[Own, frozenset[int]], tuple[Played, Played]] = {}
         self._left_bytes: dict[float, int] = {}
+        self._partitions: dict[float, tuple[fx.GraphModule, fx.GraphModule]] = {}  # that nobody used up yet
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
@@ -165,7 +166,7 @@ class Piece:
         if self.same_bits:
             raise PlannerError("torch's partition makes things again that have other bits then")
         ops, turn = self.step.graph.ops, self.step.graph.turn
-        forward, backward = self.halves(Own((), turn, budget))
+        forward, backward = self._partitions[budget] = self._partition(budget)
         held = _held_elsewhere(forward, self.step.forwards)
         (output,) = forward.graph.find_nodes(op="output")
         kept = {n for n in output.args[0][self.step.forwards :] if isinstance(n, fx.Node)}
@@ -285,7 +286,11 @@ class Piece:
         assert self.step is not None
         if own.torchs is None:
             return _split(self.written(own))
-        return _compat.torchs_partition(_compat.copy_of(self.step.joint), self.step.forwards, own.torchs)
+        return self._partitions.pop(own.torchs, None) or self._partition(own.torchs)
+
+    def _partition(self, budget: float) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self.step is not None
+        return _compat.torchs_partition(_compat.copy_of(self.step.joint), self.step.forwards, budget)
 
     def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
         """What the forward and the backward allocate that inductor makes of a schedule.

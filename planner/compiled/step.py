@@ -51,9 +51,6 @@ log = logging.getLogger(__name__)
 ROUNDS = 4  # targets that are tried at least: playing each takes seconds
 NEAR = 0.01  # of the budget: so much that is left is not worth another round
 ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
-# The same where there are convolutions, for which our own code takes up to twice the time of torch's, though
-# no price says so (``bench_compiled resnet``): there torch's partition is taken wherever one fits.
-CONVOLVED = 1.0
 
 # Memory budgets of torch's own partitions that are tried, and the solver's name in plans that are one.
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -178,7 +175,7 @@ class CompiledStep(JoinedStep):
             for answer in known:
                 if best is None or answer.seconds < best.seconds:
                     best = dataclasses.replace(answer, budget_bytes=budget_bytes)
-            most_s = math.inf if best is None else best.seconds + self._enough * self.problem.total_seconds
+            most_s = math.inf if best is None else best.seconds + ENOUGH * self.problem.total_seconds
             best = self._by_torch(budget_bytes, most_s) or best
         if best is None:
             raise self.infeasible(budget_bytes)
@@ -204,9 +201,13 @@ class CompiledStep(JoinedStep):
         """The lowest by what generated code takes: the solvers' own, torch's partitions, and keeping all."""
         least = super()._least_within(limit_s, fast=fast)
         ways: list[tuple[str, float, float | None, list[int]]] = [
-            (f"{BY_TORCH}{share:g}", seconds, share, steps) for share, steps, seconds in self.torchs
+            (f"{BY_TORCH}{share:g}", seconds, share, steps)
+            for share, steps, seconds in self.torchs
+            if self._left_bytes(share) < least.budget_bytes
         ]
-        ways.append(("keep all", self.problem.total_seconds, None, list(range(len(self.problem)))))
+        everything = Schedule.keep_all(self.problem)
+        if simulate(self.problem, everything).peak_bytes < least.budget_bytes:
+            ways.append(("keep all", self.problem.total_seconds, None, everything.steps(self.problem)))
         for solver, seconds, share, steps in ways:
             ran = self._execution(steps, share)
             need = max(ran.peak_bytes, self.memory.optimizer_step_bytes)
@@ -214,6 +215,10 @@ class CompiledStep(JoinedStep):
                 floor = min(least.floor_bytes, need)
                 least = Answer(need, ran, self.problem.total_seconds, floor, seconds, solver)
         return least
+
+    def _left_bytes(self, share: float) -> int:
+        """What is there when the backward begins, at least, of graphs that torch splits for a budget."""
+        return self.memory.total_bytes + sum(call.piece.left_bytes(share) for call in self.calls)
 
     @cached_property
     def _answers(self) -> list[Answer]:
@@ -300,19 +305,14 @@ class CompiledStep(JoinedStep):
     def _without_s(self) -> float:
         """Seconds of the step without a plan: what torch makes again for nobody's budget is no overhead."""
         by_torch = (seconds for share, _, seconds in self.torchs if share == SHARES[0])
-        return max(self.problem.total_seconds * (1 + self._enough), *by_torch, 0.0)
-
-    @cached_property
-    def _enough(self) -> float:
-        convolved = any("convolution" in op.target for op in self.graph.ops)
-        return CONVOLVED if convolved else ENOUGH
+        return max(self.problem.total_seconds * (1 + ENOUGH), *by_torch, 0.0)
 
     def _by_torch(self, budget_bytes: int, most_s: float) -> Answer | None:
         """The fastest of torch's own partitions that fits and takes no more than ``most_s``, if one does."""
         for share, steps, seconds in self.torchs:
             if seconds > most_s:
                 break
-            if self.memory.total_bytes + sum(c.piece.left_bytes(share) for c in self.calls) > budget_bytes:
+            if self._left_bytes(share) > budget_bytes:
                 continue
             ran = self._execution(steps, share)
             log.debug("torch's partition for %s: generated code takes %d", share, ran.peak_bytes)
