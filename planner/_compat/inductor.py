@@ -395,10 +395,26 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     env: dict[fx.Node, fx.Node] = {}
     found = graph.graph_copy(gm.graph, env)
     out = graph.output(found)
-    (old,) = gm.graph.find_nodes(op="output")
-    out.meta = dict(old.meta)
+    (end,) = gm.graph.find_nodes(op="output")
+    out.meta = dict(end.meta)
     made = fx.GraphModule(gm, graph)
+    return as_dynamos(made, gm)
+
+
+def as_dynamos(made: fx.GraphModule, gm: fx.GraphModule) -> fx.GraphModule:
+    """``made``, a copy of Dynamo's ``gm``, with what Dynamo knows of its inputs; 2.7+.
+
+    Which of them stay where they are, that is.  Torch's partition saves a parameter, which is there in any
+    case, rather than a view of it that it thinks is new, and CUDA graphs do not copy it.
+    """
     made.meta = dict(gm.meta)
+    for old, new in zip(
+        gm.graph.find_nodes(op="placeholder"), made.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    if hasattr(gm, "_param_name_to_source"):
+        made._param_name_to_source = gm._param_name_to_source
     return made
 
 

@@ -88,6 +88,7 @@ class Piece:
         self._partitions: dict[float, tuple[fx.GraphModule, fx.GraphModule]] = {}  # that nobody used up yet
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
+        self._static: Any = None  # numbers of inputs that stay where they are
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
             self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
             self.why = (
@@ -139,6 +140,7 @@ class Piece:
 
     def _look(self, joint: fx.GraphModule, forwards: int, static: Any) -> Any:
         try:
+            self._static = static
             self.step = self._step_of(_compat.copy_of(joint), forwards)
             self.costs = costs_of_fused(self.step, self.target)
             self.seen_as = self._least() if self.seen_low else self.keep_all
@@ -290,7 +292,8 @@ class Piece:
 
     def _partition(self, budget: float) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.step is not None
-        return _compat.torchs_partition(_compat.copy_of(self.step.joint), self.step.forwards, budget)
+        joint = _compat.copy_of(self.step.joint)
+        return _compat.torchs_partition(joint, self.step.forwards, budget, self._static)
 
     def played(self, own: Own, going: frozenset[int] = frozenset()) -> tuple[Played, Played]:
         """What the forward and the backward allocate that inductor makes of a schedule.

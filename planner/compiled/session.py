@@ -94,7 +94,7 @@ class CompiledSession:
         """A graph that Dynamo cut out."""
         homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
         piece = Piece(
-            len(self.pieces), with_homes(gm, homes), inputs, self, self.target,
+            len(self.pieces), _compat.as_dynamos(with_homes(gm, homes), gm), inputs, self, self.target,
             same_bits=self.same_bits, seen_low=self.plan is not None,
         )  # fmt: skip
         self.pieces.append(piece)
