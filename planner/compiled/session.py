@@ -198,7 +198,7 @@ class CompiledSession:
         return (*self.parameters.values(), *held(self.model, None), *_compat.held_by_shards(self.model))
 
     def _note(self, into: dict[tuple[str, str | int], int], key: tuple[str, str | int], x: Any) -> None:
-        number = None if self.recorder is None else self.recorder.number_of(x)
+        number = None if self.recorder is None else self.recorder.passes(x)
         if number is not None:
             into[key] = number
 
@@ -323,8 +323,8 @@ class CompiledSession:
             raise ValueError("no backward came through any of its graphs")
         numbers = {n for c in self.calls for n in (*c.crossings.values(), *c.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
-        events, moved = record.last_backwards(recorder.seen)
-        crossings = [_moved(of, moved) for of in recorder.crossings(order).values()]
+        events = record.last_backwards(recorder.seen)
+        crossings = [of.until(len(events)) for of in recorder.crossings(order).values()]
         calls = []
         for k, call in enumerate(self.calls):
             step, costs = call.piece.step, call.piece.costs
@@ -368,10 +368,3 @@ def _begins(session: weakref.ref[CompiledSession], *_: Any) -> None:
     found = session()
     if found is not None:
         found.begins()
-
-
-def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
-    died = crossing.died
-    return replace(
-        crossing, born=to[crossing.born], died=None if died is None or died >= len(to) else to[died]
-    )

@@ -431,7 +431,8 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
                 f"{step.fingerprint[:12]} with torch {torch.__version__}): the model, its sizes, what the "
                 "loop does, or the versions of its libraries differ; make a new plan"
             )
-        position = {op.name: i for i, op in enumerate(step.graph.ops)}
-        return Solved(parts(step.joined, [position[name] for name in plan.sequence]), plan=plan)
+        steps = step.joined.named(plan.sequence)
+        assert steps is not None  # of one fingerprint
+        return Solved(parts(step.joined, steps), plan=plan)
 
     return put(restored(model), RegionsForward(model, session, follow))

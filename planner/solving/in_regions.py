@@ -115,6 +115,11 @@ class JoinedStep(BudgetedStep):
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
         return parts(self.joined, [position[name] for name in plan.sequence])
 
+    def schedule_of(self, plan: PlanData) -> Schedule | None:
+        """That of a plan made for other sizes, or by another process, if it runs the same ops of regions."""
+        steps = self.joined.named(plan.sequence)
+        return None if steps is None else Schedule(tuple(self.graph.ops[i].name for i in steps))
+
     def as_run_here(self, received: PlanData, budget_bytes: int) -> Plan | None:
         """The plan that another rank made of the same step, with what it takes here; ``None`` if that is over
         the budget, or it is of another step.
