@@ -42,6 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner/regions",),
     ("planner.plan",),
     ("planner.frontier",),
+    ("planner/ranks",),
     ("planner/solving",),
     ("planner/sharded",),
     ("planner/compiled",),

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,6 +63,18 @@ class Solved:
     foresight: Foresight | None = None
 
 
+class Company(Protocol):
+    """The ranks that train one sharded model, in step."""
+
+    def begins(self) -> None:
+        """A step does.  Raises where one of them has no plan."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """This one has none; it goes on until all have heard."""
+        ...
+
+
 @dataclass(eq=False)
 class _Counts:
     """What steps of a plan were counted to take, and how many of them are yet to be.
@@ -100,6 +112,7 @@ class RegionsForward:
     ``root``      the model that ``model`` is a part of.
     ``any_mode``  whether calls in evaluation mode are planned too.
     ``state``     bytes of the optimizer's state, which a step that is counted does not show.
+    ``company``   ranks that wait for this one, so that it raises when all do.
     """
 
     def __init__(
@@ -111,8 +124,9 @@ class RegionsForward:
         root: nn.Module | None = None,
         any_mode: bool = False,
         state: Callable[[], int] | None = None,
+        company: Company | None = None,
     ) -> None:
-        self.state = state
+        self.state, self.company = state, company
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
         self._steps = 0
@@ -121,7 +135,7 @@ class RegionsForward:
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
         self._counted: WeakKeyDictionary[Solved, _Counts] = WeakKeyDictionary()
-        self._refused: dict[Hashable, InfeasibleBudgetError] = {}
+        self._refused: dict[Hashable, Exception] = {}
         self._failed: Counter[Hashable] = Counter()
         self._waited = 0  # steps that could not be recorded for somebody else's mode
         self._behind = 0  # or for that of another model's record
@@ -202,15 +216,20 @@ class RegionsForward:
         """A step begins: what the last one showed is acted upon."""
         self._thread = threading.get_ident()
         self.session.watching.settle()
+        if self.company is not None:
+            self.company.begins()
         with _compat.modes_set_aside():  # a meter of the user's counts what the step does
             self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         gradients += _compat.unreduced_gradients(self._shards)
         kind = self._kind(inputs, bool(gradients))
-        if kind in self._refused:
+        if kind in self._refused and self.company is None:
             raise self._refused[kind]
         stage = session.next_stage(kind)
+        if kind in self._refused and self.company is not None:
+            self.company.failed(self._refused[kind])
+            stage = session.unwatched_stage
         if stage == "record" and not session.watching.may_begin(must=self._behind >= PATIENCE):
             stage = session.unwatched_stage
             self._behind += 1
@@ -376,6 +395,11 @@ class RegionsForward:
                     error,
                     "".join(f"\n{why}" for why in whys),
                 )
+            return
+        except Exception as error:
+            if self.company is None:
+                raise
+            self._refused[kind] = error
             return
         self._failed.pop(kind.structure, None)
         if solved is None:

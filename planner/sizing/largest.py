@@ -29,7 +29,6 @@ from planner.options import (
     checked_gradients,
     checked_outputs,
 )
-from planner.plan import Plan
 from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
 from planner.sizing.sized import MakeBatch, SizedSteps, Wanted

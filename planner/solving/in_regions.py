@@ -132,7 +132,8 @@ class JoinedStep(BudgetedStep):
             return None
         seconds = total + ran.timeline.recompute_seconds
         # what was proved there is proved here where nothing is held that was not there
-        bound = total * (1 + received.overhead_bound) if ran.peak_bytes == received.peak_bytes else total
+        least = self._least_share(received) if ran.peak_bytes == received.peak_bytes else 0.0
+        bound = total + least * received.overhead_bound * received.step_s
         return self.plan_of(
             Answer(
                 budget_bytes,
@@ -144,6 +145,12 @@ class JoinedStep(BudgetedStep):
                 solve_seconds=received.solve_s,
             )
         )
+
+    def _least_share(self, received: PlanData) -> float:
+        """Each op takes at least this share of what it takes by the costs of ``received``."""
+        there = {op.name: op.again_s for op in received.outline.problem.ops} if received.outline else {}
+        mine = {op.name: op.again_s for op in self.problem.ops if not math.isinf(op.again_s)}
+        return min((mine[name] / s for name, s in there.items() if s > 0 and name in mine), default=0.0)
 
     def solved(self, plan: Plan, over: Callable[[Sequence[int]], Solved | None] | None = None) -> Solved:
         """``plan``, one of this step, as it is run; ``over`` hears what steps of it took."""

@@ -52,7 +52,6 @@ forward and is refused.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,12 +65,12 @@ from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
+from planner.plans.serialize import from_text, inputs_of
+from planner.ranks.once import is_shared, made_once, text_of
 from planner.runtime.build import check_is_of
 from planner.solving.chunked import chunked_as
 from planner.solving.in_regions import step_in_regions
 from planner.solving.priced import prepare
-from planner.training.job_store import JobStore
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
@@ -142,58 +141,6 @@ def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**step, "search": Search(**search)}
 
 
-def made_once(
-    key: str, make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], *, wait_s: float
-) -> Plan:
-    """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
-
-    It passes through the job's key-value store (:mod:`planner.training.job_store`).
-
-    ``key``       everything the plan depends on: ranks with equal keys can run each other's plan.
-    ``make()``    runs where nobody else has made the plan, or who tried failed or took too long.
-    ``adopt(received)``  turns another rank's plan into one for this rank's model.
-    ``wait_s``    how long to wait for another rank's plan, in seconds.
-    """
-    texts = _texts_of_this_job()
-    if texts is None:
-        return make()
-    name = texts.name_of(FORMAT, key)
-    text: str | None = None
-    while text is None:
-        if texts.is_first(name):
-            return _offered(make, texts, name)
-        try:
-            text = texts.wait(name, wait_s)
-        except (TimeoutError, RuntimeError) as error:  # too late, or the store is not to be had
-            log.warning("no plan came from another rank in %.0f s, this one makes its own: %s", wait_s, error)
-            return make()
-    return adopt(from_text(text, "the plan of another rank")) if text else make()
-
-
-def _offered(make: Callable[[], Plan], texts: JobStore, name: str) -> Plan:
-    text: str | None = None
-    try:
-        plan = make()
-        text = _text_of(plan)
-    finally:  # whatever happened here, nobody waits for it
-        texts.offer(name, text or "")
-    return plan
-
-
-def _texts_of_this_job() -> JobStore | None:
-    """What this rank remembers of the texts it left; forgotten with the process group."""
-    store = _compat.job_store() if _is_running(None) else None
-    if store is None:
-        return None
-    group = dist.group.WORLD
-    if group not in _JOBS:
-        _JOBS[group] = JobStore(store, dist.get_world_size())
-    return _JOBS[group]
-
-
-_JOBS: weakref.WeakKeyDictionary[Any, JobStore] = weakref.WeakKeyDictionary()
-
-
 def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: Any = None) -> Plan:
     """The plan that the first rank of ``group`` makes and every other adopts.  A collective, once.
 
@@ -202,7 +149,7 @@ def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: A
 
     An error of one rank is raised by all: the first rank's as it is, another's as a ``PlannerError``.
     """
-    if not _is_running(group):
+    if not is_shared(group):
         return make()
     made, text = _from_the_first(make, group)
     plan = made
@@ -235,28 +182,10 @@ def _from_the_first(make: Callable[[], Plan], group: Any) -> tuple[Plan | None, 
         return None, message[0]
     try:
         plan = make()
-        message = [_text_of(plan)]
+        message = [text_of(plan)]
     except _EXPECTED as error:
         message = [error]
         raise
     finally:
         dist.broadcast_object_list(message, src=first, group=group)
     return plan, message[0]
-
-
-def _text_of(plan: Plan) -> str | None:
-    try:
-        return to_text(plan)
-    except PlannerError as error:  # inputs that no file can describe
-        log.info("the plan cannot be sent, each rank makes its own: %s", error)
-        return None
-
-
-def is_shared() -> bool:
-    """Whether plans are those of a job of several ranks."""
-    return _is_running(None)
-
-
-def _is_running(group: Any) -> bool:
-    """Whether there is a process group of more than one rank, with this one in it."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
