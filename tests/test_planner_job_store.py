@@ -125,7 +125,7 @@ def test_plans_made_once_leave_few_keys(store: dist.HashStore, monkeypatch: pyte
 
     ranks = [mock.Mock(**{"get_world_size.return_value": 2}) for _ in range(2)]
     monkeypatch.setattr(_compat, "job_store", lambda: store)
-    monkeypatch.setattr(once, "_is_running", lambda group: True)
+    monkeypatch.setattr(once, "is_shared", lambda: True)
     for i in range(3 * LEFT):
         for rank in ranks:
             monkeypatch.setattr(once, "dist", rank)

@@ -127,7 +127,7 @@ class JoinedStep(BudgetedStep):
         schedule = self.schedule_of(received)
         if received.fingerprint != self.captured.fingerprint or schedule is None:
             return None
-        ran, total = self.execution_of(schedule), self.problem.total_seconds
+        ran, total = self.execution_as(received, schedule), self.problem.total_seconds
         if ran.peak_bytes > budget_bytes:
             return None
         seconds = total + ran.timeline.recompute_seconds
@@ -145,6 +145,10 @@ class JoinedStep(BudgetedStep):
                 solve_seconds=received.solve_s,
             )
         )
+
+    def execution_as(self, received: PlanData, schedule: Schedule) -> Execution:
+        """What running ``schedule``, that of ``received``, takes here."""
+        return self.execution_of(schedule)
 
     def _least_share(self, received: PlanData) -> float:
         """Each op takes at least this share of what it takes by the costs of ``received``."""

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -69,12 +69,14 @@ from planner.plans.serialize import from_text, inputs_of
 from planner.ranks.once import is_shared, made_once, text_of
 from planner.runtime.build import check_is_of
 from planner.solving.chunked import chunked_as
-from planner.solving.in_regions import step_in_regions
+from planner.solving.in_regions import step_in_regions, taken_in
 from planner.solving.priced import prepare
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _EXPECTED = (PlannerError, TypeError, ValueError)  # what planning raises on purpose
 
@@ -117,16 +119,25 @@ def _shared_of_sharded(
     if unknown or how.pop("capture", "auto") == "one graph":
         raise ValueError(f"a sharded model is planned in regions, for which {sorted(unknown)} says nothing")
     budget_bytes = budget_bytes_of(budget_gb)
-    step = step_in_regions(model, inputs, **how)
+    # a rank that does not run the step would be waited for, and one that has no step of its own too
+    _all_can(lambda: taken_in(model, inputs, how.get("costs", "auto")), group, "run the step")
+    step = _all_can(lambda: step_in_regions(model, inputs, **how), group, "plan its step")
 
     def adopt(received: PlanData) -> Plan:
         plan = step.as_run_here(received, budget_bytes)
-        if plan is None:
-            raise PlannerError(
-                f"the plan of rank 0 does not fit {budget_gb} GB here, or this rank's step is another "
-                "(batches of other sizes): give all ranks the same sizes, or use planner.enable"
-            )
-        return plan
+        if plan is not None:
+            return plan
+        mine, other = step.captured.fingerprint[:12], received.fingerprint[:12]
+        sizes = ", ".join(str(tuple(x.shape)) for x in step.captured.inputs.tensors())
+        why = (
+            f"its step is another (graph {mine}, that of rank 0 is {other}; its inputs are {sizes})"
+            if mine != other
+            else f"it takes more than {budget_gb} GB with what this rank holds beside its regions"
+        )
+        raise PlannerError(
+            f"{why}: give all ranks batches of the same sizes, or use planner.enable, with which ranks of "
+            "other sizes have plans of their own"
+        )
 
     return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
@@ -141,6 +152,25 @@ def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**step, "search": Search(**search)}
 
 
+def _all_can(work: Callable[[], T], group: Any, what: str) -> T:
+    """``work()``; where it raises on one rank all of them raise, with its words.  A collective."""
+    if not is_shared(group):
+        return work()
+    problem, done = "stopped before it could", None
+    try:
+        done, problem = work(), ""
+    except _EXPECTED as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise
+    finally:  # whatever happened here, nobody waits for it
+        problems = [""] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+    for rank, other in enumerate(problems):
+        if other:
+            raise PlannerError(f"rank {rank} cannot {what}: {other}")
+    return done
+
+
 def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: Any = None) -> Plan:
     """The plan that the first rank of ``group`` makes and every other adopts.  A collective, once.
 
@@ -152,22 +182,13 @@ def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: A
     if not is_shared(group):
         return make()
     made, text = _from_the_first(make, group)
-    plan = made
-    problem = "stopped before it could use the plan"
-    try:
-        if plan is None:
-            plan = make() if text is None else adopt(from_text(text, "the plan of rank 0"))
-        problem = ""
-    except _EXPECTED as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise
-    finally:  # whatever happened here, nobody waits for it
-        problems = [""] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-    for rank, other in enumerate(problems):
-        if other:
-            raise PlannerError(f"rank {rank} cannot run the plan that rank 0 made: {other}")
-    return plan
+
+    def taken_over() -> Plan:
+        if made is not None:
+            return made
+        return make() if text is None else adopt(from_text(text, "the plan of rank 0"))
+
+    return _all_can(taken_over, group, "run the plan that rank 0 made")
 
 
 def _from_the_first(make: Callable[[], Plan], group: Any) -> tuple[Plan | None, str | None]:
