@@ -404,7 +404,7 @@ def test_compiled_and_sharded_blocks_share_one_budget(ranks: Ranks, order: str) 
         assert seen["measured"] <= seen["predicted"] <= seen["budget"]
         assert seen["predicted"] <= 1.03 * seen["measured"]
         assert any("runs with other settings of FSDP2 (set_requires_gradient_sync" in t for t in seen["said"])
-    assert any(text.startswith("all 2 ranks of FSDPPlain run one plan; made by") for text in found[0]["said"])
+    assert any("2 ranks of FSDPPlain run " in text for text in found[0]["said"])
 
 
 def _compiled_function(rank: int) -> list[str]:

@@ -56,7 +56,8 @@ class Company:
         self._failed: Exception | None = None
         self._fails_at = 0
         self._heeded: set[str] = set()  # failures that were raised
-        self._is_told = True  # what ran last
+        self._is_told = True  # what runs
+        self._warned: set[tuple[str, ...]] = set()  # of what differs
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device) -> Company | None:
@@ -152,7 +153,10 @@ class Company:
             f"{_ranks(of)}: " + ", ".join(f"{k} {found[of[0]]['depends'].get(k)}" for k in differs)
             for of in plans.values()
         )
-        log.warning(
+        is_news = bool(differs) and tuple(differs) not in self._warned
+        self._warned.add(tuple(differs))
+        log.log(
+            logging.WARNING if is_news else logging.INFO,
             "the %d ranks of %s run %d plans, each its own within the budget, so that the slowest is waited "
             "for. What differs is %s: %s",
             self.ranks, model, len(plans),

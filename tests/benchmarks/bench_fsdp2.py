@@ -1,12 +1,14 @@
 """Models under FSDP2: planned on gloo ranks beside the plain ones, and for a cluster from this machine.
 
     python tests/benchmarks/bench_fsdp2.py ranks [COUNT ...]    # 2 and 4 processes by default
+    python tests/benchmarks/bench_fsdp2.py once [COUNT ...]
     python tests/benchmarks/bench_fsdp2.py cluster [NAME ...]
 
 ``ranks``: BERT, GPT2 and Llama with untied and tied heads, blocks and root sharded, in each of seven
 settings, of which the last spreads BERT's and Llama's products over two ranks and shards over the rest:
 losses, gradients and parameters of five steps bit for bit, and of the last one the peak of each rank,
-measured and predicted.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no memory:
+measured and predicted.  ``once``: seconds of search, summed over ranks, where one makes the plan of all and
+where each makes its own.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no memory:
 seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block checkpointing and
 a greedy choice under the same accounting.
 
@@ -16,6 +18,7 @@ below, or preparing took more than 30 s.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -26,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -48,7 +52,9 @@ from planner.costs.cache import VARIABLE
 from planner.measure.meter import StorageMeter
 from planner.options import Search
 from planner.plan import Plan
+from planner.ranks import once
 from planner.sharded import ShardedStep, Sharding, largest_micro_batch, sharded_step
+from planner.solving.in_regions import JoinedStep
 from planner.solving.sizes import last_within
 from planner.view.text import aligned
 from tests.ranks import Ranks, same
@@ -200,6 +206,71 @@ def ranks_rows(counts: list[int], share: float = 0.85) -> Iterator[dict[str, Any
         group.stop()
 
 
+# -- one plan for all ------------------------------------------------------------------------------------
+
+DEEP = {"n_layer": 12, "n_embd": 64, "n_head": 4, "vocab_size": 300, "n_positions": 64}
+
+
+def planning_on_rank(rank: int, together: bool, share: float, number: int) -> dict[str, Any]:
+    """Seconds of CPU that this rank searched for the plan of a GPT2 of 12 blocks, and of the step in which it
+    did; with ``together`` one rank makes the plan of all.  ``number`` of the run: budgets differ by it.
+    """
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    config = GPT2Config(**DEEP, use_cache=False, bos_token_id=0, eos_token_id=0)
+    model: Any = GPT2LMHeadModel(config).train()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    ids = torch.randint(0, 300, (ROWS, TOKENS), generator=torch.Generator().manual_seed(rank))
+    with StorageMeter("cpu") as meter:
+        meter.register(*model.parameters())
+        model(input_ids=ids, labels=ids).loss.backward()
+    budget_gb = (share * meter.peak_bytes + number) / 1e9
+    planner.enable(model, budget_gb, costs="roofline", time_limit_s=5.0, now=True)
+    spent, search = [], JoinedStep.plan_bytes
+
+    def timed(step: JoinedStep, *args: Any, **kwargs: Any) -> Plan:
+        began = time.process_time()
+        try:
+            return search(step, *args, **kwargs)
+        finally:
+            spent.append(time.process_time() - began)
+
+    alone = (
+        contextlib.nullcontext()
+        if together
+        else mock.patch.object(once, "_texts_of_this_job", return_value=None)
+    )
+    steps = []
+    with alone, mock.patch.object(JoinedStep, "plan_bytes", timed):
+        for _ in range(4):
+            began = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            steps.append(time.perf_counter() - began)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    return {"search_s": sum(spent), "step_s": steps[2], "sequence": plan.sequence}
+
+
+def once_rows(counts: list[int]) -> Iterator[dict[str, Any]]:
+    """One plan for all ranks beside a plan of each rank's own."""
+    for count in counts:
+        group = Ranks(count)
+        for number, together in enumerate((True, False)):
+            found = group(planning_on_rank, together, 0.7, number, timeout_s=600.0)
+            yield {
+                "ranks": count,
+                "model": "GPT2, 12 blocks",
+                "setting": "made once" if together else "each its own",
+                "search_cpu_s": sum(of["search_s"] for of in found),
+                "searched": sum(of["search_s"] > 0 for of in found),
+                "step_s": max(of["step_s"] for of in found),
+                "plans": len({tuple(of["sequence"]) for of in found}),
+            }
+        group.stop()
+
+
 # -- for a cluster ---------------------------------------------------------------------------------------
 
 LLAMAS: dict[str, tuple[dict[str, int], int]] = {
@@ -342,7 +413,10 @@ def main(arguments: list[str]) -> int:
     os.environ[VARIABLE] = "0"  # schedules that an earlier run left are not its own
     what, *more = arguments or ["cluster"]
     well = True
-    if what == "ranks":
+    if what == "once":
+        for row in once_rows([int(count) for count in more] or [2, 4]):
+            _keep(what, row)
+    elif what == "ranks":
         for row in ranks_rows([int(count) for count in more] or [2, 4]):
             well &= row["well"]
             _keep(what, row)
