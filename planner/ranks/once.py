@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from planner import _compat
 from planner.errors import PlannerError
-from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.plans.serialize import FORMAT, from_text, to_text
 from planner.ranks.job_store import JobStore
@@ -21,9 +20,10 @@ __all__ = ["is_shared", "made_once", "text_of"]
 log = logging.getLogger(__name__)
 
 
-def made_once(
-    key: str, make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], *, wait_s: float
-) -> Plan:
+P = TypeVar("P", bound=PlanData)
+
+
+def made_once(key: str, make: Callable[[], P], adopt: Callable[[PlanData], P], *, wait_s: float) -> P:
     """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
 
     It passes through the job's key-value store (:mod:`planner.ranks.job_store`).
@@ -49,7 +49,7 @@ def made_once(
     return adopt(from_text(text, "the plan of another rank")) if text else make()
 
 
-def _offered(make: Callable[[], Plan], texts: JobStore, name: str) -> Plan:
+def _offered(make: Callable[[], P], texts: JobStore, name: str) -> P:
     text: str | None = None
     try:
         plan = make()
@@ -73,7 +73,7 @@ def _texts_of_this_job() -> JobStore | None:
 _JOBS: weakref.WeakKeyDictionary[Any, JobStore] = weakref.WeakKeyDictionary()
 
 
-def text_of(plan: Plan) -> str | None:
+def text_of(plan: PlanData) -> str | None:
     """``plan`` as in its file; ``None`` if no file can describe its inputs."""
     try:
         return to_text(plan)

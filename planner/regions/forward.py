@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from planner.costs.target import target_for
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
+from planner.ranks.company import Company
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.kept import Foresight, Kept, Kind, Parts
 from planner.regions.proposal import proposal
@@ -61,18 +62,6 @@ class Solved:
     over: Callable[[Sequence[int]], Solved | None] | None = None
     plan: Any = None
     foresight: Foresight | None = None
-
-
-class Company(Protocol):
-    """The ranks that train one sharded model, in step."""
-
-    def begins(self) -> None:
-        """A step does.  Raises where one of them has no plan."""
-        ...
-
-    def failed(self, error: Exception) -> None:
-        """This one has none; it goes on until all have heard."""
-        ...
 
 
 @dataclass(eq=False)
@@ -112,7 +101,6 @@ class RegionsForward:
     ``root``      the model that ``model`` is a part of.
     ``any_mode``  whether calls in evaluation mode are planned too.
     ``state``     bytes of the optimizer's state, which a step that is counted does not show.
-    ``company``   ranks that wait for this one, so that it raises when all do.
     """
 
     def __init__(
@@ -124,11 +112,11 @@ class RegionsForward:
         root: nn.Module | None = None,
         any_mode: bool = False,
         state: Callable[[], int] | None = None,
-        company: Company | None = None,
     ) -> None:
-        self.state, self.company = state, company
+        self.state = state
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
+        self.company = Company.of(self.root, session.device)  # ranks that wait for this one
         self._steps = 0
         self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
         self._shards: list[Any] = []  # what FSDP2 gathers

@@ -32,6 +32,8 @@ the root does itself, its loss too.
   with a plan of their own.
 * Ranks whose steps are of one kind run one plan; a rank whose collectives happened to let go of a buffer
   later counts what it takes there.
+* A rank without a plan would be waited for: it runs on with next to nothing saved until all ranks raise, at
+  one call (:mod:`planner.ranks.company`).
 
 A plan for each block, applied before ``fully_shard(block)``, works as well, with a budget for each; and one
 for the whole model with ``fully_shard(model)`` on the root alone.  Applied as one graph over sharded blocks

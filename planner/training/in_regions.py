@@ -32,7 +32,6 @@ from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.ranks.company import Company
 from planner.ranks.once import made_once
 from planner.regions.forward import DIFFERENT, RegionsForward, Solved
 from planner.regions.record import Record, beyond
@@ -76,10 +75,9 @@ class InRegions:
             target_for(self.planned, self.settings.costs),
             self.settings.budget_bytes,
         )
-        self._company = Company.of(self.root, session.device)
         self._forward = RegionsForward(
             self.planned, session, self._solved,
-            root=self.root, any_mode=True, state=self._state_bytes, company=self._company,
+            root=self.root, any_mode=True, state=self._state_bytes,
         )  # fmt: skip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,8 +207,8 @@ class InRegions:
             f"{budget_bytes} {search.solver} {search.time_limit_s} {self.settings.costs}"
         )
         plan = made_once(key, make, adopt, wait_s=WAIT_S + 4 * search.time_limit_s)
-        if self._company is not None:
-            self._company.runs(plan, made, self._depends(step))
+        if self._forward.company is not None:
+            self._forward.company.runs(plan, made, self._depends(step))
         return plan
 
     def _depends(self, step: JoinedStep) -> dict[str, str]:

@@ -8,9 +8,9 @@
 settings, of which the last spreads BERT's and Llama's products over two ranks and shards over the rest:
 losses, gradients and parameters of five steps bit for bit, and of the last one the peak of each rank,
 measured and predicted.  ``once``: seconds of search, summed over ranks, where one makes the plan of all and
-where each makes its own.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no memory:
-seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block checkpointing and
-a greedy choice under the same accounting.
+where each makes its own.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no
+memory: seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block
+checkpointing and a greedy choice under the same accounting.
 
 Writes ``results/fsdp2.json``; exit code 1 if bits differ, a peak is above what was predicted or more than 1 %
 below, or preparing took more than 30 s.
