@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("planner/costs", "planner/memory", "planner/rewrite"),
     ("planner/plans",),
     ("planner/runtime", "planner/view"),
+    ("planner/ranks",),
     ("planner/regions",),
     ("planner.plan",),
     ("planner.frontier",),

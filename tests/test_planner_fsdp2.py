@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from planner import PlannerError, _compat
 from planner.distributed import shared_plan
 from planner.measure.meter import StorageMeter
 from planner.sharded import Sharding, sharded_step
+from planner.solving.in_regions import JoinedStep
 from tests import tiny
 from tests.ranks import Block, Ranks, same
 
@@ -148,6 +151,22 @@ def _trained(
     return seen + [_local(p) for p in model.parameters()], peaks, watched
 
 
+@contextlib.contextmanager
+def _said() -> Iterator[list[str]]:
+    """What the planner logs on this rank."""
+    said: list[str] = []
+    log, handler = logging.getLogger("planner"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 def _local(tensor: Any) -> Tensor:
     found: Tensor = tensor.to_local()
     return found.detach().clone()
@@ -218,7 +237,8 @@ def _uneven(rank: int, path: str) -> dict[str, Any]:
     how = {"rows": 4 + 2 * rank, "micro": 2}
     want, peaks, _ = _trained(rank, _shard(_model(tied=False), **bf16), **how)
     model = planner.enable(_shard(_model(tied=False), **bf16), 0.85 * max(peaks) / 1e9, **QUICK)
-    got, measured, _ = _trained(rank, model, **how)
+    with _said() as said:
+        got, measured, _ = _trained(rank, model, **how)
     plan = planner.plan_of(model)
     assert plan is not None
     planner.disable(model)
@@ -234,6 +254,7 @@ def _uneven(rank: int, path: str) -> dict[str, Any]:
         "equal": same(got, want),
         "within": measured[-1] <= plan.peak_bytes and max(measured) <= plan.budget_bytes,
         "loads": same(planned, plain),
+        "said": [text for text in said if "ranks of" in text],
         "sequence": shared.sequence,
     }
 
@@ -243,6 +264,58 @@ def test_ranks_of_other_sizes_checkpoints_and_one_plan_for_all(ranks: Ranks, tmp
     for seen in found:
         assert seen["equal"] and seen["within"] and seen["loads"]
     assert found[0]["sequence"] == found[1]["sequence"]
+    assert found[1]["said"] == [] and found[0]["said"]
+    for text in found[0]["said"]:
+        assert "What differs is budget, elements of the batch, graph: rank 0: budget " in text
+        assert "elements of the batch (96,), graph" in text and "elements of the batch (144,), graph" in text
+
+
+def _alone(rank: int, budgets_gb: list[float]) -> dict[str, Any]:
+    """Each rank has a budget; steps until this one raises, and what; how often it searched."""
+    seen: list[str] = []
+    model = _shard(_model(count=2, tied=False))
+    planner.enable(model, budgets_gb[rank], **QUICK)
+    search = JoinedStep.plan_bytes
+    with mock.patch.object(JoinedStep, "plan_bytes", autospec=True, side_effect=search) as made:
+        try:
+            for step in range(8):
+                model(_ids(rank, step)).backward()
+                seen.append("ran")
+        except PlannerError as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    return {"seen": seen, "made": made.call_count}
+
+
+def test_where_one_rank_has_no_plan_all_raise_at_the_same_call(ranks: Ranks) -> None:
+    well, poor = ranks(_alone, [1.0, 1e-5], timeout_s=50.0)  # the group's own timeout is longer
+    assert len(well["seen"]) == len(poor["seen"]) == 4
+    assert poor["seen"][-1].startswith("InfeasibleBudgetError: no plan for FSDPModel fits 1e-05 GB")
+    assert well["seen"][-1].startswith("PlannerError: 1 of 2 ranks found no plan, and all of them stop here")
+    assert "rank 1: InfeasibleBudgetError: no plan for FSDPModel fits 1e-05 GB" in well["seen"][-1]
+    assert poor["made"] == 1  # and not at every step until then
+    first, second = ranks(_alone, [2.0, 2.0])
+    assert first["seen"] == second["seen"] == ["ran"] * 8
+    assert first["made"] + second["made"] == 1  # one made the plan of both
+
+
+def _shared_fails(rank: int, inputs: bool) -> str:
+    model = _shard(_model(count=2, tied=False))
+    given = (_ids(rank, 0, 4 + 2 * rank),) if inputs else (_ids(rank, 0), *[torch.zeros(1)] * rank)
+    with pytest.raises((PlannerError, TypeError)) as caught:
+        shared_plan(model, 1.0, given, costs="roofline", time_limit_s=0.3)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_plan_for_all_is_refused_on_all_ranks_with_what_differs(ranks: Ranks) -> None:
+    first, second = ranks(_shared_fails, True, timeout_s=50.0)
+    assert first.startswith(
+        "PlannerError: rank 1 cannot run the plan that rank 0 made: PlannerError: its step"
+    )
+    assert (
+        "its inputs are (6, 24)): give all ranks batches of the same sizes" in first and "(6, 24)" in second
+    )
+    first, second = ranks(_shared_fails, False, timeout_s=50.0)  # one cannot so much as run a step
+    assert first.startswith("PlannerError: rank 1 cannot run the step: TypeError") and "TypeError" in second
 
 
 class Part(nn.Module):
@@ -269,14 +342,16 @@ class Plain(nn.Module):
 
 
 def _train_compiled(rank: int, model: Any, steps: int) -> tuple[list[Tensor], int]:
-    """Gradients of all steps; least of what their last two took, as gloo lets go of buffers when it likes."""
+    """Gradients of all steps; least of what those behind the third took, as gloo lets go of buffers when it
+    likes.
+    """
     optimizer, seen, peaks = torch.optim.SGD(model.parameters(), lr=0.1), [], []
     for step in range(steps):
         x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10 * step + rank))
         meter = StorageMeter("cpu")
         meter.register(x, *model.parameters(), *_compat.held_by_shards(model))
         run = functools.partial(_backward, model, x)
-        if step < steps - 2:  # planning measures so itself
+        if step < 3:  # planning measures so itself
             run()
         else:
             peaks.append(meter.live_bytes + _compat.allocated_peak(run))
@@ -290,17 +365,25 @@ def _backward(model: Any, x: Tensor) -> None:
     model(x).backward()
 
 
-def _compiled(rank: int) -> dict[str, Any]:
-    """Blocks compiled one by one before they are sharded, whose root nobody names."""
+def _compiled(rank: int, order: str) -> dict[str, Any]:
+    """Compiled by code of its own, whose root nobody names: blocks before they are sharded, the root too, or
+    in a wrapper.
+    """
     model: Any = _shard(tiny.seeded(Plain))  # type: ignore[arg-type]
-    want, peak = _train_compiled(rank, model, 5)
-    planned = tiny.seeded(Plain)
+    want, peak = _train_compiled(rank, model, 9)
+    planned: Any = tiny.seeded(Plain)
     backend = planner.inductor(0.8 * peak / 1e9, costs="roofline", time_limit_s=0.3)
-    for block in planned.blocks:
-        block.compile(backend=backend)
-    _shard(planned)  # type: ignore[arg-type]
-    with torch._inductor.config.patch(compile_threads=1):
-        got, measured = _train_compiled(rank, planned, 5)
+    if "blocks" in order:
+        for block in planned.blocks:
+            block.compile(backend=backend)
+    _shard(planned)
+    if "root" in order:
+        planned.compile(backend=backend)
+    trained = torch.compile(planned, backend=backend) if "wrapper" in order else planned
+    with torch._inductor.config.patch(compile_threads=1), _said() as said:
+        got, measured = _train_compiled(rank, trained, 9)
+        planned.set_requires_gradient_sync(False)
+        trained(torch.randn(64, 32)).backward()
     assert backend.plan is not None
     return {
         "near": all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(got, want, strict=True)),
@@ -308,15 +391,37 @@ def _compiled(rank: int) -> dict[str, Any]:
         "predicted": backend.plan.peak_bytes,
         "budget": backend.plan.budget_bytes,
         "regions": len(backend.plan.regions),
+        "said": said,
     }
 
 
 @pytest.mark.nightly  # two ranks that compile C++
-def test_compiled_and_sharded_blocks_share_one_budget(ranks: Ranks) -> None:
-    for seen in ranks(_compiled):
+@pytest.mark.parametrize("order", ["blocks", "blocks and root", "wrapper"])
+def test_compiled_and_sharded_blocks_share_one_budget(ranks: Ranks, order: str) -> None:
+    found = ranks(_compiled, order)
+    for seen in found:
         assert seen["near"] and seen["regions"] == 2
         assert seen["measured"] <= seen["predicted"] <= seen["budget"]
         assert seen["predicted"] <= 1.03 * seen["measured"]
+        assert any("runs with other settings of FSDP2 (set_requires_gradient_sync" in t for t in seen["said"])
+    assert any("2 ranks of FSDPPlain run " in text for text in found[0]["said"])
+
+
+def _compiled_function(rank: int) -> list[str]:
+    """The function that calls the model is compiled, so that nothing of its backward is seen."""
+    model: Any = _shard(tiny.seeded(Plain))  # type: ignore[arg-type]
+    backend = planner.inductor(1.0, costs="roofline", time_limit_s=0.3)
+    step = torch.compile(lambda x: model(x), backend=backend)
+    with torch._inductor.config.patch(compile_threads=1), _said() as said:
+        for k in range(8):
+            step(torch.randn(64, 32, generator=torch.Generator().manual_seed(k))).backward()
+    return said
+
+
+@pytest.mark.nightly  # two ranks that compile C++
+def test_a_step_whose_backward_cannot_be_seen_has_no_plan_and_that_is_said(ranks: Ranks) -> None:
+    for said in ranks(_compiled_function):
+        assert any("a function that calls the model is compiled. Compile the model" in text for text in said)
 
 
 def _refused(rank: int) -> list[str]:

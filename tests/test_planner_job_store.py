@@ -15,8 +15,8 @@ import torch.distributed as dist
 import planner
 from planner import _compat
 from planner.plans.serialize import from_text, to_text
-from planner.training import distributed, job_store
-from planner.training.job_store import LEFT, JobStore
+from planner.ranks import job_store, once
+from planner.ranks.job_store import LEFT, JobStore
 from tests import tiny
 
 RANKS = 3
@@ -125,11 +125,11 @@ def test_plans_made_once_leave_few_keys(store: dist.HashStore, monkeypatch: pyte
 
     ranks = [mock.Mock(**{"get_world_size.return_value": 2}) for _ in range(2)]
     monkeypatch.setattr(_compat, "job_store", lambda: store)
-    monkeypatch.setattr(distributed, "_is_running", lambda group: True)
+    monkeypatch.setattr(once, "is_shared", lambda: True)
     for i in range(3 * LEFT):
         for rank in ranks:
-            monkeypatch.setattr(distributed, "dist", rank)
-            got = distributed.made_once(str(i), make, lambda received: received, wait_s=5.0)
+            monkeypatch.setattr(once, "dist", rank)
+            got = once.made_once(str(i), make, lambda received: received, wait_s=5.0)
             assert got.sequence == plan.sequence
         assert store.num_keys() <= 3 * (LEFT + 1)
     assert made == 3 * LEFT

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import planner
 from planner.measure import step_peak
 from planner.sizing.batches import LargestBatch
-from planner.sizing.searching import last_within
 from planner.solving.priced import prepare
+from planner.solving.sizes import last_within
 from tests import tiny
 from tests.benchmarks import bench_largest
 

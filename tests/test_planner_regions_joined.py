@@ -434,6 +434,34 @@ def test_the_fingerprint_is_of_what_runs_and_not_of_what_was_measured(step: Join
     assert of(dataclasses.replace(record, calls=swapped)) != of(record)
 
 
+def test_a_plan_serves_a_step_whose_glue_is_cut_elsewhere(step: JoinedStep) -> None:
+    """As another process may have cut it, by what was freed when: the plan is that of the same regions."""
+    record = step.record
+    at = max(e for e, event in enumerate(record.events) if event.kind == "glue" and event.is_forward)
+    events = (*record.events[: at + 1], record.events[at], *record.events[at + 1 :])
+    crossings = tuple(
+        dataclasses.replace(
+            c, born=c.born + (c.born > at), died=None if c.died is None else c.died + (c.died > at)
+        )
+        for c in record.crossings
+    )
+    cut = dataclasses.replace(record, events=events, crossings=crossings)
+    other = JoinedStep.of(cut, step.model, step.captured.inputs, step.resident, step.target)
+    assert other.captured.fingerprint == step.captured.fingerprint
+    budget = (step.minimum_peak_bytes + step.baseline_peak_bytes) // 2
+    plan = step.plan_bytes(budget, Search(time_limit_s=0.5))
+    served = other.as_run_here(plan, budget)
+    assert served is not None and len(served.sequence) == len(plan.sequence) + 1
+    assert other.parts(served) == step.parts(plan)
+    # what was proved holds by the costs of who takes it over, too
+    slower = dataclasses.replace(
+        other,
+        costs=dataclasses.replace(other.costs, seconds={k: 2 * s for k, s in other.costs.seconds.items()}),
+    )
+    again = slower.as_run_here(plan, budget)
+    assert again is not None and again.overhead_bound == pytest.approx(served.overhead_bound)
+
+
 # -- steps that ran -------------------------------------------------------------------------------
 
 

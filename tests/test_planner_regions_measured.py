@@ -79,3 +79,41 @@ def test_where_no_region_is_left_the_error_says_so() -> None:
     ) as caught:
         planner.plan(Aside(), 1.0, (torch.randn(2, WIDTH),), costs="roofline", capture="regions")
     assert "planner.enable(model.of, budget_gb)" in str(caught.value)
+
+
+class Freed(nn.Module):
+    """What a region gives is let go of by the caller before its backward makes something as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.first(x)
+        torch._dynamo.graph_break()
+        loss = self.last(logits.tanh()).pow(2).mean()
+        return loss, logits
+
+
+def test_what_went_is_not_counted_beside_what_came_after_it() -> None:
+    """A hook's scratch in the backward, as that of FSDP2, when logits are gone."""
+    torch.manual_seed(0)
+    model, x = Freed(), torch.randn(256, WIDTH)
+    planner.enable(model, 1.0, costs="roofline", time_limit_s=0.3, capture="regions", now=True)
+
+    def scratch(gradient: Tensor) -> None:
+        (gradient.new_empty(256 * 8 * WIDTH) + 1).sum()
+
+    def step() -> None:
+        loss, logits = model(x)
+        del logits
+        loss.register_hook(scratch)
+        loss.backward()
+
+    for _ in range(2):
+        step()
+        model.zero_grad()
+    measured = planner.measure.step_peak(step)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    assert plan.peak_bytes == measured

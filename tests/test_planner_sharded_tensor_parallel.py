@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -189,6 +190,39 @@ def test_a_spread_model_trains_as_it_does_without_a_plan(ranks: Ranks, kind: str
         assert seen["talks"]  # what is made again talks to nobody, and nobody talks in another order
         assert seen["measured"] <= seen["predicted"] <= 1.01 * seen["measured"]
         assert seen["recomputed"] and "collective" not in seen["recomputed"]
+
+
+def _compiled(rank: int) -> dict[str, Any]:
+    """Losses of a compiled model of spread tensors, with a budget and without; and what was said."""
+    found = []
+    said: list[str] = []
+    log, handler = logging.getLogger("planner"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        for backend in ("inductor", planner.inductor(1.0, costs="roofline", time_limit_s=0.3)):
+            torch._dynamo.reset()
+            mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+            model = tiny.seeded(lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)))
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            compiled = torch.compile(model, backend=backend)
+            with torch._inductor.config.patch(compile_threads=1):
+                for step in range(3):
+                    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+                    compiled(x).square().mean().backward()
+            found.append([_local(p.grad) for p in model.parameters() if p.grad is not None])
+    finally:
+        log.removeHandler(handler)
+    return {"equal": same(*found), "gradients": len(found[0]), "said": said}
+
+
+@pytest.mark.nightly  # two ranks that compile C++
+def test_spread_tensors_under_inductor_are_compiled_as_torch_does_and_that_is_said(ranks: Ranks) -> None:
+    for seen in ranks(_compiled):
+        assert seen["equal"] and seen["gradients"] == 4
+        (said,) = seen["said"]
+        assert "is compiled as torch compiles it, outside the plan and its budget" in said
+        assert "tensor parallelism), and such graphs are planned in eager: planner.enable(model" in said
 
 
 def test_a_collective_is_not_measured_by_one_rank_alone() -> None:

@@ -25,10 +25,10 @@ from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat
 from planner.memory.resident import bucket_bytes
 from planner.plan import Plan
 from planner.plans.serialize import FORMAT, from_text, to_text
+from planner.ranks import once
 from planner.runtime.build import recaptured
 from planner.solving import fit as search
 from planner.solving import priced
-from planner.training import distributed
 from planner.training.distributed import made_once, shared_plan
 from tests import tiny
 from tests.ranks import QUICK, Ranks, blocks, data, same, train
@@ -159,7 +159,7 @@ def _waits(rank: int) -> tuple[list[str], bool]:
         return planner.plan(blocks(), 1.0, (data(rank),), **QUICK)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.log, "warning", lambda text, *values: said.append(text % values))
+        patch.setattr(once.log, "warning", lambda text, *values: said.append(text % values))
         plan = made_once(key, make, lambda received: received, wait_s=1.0)
     return said, plan.peak_bytes > 0
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._guards import TracingContext  # of what this thread traces; 2.1+
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without memory; 2.0+
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode  # writes a graph; 2.0+
@@ -61,6 +63,43 @@ def dispatch_state() -> tuple[int, int]:
         keys._dispatch_tls_local_include_set().raw_repr() & ~mask,
         keys._dispatch_tls_local_exclude_set().raw_repr() & ~mask,
     )
+
+
+def is_heard(mode: TorchDispatchMode) -> bool:
+    """Whether ops of this thread come by ``mode``, the one that was entered last.  Compiled code that is left
+    takes the key for that along, of a mode that was entered within it; 2.0+.
+    """
+    keys: Any = torch._C
+    return is_top_mode(mode) and keys._dispatch_tls_local_include_set().has(keys.DispatchKey.Python)
+
+
+def before_compiled_call(work: Callable[[], None]) -> bool:
+    """Do ``work`` before each further call of the outermost module that is called just now and is compiled,
+    in place or in a wrapper, outside of its code; ``False`` where there is none; 2.1+.
+    """
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    found, is_wrapper = None, False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            module = frame.f_locals["self"]
+            wraps = frames is not None and isinstance(module, frames.OptimizedModule)
+            if wraps or module._compiled_call_impl is not None:
+                found, is_wrapper = module, wraps
+        frame = frame.f_back
+    if found is None:
+        return False
+
+    def before(*args: Any, **kwargs: Any) -> Any:
+        work()
+        return impl(*args, **kwargs)
+
+    if is_wrapper:
+        found.register_forward_pre_hook(lambda *_: work())
+    else:
+        impl = found._compiled_call_impl
+        found._compiled_call_impl = before
+    return True
 
 
 def is_top_mode(mode: TorchDispatchMode) -> bool:

@@ -27,11 +27,14 @@ from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import RecomputeMode, Search, checked_recompute
 from planner.plan import Plan
+from planner.ranks.once import made_once
 from planner.units import bytes_text
 
 __all__ = ["Compiled", "Inductor", "inductor"]
 
 log = logging.getLogger(__name__)
+
+WAIT_S = 120.0  # for another rank's plan, whose code is generated too, beside what its search may take
 
 
 class Compiled:
@@ -168,9 +171,37 @@ def _plan_of(
             session, record, root, Inputs((), {}), resident, least_limit_s=search.time_limit_s
         )
         try:
-            plan = step.plan_bytes(budget_bytes, search)
+            plan = _made_once(session, step, budget_bytes, search)
         except InfeasibleBudgetError as error:
             raise error.saying(f"{error}. Within this budget the compiled step runs out of memory.") from None
     step.follow(plan)
     log.info("%r, %d graphs, planned in %.1f s", plan, len(plan.regions), time.perf_counter() - began)
+    return plan
+
+
+def _made_once(session: CompiledSession, step: CompiledStep, budget_bytes: int, search: Search) -> Plan:
+    """The plan of whichever rank of a distributed job asked for it first, if it fits what this one holds."""
+    made = False
+
+    def make() -> Plan:
+        nonlocal made
+        made = True
+        return step.plan_bytes(budget_bytes, search)
+
+    depends = {
+        "budget": f"{budget_bytes} bytes",
+        "search": f"{search.solver}, {search.time_limit_s:g} s",
+        "costs": str(step.costs.source),
+        "torch": str(torch.__version__),
+        "bits": "same" if session.same_bits else "fastest",
+        "graph": step.captured.fingerprint,
+    }
+    plan = made_once(
+        f"compiled {depends}",
+        make,
+        lambda received: step.as_run_here(received, budget_bytes) or make(),
+        wait_s=WAIT_S + 4 * search.time_limit_s,
+    )
+    if session.company is not None:
+        session.company.runs(plan, made, {**depends, "graph": depends["graph"][:12]})
     return plan

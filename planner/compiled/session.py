@@ -24,6 +24,7 @@ from planner.compiled.piece import Own, Piece
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.measure.step import held
+from planner.ranks.company import Company
 from planner.regions import record
 from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
@@ -86,6 +87,11 @@ class CompiledSession:
         self._held: Step | None = None
         self._sharding: Any = None  # of the step that was planned
         self.is_sharded = model is not None and any(map(_compat.is_fully_sharded, model.modules()))
+        self.company: Company | None = None  # of ranks that wait for this one
+        if self.is_sharded and model is not None and plan is not None:
+            self.company = Company.of(model, target.here)
+        self._refused: Exception | None = None  # why there is no plan, while the others are yet to hear
+        self._is_unheard = False  # whether the step that is seen has a backward that nothing was seen of
         self.is_closed = False  # whether what is not planned by now is not to be
 
     # -- what torch.compile calls ------------------------------------------------------------------
@@ -140,7 +146,7 @@ class CompiledSession:
 
     def begin(self, recorder: Recorder | None) -> None:
         """Forget the last step; the next is recorded."""
-        self.calls, self.recorder = [], recorder
+        self.calls, self.recorder, self._is_unheard = [], recorder, False
         self._alive = self._held = None
 
     def _see(self, piece: Piece, args: Sequence[Any]) -> Any:
@@ -198,7 +204,7 @@ class CompiledSession:
         return (*self.parameters.values(), *held(self.model, None), *_compat.held_by_shards(self.model))
 
     def _note(self, into: dict[tuple[str, str | int], int], key: tuple[str, str | int], x: Any) -> None:
-        number = None if self.recorder is None else self.recorder.number_of(x)
+        number = None if self.recorder is None else self.recorder.passes(x)
         if number is not None:
             into[key] = number
 
@@ -206,6 +212,7 @@ class CompiledSession:
         recorder = self.recorder
         if recorder is None or not recorder.counts:
             return
+        self._is_unheard |= not _compat.is_heard(recorder)
         for i, x in enumerate(tangents):
             if isinstance(x, torch.Tensor):
                 self._note(seen.crossings, ("tangent", i), x)
@@ -252,14 +259,23 @@ class CompiledSession:
         root = _compat.root_of_shards(instances_of(kinds), ids) if kinds else None
         if root is not None:
             self.model, self.is_sharded = root, True
-            ours = weakref.ref(self)
-            root.register_forward_pre_hook(functools.partial(_begins, ours), prepend=True)
+            self.company = Company.of(root, self.target.here)
+            begins = functools.partial(_begins, weakref.ref(self))
+            # what watches a step is entered outside of compiled code, which would take it along as it ends
+            if not _compat.before_compiled_call(begins):
+                root.register_forward_pre_hook(begins, prepend=True)
 
     def begins(self) -> None:
         """A call of the model does.  Of one that is sharded a step is recorded from there: what its hooks
         gather for the first graph is part of it.
         """
         if self.plan is not None and self.is_sharded and torch.is_grad_enabled():
+            if self.company is not None:
+                try:
+                    self.company.begins()
+                except Exception:
+                    self._refused = None  # all have heard
+                    raise
             self._between_steps()
             self._note_sharding()
 
@@ -290,6 +306,9 @@ class CompiledSession:
             self.watching.settle()
             self._plan_seen(recorder)
             return
+        if self._refused is not None and self.company is not None:
+            self.company.failed(self._refused)
+            return
         if any(p.step is not None and p.planned is None and not p.why for p in self.pieces):
             if not self.watching.may_begin():
                 return
@@ -312,6 +331,11 @@ class CompiledSession:
                     "budget does not hold: %d steps were seen, and %s",
                     self._tries, error,
                 )  # fmt: skip
+        except Exception as error:
+            if self.company is None:
+                raise
+            self._refused = error
+            self.company.failed(error)
         self.calls, self.recorder = [], None
 
     # -- planning ----------------------------------------------------------------------------------
@@ -321,10 +345,15 @@ class CompiledSession:
         recorder = self.recorder
         if recorder is None or not recorder.seen or not any(call.is_through for call in self.calls):
             raise ValueError("no backward came through any of its graphs")
+        if self.is_sharded and self._is_unheard:
+            raise ValueError(
+                "what FSDP2 holds in its backward cannot be seen, since a function that calls the model is "
+                "compiled. Compile the model or its blocks instead"
+            )
         numbers = {n for c in self.calls for n in (*c.crossings.values(), *c.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
-        events, moved = record.last_backwards(recorder.seen)
-        crossings = [_moved(of, moved) for of in recorder.crossings(order).values()]
+        events = record.last_backwards(recorder.seen)
+        crossings = [of.until(len(events)) for of in recorder.crossings(order).values()]
         calls = []
         for k, call in enumerate(self.calls):
             step, costs = call.piece.step, call.piece.costs
@@ -368,10 +397,3 @@ def _begins(session: weakref.ref[CompiledSession], *_: Any) -> None:
     found = session()
     if found is not None:
         found.begins()
-
-
-def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
-    died = crossing.died
-    return replace(
-        crossing, born=to[crossing.born], died=None if died is None or died >= len(to) else to[died]
-    )

@@ -323,9 +323,12 @@ class CompiledStep(JoinedStep):
 
     def _owns_of(self, plan: Plan) -> list[Own]:
         """What each call runs of a plan for this step."""
-        share = plan.solver.removeprefix(BY_TORCH)
-        torchs = None if share == plan.solver else float(share)
+        torchs = _torchs(plan)
         return [Own(tuple(steps), turn, torchs) for steps, turn in self.parts(plan)]
+
+    def execution_as(self, received: PlanData, schedule: Schedule) -> Execution:
+        """What running ``schedule``, that of ``received``, takes here."""
+        return self._execution(self.steps_of(schedule), _torchs(received))
 
     def plan_of(self, answer: Answer) -> Plan:
         """The plan that runs the schedule of ``answer``."""
@@ -353,6 +356,12 @@ class CompiledStep(JoinedStep):
         """The compiled step with the plan beside ``torch.compile``'s without a budget."""
         given = self.captured.inputs if inputs is None else Inputs.of(model, inputs)
         return verified(plan, model, given, loss_fn or self.loss_fn, seed, self.memory)
+
+
+def _torchs(plan: PlanData) -> float | None:
+    """The memory budget that torch's partition was made for, of a plan that runs it."""
+    share = plan.solver.removeprefix(BY_TORCH)
+    return None if share == plan.solver else float(share)
 
 
 def compiled_step(

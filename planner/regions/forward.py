@@ -25,6 +25,7 @@ from planner.costs.target import target_for
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
+from planner.ranks.company import Company
 from planner.regions.joined import RecordedStep, join, parts
 from planner.regions.kept import Foresight, Kept, Kind, Parts
 from planner.regions.proposal import proposal
@@ -115,13 +116,14 @@ class RegionsForward:
         self.state = state
         self.model, self.session, self.solve = model, session, solve
         self.root = model if root is None else root
+        self.company = Company.of(self.root, session.device)  # ranks that wait for this one
         self._steps = 0
         self._listed: tuple[int, list[nn.Parameter]] = (-1, [])
         self._shards: list[Any] = []  # what FSDP2 gathers
         self.gradients_bytes = 0  # that the recorded step found
         self.any_mode = any_mode
         self._counted: WeakKeyDictionary[Solved, _Counts] = WeakKeyDictionary()
-        self._refused: dict[Hashable, InfeasibleBudgetError] = {}
+        self._refused: dict[Hashable, Exception] = {}
         self._failed: Counter[Hashable] = Counter()
         self._waited = 0  # steps that could not be recorded for somebody else's mode
         self._behind = 0  # or for that of another model's record
@@ -202,15 +204,20 @@ class RegionsForward:
         """A step begins: what the last one showed is acted upon."""
         self._thread = threading.get_ident()
         self.session.watching.settle()
+        if self.company is not None:
+            self.company.begins()
         with _compat.modes_set_aside():  # a meter of the user's counts what the step does
             self._act(inputs)
         session = self.session  # another one where loops are followed from here on
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         gradients += _compat.unreduced_gradients(self._shards)
         kind = self._kind(inputs, bool(gradients))
-        if kind in self._refused:
+        if kind in self._refused and self.company is None:
             raise self._refused[kind]
         stage = session.next_stage(kind)
+        if kind in self._refused and self.company is not None:
+            self.company.failed(self._refused[kind])
+            stage = session.unwatched_stage
         if stage == "record" and not session.watching.may_begin(must=self._behind >= PATIENCE):
             stage = session.unwatched_stage
             self._behind += 1
@@ -377,6 +384,11 @@ class RegionsForward:
                     "".join(f"\n{why}" for why in whys),
                 )
             return
+        except Exception as error:
+            if self.company is None:
+                raise
+            self._refused[kind] = error
+            return
         self._failed.pop(kind.structure, None)
         if solved is None:
             self._turn_loops()
@@ -431,7 +443,8 @@ def apply_plan(plan: PlanData, model: nn.Module) -> nn.Module:
                 f"{step.fingerprint[:12]} with torch {torch.__version__}): the model, its sizes, what the "
                 "loop does, or the versions of its libraries differ; make a new plan"
             )
-        position = {op.name: i for i, op in enumerate(step.graph.ops)}
-        return Solved(parts(step.joined, [position[name] for name in plan.sequence]), plan=plan)
+        steps = step.joined.named(plan.sequence)
+        assert steps is not None  # of one fingerprint
+        return Solved(parts(step.joined, steps), plan=plan)
 
     return put(restored(model), RegionsForward(model, session, follow))

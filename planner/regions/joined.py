@@ -30,7 +30,7 @@ from torch import fx, nn
 from planner.capture.inputs import Inputs
 from planner.costs.op_costs import Costs
 from planner.graph.captured import fingerprint_of
-from planner.graph.step_graph import GLUE, GRADIENT_SUM
+from planner.graph.step_graph import BETWEEN, GLUE, GRADIENT_SUM
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.plans.lowering import lower
 from planner.regions.record import Crossing, Record, RegionCall, Sizes
@@ -108,6 +108,18 @@ class Joined:
         """The whole step, in which each call runs what is said, or what it was recorded with."""
         place = {owner: i for i, owner in enumerate(self.owners) if owner is not None}
         return [i for i, _ in _in_order(self.record, self.owners, self.event_of, place, own)]
+
+    def named(self, sequence: Sequence[str]) -> list[int] | None:
+        """The steps of a plan for a step such as this, by the names of its ops; ``None``: it has others.
+
+        What its glue did lies where this step's does: how that is cut may differ between two processes.
+        """
+        owned = zip(self.graph.ops, self.owners, strict=True)
+        place = {op.name: i for i, (op, owner) in enumerate(owned) if owner is not None}
+        own = [name for name in sequence if name.partition("/")[0] not in BETWEEN]
+        if set(own) != place.keys():
+            return None
+        return self.as_run(dict(enumerate(parts(self, [place[name] for name in own]))))
 
     def normal(self, steps: Sequence[int]) -> list[int]:
         """``steps`` with every recomputation where its region can run it.
@@ -679,11 +691,13 @@ class RecordedStep:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the regions, their order and what passes between them; not of what was measured."""
+        """Hash of the regions, their order and what passes between them; not of what was measured, nor of
+        how glue is cut.
+        """
         record = self.joined.record
         h = hashlib.sha256()
         known: dict[int, str] = {}
-        for event in record.events:
+        for event in (e for e in record.events if e.call is not None):
             h.update(f"{event.kind}|{event.call}|{event.is_forward}\n".encode())
         for call in record.calls:
             graph = known.setdefault(id(call.graph), fingerprint_of(call.graph))

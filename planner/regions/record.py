@@ -1,8 +1,8 @@
 """What one step was seen to do: which regions ran, what passed between them, what memory held beside them.
 
 A step is a row of events: the code between regions ("glue"), a call of a region ("forward"), the backward
-of that call ("backward").  Between two of the latter kinds there is always glue, perhaps empty; the first and
-the last event are glue.
+of that call ("backward").  Between two of the latter kinds there is always glue, perhaps empty, perhaps in
+several parts; the first and the last event are glue.
 
 Where sizes follow the data (a mask, lengths, what a miner finds), each step holds other bytes of the same
 things (:class:`Sizes`).  A plan is made for the most of each that was seen, and as much beyond as the
@@ -57,6 +57,10 @@ class Crossing:
     bytes: int
     born: int
     died: int | None
+
+    def until(self, end: int) -> Crossing:
+        """The same in a step of ``end`` events: what dies behind the last one outlives the step."""
+        return self if self.died is None or self.died < end else replace(self, died=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,27 +138,15 @@ class Record:
         )
 
 
-def last_backwards(events: Sequence[Event]) -> tuple[list[Event], list[int]]:
-    """Of a call with several backwards (``retain_graph=True``) the last is its backward, others are glue.
-
-    The events then, and the place of each that there was.
-    """
+def last_backwards(events: Sequence[Event]) -> list[Event]:
+    """Of a call with several backwards (``retain_graph=True``) the last is its backward, others are glue."""
     last = {event.call: e for e, event in enumerate(events) if event.kind == "backward"}
-    out: list[Event] = []
-    moved: list[int] = []
-    for e, event in enumerate(events):
-        if event.kind == "backward" and last[event.call] != e:
-            event = replace(event, kind="glue", call=None)
-        if out and event.kind == out[-1].kind == "glue":
-            event = replace(
-                event,
-                peak_bytes=max(event.peak_bytes, out[-1].peak_bytes),
-                seconds=event.seconds + out[-1].seconds,
-                is_forward=out.pop().is_forward,
-            )
-        out.append(event)
-        moved.append(len(out) - 1)
-    return out, moved
+    return [
+        replace(event, kind="glue", call=None)
+        if event.kind == "backward" and last[event.call] != e
+        else event
+        for e, event in enumerate(events)
+    ]
 
 
 def beyond(most: int, least: int, count: int) -> int:

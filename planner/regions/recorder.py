@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from planner._compat import gone, tensors_on, weak_storage
+from planner._compat import current_backward, gone, tensors_on, weak_storage
 from planner.costs.profiler import device_for
 from planner.costs.roofline import call_seconds
 from planner.devices.state import allocation_grain
@@ -54,6 +54,9 @@ class Recorder(StorageMeter):
         ] = {}  # of storages that were there, by key: bytes that were never let go of
         self._through: set[int] = set()  # keys of storages that were there, and that a region took or gave
         self._numbers: dict[int, int] = {}  # of live storages that the step made
+        self._passed: set[int] = set()  # of those that a region took or gave
+        self._freed = False  # one of these was, since the event began
+        self._goes_back = False  # whether the backward has begun
         self._kept: dict[int, tuple[Any, list[Callable[[], bool]]]] = {}  # what regions keep, by number
         self._now: tuple[Kind, int | None] = ("glue", None)
         self._glue_s = 0.0
@@ -76,6 +79,15 @@ class Recorder(StorageMeter):
         if self._now[0] == "glue":
             self._mark("glue", None, part=True)
 
+    def _comes(self) -> None:
+        """Something is about to be counted that was just made."""
+        if not self.counts or self._now[0] != "glue":
+            return
+        begins = not (self._goes_back or self._turned) and current_backward() != -1
+        self._goes_back |= begins
+        if begins or self._freed:
+            self._mark("glue", None, part=True)
+
     def _mark(self, kind: Kind, call: int | None, *, part: bool = False) -> None:
         if self._now == (kind, call) and not part:
             return
@@ -92,6 +104,7 @@ class Recorder(StorageMeter):
         self.reset_peak()
         self._glue_s = 0.0
         self._now = (kind, call)
+        self._freed = False
 
     def close(self) -> None:
         """The step is over, unless more of it comes."""
@@ -109,10 +122,16 @@ class Recorder(StorageMeter):
 
     # -- storages ----------------------------------------------------------------------------------
 
-    def number_of(self, tensor: torch.Tensor) -> int | None:
-        """Of the storage; ``None`` where it was there before the step, is on another device, or is several
-        (a sparse tensor's).
+    def passes(self, tensor: torch.Tensor) -> int | None:
+        """Number of the storage, which a region takes or gives; ``None`` where it was there before the step,
+        is on another device, or is several (a sparse tensor's).
         """
+        number = self._number_of(tensor)
+        if number is not None:
+            self._passed.add(number)
+        return number
+
+    def _number_of(self, tensor: torch.Tensor) -> int | None:
         if tensor.layout is not torch.strided:
             return None
         self._see(tensor, there_before=True)  # what the step makes is seen when it is made
@@ -123,7 +142,7 @@ class Recorder(StorageMeter):
 
     def kept(self, tensor: Any) -> Any:
         """What a region keeps for its backward instead of ``tensor``."""
-        number = self.number_of(tensor) if isinstance(tensor, torch.Tensor) else None
+        number = self._number_of(tensor) if isinstance(tensor, torch.Tensor) else None
         if number is None:
             return tensor
         alias = tensor.detach()
@@ -146,6 +165,8 @@ class Recorder(StorageMeter):
     def _see(self, tensor: torch.Tensor, *, there_before: bool) -> None:
         storage = tensor.untyped_storage()
         known = id(storage) in self._tracked
+        if not known and not there_before and self._counts_on(tensor.device):
+            self._comes()
         super()._see(tensor, there_before=there_before)
         if not known and not there_before and id(storage) in self._tracked:
             self._numbers[id(storage)] = len(self.lives)
@@ -155,11 +176,14 @@ class Recorder(StorageMeter):
         number = self._numbers.pop(ref.key, None)
         if number is not None and self.counts and self.lives[number].died is None:
             self.lives[number].died = len(self.events)
+            self._freed |= number in self._passed
         if number is None and self.counts and ref.key not in self._through:
             self.gone_bytes += self._left.pop(ref.key, ref.nbytes)
         super()._forget(ref)
 
     def _sized(self, ref: Any, nbytes: int) -> None:
+        if nbytes > ref.nbytes:
+            self._comes()
         if ref.key not in self._numbers and self.counts:
             left = self._left.get(ref.key, ref.nbytes)
             self._left[ref.key] = min(left, nbytes)

@@ -505,7 +505,7 @@ class Session:
 
     @staticmethod
     def _note(recorder: Recorder, into: dict[tuple[str, str | int], int], key: Any, tensor: Any) -> None:
-        number = recorder.number_of(tensor) if isinstance(tensor, torch.Tensor) else None
+        number = recorder.passes(tensor) if isinstance(tensor, torch.Tensor) else None
         if number is not None:
             into[key] = number
 
@@ -724,8 +724,8 @@ class Session:
         index = {number: k for k, (number, _) in enumerate(ran)}
         numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
-        events, moved = record.last_backwards(recorder.seen)
-        crossings = [_moved(of, moved) for of in recorder.crossings(order).values()]
+        events = record.last_backwards(recorder.seen)
+        crossings = [of.until(len(events)) for of in recorder.crossings(order).values()]
         calls = []
         for k, (_, seen) in enumerate(ran):
             assert seen.variant is not None and seen.variant.costs is not None
@@ -755,13 +755,3 @@ class Session:
             for e in events
         ]
         return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
-
-
-def _moved(crossing: record.Crossing, to: Sequence[int]) -> record.Crossing:
-    """With its events where they are now; what dies behind the last one outlives the step."""
-    died = crossing.died
-    return replace(
-        crossing,
-        born=to[crossing.born],
-        died=None if died is None or died >= len(to) else to[died],
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,11 @@ from planner.sharded.pieces import Stack
 from planner.sharded.sharding import Group, Held, Sharding, held_beside
 from planner.solving.fit import Answer
 from planner.solving.in_regions import JoinedStep
+from planner.solving.sizes import PlannedSizes, last_within
 
 __all__ = ["ShardedStep", "largest_micro_batch", "sharded_step"]
+
+_MOST_ROWS = 1 << 16  # of a micro-batch
 
 ROOT = "root"  # below which the root's own modules were captured
 
@@ -173,26 +177,19 @@ def largest_micro_batch(
 ) -> tuple[int, Plan | None]:
     """The largest micro-batch for which a plan within a rank's budget is found, and that plan.
 
-    ``step_of(size)``  the step at a micro-batch of ``size``.  0 and ``None``: not even one of 1 fits.
+    ``step_of(size)``  the step at a micro-batch of ``size``; asked for once at each of some ten sizes.
+    ``time_limit_s``   seconds of search at each size that is planned, a handful.
+
+    0 and ``None``: not even one of 1 fits.  That a larger one needs no less memory is an assumption.
     """
-
-    def plan_at(size: int) -> Plan | None:
-        step = step_of(size)
-        if step.floor_bytes > budget_bytes_of(budget_gb):
-            return None
-        try:
-            return step.plan(budget_gb, solver=solver, time_limit_s=time_limit_s)
-        except InfeasibleBudgetError:
-            return None
-
-    low, best, high = 0, None, 1
-    while (found := plan_at(high)) is not None:
-        low, best, high = high, found, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = plan_at(middle)
-        low, best, high = (low, best, middle) if found is None else (middle, found, high)
-    return low, best
+    budget_bytes, search = budget_bytes_of(budget_gb), Search(solver, time_limit_s)
+    step_at = functools.cache(step_of)
+    last = last_within(lambda size: step_at(size).floor_bytes, budget_bytes, 1, _MOST_ROWS, {})
+    if not last:
+        return 0, None
+    sizes = PlannedSizes(step_at, budget_bytes, search)
+    found = sizes.largest(last)
+    return found, sizes.plans.get(found)
 
 
 # -- what is there ---------------------------------------------------------------------------------------

@@ -29,13 +29,12 @@ from planner.options import (
     checked_gradients,
     checked_outputs,
 )
-from planner.plan import Plan
 from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
-from planner.sizing.searching import last_within
 from planner.sizing.sized import MakeBatch, SizedSteps, Wanted
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
+from planner.solving.sizes import PlannedSizes, last_within
 from planner.units import bytes_text, label
 
 __all__ = ["largest_batch"]
@@ -44,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _POINTS = 5  # of the frontier, before the fastest is looked for
 _NEARER = 3  # further ones towards the fastest
-_STRIDES = 64  # the first step above what is known to fit is such a part of it
 _ABOVE = 2  # sizes above the last with a floor within the budget that are looked at
 
 
@@ -185,7 +183,7 @@ def _refuse_below_resident(steps: SizedSteps, budget_bytes: int, low: int) -> No
     )
 
 
-class _Batches:
+class _Batches(PlannedSizes):
     """The search, with the plans that it met."""
 
     def __init__(
@@ -197,12 +195,9 @@ class _Batches:
         high: int,
         at_most_overhead: float | None,
     ) -> None:
-        self.steps, self.budget_bytes, self.search = steps, budget_bytes, search
-        self.low, self.high, self.at_most_overhead = low, high, at_most_overhead
+        super().__init__(self._step, budget_bytes, search, low)
+        self.steps, self.high, self.at_most_overhead = steps, high, at_most_overhead
         self.lets_go = steps.wanted.outputs == "auto"  # of outputs before the backward: most fits so
-        self.plans: dict[int, Plan] = {}
-        self.least: Plan | None = None  # the schedule of lowest peak that was met
-        self.refused: dict[int, InfeasibleBudgetError] = {}
 
     def found(self) -> LargestBatch:
         """Raises ``InfeasibleBudgetError`` where not even the smallest has a plan."""
@@ -220,7 +215,7 @@ class _Batches:
             )
         if last == self.high and self.lets_go:  # if all that was asked for fits with them held, they are
             self.lets_go = False
-            self.lets_go = not self._has_plan(last) or bool(self.plans[last].released)
+            self.lets_go = not self.has_plan(last) or bool(self.plans[last].released)
             self.plans.clear()
             self.refused.clear()
         limit = self.at_most_overhead
@@ -256,38 +251,18 @@ class _Batches:
 
     # -- plans -------------------------------------------------------------------------------------
 
-    def _has_plan(self, size: int) -> bool:
-        """Whether one is found within the budget.
-
-        It begins with that of the next larger size, which does here too, or else with the least that was met.
-        """
-        if size in self.plans or size in self.refused:
-            return size in self.plans
-        larger = min((n for n in self.plans if n > size), default=None)
-        hint = self.least if larger is None else self.plans[larger]
-        try:
-            self.plans[size] = self._step(size).plan_bytes(self.budget_bytes, self.search, hint=hint)
-        except InfeasibleBudgetError as error:
-            self.refused[size] = error
-        return size in self.plans
-
     def _step(self, size: int) -> BudgetedStep:
         step = self.steps.step(size)
         return step.lightest if self.lets_go else step
 
     def _largest(self, last: int) -> tuple[int, Stop]:
         """The largest of up to ``last``, beyond which the floor is above the budget, that has a plan."""
-        if self._has_plan(last):
-            return last, self._at_the_floor(last)
-        sure = self._sure_below(last)
-        if sure is None:
+        found = self.largest(last)
+        if found < self.low:
             raise self._not_even(self.refused[self.low])
-        fails, stride = last, max(1, sure // _STRIDES)
-        while fails - sure > 1:  # that schedule is nearly the least, so plans end soon above it
-            reach = min(sure + stride, (sure + fails) // 2)
-            sure, fails = (reach, fails) if self._has_plan(reach) else (sure, reach)
-            stride *= 2
-        return sure, self._not_found(fails)
+        if found == last:
+            return last, self._at_the_floor(last)
+        return found, self._not_found(min(n for n in self.refused if n > found))
 
     def _not_found(self, fails: int) -> Stop:
         refused = self.refused[fails]
@@ -309,29 +284,11 @@ class _Batches:
         words = f"the budget: at {last + 1} it is proved that no plan needs less than {bytes_text(floor)}"
         return Stop("floor", last + 1, True, words)
 
-    def _sure_below(self, size: int) -> int | None:
-        """A smaller size with a plan, which is made; ``None`` where not even the smallest has one."""
-        least = self.least = self.steps.step(size).lightest.least_plan()
-
-        def peak_at(n: int) -> float:
-            step = self.steps.step(n).lightest
-            schedule = step.schedule_of(least)
-            return math.inf if schedule is None else step.peak_of(step.steps_of(schedule))
-
-        half = max(self.low, size // 2)
-        known = {size: least.peak_bytes, half: peak_at(half)}
-        found = min(size - 1, last_within(peak_at, self.budget_bytes, self.low, size, known))
-        while found >= self.low and not self._has_plan(found):
-            found = (self.low + found) // 2 if found > self.low else self.low - 1
-        if found >= self.low:
-            return found
-        return self.low if self._has_plan(self.low) else None
-
     def _within_overhead(self, last: int, limit: float) -> tuple[int, Stop]:
         """The largest of up to ``last`` whose plan takes no more extra time than ``limit``."""
 
         def overhead_at(n: int) -> float:
-            return self.plans[n].overhead if self._has_plan(n) else math.inf
+            return self.plans[n].overhead if self.has_plan(n) else math.inf
 
         unplanned = self._last(lambda n: self.steps.at(n).unplanned_bytes, self.low, last)
         known = {unplanned: overhead_at(unplanned)} if unplanned >= self.low else {}
@@ -386,7 +343,7 @@ class _Batches:
         for n in dict.fromkeys(
             [max(self.low, first // 2), first, *between, *(m for m in marks if m <= batch)]
         ):
-            self._has_plan(n)
+            self.has_plan(n)
         for _ in range(_NEARER):
             best, sizes = self._best(batch), sorted(n for n in self.plans if n <= batch)
             i = sizes.index(best)
@@ -394,13 +351,13 @@ class _Batches:
             new = [m for n in beside if (m := (n + best) // 2) not in self.plans and m not in self.refused]
             if not new:
                 break
-            self._has_plan(new[-1])  # towards the faster neighbour
+            self.has_plan(new[-1])  # towards the faster neighbour
 
     def _handed_down(self) -> None:
         """Where the schedule of a larger size takes less extra time at a smaller one, that has it too."""
         sizes = sorted(self.plans, reverse=True)
         for larger, size in pairwise(sizes):
-            step, own = self._step(size), self.plans[size]
+            step, own = self.step_at(size), self.plans[size]
             schedule = step.schedule_of(self.plans[larger])
             if schedule is None or self.plans[larger].overhead >= own.overhead:
                 continue

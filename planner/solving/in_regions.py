@@ -115,6 +115,11 @@ class JoinedStep(BudgetedStep):
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
         return parts(self.joined, [position[name] for name in plan.sequence])
 
+    def schedule_of(self, plan: PlanData) -> Schedule | None:
+        """That of a plan made for other sizes, or by another process, if it runs the same ops of regions."""
+        steps = self.joined.named(plan.sequence)
+        return None if steps is None else Schedule(tuple(self.graph.ops[i].name for i in steps))
+
     def as_run_here(self, received: PlanData, budget_bytes: int) -> Plan | None:
         """The plan that another rank made of the same step, with what it takes here; ``None`` if that is over
         the budget, or it is of another step.
@@ -122,12 +127,13 @@ class JoinedStep(BudgetedStep):
         schedule = self.schedule_of(received)
         if received.fingerprint != self.captured.fingerprint or schedule is None:
             return None
-        ran, total = self.execution_of(schedule), self.problem.total_seconds
+        ran, total = self.execution_as(received, schedule), self.problem.total_seconds
         if ran.peak_bytes > budget_bytes:
             return None
         seconds = total + ran.timeline.recompute_seconds
         # what was proved there is proved here where nothing is held that was not there
-        bound = total * (1 + received.overhead_bound) if ran.peak_bytes == received.peak_bytes else total
+        least = self._least_share(received) if ran.peak_bytes == received.peak_bytes else 0.0
+        bound = total + least * received.overhead_bound * received.step_s
         return self.plan_of(
             Answer(
                 budget_bytes,
@@ -139,6 +145,16 @@ class JoinedStep(BudgetedStep):
                 solve_seconds=received.solve_s,
             )
         )
+
+    def execution_as(self, received: PlanData, schedule: Schedule) -> Execution:
+        """What running ``schedule``, that of ``received``, takes here."""
+        return self.execution_of(schedule)
+
+    def _least_share(self, received: PlanData) -> float:
+        """Each op takes at least this share of what it takes by the costs of ``received``."""
+        there = {op.name: op.again_s for op in received.outline.problem.ops} if received.outline else {}
+        mine = {op.name: op.again_s for op in self.problem.ops if not math.isinf(op.again_s)}
+        return min((mine[name] / s for name, s in there.items() if s > 0 and name in mine), default=0.0)
 
     def solved(self, plan: Plan, over: Callable[[Sequence[int]], Solved | None] | None = None) -> Solved:
         """``plan``, one of this step, as it is run; ``over`` hears what steps of it took."""

@@ -8,5 +8,5 @@ of a new kind comes, and shared by the ranks of a job.  Raises what ``planner.pl
     switch       the stand-in for the model's forward; ``unplanned`` names what trains without it
     ondemand     a plan at hand, or a new one?  ``calls`` and ``step_calls`` say what comes, ``sharing`` what
                  room it has, ``plan_cache`` what there is, ``making`` makes one, ``as_run`` meters it
-    distributed  one plan for several ranks; ``job_store`` keeps its text for them
+    distributed  one plan for several ranks
 """

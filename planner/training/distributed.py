@@ -32,6 +32,8 @@ the root does itself, its loss too.
   with a plan of their own.
 * Ranks whose steps are of one kind run one plan; a rank whose collectives happened to let go of a buffer
   later counts what it takes there.
+* A rank without a plan would be waited for: it runs on with next to nothing saved until all ranks raise, at
+  one call (:mod:`planner.ranks.company`).
 
 A plan for each block, applied before ``fully_shard(block)``, works as well, with a budget for each; and one
 for the whole model with ``fully_shard(model)`` on the root alone.  Applied as one graph over sharded blocks
@@ -52,9 +54,8 @@ forward and is refused.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -66,16 +67,18 @@ from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.plans.serialize import FORMAT, from_text, inputs_of, to_text
+from planner.plans.serialize import from_text, inputs_of
+from planner.ranks.once import is_shared, made_once, text_of
 from planner.runtime.build import check_is_of
 from planner.solving.chunked import chunked_as
-from planner.solving.in_regions import step_in_regions
+from planner.solving.in_regions import step_in_regions, taken_in
 from planner.solving.priced import prepare
-from planner.training.job_store import JobStore
 
 __all__ = ["agreed", "made_once", "shared_plan"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _EXPECTED = (PlannerError, TypeError, ValueError)  # what planning raises on purpose
 
@@ -118,16 +121,25 @@ def _shared_of_sharded(
     if unknown or how.pop("capture", "auto") == "one graph":
         raise ValueError(f"a sharded model is planned in regions, for which {sorted(unknown)} says nothing")
     budget_bytes = budget_bytes_of(budget_gb)
-    step = step_in_regions(model, inputs, **how)
+    # a rank that does not run the step would be waited for, and one that has no step of its own too
+    _all_can(lambda: taken_in(model, inputs, how.get("costs", "auto")), group, "run the step")
+    step = _all_can(lambda: step_in_regions(model, inputs, **how), group, "plan its step")
 
     def adopt(received: PlanData) -> Plan:
         plan = step.as_run_here(received, budget_bytes)
-        if plan is None:
-            raise PlannerError(
-                f"the plan of rank 0 does not fit {budget_gb} GB here, or this rank's step is another "
-                "(batches of other sizes): give all ranks the same sizes, or use planner.enable"
-            )
-        return plan
+        if plan is not None:
+            return plan
+        mine, other = step.captured.fingerprint[:12], received.fingerprint[:12]
+        sizes = ", ".join(str(tuple(x.shape)) for x in step.captured.inputs.tensors())
+        why = (
+            f"its step is another (graph {mine}, that of rank 0 is {other}; its inputs are {sizes})"
+            if mine != other
+            else f"it takes more than {budget_gb} GB with what this rank holds beside its regions"
+        )
+        raise PlannerError(
+            f"{why}: give all ranks batches of the same sizes, or use planner.enable, with which ranks of "
+            "other sizes have plans of their own"
+        )
 
     return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
@@ -142,56 +154,23 @@ def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**step, "search": Search(**search)}
 
 
-def made_once(
-    key: str, make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], *, wait_s: float
-) -> Plan:
-    """The plan called ``key``, made by the rank that asks first and taken over by the others.  No collective.
-
-    It passes through the job's key-value store (:mod:`planner.training.job_store`).
-
-    ``key``       everything the plan depends on: ranks with equal keys can run each other's plan.
-    ``make()``    runs where nobody else has made the plan, or who tried failed or took too long.
-    ``adopt(received)``  turns another rank's plan into one for this rank's model.
-    ``wait_s``    how long to wait for another rank's plan, in seconds.
-    """
-    texts = _texts_of_this_job()
-    if texts is None:
-        return make()
-    name = texts.name_of(FORMAT, key)
-    text: str | None = None
-    while text is None:
-        if texts.is_first(name):
-            return _offered(make, texts, name)
-        try:
-            text = texts.wait(name, wait_s)
-        except (TimeoutError, RuntimeError) as error:  # too late, or the store is not to be had
-            log.warning("no plan came from another rank in %.0f s, this one makes its own: %s", wait_s, error)
-            return make()
-    return adopt(from_text(text, "the plan of another rank")) if text else make()
-
-
-def _offered(make: Callable[[], Plan], texts: JobStore, name: str) -> Plan:
-    text: str | None = None
+def _all_can(work: Callable[[], T], group: Any, what: str) -> T:
+    """``work()``; where it raises on one rank all of them raise, with its words.  A collective."""
+    if not is_shared(group):
+        return work()
+    problem, done = "stopped before it could", None
     try:
-        plan = make()
-        text = _text_of(plan)
+        done, problem = work(), ""
+    except _EXPECTED as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise
     finally:  # whatever happened here, nobody waits for it
-        texts.offer(name, text or "")
-    return plan
-
-
-def _texts_of_this_job() -> JobStore | None:
-    """What this rank remembers of the texts it left; forgotten with the process group."""
-    store = _compat.job_store() if _is_running(None) else None
-    if store is None:
-        return None
-    group = dist.group.WORLD
-    if group not in _JOBS:
-        _JOBS[group] = JobStore(store, dist.get_world_size())
-    return _JOBS[group]
-
-
-_JOBS: weakref.WeakKeyDictionary[Any, JobStore] = weakref.WeakKeyDictionary()
+        problems = [""] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+    for rank, other in enumerate(problems):
+        if other:
+            raise PlannerError(f"rank {rank} cannot {what}: {other}")
+    return done
 
 
 def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: Any = None) -> Plan:
@@ -202,25 +181,16 @@ def agreed(make: Callable[[], Plan], adopt: Callable[[PlanData], Plan], group: A
 
     An error of one rank is raised by all: the first rank's as it is, another's as a ``PlannerError``.
     """
-    if not _is_running(group):
+    if not is_shared(group):
         return make()
     made, text = _from_the_first(make, group)
-    plan = made
-    problem = "stopped before it could use the plan"
-    try:
-        if plan is None:
-            plan = make() if text is None else adopt(from_text(text, "the plan of rank 0"))
-        problem = ""
-    except _EXPECTED as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise
-    finally:  # whatever happened here, nobody waits for it
-        problems = [""] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-    for rank, other in enumerate(problems):
-        if other:
-            raise PlannerError(f"rank {rank} cannot run the plan that rank 0 made: {other}")
-    return plan
+
+    def taken_over() -> Plan:
+        if made is not None:
+            return made
+        return make() if text is None else adopt(from_text(text, "the plan of rank 0"))
+
+    return _all_can(taken_over, group, "run the plan that rank 0 made")
 
 
 def _from_the_first(make: Callable[[], Plan], group: Any) -> tuple[Plan | None, str | None]:
@@ -235,28 +205,10 @@ def _from_the_first(make: Callable[[], Plan], group: Any) -> tuple[Plan | None, 
         return None, message[0]
     try:
         plan = make()
-        message = [_text_of(plan)]
+        message = [text_of(plan)]
     except _EXPECTED as error:
         message = [error]
         raise
     finally:
         dist.broadcast_object_list(message, src=first, group=group)
     return plan, message[0]
-
-
-def _text_of(plan: Plan) -> str | None:
-    try:
-        return to_text(plan)
-    except PlannerError as error:  # inputs that no file can describe
-        log.info("the plan cannot be sent, each rank makes its own: %s", error)
-        return None
-
-
-def is_shared() -> bool:
-    """Whether plans are those of a job of several ranks."""
-    return _is_running(None)
-
-
-def _is_running(group: Any) -> bool:
-    """Whether there is a process group of more than one rank, with this one in it."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1

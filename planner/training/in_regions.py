@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from planner._compat import modes_set_aside
@@ -30,11 +32,11 @@ from planner.memory.live_optimizers import resident_in_training
 from planner.memory.resident import Resident
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
+from planner.ranks.once import made_once
 from planner.regions.forward import DIFFERENT, RegionsForward, Solved
 from planner.regions.record import Record, beyond
 from planner.regions.session import Session
 from planner.solving.in_regions import MOST_LEFT, JoinedStep
-from planner.training.distributed import made_once
 from planner.training.settings import Settings
 from planner.units import bytes_text
 
@@ -74,8 +76,9 @@ class InRegions:
             self.settings.budget_bytes,
         )
         self._forward = RegionsForward(
-            self.planned, session, self._solved, root=self.root, any_mode=True, state=self._state_bytes
-        )
+            self.planned, session, self._solved,
+            root=self.root, any_mode=True, state=self._state_bytes,
+        )  # fmt: skip
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
@@ -185,7 +188,11 @@ class InRegions:
         budget_bytes, search = self.settings.budget_bytes, self.settings.search
         assert budget_bytes is not None
 
+        made = False
+
         def make() -> Plan:
+            nonlocal made
+            made = True
             with search.reporting() as reported:
                 return step.plan_bytes(budget_bytes, reported)
 
@@ -199,7 +206,23 @@ class InRegions:
             f"{step.captured.fingerprint} {self.session.kind.structure} {step.memory.margin_bytes} "
             f"{budget_bytes} {search.solver} {search.time_limit_s} {self.settings.costs}"
         )
-        return made_once(key, make, adopt, wait_s=WAIT_S + 4 * search.time_limit_s)
+        plan = made_once(key, make, adopt, wait_s=WAIT_S + 4 * search.time_limit_s)
+        if self._forward.company is not None:
+            self._forward.company.runs(plan, made, self._depends(step))
+        return plan
+
+    def _depends(self, step: JoinedStep) -> dict[str, str]:
+        """What ranks with other plans may differ in."""
+        s, kind = self.settings, self.session.kind
+        return {
+            "budget": f"{s.budget_bytes} bytes",
+            "search": f"{s.search.solver}, {s.search.time_limit_s:g} s",
+            "costs": str(s.costs),
+            "torch": str(torch.__version__),
+            "elements of the batch": str(kind.sizes),
+            "structure": hashlib.sha256(repr(kind.structure).encode()).hexdigest()[:12],
+            "graph": step.captured.fingerprint[:12],
+        }
 
     def _over(self, step: JoinedStep, taken: Sequence[int]) -> Solved | None:
         """Planned steps took so much, without the optimizer's state; what is to be run instead, if the last

@@ -28,6 +28,7 @@ from planner.memory.resident import Resident
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
+from planner.ranks.once import is_shared, made_once
 from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.variants import Varying
@@ -36,7 +37,6 @@ from planner.solving.chunked import with_loss_in_chunks
 from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
-from planner.training.distributed import is_shared, made_once
 from planner.training.plan_cache import StepCache
 from planner.training.settings import Settings
 from planner.training.sharing import PROBES, Room, plan_that_holds

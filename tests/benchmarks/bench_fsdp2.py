@@ -1,14 +1,16 @@
 """Models under FSDP2: planned on gloo ranks beside the plain ones, and for a cluster from this machine.
 
     python tests/benchmarks/bench_fsdp2.py ranks [COUNT ...]    # 2 and 4 processes by default
+    python tests/benchmarks/bench_fsdp2.py once [COUNT ...]
     python tests/benchmarks/bench_fsdp2.py cluster [NAME ...]
 
 ``ranks``: BERT, GPT2 and Llama with untied and tied heads, blocks and root sharded, in each of seven
 settings, of which the last spreads BERT's and Llama's products over two ranks and shards over the rest:
 losses, gradients and parameters of five steps bit for bit, and of the last one the peak of each rank,
-measured and predicted.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no memory:
-seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block checkpointing and
-a greedy choice under the same accounting.
+measured and predicted.  ``once``: seconds of search, summed over ranks, where one makes the plan of all and
+where each makes its own.  ``cluster``: Llama of 7B and 70B on 8 and 256 H100s, no process group and no
+memory: seconds to prepare, and overhead, bound and largest micro-batch of a plan beside every-block
+checkpointing and a greedy choice under the same accounting.
 
 Writes ``results/fsdp2.json``; exit code 1 if bits differ, a peak is above what was predicted or more than 1 %
 below, or preparing took more than 30 s.
@@ -16,15 +18,18 @@ below, or preparing took more than 30 s.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -43,10 +48,14 @@ from transformers import (
 import planner
 from planner import InfeasibleBudgetError, _compat
 from planner._compat import FakeTensorMode
+from planner.costs.cache import VARIABLE
 from planner.measure.meter import StorageMeter
 from planner.options import Search
 from planner.plan import Plan
-from planner.sharded import ShardedStep, Sharding, sharded_step
+from planner.ranks import once
+from planner.sharded import ShardedStep, Sharding, largest_micro_batch, sharded_step
+from planner.solving.in_regions import JoinedStep
+from planner.solving.sizes import last_within
 from planner.view.text import aligned
 from tests.ranks import Ranks, same
 
@@ -197,6 +206,71 @@ def ranks_rows(counts: list[int], share: float = 0.85) -> Iterator[dict[str, Any
         group.stop()
 
 
+# -- one plan for all ------------------------------------------------------------------------------------
+
+DEEP = {"n_layer": 12, "n_embd": 64, "n_head": 4, "vocab_size": 300, "n_positions": 64}
+
+
+def planning_on_rank(rank: int, together: bool, share: float, number: int) -> dict[str, Any]:
+    """Seconds of CPU that this rank searched for the plan of a GPT2 of 12 blocks, and of the step in which it
+    did; with ``together`` one rank makes the plan of all.  ``number`` of the run: budgets differ by it.
+    """
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    config = GPT2Config(**DEEP, use_cache=False, bos_token_id=0, eos_token_id=0)
+    model: Any = GPT2LMHeadModel(config).train()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    ids = torch.randint(0, 300, (ROWS, TOKENS), generator=torch.Generator().manual_seed(rank))
+    with StorageMeter("cpu") as meter:
+        meter.register(*model.parameters())
+        model(input_ids=ids, labels=ids).loss.backward()
+    budget_gb = (share * meter.peak_bytes + number) / 1e9
+    planner.enable(model, budget_gb, costs="roofline", time_limit_s=5.0, now=True)
+    spent, search = [], JoinedStep.plan_bytes
+
+    def timed(step: JoinedStep, *args: Any, **kwargs: Any) -> Plan:
+        began = time.process_time()
+        try:
+            return search(step, *args, **kwargs)
+        finally:
+            spent.append(time.process_time() - began)
+
+    alone = (
+        contextlib.nullcontext()
+        if together
+        else mock.patch.object(once, "_texts_of_this_job", return_value=None)
+    )
+    steps = []
+    with alone, mock.patch.object(JoinedStep, "plan_bytes", timed):
+        for _ in range(4):
+            began = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            steps.append(time.perf_counter() - began)
+    plan = planner.plan_of(model)
+    assert plan is not None
+    return {"search_s": sum(spent), "step_s": steps[2], "sequence": plan.sequence}
+
+
+def once_rows(counts: list[int]) -> Iterator[dict[str, Any]]:
+    """One plan for all ranks beside a plan of each rank's own."""
+    for count in counts:
+        group = Ranks(count)
+        for number, together in enumerate((True, False)):
+            found = group(planning_on_rank, together, 0.7, number, timeout_s=600.0)
+            yield {
+                "ranks": count,
+                "model": "GPT2, 12 blocks",
+                "setting": "made once" if together else "each its own",
+                "search_cpu_s": sum(of["search_s"] for of in found),
+                "searched": sum(of["search_s"] > 0 for of in found),
+                "step_s": max(of["step_s"] for of in found),
+                "plans": len({tuple(of["sequence"]) for of in found}),
+            }
+        group.stop()
+
+
 # -- for a cluster ---------------------------------------------------------------------------------------
 
 LLAMAS: dict[str, tuple[dict[str, int], int]] = {
@@ -216,7 +290,7 @@ LLAMAS: dict[str, tuple[dict[str, int], int]] = {
     ),
 }  # fmt: skip
 CARD_GB = 72.0  # of an H100's 80: what its context, the communicator and fragments leave
-LIMIT_S = 30.0
+LIMIT_S, MOST_ROWS = 30.0, 1024
 
 
 def _step_of(name: str, ranks: int, size: int) -> ShardedStep:
@@ -244,28 +318,19 @@ def _told(plan: Plan | None) -> dict[str, Any] | None:
     return {"peak_bytes": plan.peak_bytes, "overhead": plan.overhead, "bound": plan.overhead_bound}
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def cluster_row(name: str, ranks: int) -> dict[str, Any]:
     """One model on one cluster."""
     began = time.perf_counter()
     step = _step_of(name, ranks, 1)
     prepared_s = time.perf_counter() - began
-    known = {1: step}
     budget = int(CARD_GB * 1e9)
+    others = functools.cache(functools.partial(_step_of, name, ranks))
 
     def at(size: int) -> ShardedStep:
-        if size not in known:
-            known[size] = _step_of(name, ranks, size)
-        return known[size]
+        return step if size == 1 else others(size)
+
+    def last(bytes_at: Callable[[int], int]) -> int:
+        return last_within(bytes_at, budget, 1, MOST_ROWS, {})
 
     checkpointed = step.checkpointed
     row: dict[str, Any] = {
@@ -282,9 +347,10 @@ def cluster_row(name: str, ranks: int) -> dict[str, Any]:
     row["at_its_peak"] = _told(_plan(step, step.checkpointed_peak_bytes))
     row["greedy_at_its_peak"] = _told(_plan(step, step.checkpointed_peak_bytes, "greedy"))
     row["largest"] = {
-        "keep all": _largest(lambda n: at(n).baseline_peak_bytes <= budget),
-        "every block": _largest(lambda n: at(n).checkpointed_peak_bytes <= budget),
-        "plan": _largest(lambda n: at(n).floor_bytes <= budget and _plan(at(n), budget) is not None),
+        "keep all": last(lambda n: at(n).baseline_peak_bytes),
+        "every block": last(lambda n: at(n).checkpointed_peak_bytes),
+        "plan": largest_micro_batch(at, CARD_GB, time_limit_s=LIMIT_S / 3)[0],
+        "none above": last(lambda n: at(n).floor_bytes),  # proved
     }
     size = max(1, row["largest"]["every block"])
     full = at(size)
@@ -294,6 +360,7 @@ def cluster_row(name: str, ranks: int) -> dict[str, Any]:
         "plan": _told(_plan(full, budget)),
         "greedy": _told(_plan(full, budget, "greedy")),
     }
+    row["row_s"] = time.perf_counter() - began
     return row
 
 
@@ -343,9 +410,13 @@ def _keep(part: str, row: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run what is asked for; the exit code."""
+    os.environ[VARIABLE] = "0"  # schedules that an earlier run left are not its own
     what, *more = arguments or ["cluster"]
     well = True
-    if what == "ranks":
+    if what == "once":
+        for row in once_rows([int(count) for count in more] or [2, 4]):
+            _keep(what, row)
+    elif what == "ranks":
         for row in ranks_rows([int(count) for count in more] or [2, 4]):
             well &= row["well"]
             _keep(what, row)
