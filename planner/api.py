@@ -19,7 +19,6 @@ from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
 from planner.errors import InfeasibleBudgetError
 from planner.frontier import Frontier
-from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
@@ -42,6 +41,7 @@ from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
 from planner.solving.chunked import in_chunks_instead, refuse_chunks, with_loss_in_chunks
+from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
 
@@ -64,7 +64,7 @@ def plan(
     on_larger: OnLarger = "replan",
     calibrate: bool = False,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
     recompute: RecomputeMode = "fastest",
@@ -107,9 +107,10 @@ def plan(
     ``gradients``     "held": they are there until the loop lets go of them, after the step.  "consumed":
                       hooks on the parameters (``register_post_accumulate_grad_hook``) step the optimizer and
                       drop them inside the backward; each then counts until its hook has run.  Parameters
-                      without a hook keep theirs.  "auto" is "held": only a step that runs shows what a hook
-                      does, as under :func:`planner.enable`.  What an optimizer's step in a hook takes for
-                      itself is not counted beside the activations.
+                      without a hook keep theirs.  "auto": those with a hook and an optimizer of their own are
+                      consumed (:func:`planner.optimizer_in_backward`, or the same by hand), with what the
+                      optimizer's step takes and, where ``optimizer`` is not given, its state; the others
+                      are held.
     ``capture``       "one graph": the whole step, or an error.  "regions": the forward is cut by Dynamo
                       where it cannot be followed (values read in Python, hooks, caches, code outside torch),
                       and each piece is captured by itself; the code between them runs as it is.  One plan
@@ -264,7 +265,7 @@ def frontier(
     solver: str = "auto",
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     progress: bool | Progress | None = None,
 ) -> Frontier:
@@ -303,6 +304,4 @@ def step_for(
         lambda: prepare(model, inputs, **how, **whole),
         lambda: step_in_regions(model, inputs, **how),
     )
-    if gradients == "consumed" and isinstance(step, PricedStep):
-        step = step.consuming(hooked(step.model))
-    return step
+    return stepping_in_backward(step, gradients, how["optimizer"])

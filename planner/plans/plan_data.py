@@ -16,6 +16,7 @@ import numpy as np
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
 from planner.graph.chunks.write import Chunked
+from planner.graph.consumed import scratch_of
 from planner.plans.outline import Outline
 from planner.units import bytes_text
 
@@ -267,6 +268,13 @@ class PlanData:
                     f"placement of {p.name!r} has spans {p.spans}, which are not within the "
                     f"{len(self.sequence)} positions of the sequence"
                 )
+
+    @property
+    def steps_in_backward(self) -> dict[str, int]:
+        """Parameters that step in the backward, with the bytes that each step takes besides."""
+        if self.outline is None:
+            return {}
+        return scratch_of(self.outline.ops, [op.workspace_bytes for op in self.outline.problem.ops])
 
     @property
     def gap(self) -> float:

@@ -133,11 +133,26 @@ def cuts_behind(
     behind = {max(begin, place[n] + 1) for n in results}
     cuts = {s for s in starts if s >= begin}
     for i in behind:
-        while i < len(calls) and (calls[i].target is operator.getitem or calls[i] in results):
+        while i < len(calls) and (
+            calls[i].target is operator.getitem
+            or (calls[i] in results and _call_of(calls[i]) is _call_of(calls[i - 1]))
+        ):
             i += 1
         if i < len(calls):
             cuts.add(i)
     return sorted({0, *cuts})
+
+
+def _call_of(node: fx.Node) -> fx.Node:
+    """The call that made what ``node`` is a part or a view of."""
+    while node.op == "call_function" and node.all_input_nodes:
+        base = node.all_input_nodes[0]
+        made, of = meta.value(node), meta.value(base)
+        views = isinstance(made, torch.Tensor) and isinstance(of, torch.Tensor)
+        if node.target is not operator.getitem and not (views and storage_key(made) == storage_key(of)):
+            break
+        node = base
+    return node
 
 
 def bytes_of(node: fx.Node) -> int:

@@ -18,7 +18,7 @@ from planner.capture.joint_graph import capture
 from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
-from planner.graph.consumed import consuming
+from planner.graph.consumed import consuming, scratch_of
 from planner.graph.training_graph import training_graph
 from planner.measure.step import device_of
 from planner.options import Search
@@ -92,7 +92,8 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
         graph = captured.graph  # without the loss, so its values have other numbers than the plan's
         loose = {v.name for v in plan.outline.values if v.kind == "gradient" and not v.final}
         made = {name: graph.values[graph.value_of[node]].name for name, node in graph.gradients.items()}
-        gone = {str(name) for name, value in made.items() if value in loose}
+        scratch = scratch_of(plan.outline.ops, [op.workspace_bytes for op in plan.outline.problem.ops])
+        gone = {str(name): scratch.get(str(name), 0) for name, value in made.items() if value in loose}
         captured = replace(captured, graph=consuming(graph, gone))
     return captured, None if plan.varying_dims is None else Varying(
         SymbolicCaptures(plan.varying_dims, joint)

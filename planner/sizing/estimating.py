@@ -41,7 +41,7 @@ def estimate(
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     time_limit_s: float = 0.0,
     progress: bool | Progress | None = None,

@@ -63,7 +63,7 @@ def largest_batch(
     solver: str = "auto",
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     progress: bool | Progress | None = None,
 ) -> LargestBatch:

@@ -27,11 +27,11 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dims
 from planner.costs.target import CostSource, target_for
 from planner.errors import TraceError
-from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.options import CaptureMode, GradientsMode, OutputsMode, Search
 from planner.sizing.memoryless import is_on_meta, is_without_memory, remade, remade_inputs
 from planner.sizing.simple import Step, checkpointed, floor_of, overhead_of
+from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep
 from planner.solving.priced import PricedStep, prepare
 
@@ -247,7 +247,7 @@ class SizedSteps:
             search=self.wanted.search, outputs=self.wanted.outputs,
         )  # fmt: skip
         self.traces += 1
-        return step.consuming(hooked(step.model)) if self.wanted.gradients == "consumed" else step
+        return stepping_in_backward(step, self.wanted.gradients, optimizer)
 
     # -- without -----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.captured import CapturedStep
-from planner.graph.consumed import consumed_of, consuming
+from planner.graph.consumed import consuming, taken_of
 from planner.graph.step_graph import DROPPED, LAST
 from planner.graph.training_graph import TrainingGraph, training_graph
 from planner.memory.optimizer_state import OptimizerLike
@@ -169,10 +169,10 @@ class PricedStep(BudgetedStep):
         memory = dataclasses.replace(self.memory, resident=resident)
         return dataclasses.replace(self, memory=memory, resident_at=resident_at)
 
-    def consuming(self, names: Collection[str]) -> PricedStep:
+    def consuming(self, taken: Mapping[str, int]) -> PricedStep:
         """The same step where hooks use up these parameters' gradients (:mod:`planner.graph.consumed`)."""
         held = self.graph.holding or self.graph
-        graph = consuming(held, names)
+        graph = consuming(held, taken)
         if graph is held:
             return self
         graph = graph.releasing(self.graph.released, self.graph.kept)
@@ -252,7 +252,7 @@ class PricedStep(BudgetedStep):
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
         graph, costs, translation = self.target.price(training_graph(joint))
-        graph = consuming(graph, consumed_of(self.graph)).releasing(self.graph.released, self.graph.kept)
+        graph = consuming(graph, taken_of(self.graph)).releasing(self.graph.released, self.graph.kept)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
         return dataclasses.replace(

@@ -105,7 +105,7 @@ class PlanMaker:
         ``search`` is that of the settings, with its reporter open.  Errors as :func:`planner.plan`.
         """
         self.gradients.watch()
-        step = self._captured(call, search).consuming(self.gradients.names)
+        step = self._captured(call, search).consuming(self.gradients.taken)
         resident_at = partial(self._resident, call.signature.has_gradients)
         resident = resident_at(step.graph, step.joint.inputs)
         limit_s = search.time_limit_s
@@ -183,7 +183,7 @@ class PlanMaker:
         device = graph.device
         found = resident_in_training(self.root, arguments, self.settings.optimizer, device)
         named = self.planned.named_parameters()
-        inside = {id(p) for name, p in named if not adds or name in self.gradients.names}
+        inside = {id(p) for name, p in named if not adds or name in self.gradients.taken}
         coming = sum(
             p.nbytes
             for p in self.root.parameters()
@@ -237,7 +237,7 @@ class PlanMaker:
         key = (
             f"{step.captured.fingerprint} {sizes} {varies} {around} {needs} {search.solver} "
             f"{search.time_limit_s} {self.settings.costs} {step.outputs} {sorted(step.graph.released)} "
-            f"{sorted(step.graph.kept)} {sorted(self.gradients.names)}"
+            f"{sorted(step.graph.kept)} {sorted(self.gradients.taken.items())}"
         )
 
         def adopt(received: PlanData) -> Plan:
