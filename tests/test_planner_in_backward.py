@@ -16,12 +16,14 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 import planner
 from planner.errors import PlannerError
+from planner.graph.consumed import _read_too_late
 from planner.measure.meter import StorageMeter
 from planner.memory.in_backward import in_backward
 from planner.options import Search
 from planner.solving.in_backward import stepping_in_backward
 from planner.solving.priced import PricedStep, prepare
 from tests import tiny
+from tests.models import CASES
 
 IDS = torch.arange(24).view(3, 8) % 11
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -122,6 +124,35 @@ def tower() -> nn.Module:
     """Many layers, of which each is a small part."""
     layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(24)]
     return nn.Sequential(nn.Embedding(11, 16), *layers)
+
+
+def test_a_hook_runs_behind_all_that_reads_its_parameter() -> None:
+    """Of products of a packed weight torch computes the gradient of the weight first."""
+    case = CASES["transformer"]
+    model, batch = case.build(), case.make_inputs(0)
+    planner.optimizer_in_backward(model, MAKES["adamw"])
+    step = prepare(model, batch, loss_fn=case.loss_fn, costs="roofline")
+    graph = stepping_in_backward(step, "auto", None).graph
+    reads: dict[str, int] = {}
+    for node, (_, name) in graph.sources.items():
+        if node in graph.value_of:
+            v = graph.value_of[node]
+            reads[str(name)] = max((i for i, op in enumerate(graph.ops) if v in op.inputs), default=-1)
+    place = {op.name: i for i, op in enumerate(graph.ops)}
+    steps = {name: place[f"optimizer_step/{name}"] for name, _ in model.named_parameters()}
+    assert all(reads[name] < at for name, at in steps.items())
+    made = [graph.values[graph.value_of[graph.gradients[n]]].producer for n in steps]
+    assert any(m < reads[n] for m, n in zip(made, steps, strict=True))  # or this shows nothing
+
+
+def test_nothing_that_reads_a_parameter_runs_again_behind_its_step() -> None:
+    graph = step_of(tiny.seeded(Net)).graph
+    turn = {str(name): graph.turn for name in graph.gradients}  # as if all stepped before the backward
+    late = {graph.ops[i].name for i in _read_too_late(graph, turn)}
+    weights = {graph.value_of[n] for n, (kind, _) in graph.sources.items() if kind == "parameter"}
+    reads = {op.name for op in graph.ops if op.phase == "forward" and weights & {*op.inputs}}
+    assert late and late <= reads and "gelu" not in late
+    assert not _read_too_late(graph, dict.fromkeys(turn, len(graph.ops)))
 
 
 def test_gradients_never_exist_together() -> None:

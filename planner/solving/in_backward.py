@@ -6,7 +6,7 @@ See :mod:`planner.memory.in_backward`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import overload
 
 from torch.optim import Optimizer
 
@@ -18,10 +18,22 @@ from planner.solving.priced import PricedStep
 
 __all__ = ["stepping_in_backward"]
 
-Step = TypeVar("Step", PricedStep, JoinedStep)
+
+@overload
+def stepping_in_backward(
+    step: PricedStep, gradients: GradientsMode, optimizer: OptimizerLike | None
+) -> PricedStep: ...
 
 
-def stepping_in_backward(step: Step, gradients: GradientsMode, optimizer: OptimizerLike | None) -> Step:
+@overload
+def stepping_in_backward(
+    step: PricedStep | JoinedStep, gradients: GradientsMode, optimizer: OptimizerLike | None
+) -> PricedStep | JoinedStep: ...
+
+
+def stepping_in_backward(
+    step: PricedStep | JoinedStep, gradients: GradientsMode, optimizer: OptimizerLike | None
+) -> PricedStep | JoinedStep:
     """``step`` with what is known of hooks on its parameters, as ``gradients`` asks (:func:`planner.plan`).
 
     ``optimizer``  that the plan was given: a class or a number of bytes stands for the whole model, so that
