@@ -17,7 +17,7 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
-from planner.errors import InfeasibleBudgetError
+from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
@@ -44,6 +44,7 @@ from planner.solving.chunked import in_chunks_instead, refuse_chunks, with_loss_
 from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.units import bytes_text
 
 __all__ = ["frontier", "plan", "step_for"]
 
@@ -133,7 +134,9 @@ def plan(
                       search, with a line in the log; False: never.  Sums over tokens are then in
                       another order, so the gradients' last bits are others, and plan.verify() says how far
                       they are from float64 beside eager's own.  Logits that the model returns are made whole
-                      all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.
+                      all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.  A cache
+                      of keys and values that the model returns is not handed out then, so that
+                      the step is one graph, and says so when it is read.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -160,7 +163,8 @@ def plan(
     if backend == "eager":
         refuse_chunks(chunk_loss, loss_fn, dynamic, capture == "regions")
     with search.reporting() as search:
-        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
+        drops = chunk_loss not in ("auto", False)
+        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs, "drops": drops}
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
         step: PricedStep | JoinedStep
         if backend == "inductor":
@@ -175,11 +179,14 @@ def plan(
         try:
             made = _made(step, budget_bytes, calibrate, search)
         except InfeasibleBudgetError as error:
-            if not isinstance(step, PricedStep):
-                raise _with_why(error, step, chunk_loss) from None
-            fewer = in_chunks_instead(step, budget_bytes, chunk_loss, search)
+            fewer: PricedStep | None
+            if isinstance(step, PricedStep):
+                fewer = in_chunks_instead(step, budget_bytes, chunk_loss, search)
+            else:
+                fewer = _as_one_graph(step, inputs, budget_bytes, chunk_loss, gradients, how, whole)
             if fewer is None:
-                raise
+                raise _with_why(error, step, chunk_loss) from None
+            step = fewer
             made = _made(fewer, budget_bytes, calibrate, search)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
@@ -191,13 +198,14 @@ def plan(
             budget_bytes / 1e9,
             ", ".join(made.released),
         )
-    if outputs == "auto" and made.unread:
+    whole_outputs = [name for name in made.unread if name not in step.dropped]
+    if outputs == "auto" and whole_outputs:
         log.warning(
             "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
             "error; outputs='unread' says that it does not",
             made.model_name,
             budget_bytes / 1e9,
-            ", ".join(made.unread),
+            ", ".join(whole_outputs),
         )
     return made
 
@@ -208,9 +216,49 @@ def _made(step: PricedStep | JoinedStep, budget_bytes: int, calibrate: bool, sea
     return step.plan_bytes(budget_bytes, search)  # in regions what is held beside them was measured
 
 
-def _with_why(error: InfeasibleBudgetError, step: JoinedStep, chunk_loss: ChunkLoss) -> InfeasibleBudgetError:
+def _as_one_graph(
+    step: JoinedStep,
+    inputs: object,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    gradients: GradientsMode,
+    how: dict[str, Any],
+    whole: dict[str, Any],
+) -> PricedStep | None:
+    """A step that in regions has no plan, as one graph without what no graph can carry, such as a cache.
+
+    Its loss is in chunks where that too would have none.  ``None`` where it is no one graph even so, or needs
+    more.
+    """
+    if chunk_loss is False or not step.why or step.loss_fn is not None:
+        return None
+    try:
+        made = prepare(step.model, inputs, **how, **{**whole, "drops": True})
+    except PlannerError as error:
+        log.debug("not as one graph either: %s", error)
+        return None
+    if not made.dropped:
+        return None
+    made = stepping_in_backward(made, gradients, how["optimizer"])
+    search: Search = how["search"]
+    fewer = with_loss_in_chunks(made, budget_bytes, chunk_loss, search)
+    if budget_bytes < fewer.lightest.floor_bytes:
+        return None
+    log.warning(
+        "no plan of %s in regions fits %s: it is planned as one graph without %s, which no loss reads; "
+        "whoever reads it gets an error",
+        type(made.model).__name__,
+        bytes_text(budget_bytes),
+        ", ".join(made.dropped),
+    )
+    return fewer
+
+
+def _with_why(
+    error: InfeasibleBudgetError, step: PricedStep | JoinedStep, chunk_loss: ChunkLoss
+) -> InfeasibleBudgetError:
     """What else could be done of a step that would be planned for less as one graph."""
-    if not step.why or chunk_loss is False:
+    if isinstance(step, PricedStep) or not step.why or chunk_loss is False:
         return error
     return error.saying(
         f"{error}. As one graph its loss could be computed in chunks, for less where logits are large; it is "
@@ -227,7 +275,7 @@ def in_chunks(
     """
     if isinstance(step, PricedStep):
         return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
-    refuse_chunks(chunk_loss, step.loss_fn, None, True)
+    refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
     return step
 
 

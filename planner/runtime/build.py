@@ -65,7 +65,7 @@ def _replanned(
     """
     with nullcontext() if varying is None else varying.around():
         dims = None if varying is None else varying.captures.dims
-        joint = capture(model, inputs, used=used, dims=dims)
+        joint = capture(model, inputs, used=used, dims=dims, drops=bool(plan.unread))
         step = replanner.recaptured(model, joint)
         search = Search(time_limit_s=replanner.least_limit_s) if varying is None else varying.search
         made = step.plan_bytes(plan.budget_bytes, search)
@@ -81,7 +81,8 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     Raises ``StalePlanError`` if it is not the same step, ``TraceError`` if it is not one graph.
     """
     inputs = inputs_of(plan, device_of(model, None, None))
-    joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
+    used, drops = frozenset(plan.differentiated), bool(plan.unread)
+    joint = capture(model, inputs, used=used, dims=plan.varying_dims, drops=drops)
     names = [leaf.name for leaf in joint.template.leaves]
     joint = joint.reading([i for i, name in enumerate(names) if name not in plan.unread])
     if plan.chunked:

@@ -84,13 +84,19 @@ def _tell(step: PricedStep, budget_bytes: int, why: str) -> None:
 
 def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
     """``step`` with its loss as that of ``plan`` is, which was made of the same step elsewhere."""
+    unread = bool({*plan.unread} - {*step.joint.template.dropped})
     if not plan.chunked:
-        return step.reading_the_loss() if plan.unread else step
-    return step.in_chunks(max(of.chunks for of in plan.chunked), unread=bool(plan.unread))
+        return step.reading_the_loss() if unread else step
+    return step.in_chunks(max(of.chunks for of in plan.chunked), unread=unread)
 
 
-def refuse_chunks(chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object, regions: bool) -> None:
-    """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is."""
+def refuse_chunks(
+    chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object, regions: bool, why: str = ""
+) -> None:
+    """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is.
+
+    ``why``  the step is in regions.
+    """
     if chunk_loss in ("auto", False):
         return
     if loss_fn is not None:
@@ -105,8 +111,9 @@ def refuse_chunks(chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object
         )
     if regions:
         raise NotInRows(
-            "a step in regions is captured piece by piece, and chunk_loss cuts a step of one graph: "
-            "capture='one graph' says what stands in the way of that; or pass chunk_loss=False"
+            "a step in regions is captured piece by piece, and chunk_loss cuts a step of one graph, which "
+            f"this one is not: {why or 'capture is regions'}. Pass chunk_loss=False, or take that out of it "
+            "(capture='one graph' tells more)"
         )
 
 

@@ -57,11 +57,14 @@ def prepare(
     on_larger: OnLarger = "replan",
     search: Search | None = None,
     outputs: OutputsMode = "held",
+    drops: bool = False,
 ) -> PricedStep:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
     Arguments as for :func:`planner.plan`, ``dynamic`` also by tensor; ``search`` is for plans that the step
-    itself asks for: the least one, and those for larger batches.
+    itself asks for: the least one, and those for larger batches.  ``drops``: what the model returns that no
+    graph can carry, such as a cache of keys and values, is not handed out; so it is where only the loss is
+    read.
     """
     search = search or Search()
     tell = search.tell
@@ -78,7 +81,14 @@ def prepare(
             later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
-            joint = capture(model, inputs, loss_fn)
+            joint = capture(model, inputs, loss_fn, drops=drops or outputs == "unread")
+    if joint.template.dropped:
+        log.info(
+            "%s is captured without %s, which no graph can carry and no loss reads; whoever reads it from "
+            "the planned step gets an error",
+            type(model).__name__,
+            ", ".join(joint.template.dropped),
+        )
     if outputs == "unread":
         joint = _reading_the_loss(model, joint)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
@@ -158,6 +168,11 @@ class PricedStep(BudgetedStep):
         return steps_of(self.graph, self.problem, schedule)
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """Places of what the model returns and no graph can carry, which is not handed out."""
+        return self.joint.template.dropped
+
+    @property
     def joint(self) -> JointGraph:
         """Its step as one fx graph."""
         return self.captured.joint
@@ -224,7 +239,8 @@ class PricedStep(BudgetedStep):
             leaf.name: "released" if i in graph.released else "kept" if i in graph.kept else "held"
             for i, leaf in leaves
         }
-        return states | {name: "unread" for _, name in self.joint.unread}
+        gone = (*(name for _, name in self.joint.unread), *self.joint.template.dropped)
+        return states | dict.fromkeys(gone, "unread")
 
     def in_chunks(self, chunks: int, *, unread: bool = False) -> PricedStep:
         """The same step with its loss in so many chunks of tokens.

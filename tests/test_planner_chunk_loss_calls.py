@@ -1,0 +1,81 @@
+"""The loss in chunks as people call models: with a cache, under enable, in estimates, batches, frontiers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import planner
+from planner.measure.peaks import step_peak
+from planner.options import Search
+from planner.solving.priced import prepare
+from tests.test_planner_chunk_loss import causal, gpt2, llama, t5, tokens
+from tests.tiny import seeded
+
+CACHE = "output['past_key_values']"
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, t5])
+def test_the_usual_call_with_a_cache_is_cut(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, batch = seeded(make), tokens()
+    assert model.config.use_cache
+    torch.manual_seed(0)
+    theirs = model(**batch)
+    assert len(theirs.past_key_values)
+    plan = planner.plan(model, 1, batch, costs="roofline", chunk_loss=4, solver="keep_all")
+    report = plan.verify()
+    assert report.ok and report.peak_bytes == report.predicted_peak_bytes
+    assert plan.chunked[0].chunks == 4 and plan.unread == (CACHE,) and not plan.regions
+    plan.save(tmp_path / "plan.json")
+    assert planner.load(tmp_path / "plan.json").executable(model).program.code == plan.code
+    plan.apply()
+    torch.manual_seed(0)
+    ours = model(**batch)
+    assert type(ours) is type(theirs) and torch.equal(ours.logits, theirs.logits)
+    with pytest.raises(planner.PlannerError, match=r"past_key_values'\] was not made"):
+        ours.past_key_values.get_seq_length()
+
+
+def test_without_a_wish_a_cache_stays_and_goes_where_nothing_fits_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, batch = seeded(lambda: gpt2(2048)), tokens()
+    how = {"costs": "roofline", "time_limit_s": 0.2}
+    regions = planner.plan(model, 1, batch, **how)
+    assert regions.regions and not regions.unread
+    budget_gb = 0.55 * regions.floor_bytes / 1e9
+    plan = planner.plan(model, budget_gb, batch, **how)
+    assert plan.chunked and CACHE in plan.unread and plan.peak_bytes <= budget_gb * 1e9
+    assert "it is planned as one graph without output['past_key_values']" in caplog.text
+    report = plan.verify()
+    assert report.ok and report.peak_bytes == report.predicted_peak_bytes
+    with pytest.raises(planner.InfeasibleBudgetError, match="planned in regions, since: GPT2LMHeadModel"):
+        planner.plan(model, budget_gb / 4, batch, **how)
+
+
+@pytest.mark.parametrize("way", ["plan", "enable"])
+def test_chunks_are_tried_where_a_search_found_nothing(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = seeded(lambda: gpt2(2048)), causal()
+    step = prepare(model, batch, costs="roofline", search=Search(time_limit_s=0.3), outputs="unread")
+    budget_bytes = step.floor_bytes  # which nothing reaches, and no proof says so
+    assert budget_bytes < step.least.budget_bytes
+    how = {"costs": "roofline", "outputs": "unread", "time_limit_s": 0.3}
+    if way == "plan":
+        plan = planner.plan(model, budget_bytes / 1e9, batch, **how)
+    else:
+        planner.enable(model, budget_bytes / 1e9, **how, optimizer=None, now=True)
+        model(**batch).loss.backward()
+        found = planner.plan_of(model)
+        assert found is not None
+        plan = found
+        model.zero_grad(set_to_none=True)
+        assert step_peak(model, batch) == plan.peak_bytes
+    assert plan.chunked and plan.peak_bytes <= budget_bytes
+    assert "none was found" in caplog.text
+    with caplog.at_level(logging.ERROR), pytest.raises(planner.InfeasibleBudgetError):
+        planner.plan(model, budget_bytes / 1e9, batch, **how, chunk_loss=False)
