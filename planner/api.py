@@ -8,7 +8,8 @@ Each arrow is a function in the module named after its result; this one only cal
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.chunked import in_chunks_instead, refuse_chunks, with_loss_in_chunks
+from planner.solving.chunked import asked_in_chunks, in_chunks_instead, refuse_chunks, with_loss_in_chunks
 from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
@@ -176,18 +177,8 @@ def plan(
         else:
             step = step_for(model, inputs, capture, gradients, how, whole)
             step = in_chunks(step, budget_bytes, chunk_loss, search)
-        try:
-            made = _made(step, budget_bytes, calibrate, search)
-        except InfeasibleBudgetError as error:
-            fewer: PricedStep | None
-            if isinstance(step, PricedStep):
-                fewer = in_chunks_instead(step, budget_bytes, chunk_loss, search)
-            else:
-                fewer = _as_one_graph(step, inputs, budget_bytes, chunk_loss, gradients, how, whole)
-            if fewer is None:
-                raise _with_why(error, step, chunk_loss) from None
-            step = fewer
-            made = _made(fewer, budget_bytes, calibrate, search)
+        again = partial(_as_one_graph, inputs=inputs, gradients=gradients, how=how, whole=whole)
+        step, made = _found(step, budget_bytes, chunk_loss, calibrate, search, again)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     if outputs == "auto" and made.released:
@@ -216,11 +207,35 @@ def _made(step: PricedStep | JoinedStep, budget_bytes: int, calibrate: bool, sea
     return step.plan_bytes(budget_bytes, search)  # in regions what is held beside them was measured
 
 
-def _as_one_graph(
-    step: JoinedStep,
-    inputs: object,
+def _found(
+    step: PricedStep | JoinedStep,
     budget_bytes: int,
     chunk_loss: ChunkLoss,
+    calibrate: bool,
+    search: Search,
+    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
+) -> tuple[PricedStep | JoinedStep, Plan]:
+    """A plan and the step it is of: where ``step`` has none, that as one graph, and that with its loss in
+    chunks.
+    """
+    other: PricedStep | None
+    try:
+        return step, _made(step, budget_bytes, calibrate, search)
+    except InfeasibleBudgetError as error:
+        if isinstance(step, PricedStep):
+            other = in_chunks_instead(step, budget_bytes, chunk_loss, search)
+        else:
+            other = again(step, budget_bytes, chunk_loss)
+        if other is None:
+            raise _with_why(error, step, chunk_loss) from None
+    return _found(other, budget_bytes, chunk_loss, calibrate, search, again)
+
+
+def _as_one_graph(
+    step: JoinedStep,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    inputs: object,
     gradients: GradientsMode,
     how: dict[str, Any],
     whole: dict[str, Any],
@@ -315,12 +330,19 @@ def frontier(
     outputs: OutputsMode = "auto",
     gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    chunk_loss: ChunkLoss = False,
     progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
 
     Arguments as for :func:`plan`; ``time_limit_s`` is seconds per budget, and ``outputs="auto"`` counts them
-    as held at every budget.  Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
+    as held at every budget.
+
+    ``chunk_loss``  one number of chunks for all budgets, to whose step overheads then refer: n, or what
+                    ``plan`` takes of True and "auto" at the lowest of ``budgets_gb``; without those True is
+                    the number with the lowest floor, and "auto" the loss whole.
+
+    Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
     """
     checked_outputs(outputs)
     mode: OutputsMode = "held" if outputs == "auto" else outputs
@@ -330,8 +352,14 @@ def frontier(
     with Search(solver, time_limit_s, progress).reporting() as search:
         checked_capture(capture)
         checked_gradients(gradients)
+        checked_chunk_loss(chunk_loss)
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode})
+        drops = chunk_loss not in ("auto", False)
+        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode, "drops": drops})
+        if budgets is not None or isinstance(step, JoinedStep):
+            step = in_chunks(step, min(budgets or [0]), chunk_loss, search)
+        else:
+            step = asked_in_chunks(step, chunk_loss)
         return step.frontier(budgets, search, points=points)
 
 

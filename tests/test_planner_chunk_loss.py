@@ -473,7 +473,7 @@ def test_refusals_name_what_is_in_the_way() -> None:
         plan(seeded(lambda: Speaker(cross())), dynamic=True)
     with pytest.raises(ValueError, match="chunk_loss is not for backend='inductor'"):
         plan(seeded(gpt2), backend="inductor")
-    with pytest.raises(planner.PlannerError, match="captured piece by piece, .* capture is regions"):
+    with pytest.raises(planner.PlannerError, match=r"captured piece by piece, .* capture is regions"):
         plan(seeded(gpt2), capture="regions")
     with pytest.raises(planner.PlannerError, match="reads only the loss"):
         planner.plan(seeded(lambda: nn.Linear(2, 2)), 1, (torch.ones(2, 2),), outputs="unread")

@@ -125,7 +125,9 @@ class JointGraph:
         if not unread or self.unread:
             return self
         template = self.template.reading(outputs)
-        return replace(self, step=self.step.reading(outputs), template=template, unread=unread)
+        symbolic = None if self.symbolic is None else self.symbolic.reading(outputs)
+        step = self.step.reading(outputs)
+        return replace(self, step=step, symbolic=symbolic, template=template, unread=unread)
 
     @property
     def differentiated(self) -> tuple[int, ...]:

@@ -96,6 +96,7 @@ def estimate(arguments: Namespace) -> Outcome:
         costs=arguments.costs,
         outputs=arguments.outputs,
         capture=arguments.capture,
+        chunk_loss=_chunk_loss(arguments.chunk_loss),
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )
@@ -131,6 +132,7 @@ def largest(arguments: Namespace) -> Outcome:
             solver=arguments.solver,
             outputs=arguments.outputs,
             capture=arguments.capture,
+            chunk_loss=_chunk_loss(arguments.chunk_loss),
             time_limit_s=arguments.time_limit,
             progress=_shown(arguments),
         )
@@ -218,6 +220,7 @@ def frontier(arguments: Namespace) -> Outcome:
         solver=arguments.solver,
         outputs=arguments.outputs,
         capture=arguments.capture,
+        chunk_loss=_chunk_loss(arguments.chunk_loss),
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )

@@ -19,7 +19,14 @@ from planner.solving.fit import Answer, fitted
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-__all__ = ["chunked_as", "in_chunks_instead", "refuse_chunks", "with_loss_in_chunks"]
+__all__ = [
+    "asked_in_chunks",
+    "chunked_as",
+    "in_chunks_instead",
+    "lowest_in_chunks",
+    "refuse_chunks",
+    "with_loss_in_chunks",
+]
 
 log = logging.getLogger(__name__)
 
@@ -169,5 +176,36 @@ def _quick(step: PricedStep, budget_bytes: int, search: Search) -> Answer:
 
 def _lowest(step: PricedStep) -> PricedStep:
     """The number of chunks with the lowest floor: what a refusal is to speak of."""
-    tried = [_within(step, chunks, 0) for chunks in _numbers(step)]
-    return min(tried, key=lambda s: s.lightest.floor_bytes)
+    best: PricedStep | None = None
+    for chunks in _numbers(step):
+        tried = _within(step, chunks, 0)
+        if best is not None and tried.lightest.floor_bytes >= best.lightest.floor_bytes:
+            break  # the floor is at another op by now
+        best = tried
+    assert best is not None
+    return best
+
+
+def lowest_in_chunks(step: PricedStep) -> PricedStep | None:
+    """``step`` with its loss in the number of chunks with the lowest floor.
+
+    ``None`` where it cannot be cut, or that is no lower.
+    """
+    try:
+        refuse_chunks(True, step.loss_fn, step.varying, False)
+        found = _lowest(step)
+    except PlannerError as error:
+        log.debug("the loss stays whole: %s", error)
+        return None
+    return found if found.lightest.floor_bytes < step.lightest.floor_bytes else None
+
+
+def asked_in_chunks(step: PricedStep, chunk_loss: ChunkLoss) -> PricedStep:
+    """``step`` with its loss in so many chunks, without a budget in mind; True: that of the lowest floor.
+
+    Raises ``PlannerError`` where it cannot be cut.
+    """
+    if chunk_loss in (False, "auto"):
+        return step
+    refuse_chunks(chunk_loss, step.loss_fn, step.varying, False)
+    return _lowest(step) if chunk_loss is True else _within(step, int(chunk_loss), 0)

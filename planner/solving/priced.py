@@ -71,17 +71,17 @@ def prepare(
     model = unwrapped(model)
     target = target_for(model, costs)
     tell.phase("capture", type(model).__name__)
-    varying = None
+    varying, drops = None, drops or outputs == "unread"
     with target.capturing():
         if dynamic:
             given = Inputs.of(model, inputs)
             given.check(model)
             dims = dynamic if isinstance(dynamic, tuple) else varying_dims(given, dynamic)
-            joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
+            joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True, drops=drops)
             later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
-            joint = capture(model, inputs, loss_fn, drops=drops or outputs == "unread")
+            joint = capture(model, inputs, loss_fn, drops=drops)
     if joint.template.dropped:
         log.info(
             "%s is captured without %s, which no graph can carry and no loss reads; whoever reads it from "
