@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from planner.options import (
     CaptureMode,
     ChunkLoss,
     GradientsMode,
+    OrderMode,
     OutputsMode,
     RecomputeMode,
     Search,
@@ -34,6 +36,7 @@ from planner.options import (
     checked_capture,
     checked_chunk_loss,
     checked_gradients,
+    checked_order,
     checked_outputs,
     checked_recompute,
 )
@@ -71,6 +74,7 @@ def plan(
     backend: BackendMode = "eager",
     recompute: RecomputeMode = "fastest",
     chunk_loss: ChunkLoss = "auto",
+    order: OrderMode = "given",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -138,6 +142,11 @@ def plan(
                       all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.  A cache
                       of keys and values that the model returns is not handed out then, so that
                       the step is one graph, and says so when it is read.
+    ``order``         of the backward.  "given": as autograd runs it.  "free": also one in which gradients of
+                      weights come as soon as less is held for it (:mod:`planner.graph.ordered`); both are
+                      searched, each for half of ``time_limit_s``, and the plan of less overhead is taken.
+                      Bits are the same.  What is proved is proved of the order of that plan, not of any.
+                      For a step of one graph.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -157,6 +166,7 @@ def plan(
     checked_backend(backend)
     checked_recompute(recompute)
     checked_chunk_loss(chunk_loss)
+    checked_order(order)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -169,7 +179,7 @@ def plan(
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
         step: PricedStep | JoinedStep
         if backend == "inductor":
-            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss)
+            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss, order)
             step = compiled_step(
                 model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search,
                 same_bits=recompute == "same bits",
@@ -178,7 +188,10 @@ def plan(
             step = step_for(model, inputs, capture, gradients, how, whole)
             step = in_chunks(step, budget_bytes, chunk_loss, search)
         again = partial(_as_one_graph, inputs=inputs, gradients=gradients, how=how, whole=whole)
-        step, made = _found(step, budget_bytes, chunk_loss, calibrate, search, again)
+        if order == "free":
+            step, made = _in_either_order(step, budget_bytes, chunk_loss, calibrate, search, again)
+        else:
+            step, made = _found(step, budget_bytes, chunk_loss, calibrate, search, again)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     if outputs == "auto" and made.released:
@@ -229,6 +242,33 @@ def _found(
         if other is None:
             raise _with_why(error, step, chunk_loss) from None
     return _found(other, budget_bytes, chunk_loss, calibrate, search, again)
+
+
+def _in_either_order(
+    step: PricedStep | JoinedStep,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    calibrate: bool,
+    search: Search,
+    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
+) -> tuple[PricedStep | JoinedStep, Plan]:
+    """The plan of less overhead of two orders of the backward, and the step it is of."""
+    if not isinstance(step, PricedStep):
+        raise PlannerError(
+            f"order='free' is for a step of one graph, and this one is in regions: {step.why or 'as asked'}. "
+            "Pass order='given'"
+        )
+    half = replace(search, time_limit_s=search.time_limit_s / 2)
+    found: list[tuple[PricedStep | JoinedStep, Plan]] = []
+    refused: list[InfeasibleBudgetError] = []
+    for each in (step, step.in_order("free")):
+        try:
+            found.append(_found(each, budget_bytes, chunk_loss, calibrate, half, again))
+        except InfeasibleBudgetError as error:
+            refused.append(error)
+    if not found:
+        raise min(refused, key=lambda error: error.minimum_bytes)
+    return min(found, key=lambda pair: pair[1].step_s * (1 + pair[1].overhead))
 
 
 def _as_one_graph(
@@ -300,6 +340,7 @@ def _refuse_with_inductor(
     capture: CaptureMode,
     gradients: GradientsMode,
     chunk_loss: ChunkLoss,
+    order: OrderMode,
 ) -> None:
     given = {
         "dynamic": bool(dynamic),
@@ -307,6 +348,7 @@ def _refuse_with_inductor(
         "capture": capture != "auto",
         "gradients": gradients == "consumed",
         "chunk_loss": chunk_loss not in ("auto", False),
+        "order": order != "given",
     }
     for name, is_given in given.items():
         if is_given:

@@ -28,7 +28,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -90,6 +90,7 @@ class JointGraph:
     ``read``       what the forward read besides its arguments and parameters.
     ``chunks``     of rows, in which the loss is to be computed.
     ``unread``     outputs that are not made for the caller, by their number in the model's output, and name.
+    ``order``      of the backward: "given" by the trace, or "free" (:mod:`planner.graph.ordered`).
     """
 
     step: Traced
@@ -104,6 +105,7 @@ class JointGraph:
     read: Watched = field(default_factory=Watched, repr=False)
     chunks: int = 1
     unread: tuple[tuple[int, str], ...] = ()
+    order: Literal["given", "free"] = "given"
 
     def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
         """The same capture at other sizes, for which its guards hold; the step is not traced again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from torch import nn
 
@@ -47,6 +48,7 @@ class SymbolicCaptures:
             used=self.used,
             drops=bool(self._all[0].template.dropped),
         )
+        joint = replace(joint, order=self._all[0].order)
         self.traces += 1
         self._all.append(joint)
         if len(self._all) > _MOST:

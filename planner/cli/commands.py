@@ -71,6 +71,7 @@ def plan(arguments: Namespace) -> Outcome:
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
             chunk_loss=_chunk_loss(arguments.chunk_loss),
+            order=arguments.order,
             progress=_shown(arguments),
         )
     except InfeasibleBudgetError as error:

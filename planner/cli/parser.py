@@ -213,6 +213,10 @@ def _add_plan(command: Command) -> None:
     plan.add_argument("--dynamic", action="store_true", help="sizes may vary from batch to batch")
     _add_chunk_loss(plan, "auto")
     plan.add_argument(
+        "--order", choices=("given", "free"), default="given",
+        help="of the backward: as autograd runs it, or also gradients of weights as early as holds less",
+    )  # fmt: skip
+    plan.add_argument(
         "--calibrate", action="store_true", help="run the planned step, and plan again until it fits"
     )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")

@@ -19,7 +19,7 @@ from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
 from planner.graph.consumed import consuming, scratch_of
-from planner.graph.training_graph import training_graph
+from planner.graph.ordered import ordered_graph
 from planner.measure.step import device_of
 from planner.options import Search
 from planner.plans.plan_data import PlanData
@@ -66,6 +66,7 @@ def _replanned(
     with nullcontext() if varying is None else varying.around():
         dims = None if varying is None else varying.captures.dims
         joint = capture(model, inputs, used=used, dims=dims, drops=bool(plan.unread))
+        joint = replace(joint, order=plan.order)
         step = replanner.recaptured(model, joint)
         search = Search(time_limit_s=replanner.least_limit_s) if varying is None else varying.search
         made = step.plan_bytes(plan.budget_bytes, search)
@@ -87,7 +88,8 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     joint = joint.reading([i for i, name in enumerate(names) if name not in plan.unread])
     if plan.chunked:
         joint = replace(joint, chunks=max(of.chunks for of in plan.chunked))
-    captured = CapturedStep.of(model, joint, training_graph(joint))
+    joint = replace(joint, order=plan.order)
+    captured = CapturedStep.of(model, joint, ordered_graph(joint))
     check_is_of(plan, captured)
     if plan.outline is not None:
         graph = captured.graph  # without the loss, so its values have other numbers than the plan's

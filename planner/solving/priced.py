@@ -25,12 +25,13 @@ from planner.costs.translation import Translation
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.captured import CapturedStep
 from planner.graph.consumed import consuming, taken_of
+from planner.graph.ordered import ordered_graph
 from planner.graph.step_graph import DROPPED, LAST
-from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.graph.training_graph import TrainingGraph
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
-from planner.options import OutputsMode, Search
+from planner.options import OrderMode, OutputsMode, Search
 from planner.plan import Plan, Whole
 from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
@@ -92,7 +93,7 @@ def prepare(
     if outputs == "unread":
         joint = _reading_the_loss(model, joint)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
-        graph = training_graph(joint)
+        graph = ordered_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
         graph, priced, translation = target.price(graph)
         arguments = joint.inputs.args, joint.inputs.kwargs
@@ -253,6 +254,17 @@ class PricedStep(BudgetedStep):
         step = dataclasses.replace(step, unchunked=self.unchunked or self)
         return step.recaptured(self.model, joint)
 
+    def in_order(self, order: OrderMode) -> PricedStep:
+        """The same step with its backward in this order (:mod:`planner.graph.ordered`)."""
+        if self.joint.order == order:
+            return self
+        joint = dataclasses.replace(self.joint, order=order)
+        varying = self.varying
+        if varying is not None:
+            dims = varying.captures.dims
+            varying = dataclasses.replace(varying, captures=SymbolicCaptures(dims, joint))
+        return dataclasses.replace(self, varying=varying).recaptured(self.model, joint)
+
     def reading_the_loss(self) -> PricedStep:
         """The same step where the caller reads only the loss, and nothing else is made for it.
 
@@ -267,7 +279,7 @@ class PricedStep(BudgetedStep):
 
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
-        graph, costs, translation = self.target.price(training_graph(joint))
+        graph, costs, translation = self.target.price(ordered_graph(joint))
         graph = consuming(graph, taken_of(self.graph)).releasing(self.graph.released, self.graph.kept)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
@@ -371,6 +383,7 @@ class PricedStep(BudgetedStep):
             **super()._identity(),
             "differentiated": self.joint.differentiated,
             "chunked": self.graph.chunked,
+            "order": self.joint.order,
             **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }
