@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
 from planner.graph.chunks.region import NotInRows
 from planner.options import ChunkLoss, Search
@@ -98,7 +97,7 @@ def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
 
 
 def refuse_chunks(
-    chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object, regions: bool, why: str = ""
+    chunk_loss: ChunkLoss, loss_fn: object, dynamic: object, regions: bool, why: str = ""
 ) -> None:
     """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is.
 

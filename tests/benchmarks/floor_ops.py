@@ -3,10 +3,10 @@
     python -m tests.benchmarks.floor_ops
 
 Of the graphs of ``bench_solvers``, by the sums of :func:`solvers.bounds.lower_bounds.peak_floor`: what must
-be there when some op first runs.  An op in slices no longer has all of what it reads and makes at once; at best
-it, and all others of its kind, hold nothing that matters, and the floor is at an op of another kind.  That is
-the column *without*: no slicing of that kind of op brings more.  *Two* is the same without the two kinds at
-the top.  The table is written to ``results/floor_ops.md``.
+be there when some op first runs.  An op in slices no longer has all of what it reads and makes at once; at
+best it, and all others of its kind, hold nothing that matters, and the floor is at an op of another kind.
+That is the column *without*: no slicing of that kind of op brings more.  *Without two* is the same without
+the two kinds at the top.  The table is written to ``results/floor_ops.md``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def kind_of(name: str) -> str:
 
 
 def rows_of(problem: Problem) -> Iterator[tuple[str, int, float]]:
-    """Kinds of ops from the floor down: an op's name, its bytes beside what is resident, share of the floor."""
+    """Kinds of ops from the floor down: an op, its bytes beside what is resident, their share of the floor."""
     needed = Facts.of(problem.relaxed).pressure - problem.resident_bytes
     kinds = np.array([kind_of(op.name) for op in problem.ops])
     left = np.ones(len(kinds), dtype=bool)
