@@ -32,7 +32,7 @@ def kind_of(name: str) -> str:
 
 
 def rows_of(problem: Problem) -> Iterator[tuple[str, int, float]]:
-    """Kinds of ops from the floor down: an op, its bytes beside what is resident, their share of the floor."""
+    """Kinds of ops, from the floor down: op, bytes beside what is resident, its share of the floor."""
     needed = Facts.of(problem.relaxed).pressure - problem.resident_bytes
     kinds = np.array([kind_of(op.name) for op in problem.ops])
     left = np.ones(len(kinds), dtype=bool)
