@@ -1,9 +1,9 @@
 """Losses over the second dim, as ``cross_entropy(scores.transpose(1, 2), labels)``, restated over the last.
 
 torch wants the classes of ``(batch, classes, length)`` in the second dim, so scores that a linear layer made
-as ``(batch, length, classes)`` are turned for it, and their rows are no rows any more.  From there on to a
-softmax over the second dim, and on until it is turned back, each call is restated on the tensor as it was:
-the softmax over the last dim, ``nll_loss2d`` as ``nll_loss`` of rows in the same order, pointwise calls as they
+as ``(batch, length, classes)`` are turned for it, and their rows are no rows any more.  From there on, by
+a softmax over the second dim, until it is turned back, each call is restated on the tensor as it was: the
+softmax over the last dim, ``nll_loss2d`` as ``nll_loss`` of rows in the same order, pointwise calls as they
 are.  The numbers are the same; sums along the vocabulary may be taken in another order.
 """
 
