@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TraceError,
     )
     from planner.frontier import Frontier
+    from planner.memory.in_backward import OptimizerInBackward, optimizer_in_backward
     from planner.plan import Placement, Plan, load
     from planner.runtime.verify import Report
     from planner.sizing.batches import LargestBatch
@@ -43,6 +44,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
     "LargestBatch",
+    "OptimizerInBackward",
     "Placement",
     "Plan",
     "PlannerError",
@@ -58,6 +60,7 @@ __all__ = [
     "largest_batch",
     "load",
     "measure",
+    "optimizer_in_backward",
     "plan",
     "plan_of",
     "sharded",
@@ -68,6 +71,7 @@ _FROM = {
     "Estimate": "sizing.estimates",
     "Frontier": "frontier",
     "LargestBatch": "sizing.batches",
+    "OptimizerInBackward": "memory.in_backward",
     "Placement": "plan",
     "Plan": "plan",
     "Report": "runtime.verify",
@@ -78,6 +82,7 @@ _FROM = {
     "inductor": "compiled.loop",
     "largest_batch": "sizing.largest",
     "load": "plan",
+    "optimizer_in_backward": "memory.in_backward",
     "plan": "api",
     "plan_of": "training.enable",
 } | dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors")

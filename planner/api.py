@@ -8,7 +8,9 @@ Each arrow is a function in the module named after its result; this one only cal
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,9 +19,8 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.compiled.step import compiled_step
 from planner.devices.state import warn_of_little_memory
-from planner.errors import InfeasibleBudgetError
+from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier
-from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
@@ -27,6 +28,7 @@ from planner.options import (
     CaptureMode,
     ChunkLoss,
     GradientsMode,
+    OrderMode,
     OutputsMode,
     RecomputeMode,
     Search,
@@ -34,6 +36,7 @@ from planner.options import (
     checked_capture,
     checked_chunk_loss,
     checked_gradients,
+    checked_order,
     checked_outputs,
     checked_recompute,
 )
@@ -41,9 +44,11 @@ from planner.plan import Plan
 from planner.progress import Progress
 from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
-from planner.solving.chunked import in_chunks_instead, refuse_chunks, with_loss_in_chunks
+from planner.solving.chunked import asked_in_chunks, in_chunks_instead, refuse_chunks, with_loss_in_chunks
+from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
 from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.units import bytes_text
 
 __all__ = ["frontier", "plan", "step_for"]
 
@@ -64,11 +69,12 @@ def plan(
     on_larger: OnLarger = "replan",
     calibrate: bool = False,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
     backend: BackendMode = "eager",
     recompute: RecomputeMode = "fastest",
     chunk_loss: ChunkLoss = "auto",
+    order: OrderMode = "given",
     progress: bool | Progress | None = None,
 ) -> Plan:
     """Choose what to keep and what to recompute so that a training step of ``model`` fits ``budget_gb``.
@@ -107,9 +113,10 @@ def plan(
     ``gradients``     "held": they are there until the loop lets go of them, after the step.  "consumed":
                       hooks on the parameters (``register_post_accumulate_grad_hook``) step the optimizer and
                       drop them inside the backward; each then counts until its hook has run.  Parameters
-                      without a hook keep theirs.  "auto" is "held": only a step that runs shows what a hook
-                      does, as under :func:`planner.enable`.  What an optimizer's step in a hook takes for
-                      itself is not counted beside the activations.
+                      without a hook keep theirs.  "auto": those with a hook and an optimizer of their own are
+                      consumed (:func:`planner.optimizer_in_backward`, or the same by hand), with what the
+                      optimizer's step takes and, where ``optimizer`` is not given, its state; the others
+                      are held.
     ``capture``       "one graph": the whole step, or an error.  "regions": the forward is cut by Dynamo
                       where it cannot be followed (values read in Python, hooks, caches, code outside torch),
                       and each piece is captured by itself; the code between them runs as it is.  One plan
@@ -132,7 +139,14 @@ def plan(
                       search, with a line in the log; False: never.  Sums over tokens are then in
                       another order, so the gradients' last bits are others, and plan.verify() says how far
                       they are from float64 beside eager's own.  Logits that the model returns are made whole
-                      all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.
+                      all the same, unless ``outputs`` is "unread", or "auto" and they do not fit.  A cache
+                      of keys and values that the model returns is not handed out then, so that
+                      the step is one graph, and says so when it is read.
+    ``order``         of the backward.  "given": as autograd runs it.  "free": also one in which gradients of
+                      weights come as soon as less is held for it (:mod:`planner.graph.ordered`); both are
+                      searched, each for half of ``time_limit_s``, and the plan of less overhead is taken.
+                      Bits are the same.  What is proved is proved of the order of that plan, not of any.
+                      For a step of one graph.
     ``progress``      True draws a line on stderr (needs tqdm); a callable gets a
                       :class:`planner.progress.Event` at each phase, better plan and better bound, and
                       ends the search by returning True.  Ctrl-C ends it too, with the best plan so far.
@@ -152,6 +166,7 @@ def plan(
     checked_backend(backend)
     checked_recompute(recompute)
     checked_chunk_loss(chunk_loss)
+    checked_order(order)
     if on_larger not in ("replan", "raise"):
         raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
     if not isinstance(calibrate, bool):
@@ -159,11 +174,12 @@ def plan(
     if backend == "eager":
         refuse_chunks(chunk_loss, loss_fn, dynamic, capture == "regions")
     with search.reporting() as search:
-        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs}
+        drops = chunk_loss not in ("auto", False)
+        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs, "drops": drops}
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
         step: PricedStep | JoinedStep
         if backend == "inductor":
-            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss)
+            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss, order)
             step = compiled_step(
                 model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search,
                 same_bits=recompute == "same bits",
@@ -171,15 +187,11 @@ def plan(
         else:
             step = step_for(model, inputs, capture, gradients, how, whole)
             step = in_chunks(step, budget_bytes, chunk_loss, search)
-        try:
-            made = _made(step, budget_bytes, calibrate, search)
-        except InfeasibleBudgetError as error:
-            if not isinstance(step, PricedStep):
-                raise _with_why(error, step, chunk_loss) from None
-            fewer = in_chunks_instead(step, budget_bytes, chunk_loss, search)
-            if fewer is None:
-                raise
-            made = _made(fewer, budget_bytes, calibrate, search)
+        again = partial(_as_one_graph, inputs=inputs, gradients=gradients, how=how, whole=whole)
+        if order == "free":
+            step, made = _in_either_order(step, budget_bytes, chunk_loss, calibrate, search, again)
+        else:
+            step, made = _found(step, budget_bytes, chunk_loss, calibrate, search, again)
         warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
     log.info("%r", made)
     if outputs == "auto" and made.released:
@@ -190,13 +202,14 @@ def plan(
             budget_bytes / 1e9,
             ", ".join(made.released),
         )
-    if outputs == "auto" and made.unread:
+    whole_outputs = [name for name in made.unread if name not in step.dropped]
+    if outputs == "auto" and whole_outputs:
         log.warning(
             "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
             "error; outputs='unread' says that it does not",
             made.model_name,
             budget_bytes / 1e9,
-            ", ".join(made.unread),
+            ", ".join(whole_outputs),
         )
     return made
 
@@ -207,9 +220,100 @@ def _made(step: PricedStep | JoinedStep, budget_bytes: int, calibrate: bool, sea
     return step.plan_bytes(budget_bytes, search)  # in regions what is held beside them was measured
 
 
-def _with_why(error: InfeasibleBudgetError, step: JoinedStep, chunk_loss: ChunkLoss) -> InfeasibleBudgetError:
+def _found(
+    step: PricedStep | JoinedStep,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    calibrate: bool,
+    search: Search,
+    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
+) -> tuple[PricedStep | JoinedStep, Plan]:
+    """A plan and the step it is of: where ``step`` has none, that as one graph, and that with its loss in
+    chunks.
+    """
+    other: PricedStep | None
+    try:
+        return step, _made(step, budget_bytes, calibrate, search)
+    except InfeasibleBudgetError as error:
+        if isinstance(step, PricedStep):
+            other = in_chunks_instead(step, budget_bytes, chunk_loss, search)
+        else:
+            other = again(step, budget_bytes, chunk_loss)
+        if other is None:
+            raise _with_why(error, step, chunk_loss) from None
+    return _found(other, budget_bytes, chunk_loss, calibrate, search, again)
+
+
+def _in_either_order(
+    step: PricedStep | JoinedStep,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    calibrate: bool,
+    search: Search,
+    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
+) -> tuple[PricedStep | JoinedStep, Plan]:
+    """The plan of less overhead of two orders of the backward, and the step it is of."""
+    if not isinstance(step, PricedStep):
+        raise PlannerError(
+            f"order='free' is for a step of one graph, and this one is in regions: {step.why or 'as asked'}. "
+            "Pass order='given'"
+        )
+    half = replace(search, time_limit_s=search.time_limit_s / 2)
+    found: list[tuple[PricedStep | JoinedStep, Plan]] = []
+    refused: list[InfeasibleBudgetError] = []
+    for each in (step, step.in_order("free")):
+        try:
+            found.append(_found(each, budget_bytes, chunk_loss, calibrate, half, again))
+        except InfeasibleBudgetError as error:
+            refused.append(error)
+    if not found:
+        raise min(refused, key=lambda error: error.minimum_bytes)
+    return min(found, key=lambda pair: pair[1].step_s * (1 + pair[1].overhead))
+
+
+def _as_one_graph(
+    step: JoinedStep,
+    budget_bytes: int,
+    chunk_loss: ChunkLoss,
+    inputs: object,
+    gradients: GradientsMode,
+    how: dict[str, Any],
+    whole: dict[str, Any],
+) -> PricedStep | None:
+    """A step that in regions has no plan, as one graph without what no graph can carry, such as a cache.
+
+    Its loss is in chunks where that too would have none.  ``None`` where it is no one graph even so, or needs
+    more.
+    """
+    if chunk_loss is False or not step.why or step.loss_fn is not None:
+        return None
+    try:
+        made = prepare(step.model, inputs, **how, **{**whole, "drops": True})
+    except PlannerError as error:
+        log.debug("not as one graph either: %s", error)
+        return None
+    if not made.dropped:
+        return None
+    made = stepping_in_backward(made, gradients, how["optimizer"])
+    search: Search = how["search"]
+    fewer = with_loss_in_chunks(made, budget_bytes, chunk_loss, search)
+    if budget_bytes < fewer.lightest.floor_bytes:
+        return None
+    log.warning(
+        "no plan of %s in regions fits %s: it is planned as one graph without %s, which no loss reads; "
+        "whoever reads it gets an error",
+        type(made.model).__name__,
+        bytes_text(budget_bytes),
+        ", ".join(made.dropped),
+    )
+    return fewer
+
+
+def _with_why(
+    error: InfeasibleBudgetError, step: PricedStep | JoinedStep, chunk_loss: ChunkLoss
+) -> InfeasibleBudgetError:
     """What else could be done of a step that would be planned for less as one graph."""
-    if not step.why or chunk_loss is False:
+    if isinstance(step, PricedStep) or not step.why or chunk_loss is False:
         return error
     return error.saying(
         f"{error}. As one graph its loss could be computed in chunks, for less where logits are large; it is "
@@ -226,7 +330,7 @@ def in_chunks(
     """
     if isinstance(step, PricedStep):
         return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
-    refuse_chunks(chunk_loss, step.loss_fn, None, True)
+    refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
     return step
 
 
@@ -236,6 +340,7 @@ def _refuse_with_inductor(
     capture: CaptureMode,
     gradients: GradientsMode,
     chunk_loss: ChunkLoss,
+    order: OrderMode,
 ) -> None:
     given = {
         "dynamic": bool(dynamic),
@@ -243,6 +348,7 @@ def _refuse_with_inductor(
         "capture": capture != "auto",
         "gradients": gradients == "consumed",
         "chunk_loss": chunk_loss not in ("auto", False),
+        "order": order != "given",
     }
     for name, is_given in given.items():
         if is_given:
@@ -264,14 +370,21 @@ def frontier(
     solver: str = "auto",
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    chunk_loss: ChunkLoss = False,
     progress: bool | Progress | None = None,
 ) -> Frontier:
     """Overhead against budget, from one trace: at ``budgets_gb``, or ``points`` of them from the least up.
 
     Arguments as for :func:`plan`; ``time_limit_s`` is seconds per budget, and ``outputs="auto"`` counts them
-    as held at every budget.  Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
+    as held at every budget.
+
+    ``chunk_loss``  one number of chunks for all budgets, to whose step overheads then refer: n, or what
+                    ``plan`` takes of True and "auto" at the lowest of ``budgets_gb``; without those True is
+                    the number with the lowest floor, and "auto" the loss whole.
+
+    Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
     """
     checked_outputs(outputs)
     mode: OutputsMode = "held" if outputs == "auto" else outputs
@@ -281,8 +394,14 @@ def frontier(
     with Search(solver, time_limit_s, progress).reporting() as search:
         checked_capture(capture)
         checked_gradients(gradients)
+        checked_chunk_loss(chunk_loss)
         how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode})
+        drops = chunk_loss not in ("auto", False)
+        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode, "drops": drops})
+        if budgets is not None or isinstance(step, JoinedStep):
+            step = in_chunks(step, min(budgets or [0]), chunk_loss, search)
+        else:
+            step = asked_in_chunks(step, chunk_loss)
         return step.frontier(budgets, search, points=points)
 
 
@@ -303,6 +422,4 @@ def step_for(
         lambda: prepare(model, inputs, **how, **whole),
         lambda: step_in_regions(model, inputs, **how),
     )
-    if gradients == "consumed" and isinstance(step, PricedStep):
-        step = step.consuming(hooked(step.model))
-    return step
+    return stepping_in_backward(step, gradients, how["optimizer"])

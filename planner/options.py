@@ -16,6 +16,7 @@ __all__ = [
     "CaptureMode",
     "ChunkLoss",
     "GradientsMode",
+    "OrderMode",
     "OutputsMode",
     "RecomputeMode",
     "Search",
@@ -23,6 +24,7 @@ __all__ = [
     "checked_capture",
     "checked_chunk_loss",
     "checked_gradients",
+    "checked_order",
     "checked_outputs",
     "checked_recompute",
 ]
@@ -45,6 +47,9 @@ RecomputeMode: TypeAlias = Literal["fastest", "same bits"]
 # backward, or as the first step shows.
 GradientsMode: TypeAlias = Literal["held", "consumed", "auto"]
 
+# Of the backward: as the trace has it, or with gradients of weights as soon as that holds less.
+OrderMode: TypeAlias = Literal["given", "free"]
+
 # Whether the loss is computed in chunks of tokens: where nothing fits without, always, never, or in so many.
 ChunkLoss: TypeAlias = bool | int | Literal["auto"]
 
@@ -65,6 +70,13 @@ def checked_outputs(outputs: OutputsMode) -> OutputsMode:
     if outputs not in ("held", "released", "unread", "auto"):
         raise ValueError(f"outputs must be 'held', 'released', 'unread' or 'auto', not {outputs!r}")
     return outputs
+
+
+def checked_order(order: OrderMode) -> OrderMode:
+    """``order`` if it is one of the two; ``ValueError`` if not."""
+    if order not in ("given", "free"):
+        raise ValueError(f"order must be 'given' or 'free', not {order!r}")
+    return order
 
 
 def checked_capture(capture: CaptureMode) -> CaptureMode:

@@ -145,6 +145,11 @@ def hidden_by(mask: bool) -> Loss:
     )
 
 
+def over_second(turn: Loss | None = None, **how: Any) -> Loss:
+    """A loss of ``(batch, words, sequence)``, as torch has it."""
+    return lambda z, y: F.cross_entropy(z.transpose(1, 2) if turn is None else turn(z, y), y, **how)
+
+
 LOSSES: dict[str, Loss] = {
     "mean": cross(),
     "sum": cross(reduction="sum"),
@@ -159,6 +164,13 @@ LOSSES: dict[str, Loss] = {
     "shifted": shifted,
     "capped": capped,
     "padded vocabulary": hidden_by(True),
+    "second dim": over_second(),
+    "second dim, sum": over_second(reduction="sum"),
+    "second dim, smoothing": over_second(label_smoothing=0.1),
+    "second dim, weights": over_second(weight=torch.linspace(0.5, 2.0, WORDS)),
+    "second dim, permuted": over_second(lambda z, y: z.permute(0, 2, 1)),
+    "second dim, capped": over_second(lambda z, y: torch.tanh(z.mT / 5.0) * 5.0),
+    "second dim, each": lambda z, y: F.cross_entropy(z.mT, y, reduction="none").pow(2).mean(),
 }
 
 
@@ -454,7 +466,7 @@ def test_what_chunk_loss_may_be(chunk_loss: Any) -> None:
 
 def test_refusals_name_what_is_in_the_way() -> None:
     def turned(z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z.transpose(1, 2), y)
+        return F.cross_entropy(z.transpose(0, 1).flatten(0, 1), y.T.flatten())
 
     def plan(model: nn.Module, **how: Any) -> None:
         planner.plan(model, 1, tokens(), costs="roofline", chunk_loss=4, time_limit_s=0.3, **how)
@@ -473,7 +485,7 @@ def test_refusals_name_what_is_in_the_way() -> None:
         plan(seeded(lambda: Speaker(cross())), dynamic=True)
     with pytest.raises(ValueError, match="chunk_loss is not for backend='inductor'"):
         plan(seeded(gpt2), backend="inductor")
-    with pytest.raises(planner.PlannerError, match="captured piece by piece"):
+    with pytest.raises(planner.PlannerError, match=r"captured piece by piece, .* capture is regions"):
         plan(seeded(gpt2), capture="regions")
     with pytest.raises(planner.PlannerError, match="reads only the loss"):
         planner.plan(seeded(lambda: nn.Linear(2, 2)), 1, (torch.ones(2, 2),), outputs="unread")

@@ -33,7 +33,7 @@ README, ALL = PAGES[FRONT], "\n".join(PAGES.values())
 # Written by the benchmarks, with tests of their own.
 GENERATED = {
     f"tests/benchmarks/results/{name}.md"
-    for name in ("cuda", "families", "packages", "packages_families", "prepare", "solvers")
+    for name in ("cuda", "families", "floor_ops", "packages", "packages_families", "prepare", "solvers")
 }
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

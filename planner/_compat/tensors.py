@@ -13,6 +13,11 @@ import torch.utils._python_dispatch as _python_dispatch  # the modes that are on
 from torch.multiprocessing.reductions import StorageWeakRef  # does not hold the storage; 1.0+
 
 
+def is_scaling(scaler: torch.amp.GradScaler) -> bool:
+    """Whether it has scaled a loss; 2.3+."""
+    return scaler.is_enabled() and scaler._scale is not None
+
+
 def post_accumulate_hooks(parameter: torch.Tensor) -> dict[int, Any]:
     """What runs when the gradient of a leaf has been added up, by handle; empty without any; 2.1+."""
     found: dict[int, Any] | None = parameter._post_accumulate_grad_hooks

@@ -53,9 +53,10 @@ class FlatModel(nn.Module):
         *,
         records: bool = True,
         watch: ReadsOf | None = None,
+        drops: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.records, self.watch = model, records, watch
+        self.model, self.records, self.watch, self.drops = model, records, watch, drops
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
         tensors = [id(x) for x in given if isinstance(x, torch.Tensor)]
@@ -107,7 +108,7 @@ class FlatModel(nn.Module):
         asked = {id(t) for t in self.reads.placed}
         self.placed |= {name for name, t in state.items() if id(t) in asked}
         self.placed |= {i for i, t in enumerate(tensors) if id(t) in asked}
-        self.template, leaves = template_of(type(self.model).__name__, output, self.used)
+        self.template, leaves = template_of(type(self.model).__name__, output, self.used, drops=self.drops)
         tracked: dict[str | int, torch.Tensor] = {}
         tracked.update(state)
         tracked.update(enumerate(tensors))

@@ -28,7 +28,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -90,6 +90,7 @@ class JointGraph:
     ``read``       what the forward read besides its arguments and parameters.
     ``chunks``     of rows, in which the loss is to be computed.
     ``unread``     outputs that are not made for the caller, by their number in the model's output, and name.
+    ``order``      of the backward: "given" by the trace, or "free" (:mod:`planner.graph.ordered`).
     """
 
     step: Traced
@@ -104,6 +105,7 @@ class JointGraph:
     read: Watched = field(default_factory=Watched, repr=False)
     chunks: int = 1
     unread: tuple[tuple[int, str], ...] = ()
+    order: Literal["given", "free"] = "given"
 
     def at(self, values: Sequence[int], *, fixed: bool = False) -> JointGraph:
         """The same capture at other sizes, for which its guards hold; the step is not traced again.
@@ -125,7 +127,9 @@ class JointGraph:
         if not unread or self.unread:
             return self
         template = self.template.reading(outputs)
-        return replace(self, step=self.step.reading(outputs), template=template, unread=unread)
+        symbolic = None if self.symbolic is None else self.symbolic.reading(outputs)
+        step = self.step.reading(outputs)
+        return replace(self, step=step, symbolic=symbolic, template=template, unread=unread)
 
     @property
     def differentiated(self) -> tuple[int, ...]:
@@ -156,11 +160,13 @@ def capture(
     *,
     used: frozenset[int] | None = None,
     dims: Dims | None = None,
+    drops: bool = False,
 ) -> JointGraph:
     """Trace one training step of ``model`` at ``inputs``.
 
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
+    ``drops``: what it returns that no graph can carry, such as a cache, is not handed out.
     No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
     state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
     While it traces it changes settings that are the whole process's (the tracer's registries, an environment
@@ -170,7 +176,7 @@ def capture(
     ``model.forward``, ``PlannerError`` where there is nothing to train.
     """
     with _ONE_AT_A_TIME, _compat.saved_tensors_hooks_set_aside(), _compat.collecting_seldom():
-        return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims)
+        return _captured(model, Inputs.of(model, inputs), loss_fn, used, dims, drops)
 
 
 def capture_piece(
@@ -215,7 +221,12 @@ def capture_piece(
 
 
 def _captured(
-    model: nn.Module, given: Inputs, loss_fn: LossFn | None, used: frozenset[int] | None, dims: Dims | None
+    model: nn.Module,
+    given: Inputs,
+    loss_fn: LossFn | None,
+    used: frozenset[int] | None,
+    dims: Dims | None,
+    drops: bool,
 ) -> JointGraph:
     refuse_unplannable(model, given.tensors())
     given.check(model)
@@ -235,7 +246,7 @@ def _captured(
             with attributes_kept(model):  # what it notes on the model, it notes in the user's own loop
                 loss, used = _trace_loss(model, given, loss_fn)
         reads = ReadsOf()
-        step = FlatModel(model, flat, fake, in_spec, used, watch=reads)
+        step = FlatModel(model, flat, fake, in_spec, used, watch=reads, drops=drops)
         noted = Noted(model)
         with module_paths(model), generators.watched(), noted.watched():
             try:

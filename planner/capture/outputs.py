@@ -58,7 +58,8 @@ class Unread:
         name = object.__getattribute__(self, "_name")
         raise UnreadOutputError(
             f"{name} was not made: this step was planned for a loop that reads only the loss, so that "
-            f"{name} need not exist whole. Where the loop reads it, plan with outputs='released' or 'held'"
+            f"{name} need not exist whole. Where the loop reads it, plan with outputs='released' or 'held', "
+            "and a cache, which no graph can carry, with chunk_loss=False, in regions"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -85,6 +86,8 @@ class OutputTemplate:
     ``constants[k]`` is the k-th leaf where it is not a tensor, ``None`` where ``is_tensor[k]``.
     ``reached``  names of parameters and positions of inputs to which autograd leads from any output;
                  ``None``: unknown.
+    ``dropped``  places of what no graph can carry, such as a cache of keys and values, and which is not
+                 handed out.
     """
 
     spec: Any
@@ -92,6 +95,7 @@ class OutputTemplate:
     constants: tuple[Any, ...]
     leaves: tuple[Leaf, ...]
     reached: frozenset[str | int] | None = None
+    dropped: tuple[str, ...] = ()
 
     def reading(self, outputs: Collection[int]) -> OutputTemplate:
         """The same where of its tensors only these are handed out."""
@@ -192,20 +196,27 @@ def _places(output: Any) -> list[str]:
 
 
 def template_of(
-    model_name: str, output: Any, used: frozenset[int] | None
+    model_name: str, output: Any, used: frozenset[int] | None, *, drops: bool = False
 ) -> tuple[OutputTemplate, list[torch.Tensor]]:
     """The template of ``output``, and its tensors.
 
     ``used``: indices of the tensors that are differentiated; ``None``: the loss if there is one
-    (:func:`loss_index`), else all that require grad.
+    (:func:`loss_index`), else all that require grad.  ``drops``: whoever reads an object that no graph can
+    carry is told that it was not made (:class:`Unread`).
 
-    Raises ``TraceError`` for an object that no graph can carry.
+    Raises ``TraceError`` for such an object otherwise.
     """
     register_dataclasses(output)
     flat, spec = pytree.tree_flatten(output)
     names = _places(output)
-    for name, leaf in zip(names, flat, strict=True):
-        if not isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
+    dropped = []
+    for i, (name, leaf) in enumerate(zip(names, flat, strict=True)):
+        if isinstance(leaf, (torch.Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
+            continue
+        if drops:
+            flat[i] = Unread(name)
+            dropped.append(name)
+        else:
             raise TraceError(
                 f"{model_name} returns a {type(leaf).__name__} at {name}, which a graph cannot carry; "
                 "return tensors in tuples, lists, dicts or dataclasses "
@@ -224,4 +235,4 @@ def template_of(
         chosen = tracked
     leaves = tuple(Leaf(n, g, c and g) for n, g, c in zip(labels, tracked, chosen, strict=True))
     constants = tuple(None if t else leaf for t, leaf in zip(is_tensor, flat, strict=True))
-    return OutputTemplate(spec, tuple(is_tensor), constants, leaves), tensors
+    return OutputTemplate(spec, tuple(is_tensor), constants, leaves, dropped=tuple(dropped)), tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from torch import nn
 
@@ -39,8 +40,15 @@ class SymbolicCaptures:
                 return joint
         loss_fn = loss_fn if self.used is None else None
         joint, _ = capture_varying(
-            model, inputs.without_data(), loss_fn, self.dims, narrow=True, used=self.used
+            model,
+            inputs.without_data(),
+            loss_fn,
+            self.dims,
+            narrow=True,
+            used=self.used,
+            drops=bool(self._all[0].template.dropped),
         )
+        joint = replace(joint, order=self._all[0].order)
         self.traces += 1
         self._all.append(joint)
         if len(self._all) > _MOST:
@@ -56,6 +64,7 @@ def capture_varying(
     *,
     narrow: bool,
     used: frozenset[int] | None = None,
+    drops: bool = False,
 ) -> tuple[JointGraph, Dims]:
     """Capture with ``dims`` symbolic, and which of them are in the end.
 
@@ -67,11 +76,12 @@ def capture_varying(
     tries = list(dict.fromkeys([dims, first, fixed])) if narrow else [dims]
     for these in tries[:-1]:
         try:
-            return capture(model, inputs, loss_fn, used=used, dims=these), these
+            return capture(model, inputs, loss_fn, used=used, dims=these, drops=drops), these
         except TraceError as e:
             log.debug("%s cannot be captured with sizes %s varying: %s", type(model).__name__, these, e)
             error = e
-    joint = capture(model, inputs, loss_fn, used=used, dims=tries[-1])  # raises where the reason was another
+    # raises where the reason was another
+    joint = capture(model, inputs, loss_fn, used=used, dims=tries[-1], drops=drops)
     if len(tries) > 1:
         log.warning(
             "%s cannot be captured for varying sizes, so each shape is planned by itself: %s",

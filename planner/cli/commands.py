@@ -71,6 +71,7 @@ def plan(arguments: Namespace) -> Outcome:
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
             chunk_loss=_chunk_loss(arguments.chunk_loss),
+            order=arguments.order,
             progress=_shown(arguments),
         )
     except InfeasibleBudgetError as error:
@@ -96,6 +97,7 @@ def estimate(arguments: Namespace) -> Outcome:
         costs=arguments.costs,
         outputs=arguments.outputs,
         capture=arguments.capture,
+        chunk_loss=_chunk_loss(arguments.chunk_loss),
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )
@@ -131,6 +133,7 @@ def largest(arguments: Namespace) -> Outcome:
             solver=arguments.solver,
             outputs=arguments.outputs,
             capture=arguments.capture,
+            chunk_loss=_chunk_loss(arguments.chunk_loss),
             time_limit_s=arguments.time_limit,
             progress=_shown(arguments),
         )
@@ -218,6 +221,7 @@ def frontier(arguments: Namespace) -> Outcome:
         solver=arguments.solver,
         outputs=arguments.outputs,
         capture=arguments.capture,
+        chunk_loss=_chunk_loss(arguments.chunk_loss),
         time_limit_s=arguments.time_limit,
         progress=_shown(arguments),
     )

@@ -211,16 +211,24 @@ def _add_plan(command: Command) -> None:
     )
     _add_planning(plan, time_limit_s=30.0)
     plan.add_argument("--dynamic", action="store_true", help="sizes may vary from batch to batch")
+    _add_chunk_loss(plan, "auto")
     plan.add_argument(
-        "--chunk-loss", default="auto", metavar="N",
-        help="compute the loss in N chunks of tokens; yes: as many as are fastest, no: whole, "
-        "auto: in chunks where nothing fits without (default: %(default)s)",
+        "--order", choices=("given", "free"), default="given",
+        help="of the backward: as autograd runs it, or also gradients of weights as early as holds less",
     )  # fmt: skip
     plan.add_argument(
         "--calibrate", action="store_true", help="run the planned step, and plan again until it fits"
     )
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, as JSON")
     _add_json(plan)
+
+
+def _add_chunk_loss(parser: ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--chunk-loss", default=default, metavar="N",
+        help="compute the loss in N chunks of tokens; yes: as many as are fastest, no: whole, "
+        "auto: in chunks where nothing fits without (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_sizing(command: Command) -> None:
@@ -235,6 +243,7 @@ def _add_sizing(command: Command) -> None:
         help="seconds of search for the least peak (default: none, what is known without)",
     )  # fmt: skip
     _add_step(estimate)
+    _add_chunk_loss(estimate, "auto")
 
     largest = command("largest", cli.largest, "how large a batch fits?", _LARGEST, _LARGEST_EXAMPLES)
     _add_model(largest)
@@ -250,6 +259,7 @@ def _add_sizing(command: Command) -> None:
     largest.add_argument("--low", type=int, default=1, help="the least size (default: %(default)s)")
     largest.add_argument("--high", type=int, default=1 << 16, help="the largest size (default: %(default)s)")
     _add_planning(largest, time_limit_s=10.0)
+    _add_chunk_loss(largest, "no")
     largest.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
     for made in (estimate, largest):
         _add_json(made)
@@ -288,6 +298,7 @@ def _add_frontier_and_verify(command: Command) -> None:
     )
     frontier.add_argument("--points", type=int, default=8, help="how many budgets (default: %(default)s)")
     _add_planning(frontier, time_limit_s=10.0)
+    _add_chunk_loss(frontier, "no")
     frontier.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
 
     verify = command("verify", cli.verify, "run a step both ways and compare", _VERIFY, _VERIFY_EXAMPLES)

@@ -13,6 +13,7 @@ __all__ = [
     "GLUE",
     "GRADIENT_SUM",
     "LAST",
+    "OPTIMIZER_STEP",
     "RELEASE",
     "RNG_STATE",
     "StepGraph",
@@ -37,6 +38,10 @@ CALLERS = frozenset({LAST, DROPPED, RELEASE})
 GLUE = "glue"
 GRADIENT_SUM = "gradient_sum"
 BETWEEN = frozenset({GLUE, GRADIENT_SUM})
+
+# The optimizer's step of one parameter in a hook of the backward: runs nothing of ours, and has scratch.  The
+# parameter's name follows behind a stroke.
+OPTIMIZER_STEP = "optimizer_step"
 
 # Target of the op that keeps a generator's state for a random op that runs again.
 RNG_STATE = "rng_state"

@@ -34,7 +34,7 @@ from planner.graph.nodes import (
 )
 from planner.graph.normalize import Ordered, normalize
 from planner.graph.passes.slices import over_form
-from planner.graph.step_graph import BETWEEN, CALLERS, DROPPED, LAST, RELEASE
+from planner.graph.step_graph import BETWEEN, CALLERS, DROPPED, LAST, OPTIMIZER_STEP, RELEASE
 
 __all__ = ["VALUE_KINDS", "GraphOp", "GraphValue", "TrainingGraph", "training_graph"]
 
@@ -79,7 +79,7 @@ class GraphOp:
     """One kernel call.
 
     ``node`` is its call; ``None`` for the gradient of the loss with respect to itself, for what the caller
-    does with outputs, and for what runs between regions.
+    does with outputs and in hooks on gradients, and for what runs between regions.
     """
 
     name: str
@@ -92,13 +92,14 @@ class GraphOp:
     workspace: int | None = None  # value index whose bytes the call needs as scratch
     reuses: int | None = None  # value index whose storage it may write its result over, where that dies
     fused_with_previous: bool = False  # its first execution costs nothing beyond the previous op's
+    scratch_bytes: int = 0  # that whoever runs it takes besides, where it is not ours
 
     @property
     def target(self) -> str:
         """The op's name, e.g. ``aten.mm``."""
         if self.node is None:
             what = self.name.partition("/")[0]
-            return what if what in CALLERS | BETWEEN else "aten.ones_like"
+            return what if what in CALLERS | BETWEEN | {OPTIMIZER_STEP} else "aten.ones_like"
         packet = getattr(self.node.target, "overloadpacket", None)
         return (
             str(packet)

@@ -180,15 +180,25 @@ def held(model: nn.Module | None, inputs: Batch) -> list[Tensor]:
 class _Drop:
     """The hook of :func:`dropping`."""
 
+    def __init__(self, scratch_bytes: int) -> None:
+        self.scratch_bytes = scratch_bytes
+
     def __call__(self, parameter: Tensor) -> None:
+        if self.scratch_bytes:
+            torch.empty(self.scratch_bytes, dtype=torch.uint8, device=parameter.device)
         parameter.grad = None
 
 
 @contextmanager
-def dropping(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """The gradients of these parameters go as soon as they are there, as if a hook had used them."""
+def dropping(model: nn.Module, taken: Mapping[str, int]) -> Iterator[None]:
+    """The gradients of these parameters go as soon as they are there, as if a hook had used them.
+
+    ``taken``  by the parameter's name, the bytes that it takes for that besides.
+    """
     handles = [
-        p.register_post_accumulate_grad_hook(_Drop()) for n, p in model.named_parameters() if n in names
+        p.register_post_accumulate_grad_hook(_Drop(taken[n]))
+        for n, p in model.named_parameters()
+        if n in taken
     ]
     try:
         yield

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,23 +24,33 @@ from planner.measure.step import Batch
 from planner.memory.optimizer_state import OptimizerBytes, OptimizerLike, optimizer_state_bytes
 from planner.memory.resident import Resident, resident_of
 
-__all__ = ["found_optimizer_bytes", "optimizers_of", "resident_in_training"]
+__all__ = [
+    "bytes_of_each",
+    "found_optimizer_bytes",
+    "optimizers_holding",
+    "optimizers_of",
+    "resident_in_training",
+]
 
 log = logging.getLogger(__name__)
 
 
 def optimizers_of(model: nn.Module) -> list[Optimizer]:
     """Live optimizers with a parameter of ``model``; of wrappers such as accelerate's, what they wrap."""
-    mine = {id(p) for p in sharded_parameters(model)}
-    found = _holding(mine)
+    return optimizers_holding({id(p) for p in sharded_parameters(model)})
+
+
+def optimizers_holding(parameters: Collection[int]) -> list[Optimizer]:
+    """The same of parameters by their ids."""
+    found = _holding(parameters)
     if len(found) > 1:  # perhaps one of an earlier run that only waits to be collected
         del found
         gc.collect()
-        found = _holding(mine)
+        found = _holding(parameters)
     return found
 
 
-def _holding(parameters: set[int]) -> list[Optimizer]:
+def _holding(parameters: Collection[int]) -> list[Optimizer]:
     alive = [o for o in instances_of(kinds_of(Optimizer)) if hasattr(o, "param_groups")]
     inner = {id(o): o for o in alive if not isinstance(getattr(o, "optimizer", None), Optimizer)}
     return [
@@ -54,16 +65,46 @@ def found_optimizer_bytes(model: nn.Module, device: torch.device) -> OptimizerBy
 
     One whose step cannot be foreseen counts with the state it has by now.
     """
-    state_bytes = step_bytes = 0
-    for optimizer in optimizers_of(model):
-        try:
-            taken = optimizer_state_bytes(optimizer, (), device=device)
-        except PlannerError as error:
-            log.warning("%s counts with the state it has now: %s", type(optimizer).__name__, error)
-            taken = OptimizerBytes(_present_bytes(optimizer, device), 0)
-        state_bytes += taken.state_bytes
-        step_bytes = max(step_bytes, taken.step_transient_bytes)
-    return OptimizerBytes(state_bytes, step_bytes)
+    taken = bytes_of_each(optimizers_of(model), device)
+    return OptimizerBytes(
+        sum(of.state_bytes for of in taken), max((of.step_transient_bytes for of in taken), default=0)
+    )
+
+
+def bytes_of_each(
+    optimizers: Sequence[Optimizer], device: torch.device, as_on: torch.device | None = None
+) -> list[OptimizerBytes]:
+    """What each takes on ``device``; those of one parameter each, of a kind and size, are run once.
+
+    ``as_on``  count as if they were on this device.
+    """
+    known: dict[Any, OptimizerBytes] = {}
+    out = []
+    for optimizer in optimizers:
+        key = _kind(optimizer)
+        if key is None or key not in known:
+            known[key] = _bytes_of(optimizer, device, as_on)
+        out.append(known[key])
+    return out
+
+
+def _bytes_of(optimizer: Optimizer, device: torch.device, as_on: torch.device | None) -> OptimizerBytes:
+    try:
+        return optimizer_state_bytes(optimizer, (), device=device, as_on=as_on)
+    except PlannerError as error:
+        log.warning("%s counts with the state it has now: %s", type(optimizer).__name__, error)
+        return OptimizerBytes(_present_bytes(optimizer, device), 0)
+
+
+def _kind(optimizer: Optimizer) -> Any:
+    """Equal for optimizers of one parameter each that take the same; ``None`` of others."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(params) != 1 or len(optimizer.param_groups) != 1:
+        return None
+    (p,), (group,) = params, optimizer.param_groups
+    settings = sorted((name, repr(value)) for name, value in group.items() if name != "params")
+    layout = tuple(p.shape), p.stride(), p.dtype, p.device, type(p)
+    return type(optimizer), layout, str(settings)
 
 
 def _present_bytes(optimizer: Optimizer, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from planner.costs.op_costs import Costs
 from planner.devices.state import allocation_grain
 from planner.graph.nodes import layer_of
-from planner.graph.step_graph import BETWEEN, RNG_STATE
+from planner.graph.step_graph import BETWEEN, OPTIMIZER_STEP, RNG_STATE
 from planner.graph.training_graph import GraphOp, GraphValue, TrainingGraph
 from planner.units import rounded_up
 from solvers import Op, Problem, Schedule, Value
@@ -42,7 +42,7 @@ def lower(
     def op(o: GraphOp) -> Op:
         # What runs nothing of ours has a cost only where it was measured.
         seconds = costs.seconds.get(o.name, 0.0) if o.node is None else costs.seconds[o.name]
-        workspace = costs.workspace_bytes.get(o.name, 0)
+        workspace = costs.workspace_bytes.get(o.name, 0) + o.scratch_bytes
         if o.workspace is not None:
             workspace += size[o.workspace]
         workspace = rounded_up(workspace, grain) - (0 if o.reuses is None else size[o.reuses])
@@ -67,7 +67,10 @@ def steps_of(graph: TrainingGraph, problem: Problem, schedule: Schedule) -> list
     ``loss_fn`` runs in the caller's hands, so nothing of ours can run between its ops.
     """
     steps = schedule.steps(problem)
-    theirs = [op.phase == "loss" or (op.node is None and op.phase != "forward") for op in graph.ops]
+    theirs = [
+        op.phase == "loss" or (op.node is None and op.phase != "forward" and op.target != OPTIMIZER_STEP)
+        for op in graph.ops
+    ]
     loss = [t for t, i in enumerate(steps) if theirs[i]]
     if not loss:
         return steps

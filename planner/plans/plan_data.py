@@ -16,6 +16,8 @@ import numpy as np
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import Dims
 from planner.graph.chunks.write import Chunked
+from planner.graph.consumed import scratch_of
+from planner.options import OrderMode
 from planner.plans.outline import Outline
 from planner.units import bytes_text
 
@@ -198,6 +200,9 @@ class PlanData:
                              ``whole_step_flops`` and ``whole_peak_bytes`` are then ``step_s``, ``step_flops``
                              and ``baseline_peak_bytes`` without.
 
+    ``order``                of the backward: "given" by the trace, or "free", with gradients of weights as
+                             soon as less is held for it.  Bound and floor are for this order.
+
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
     ``outline``              the step in outline, by which the plan is played through and explained; ``None``
@@ -250,6 +255,7 @@ class PlanData:
     whole_step_s: float = 0.0
     whole_step_flops: int = 0
     whole_peak_bytes: int = 0
+    order: OrderMode = "given"
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):
@@ -258,6 +264,8 @@ class PlanData:
             )
         if self.status not in ("optimal", "feasible"):
             raise ValueError(f"'status' is {self.status!r}")
+        if self.order not in ("given", "free"):
+            raise ValueError(f"'order' is {self.order!r}")
         for name, state in self.outputs.items():
             if state not in ("held", "released", "kept", "unread"):
                 raise ValueError(f"'outputs' says {state!r} of {name!r}")
@@ -267,6 +275,13 @@ class PlanData:
                     f"placement of {p.name!r} has spans {p.spans}, which are not within the "
                     f"{len(self.sequence)} positions of the sequence"
                 )
+
+    @property
+    def steps_in_backward(self) -> dict[str, int]:
+        """Parameters that step in the backward, with the bytes that each step takes besides."""
+        if self.outline is None:
+            return {}
+        return scratch_of(self.outline.ops, [op.workspace_bytes for op in self.outline.problem.ops])
 
     @property
     def gap(self) -> float:

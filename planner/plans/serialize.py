@@ -50,6 +50,7 @@ _SKIPPED = (
     "whole_step_s",
     "whole_step_flops",
     "whole_peak_bytes",
+    "order",
     *_ARRAYS,
 )
 _PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
@@ -100,6 +101,8 @@ def to_text(plan: PlanData) -> str:
     if plan.chunked:
         record["chunked"] = [dataclasses.asdict(of) for of in plan.chunked]
         record["whole"] = [plan.whole_step_s, plan.whole_step_flops, plan.whole_peak_bytes]
+    if plan.order != "given":
+        record["order"] = plan.order
     if plan.backend == "eager":  # as files of before there was another say
         del record["backend"]
     outline = plan.outline
@@ -187,6 +190,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         cuts=tuple(map(str, record.get("cuts", ()))),
         chunked=tuple(_chunked(of) for of in record.get("chunked", ())),
         **_whole(record.get("whole", (0.0, 0, 0))),
+        order=record.get("order", "given"),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
     )
 

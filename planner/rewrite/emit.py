@@ -24,7 +24,7 @@ from planner.graph import kernels
 from planner.graph.consumed import consumed_of, first_handed_out
 from planner.graph.nodes import ignores_running_stats, is_mutation, is_random, tensors_of, transposed_twice
 from planner.graph.passes.slices import over_form
-from planner.graph.step_graph import forward_length, replayed_states, written_over
+from planner.graph.step_graph import OPTIMIZER_STEP, forward_length, replayed_states, written_over
 from planner.graph.training_graph import TrainingGraph
 from planner.rewrite.apart import summands_of
 from planner.rewrite.program import Argument, Backward, Program, Segment, Term
@@ -52,7 +52,10 @@ def emit(
     outputs = [writer.operand(n) for n in graph.outputs]
     writer.turn()
     for t in range(turn, len(steps)):
-        if graph.ops[steps[t]].phase != "loss" and graph.ops[steps[t]].node is not None:
+        op = graph.ops[steps[t]]
+        if op.target == OPTIMIZER_STEP:
+            writer.hand_out(op.inputs[0])
+        elif op.phase != "loss" and op.node is not None:
             writer.run(steps[t], steps[t - 1], over=t in over)
     return writer.finish(outputs)
 
@@ -89,6 +92,7 @@ class _Writer:
         self.saved: list[fx.Node] = []
         self.gradient_results: dict[fx.Node, str | int | Term] = {}
         self.ends: list[fx.Node] = []  # calls behind which the engine adds what was handed out
+        self.waits: dict[fx.Node, fx.Node] = {}  # a consumed gradient -> the call behind which it goes
         self.ran: set[int] = set()
         self.handed_out: fx.Node | None = None  # the call with which the first gradients are
 
@@ -193,6 +197,16 @@ class _Writer:
             self.version[value] = self.version.get(value, 0) + 1
             for gradient in self.gradients_of_value.get(value, ()):
                 self.gradient_results[self.operand(gradient)] = self.gradient_nodes[gradient]
+
+    def hand_out(self, value: int) -> None:
+        """Here the engine is to have this gradient, and hooks run."""
+        end = _last(self.backward)
+        while end.target is operator.getitem:
+            end = end.prev
+        for gradient in self.gradients_of_value.get(value, ()):
+            self.waits[self.operand(gradient)] = end
+        if value not in self.gradients_of_value:  # a sum that is the engine's
+            self.ends.append(end)
 
     def _is_left_to_engine(self, index: int, node: fx.Node) -> bool:
         """Hand out what a sum of gradients adds, for the engine to add it, if that can be done here."""
@@ -306,10 +320,8 @@ class _Writer:
         many = [term for n in self.gradient_results if len(of := summands_of(n)) > 2 for term in of]
         segments, ends = self.segments, set(self.ends)
         starts = cuts_of(calls, self.gradient_results, self.arguments[self.backward], segments, many)
-        taken = consumed_of(self.source)
-        if taken and segments is None:
-            results = {n for n, name in self.gradient_results.items() if name in taken}
-            starts = cuts_behind(calls, results, starts, self.handed_out)
+        if self.waits and segments is None:
+            starts = cuts_behind(calls, self.waits, starts, self.handed_out)
         starts = sorted({*starts, *(i for i in _behind(calls, ends) if i < len(calls))})
         return [calls[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
 

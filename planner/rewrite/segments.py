@@ -122,18 +122,21 @@ def cuts_of(
 
 
 def cuts_behind(
-    calls: list[fx.Node], results: Collection[fx.Node], starts: list[int], first: fx.Node | None
+    calls: list[fx.Node], waits: Mapping[fx.Node, fx.Node], starts: list[int], first: fx.Node | None
 ) -> list[int]:
-    """``starts`` and a cut behind each of ``results``, gradients that somebody waits for.
+    """``starts``, and a cut where somebody waits for a gradient.
 
+    ``waits``  gradient -> the call behind which it is handed out; no cut lies between the two.
     ``first``  the call behind which the output gradients are not needed any more; no cut lies before it.
     """
     place = {n: i for i, n in enumerate(calls)}
     begin = 0 if first is None else place[first] + 1
-    behind = {max(begin, place[n] + 1) for n in results}
     cuts = {s for s in starts if s >= begin}
-    for i in behind:
-        while i < len(calls) and (calls[i].target is operator.getitem or calls[i] in results):
+    for made, end in waits.items():
+        cuts -= {*range(place[made] + 1, place[end] + 1)}
+    for end in {*waits.values()}:
+        i = max(begin, place[end] + 1)
+        while i < len(calls) and calls[i].target is operator.getitem:
             i += 1
         if i < len(calls):
             cuts.add(i)

@@ -18,8 +18,8 @@ from planner.capture.joint_graph import capture
 from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
-from planner.graph.consumed import consuming
-from planner.graph.training_graph import training_graph
+from planner.graph.consumed import consuming, scratch_of
+from planner.graph.ordered import ordered_graph
 from planner.measure.step import device_of
 from planner.options import Search
 from planner.plans.plan_data import PlanData
@@ -65,7 +65,8 @@ def _replanned(
     """
     with nullcontext() if varying is None else varying.around():
         dims = None if varying is None else varying.captures.dims
-        joint = capture(model, inputs, used=used, dims=dims)
+        joint = capture(model, inputs, used=used, dims=dims, drops=bool(plan.unread))
+        joint = replace(joint, order=plan.order)
         step = replanner.recaptured(model, joint)
         search = Search(time_limit_s=replanner.least_limit_s) if varying is None else varying.search
         made = step.plan_bytes(plan.budget_bytes, search)
@@ -81,18 +82,21 @@ def recaptured(plan: PlanData, model: nn.Module) -> tuple[CapturedStep, Varying 
     Raises ``StalePlanError`` if it is not the same step, ``TraceError`` if it is not one graph.
     """
     inputs = inputs_of(plan, device_of(model, None, None))
-    joint = capture(model, inputs, used=frozenset(plan.differentiated), dims=plan.varying_dims)
+    used, drops = frozenset(plan.differentiated), bool(plan.unread)
+    joint = capture(model, inputs, used=used, dims=plan.varying_dims, drops=drops)
     names = [leaf.name for leaf in joint.template.leaves]
     joint = joint.reading([i for i, name in enumerate(names) if name not in plan.unread])
     if plan.chunked:
         joint = replace(joint, chunks=max(of.chunks for of in plan.chunked))
-    captured = CapturedStep.of(model, joint, training_graph(joint))
+    joint = replace(joint, order=plan.order)
+    captured = CapturedStep.of(model, joint, ordered_graph(joint))
     check_is_of(plan, captured)
     if plan.outline is not None:
         graph = captured.graph  # without the loss, so its values have other numbers than the plan's
         loose = {v.name for v in plan.outline.values if v.kind == "gradient" and not v.final}
         made = {name: graph.values[graph.value_of[node]].name for name, node in graph.gradients.items()}
-        gone = {str(name) for name, value in made.items() if value in loose}
+        scratch = scratch_of(plan.outline.ops, [op.workspace_bytes for op in plan.outline.problem.ops])
+        gone = {str(name): scratch.get(str(name), 0) for name, value in made.items() if value in loose}
         captured = replace(captured, graph=consuming(graph, gone))
     return captured, None if plan.varying_dims is None else Varying(
         SymbolicCaptures(plan.varying_dims, joint)

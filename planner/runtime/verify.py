@@ -125,7 +125,7 @@ def verify(
     """
     whole = step if isinstance(step, ExecutableStep) else None
     leaves = [] if whole is None else [leaf.name for leaf in whole.template.leaves]
-    consumed = frozenset() if whole is None else whole.program.consumed
+    consumed = {} if whole is None else dict.fromkeys(whole.program.consumed, 0) | plan.steps_in_backward
     kept = [i for i, name in enumerate(leaves) if name not in plan.released]
     held: bool | list[int] = True if whole is None else kept
     beside = [i for i, name in enumerate(leaves) if name in plan.kept]

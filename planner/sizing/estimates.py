@@ -58,6 +58,9 @@ class Estimate:
     ``step_s``               predicted seconds of the step as it is, by the costs ``cost_source``.
     ``let_go``               outputs that floor and least peak count as gone when the backward begins.
     ``regions``              in how many pieces the step was captured; 0: one graph.
+    ``chunks``               of tokens that the loss is computed in; where ``chunked_floor_bytes`` is given,
+                             only there, and in ``chunked_least_bytes``: floor and least known peak of the
+                             step with its loss in chunks, where that has a lower floor.
 
     Raises ``ValueError`` for a floor above a peak and a breakdown that does not add up to its peak.
     """
@@ -83,6 +86,9 @@ class Estimate:
     cost_source: str
     let_go: tuple[str, ...] = ()
     regions: int = 0
+    chunks: int = 0
+    chunked_floor_bytes: int | None = None
+    chunked_least_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.floor_bytes <= self.least_known_bytes:
@@ -112,6 +118,9 @@ class Estimate:
             words = f"{told}: fits with a plan{self._let_go}; {full}, and recomputing goes down to {least}"
             return Fit(budget, "with a plan", 0, words)
         floor = bytes_text(self.floor_bytes)
+        cut = self._in_chunks(budget, told, full, floor)
+        if cut is not None and cut.verdict == "with a plan":
+            return cut
         if budget >= self.floor_bytes:
             words = (
                 f"{told}: perhaps with a plan{self._let_go}. It is at or above the proved floor of {floor}, "
@@ -119,9 +128,29 @@ class Estimate:
                 "so does planner.estimate(..., time_limit_s=10)"
             )
             return Fit(budget, "perhaps", 0, words)
+        if cut is not None:
+            return cut
         lacks = self.floor_bytes - budget
         below = f"{told}: no. It is {bytes_text(lacks)} below the proved floor of {floor}{self._let_go}"
         return Fit(budget, "no", lacks, f"{below}, {self._floor_words}; {full}")
+
+    def _in_chunks(self, budget: int, told: str, full: str, floor: str) -> Fit | None:
+        """What is known of a budget with the loss in chunks; ``None`` where that has no lower floor."""
+        low, least = self.chunked_floor_bytes, self.chunked_least_bytes
+        if low is None or least is None:
+            return None
+        cut = f"with the loss in {self.chunks} chunks of tokens"
+        whole = f"with it whole the proved floor is {floor}, and {full}"
+        if budget >= least:
+            words = f"{told}: fits with a plan {cut}, which goes down to {bytes_text(least)}; {whole}"
+            return Fit(budget, "with a plan", 0, words)
+        low_text = bytes_text(low)
+        if budget >= low:
+            known = f"where the proved floor is {low_text} and the least peak known without a search "
+            words = f"{told}: perhaps {cut}, {known}{bytes_text(least)}; {whole}. planner.plan searches"
+            return Fit(budget, "perhaps", 0, words)
+        lacks = f"{bytes_text(low - budget)} below the proved floor {cut}, {low_text}"
+        return Fit(budget, "no", low - budget, f"{told}: no. It is {lacks}; {whole}. Make the batch smaller")
 
     @property
     def _floor_words(self) -> str:
@@ -152,6 +181,9 @@ class Estimate:
             ("proved floor", gb_text(self.floor_bytes), _at(self.floor_op, self.floor_module)),
             ("step", seconds_text(self.step_s), f"{self.step_flops:.4g} FLOPs, by {self.cost_source}"),
         ]
+        if self.chunked_floor_bytes is not None:
+            told = f"floor with the loss in {self.chunks} chunks of tokens"
+            rows.insert(-1, ("  in chunks", gb_text(self.chunked_floor_bytes), told))
         if self.device_bytes is not None:
             rows.insert(0, ("the device has", gb_text(self.device_bytes), ""))
         if self.let_go:

@@ -11,13 +11,16 @@ from planner._compat import FakeTensorMode
 from planner.api import step_for
 from planner.capture.outputs import LossFn
 from planner.costs.target import CostSource
+from planner.errors import PlannerError
 from planner.memory.optimizer_state import OptimizerLike
 from planner.options import (
     CaptureMode,
+    ChunkLoss,
     GradientsMode,
     OutputsMode,
     Search,
     checked_capture,
+    checked_chunk_loss,
     checked_gradients,
     checked_outputs,
 )
@@ -26,7 +29,10 @@ from planner.progress import Progress
 from planner.sizing.estimates import Estimate
 from planner.sizing.memoryless import is_on_meta, remade, remade_inputs
 from planner.sizing.simple import Step, floor_of, least_known
+from planner.solving.chunked import asked_in_chunks, lowest_in_chunks, refuse_chunks
 from planner.solving.fit import Answer
+from planner.solving.in_backward import stepping_in_backward
+from planner.solving.priced import PricedStep, prepare
 
 __all__ = ["estimate", "estimate_of"]
 
@@ -41,8 +47,9 @@ def estimate(
     optimizer: OptimizerLike | None = None,
     costs: CostSource = "auto",
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    chunk_loss: ChunkLoss = "auto",
     time_limit_s: float = 0.0,
     progress: bool | Progress | None = None,
 ) -> Estimate:
@@ -53,6 +60,9 @@ def estimate(
     ``with torch.device("meta")`` or accelerate's ``init_empty_weights``; with ``costs="H100"`` the GPU may
     be elsewhere.
 
+    ``chunk_loss``    "auto": beside the floor stands that of the step with its loss in chunks of tokens,
+                      where that is lower, and verdicts know of both; n: the step in n chunks; True: in the
+                      number with the lowest floor; False: the loss whole.
     ``time_limit_s``  seconds of search for the least peak; 0: only what is known without one, the step as it
                       is and three schedules that take milliseconds.
 
@@ -61,14 +71,39 @@ def estimate(
     checked_outputs(outputs)
     checked_gradients(gradients)
     checked_capture(capture)
+    checked_chunk_loss(chunk_loss)
     if is_on_meta(model):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model, optimizer = remade(model, optimizer, mode)
         inputs = remade_inputs(_own(model) if inputs is None else inputs, mode)
     with Search("auto", time_limit_s, progress).reporting() as search:
         how: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step = step_for(model, inputs, capture, gradients, how, {"outputs": outputs})
-        return estimate_of(step, search)
+        asked = chunk_loss not in ("auto", False)
+        step = step_for(model, inputs, capture, gradients, how, {"outputs": outputs, "drops": asked})
+        if asked and not isinstance(step, PricedStep):
+            refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
+        if isinstance(step, PricedStep):
+            step = asked_in_chunks(step, chunk_loss)
+        cut = _in_chunks(step, inputs, gradients, how, outputs) if chunk_loss == "auto" else None
+        return estimate_of(step, search, cut)
+
+
+def _in_chunks(
+    step: Step, inputs: object, gradients: GradientsMode, how: dict[str, Any], outputs: OutputsMode
+) -> PricedStep | None:
+    """``step`` with its loss in chunks, where that has a lower floor."""
+    whole = step
+    if not isinstance(whole, PricedStep):
+        if not whole.why or whole.loss_fn is not None:
+            return None
+        try:
+            made = prepare(step.model, inputs, **how, outputs=outputs, drops=True)
+        except PlannerError as error:
+            log.debug("no one graph: %s", error)
+            return None
+        whole = stepping_in_backward(made, gradients, how["optimizer"])
+    cut = lowest_in_chunks(whole)
+    return None if cut is None or floor_of(cut).bytes >= floor_of(step).bytes else cut
 
 
 def _own(model: nn.Module) -> object:
@@ -79,8 +114,11 @@ def _own(model: nn.Module) -> object:
     return None
 
 
-def estimate_of(step: Step, search: Search | None = None) -> Estimate:
-    """The figures of a captured, priced step; ``search`` is for its least peak, none where that takes 0 s."""
+def estimate_of(step: Step, search: Search | None = None, cut: PricedStep | None = None) -> Estimate:
+    """The figures of a captured, priced step; ``search`` is for its least peak, none where that takes 0 s.
+
+    ``cut``  the same with its loss in chunks; ``None``: there is none, or it is no better.
+    """
     least_step = step.lightest
     known = least_known(step)
     if search is not None and search.time_limit_s > 0:
@@ -112,6 +150,9 @@ def estimate_of(step: Step, search: Search | None = None) -> Estimate:
         cost_source=full.cost_source,
         let_go=least.released,
         regions=len(full.regions),
+        chunks=max((of.chunks for of in (cut or step).graph.chunked), default=0),
+        chunked_floor_bytes=None if cut is None else floor_of(cut).bytes,
+        chunked_least_bytes=None if cut is None else least_known(cut).budget_bytes,
     )
 
 

@@ -22,10 +22,12 @@ from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of, resident_of
 from planner.options import (
     CaptureMode,
+    ChunkLoss,
     GradientsMode,
     OutputsMode,
     Search,
     checked_capture,
+    checked_chunk_loss,
     checked_gradients,
     checked_outputs,
 )
@@ -33,6 +35,7 @@ from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
 from planner.sizing.sized import MakeBatch, SizedSteps, Wanted
 from planner.solving.budgeted import BudgetedStep
+from planner.solving.chunked import refuse_chunks
 from planner.solving.fit import Answer
 from planner.solving.sizes import PlannedSizes, last_within
 from planner.units import bytes_text, label
@@ -61,8 +64,9 @@ def largest_batch(
     solver: str = "auto",
     time_limit_s: float = 10.0,
     outputs: OutputsMode = "auto",
-    gradients: GradientsMode = "held",
+    gradients: GradientsMode = "auto",
     capture: CaptureMode = "auto",
+    chunk_loss: ChunkLoss = False,
     progress: bool | Progress | None = None,
 ) -> LargestBatch:
     """The largest batch for which a training step of ``model`` has a plan within ``budget_gb``.
@@ -76,6 +80,9 @@ def largest_batch(
                           ``make_loss(n)`` returns that of a batch of ``n``, with its targets.
     ``outputs``           "auto": let go of before the backward, where that is what makes room, with a warning
                           that says so; "held" and "released" as for :func:`planner.plan`.
+    ``chunk_loss``        False: the loss whole, at every size.  n: in n chunks of tokens; True: in the number
+                          with the lowest floor; "auto": so where the floor with the loss whole is above the
+                          budget.  Sizes that are compared with the answer have it whole.
     ``time_limit_s``      seconds of search at each size that is planned, about a dozen.
 
     Other arguments as for :func:`planner.plan`; ``budget_gb`` is GB of 10**9 bytes for the whole step.  The
@@ -96,9 +103,14 @@ def largest_batch(
     checked_outputs(outputs)
     checked_gradients(gradients)
     checked_capture(capture)
+    checked_chunk_loss(chunk_loss)
+    if make_loss is not None or loss_fn is not None:
+        refuse_chunks(chunk_loss, loss_fn or make_loss, None, capture == "regions")
     with Search(solver, time_limit_s, progress).reporting() as search:
         loss_of = make_loss if loss_fn is None else lambda _: loss_fn
-        wanted = Wanted(loss_of, optimizer, costs, outputs, gradients, capture, search)
+        wanted = Wanted(
+            loss_of, optimizer, costs, outputs, gradients, capture, search, chunk_loss, budget_bytes
+        )
         steps = SizedSteps(model, make_batch, wanted, low, high)
         _refuse_below_resident(steps, budget_bytes, low)
         try:

@@ -27,11 +27,12 @@ from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dims
 from planner.costs.target import CostSource, target_for
 from planner.errors import TraceError
-from planner.memory.consumed_gradients import hooked
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import CaptureMode, GradientsMode, OutputsMode, Search
+from planner.options import CaptureMode, ChunkLoss, GradientsMode, OutputsMode, Search
 from planner.sizing.memoryless import is_on_meta, is_without_memory, remade, remade_inputs
 from planner.sizing.simple import Step, checkpointed, floor_of, overhead_of
+from planner.solving.chunked import asked_in_chunks, lowest_in_chunks, refuse_chunks
+from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep
 from planner.solving.priced import PricedStep, prepare
 
@@ -53,6 +54,7 @@ class Wanted:
     """How a step is captured and priced at whatever size; as for :func:`planner.plan`.
 
     ``loss_of``  the loss outside the model for a batch of so many, ``None`` where there is none.
+    ``budget_bytes``  with ``chunk_loss="auto"`` the loss is in chunks where the floor is above it.
     """
 
     loss_of: Callable[[int], LossFn] | None
@@ -62,6 +64,13 @@ class Wanted:
     gradients: GradientsMode
     capture: CaptureMode
     search: Search
+    chunk_loss: ChunkLoss = False
+    budget_bytes: int = 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether what no graph can carry is not handed out, so that the loss can be computed in chunks."""
+        return self.chunk_loss not in ("auto", False)
 
 
 @dataclass(frozen=True)
@@ -84,11 +93,14 @@ class At:
     @classmethod
     def of(cls, batch: int, step: Step) -> At:
         """Of a captured, priced step, its outputs let go of where that is left open."""
+        floor_bytes = floor_of(step).bytes
+        if isinstance(step, PricedStep) and step.unchunked is not None:
+            step = step.unchunked  # what one has without a plan has its loss whole
         lightest = step.lightest
         blocks = checkpointed(lightest)
         return cls(
             batch,
-            floor_of(lightest).bytes,
+            floor_bytes,
             lightest.baseline_peak_bytes,
             None if blocks is None else max(blocks.peak_bytes, lightest.memory.optimizer_step_bytes),
             0.0 if blocks is None else overhead_of(lightest, blocks),
@@ -203,7 +215,7 @@ class SizedSteps:
                 self._loss.now = self._loss.loss_of(size)
             self.wanted.search.tell.phase("capture", f"{type(self.model).__name__} at {size}")
             made = self._of_symbols(given) or self._alone(given)
-            self._steps[size] = self._with_its_loss(made)
+            self._steps[size] = self._in_chunks(self._with_its_loss(made))
             while len(self._steps) > _KEPT:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(size)
@@ -211,6 +223,17 @@ class SizedSteps:
 
     def _with_its_loss(self, step: Step) -> Step:
         return step if self._loss is None else replace(step, loss_fn=self._loss.now)
+
+    def _in_chunks(self, step: Step) -> Step:
+        """With its loss in chunks where that is asked for, or the floor is above the budget without."""
+        asked = self.wanted.chunk_loss
+        if isinstance(step, JoinedStep):
+            refuse_chunks(asked, step.loss_fn, None, True, step.why)
+            return step
+        if asked != "auto":
+            return asked_in_chunks(step, asked)
+        above = floor_of(step).bytes > self.wanted.budget_bytes
+        return (lowest_in_chunks(step) or step) if above else step
 
     # -- with symbols ------------------------------------------------------------------------------
 
@@ -244,10 +267,10 @@ class SizedSteps:
             model, optimizer = remade(model, optimizer, mode)
         step = prepare(
             model, given, loss_fn=self._loss, optimizer=optimizer, costs=self.wanted.costs, dynamic=dims,
-            search=self.wanted.search, outputs=self.wanted.outputs,
+            search=self.wanted.search, outputs=self.wanted.outputs, drops=self.wanted.drops,
         )  # fmt: skip
         self.traces += 1
-        return step.consuming(hooked(step.model)) if self.wanted.gradients == "consumed" else step
+        return stepping_in_backward(step, self.wanted.gradients, optimizer)
 
     # -- without -----------------------------------------------------------------------------------
 
@@ -258,7 +281,7 @@ class SizedSteps:
             "loss_fn": self._loss, "optimizer": self.alone_optimizer, "costs": wanted.costs,
             "search": wanted.search,
         }  # fmt: skip
-        whole = {"outputs": wanted.outputs}
+        whole = {"outputs": wanted.outputs, "drops": wanted.drops}
         step = step_for(self.alone_model, given, self._capture, wanted.gradients, how, whole)
         self.traces += 1
         if isinstance(step, JoinedStep):

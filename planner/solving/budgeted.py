@@ -125,6 +125,11 @@ class BudgetedStep:
         raise NotImplementedError
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """Places of what the model returns and no graph can carry, which is not handed out."""
+        return ()
+
+    @property
     def lightest(self) -> BudgetedStep:
         """The step whose least peak is the least that may be planned for."""
         return self

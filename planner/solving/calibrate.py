@@ -29,7 +29,7 @@ from torch import nn
 from planner._compat import FakeTensor, is_out_of_memory
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
-from planner.graph.consumed import consumed_of
+from planner.graph.consumed import taken_of
 from planner.measure.peaks import cuda_step_peak, step_peak
 from planner.measure.step import device_of, dropping, tensors_in, undone
 from planner.options import Search
@@ -152,7 +152,7 @@ def _round(step: PricedStep, plan: Plan, meter: Meter) -> Round:
     state_bytes = resident.optimizer_state_bytes
     margin_bytes = step.memory.margin_bytes
     predicted_bytes = int(plan.timeline.max(initial=0)) - margin_bytes
-    gone = dropping(model, consumed_of(step.graph))
+    gone = dropping(model, taken_of(step.graph))
     with _gradients_set_aside(model, batch), undone(model, batch), gone:
         try:
             taken = meter(plan.rewrite(model), batch, step.loss_fn, step.memory.seen_bytes)

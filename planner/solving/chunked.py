@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
 from planner.graph.chunks.region import NotInRows
 from planner.options import ChunkLoss, Search
@@ -19,7 +18,14 @@ from planner.solving.fit import Answer, fitted
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-__all__ = ["chunked_as", "in_chunks_instead", "refuse_chunks", "with_loss_in_chunks"]
+__all__ = [
+    "asked_in_chunks",
+    "chunked_as",
+    "in_chunks_instead",
+    "lowest_in_chunks",
+    "refuse_chunks",
+    "with_loss_in_chunks",
+]
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +90,19 @@ def _tell(step: PricedStep, budget_bytes: int, why: str) -> None:
 
 def chunked_as(step: PricedStep, plan: PlanData) -> PricedStep:
     """``step`` with its loss as that of ``plan`` is, which was made of the same step elsewhere."""
+    unread = bool({*plan.unread} - {*step.joint.template.dropped})
     if not plan.chunked:
-        return step.reading_the_loss() if plan.unread else step
-    return step.in_chunks(max(of.chunks for of in plan.chunked), unread=bool(plan.unread))
+        return step.reading_the_loss() if unread else step
+    return step.in_chunks(max(of.chunks for of in plan.chunked), unread=unread)
 
 
-def refuse_chunks(chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object, regions: bool) -> None:
-    """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is."""
+def refuse_chunks(
+    chunk_loss: ChunkLoss, loss_fn: object, dynamic: object, regions: bool, why: str = ""
+) -> None:
+    """``PlannerError`` where the loss must be computed in chunks and cannot, whatever the model is.
+
+    ``why``  the step is in regions.
+    """
     if chunk_loss in ("auto", False):
         return
     if loss_fn is not None:
@@ -105,8 +117,9 @@ def refuse_chunks(chunk_loss: ChunkLoss, loss_fn: LossFn | None, dynamic: object
         )
     if regions:
         raise NotInRows(
-            "a step in regions is captured piece by piece, and chunk_loss cuts a step of one graph: "
-            "capture='one graph' says what stands in the way of that; or pass chunk_loss=False"
+            "a step in regions is captured piece by piece, and chunk_loss cuts a step of one graph, which "
+            f"this one is not: {why or 'capture is regions'}. Pass chunk_loss=False, or take that out of it "
+            "(capture='one graph' tells more)"
         )
 
 
@@ -162,5 +175,36 @@ def _quick(step: PricedStep, budget_bytes: int, search: Search) -> Answer:
 
 def _lowest(step: PricedStep) -> PricedStep:
     """The number of chunks with the lowest floor: what a refusal is to speak of."""
-    tried = [_within(step, chunks, 0) for chunks in _numbers(step)]
-    return min(tried, key=lambda s: s.lightest.floor_bytes)
+    best: PricedStep | None = None
+    for chunks in _numbers(step):
+        tried = _within(step, chunks, 0)
+        if best is not None and tried.lightest.floor_bytes >= best.lightest.floor_bytes:
+            break  # the floor is at another op by now
+        best = tried
+    assert best is not None
+    return best
+
+
+def lowest_in_chunks(step: PricedStep) -> PricedStep | None:
+    """``step`` with its loss in the number of chunks with the lowest floor.
+
+    ``None`` where it cannot be cut, or that is no lower.
+    """
+    try:
+        refuse_chunks(True, step.loss_fn, step.varying, False)
+        found = _lowest(step)
+    except PlannerError as error:
+        log.debug("the loss stays whole: %s", error)
+        return None
+    return found if found.lightest.floor_bytes < step.lightest.floor_bytes else None
+
+
+def asked_in_chunks(step: PricedStep, chunk_loss: ChunkLoss) -> PricedStep:
+    """``step`` with its loss in so many chunks, without a budget in mind; True: that of the lowest floor.
+
+    Raises ``PlannerError`` where it cannot be cut.
+    """
+    if chunk_loss in (False, "auto"):
+        return step
+    refuse_chunks(chunk_loss, step.loss_fn, step.varying, False)
+    return _lowest(step) if chunk_loss is True else _within(step, int(chunk_loss), 0)

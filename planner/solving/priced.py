@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,13 +24,14 @@ from planner.costs.target import CostSource, Target, target_for
 from planner.costs.translation import Translation
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.captured import CapturedStep
-from planner.graph.consumed import consumed_of, consuming
+from planner.graph.consumed import consuming, taken_of
+from planner.graph.ordered import ordered_graph
 from planner.graph.step_graph import DROPPED, LAST
-from planner.graph.training_graph import TrainingGraph, training_graph
+from planner.graph.training_graph import TrainingGraph
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
-from planner.options import OutputsMode, Search
+from planner.options import OrderMode, OutputsMode, Search
 from planner.plan import Plan, Whole
 from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
@@ -57,32 +58,42 @@ def prepare(
     on_larger: OnLarger = "replan",
     search: Search | None = None,
     outputs: OutputsMode = "held",
+    drops: bool = False,
 ) -> PricedStep:
     """Capture the step, restate it as ops and storages, price every op, count what is resident.
 
     Arguments as for :func:`planner.plan`, ``dynamic`` also by tensor; ``search`` is for plans that the step
-    itself asks for: the least one, and those for larger batches.
+    itself asks for: the least one, and those for larger batches.  ``drops``: what the model returns that no
+    graph can carry, such as a cache of keys and values, is not handed out; so it is where only the loss is
+    read.
     """
     search = search or Search()
     tell = search.tell
     model = unwrapped(model)
     target = target_for(model, costs)
     tell.phase("capture", type(model).__name__)
-    varying = None
+    varying, drops = None, drops or outputs == "unread"
     with target.capturing():
         if dynamic:
             given = Inputs.of(model, inputs)
             given.check(model)
             dims = dynamic if isinstance(dynamic, tuple) else varying_dims(given, dynamic)
-            joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True)
+            joint, dims = capture_varying(model, given, loss_fn, dims, narrow=dynamic is True, drops=drops)
             later = dataclasses.replace(search, progress=None)  # a batch may come long after its bar closed
             varying = Varying(SymbolicCaptures(dims, joint), on_larger, later)
         else:
-            joint = capture(model, inputs, loss_fn)
+            joint = capture(model, inputs, loss_fn, drops=drops)
+    if joint.template.dropped:
+        log.info(
+            "%s is captured without %s, which no graph can carry and no loss reads; whoever reads it from "
+            "the planned step gets an error",
+            type(model).__name__,
+            ", ".join(joint.template.dropped),
+        )
     if outputs == "unread":
         joint = _reading_the_loss(model, joint)
     with modes_set_aside():  # a model without memory may be planned under the mode it was built in
-        graph = training_graph(joint)
+        graph = ordered_graph(joint)
         tell.phase("profile", f"{len(graph.ops)} ops")
         graph, priced, translation = target.price(graph)
         arguments = joint.inputs.args, joint.inputs.kwargs
@@ -158,6 +169,11 @@ class PricedStep(BudgetedStep):
         return steps_of(self.graph, self.problem, schedule)
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """Places of what the model returns and no graph can carry, which is not handed out."""
+        return self.joint.template.dropped
+
+    @property
     def joint(self) -> JointGraph:
         """Its step as one fx graph."""
         return self.captured.joint
@@ -169,10 +185,10 @@ class PricedStep(BudgetedStep):
         memory = dataclasses.replace(self.memory, resident=resident)
         return dataclasses.replace(self, memory=memory, resident_at=resident_at)
 
-    def consuming(self, names: Collection[str]) -> PricedStep:
+    def consuming(self, taken: Mapping[str, int]) -> PricedStep:
         """The same step where hooks use up these parameters' gradients (:mod:`planner.graph.consumed`)."""
         held = self.graph.holding or self.graph
-        graph = consuming(held, names)
+        graph = consuming(held, taken)
         if graph is held:
             return self
         graph = graph.releasing(self.graph.released, self.graph.kept)
@@ -224,7 +240,8 @@ class PricedStep(BudgetedStep):
             leaf.name: "released" if i in graph.released else "kept" if i in graph.kept else "held"
             for i, leaf in leaves
         }
-        return states | {name: "unread" for _, name in self.joint.unread}
+        gone = (*(name for _, name in self.joint.unread), *self.joint.template.dropped)
+        return states | dict.fromkeys(gone, "unread")
 
     def in_chunks(self, chunks: int, *, unread: bool = False) -> PricedStep:
         """The same step with its loss in so many chunks of tokens.
@@ -236,6 +253,17 @@ class PricedStep(BudgetedStep):
         joint = dataclasses.replace(step.joint, chunks=chunks)
         step = dataclasses.replace(step, unchunked=self.unchunked or self)
         return step.recaptured(self.model, joint)
+
+    def in_order(self, order: OrderMode) -> PricedStep:
+        """The same step with its backward in this order (:mod:`planner.graph.ordered`)."""
+        if self.joint.order == order:
+            return self
+        joint = dataclasses.replace(self.joint, order=order)
+        varying = self.varying
+        if varying is not None:
+            dims = varying.captures.dims
+            varying = dataclasses.replace(varying, captures=SymbolicCaptures(dims, joint))
+        return dataclasses.replace(self, varying=varying).recaptured(self.model, joint)
 
     def reading_the_loss(self) -> PricedStep:
         """The same step where the caller reads only the loss, and nothing else is made for it.
@@ -251,8 +279,8 @@ class PricedStep(BudgetedStep):
 
     def recaptured(self, model: nn.Module, joint: JointGraph) -> PricedStep:
         """The same model and settings, from another capture or at other sizes of this one."""
-        graph, costs, translation = self.target.price(training_graph(joint))
-        graph = consuming(graph, consumed_of(self.graph)).releasing(self.graph.released, self.graph.kept)
+        graph, costs, translation = self.target.price(ordered_graph(joint))
+        graph = consuming(graph, taken_of(self.graph)).releasing(self.graph.released, self.graph.kept)
         captured = CapturedStep.of(model, joint, graph)
         resident = self._resident_at(graph, joint.inputs)
         return dataclasses.replace(
@@ -355,6 +383,7 @@ class PricedStep(BudgetedStep):
             **super()._identity(),
             "differentiated": self.joint.differentiated,
             "chunked": self.graph.chunked,
+            "order": self.joint.order,
             **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }

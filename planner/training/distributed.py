@@ -71,6 +71,7 @@ from planner.plans.serialize import from_text, inputs_of
 from planner.ranks.once import is_shared, made_once, text_of
 from planner.runtime.build import check_is_of
 from planner.solving.chunked import chunked_as
+from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import step_in_regions, taken_in
 from planner.solving.priced import prepare
 
@@ -105,7 +106,10 @@ def shared_plan(
     def adopt(received: PlanData) -> Plan:
         device = next((p.device for p in model.parameters()), None)
         given = inputs_of(received, device) if inputs is None else inputs
-        step = chunked_as(prepare(model, given, **_of_the_step(options)), received)
+        step = prepare(model, given, **_of_the_step(options), drops=bool(received.unread))
+        step = chunked_as(step.in_order(received.order), received)
+        optimizer, gradients = options.get("optimizer"), options.get("gradients", "auto")
+        step = stepping_in_backward(step, gradients, optimizer)
         check_is_of(received, step.captured)
         return Plan.of(received, step.as_planned(received))
 
@@ -144,7 +148,7 @@ def _shared_of_sharded(
     return agreed(lambda: step.plan_bytes(budget_bytes, how["search"]), adopt, group)
 
 
-_OF_THE_PLAN = ("progress", "calibrate", "chunk_loss")
+_OF_THE_PLAN = ("progress", "calibrate", "chunk_loss", "gradients", "order")
 
 
 def _of_the_step(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from planner.runtime.guard import Guard
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.variants import Varying
 from planner.solving.better import FIRST_S
-from planner.solving.chunked import with_loss_in_chunks
+from planner.solving.chunked import in_chunks_instead, with_loss_in_chunks
 from planner.solving.priced import PricedStep, prepare
 from planner.training import huggingface
 from planner.training.calls import Call
@@ -105,7 +105,7 @@ class PlanMaker:
         ``search`` is that of the settings, with its reporter open.  Errors as :func:`planner.plan`.
         """
         self.gradients.watch()
-        step = self._captured(call, search).consuming(self.gradients.names)
+        step = self._captured(call, search).consuming(self.gradients.taken)
         resident_at = partial(self._resident, call.signature.has_gradients)
         resident = resident_at(step.graph, step.joint.inputs)
         limit_s = search.time_limit_s
@@ -116,6 +116,15 @@ class PlanMaker:
         step = self._in_chunks(call, step, search)
         try:
             return self._in_seconds(call, step, search, hint) or self._made_once(call, step, search, hint)
+        except InfeasibleBudgetError as error:
+            left_bytes = self._room(call).left_bytes
+            fewer = in_chunks_instead(
+                self._at_its_size(call, step), left_bytes, self.settings.chunk_loss, search
+            )
+            if fewer is None:
+                raise self._in_company(error, call) from None
+        try:
+            return self._made_once(call, fewer, search, None)
         except InfeasibleBudgetError as error:
             raise self._in_company(error, call) from None
 
@@ -183,7 +192,7 @@ class PlanMaker:
         device = graph.device
         found = resident_in_training(self.root, arguments, self.settings.optimizer, device)
         named = self.planned.named_parameters()
-        inside = {id(p) for name, p in named if not adds or name in self.gradients.names}
+        inside = {id(p) for name, p in named if not adds or name in self.gradients.taken}
         coming = sum(
             p.nbytes
             for p in self.root.parameters()
@@ -211,18 +220,23 @@ class PlanMaker:
 
     def _in_chunks(self, call: Call, step: PricedStep, search: Search) -> PricedStep:
         """The step with its loss in chunks where that is asked for, or nothing fits without: at this size."""
-        wish, alone = self.settings.chunk_loss, step
+        wish = self.settings.chunk_loss
         left_bytes = self._room(call).left_bytes
         spare = not step.joint.sees_loss or left_bytes >= step.lightest.floor_bytes
         if wish is False or (wish == "auto" and spare):
             return step
-        if step.varying is not None:
-            joint = step.varying.captures.of(self.planned, call.inputs, self.settings.loss_fn)
-            if joint.sizes is not None:
-                joint = joint.at(joint.sizes.read(call.inputs.tensors()), fixed=True)
-            alone = replace(step.recaptured(self.planned, joint), varying=None)
+        alone = self._at_its_size(call, step)
         chunked = with_loss_in_chunks(alone, left_bytes, wish, search)
         return step if chunked is alone else chunked
+
+    def _at_its_size(self, call: Call, step: PricedStep) -> PricedStep:
+        """``step`` at the sizes of this call, and for these only."""
+        if step.varying is None:
+            return step
+        joint = step.varying.captures.of(self.planned, call.inputs, self.settings.loss_fn)
+        if joint.sizes is not None:
+            joint = joint.at(joint.sizes.read(call.inputs.tensors()), fixed=True)
+        return replace(step.recaptured(self.planned, joint), varying=None)
 
     # -- the plan ----------------------------------------------------------------------------------
 
@@ -237,7 +251,7 @@ class PlanMaker:
         key = (
             f"{step.captured.fingerprint} {sizes} {varies} {around} {needs} {search.solver} "
             f"{search.time_limit_s} {self.settings.costs} {step.outputs} {sorted(step.graph.released)} "
-            f"{sorted(step.graph.kept)} {sorted(self.gradients.names)}"
+            f"{sorted(step.graph.kept)} {sorted(self.gradients.taken.items())}"
         )
 
         def adopt(received: PlanData) -> Plan:

@@ -112,12 +112,20 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
             f"{plan.recompute_flops:.4g} on {plan.step_flops:.4g}",
         ),
         *_in_chunks(plan),
+        *_order(plan),
         *_measured(plan),
         *_let_go(plan),
         *_regions(plan),
         ("costs", plan.cost_source, plan.cost_device),
         ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
     ]
+
+
+def _order(plan: PlanData) -> list[tuple[str, str, str]]:
+    """Where it is not the traced one, which order bound and floor are for."""
+    if plan.order == "given":
+        return []
+    return [("backward's order", "free", "bound and floor are for the order of this plan")]
 
 
 def _in_chunks(plan: PlanData) -> list[tuple[str, str, str]]:

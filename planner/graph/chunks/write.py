@@ -37,6 +37,7 @@ from planner.graph import kernels
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
 from planner.graph.chunks.rules import Rows, factory_of, rows_last
+from planner.graph.chunks.turned import turned_back
 from planner.graph.draft import Did, Draft
 from planner.graph.nodes import is_mutation, is_random
 
@@ -89,6 +90,7 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
             "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, "
             "or with chunk_loss=False"
         )
+    turned_back(draft)
     calls, feeds = 0, _feeds(draft)
     for region in regions_of(draft):
         if chunks > region.count:

@@ -1,0 +1,207 @@
+"""The optimizer in the backward: each parameter steps as soon as its gradient is there, and lets go of it.
+
+Gradients of a whole model never exist together.  :func:`optimizer_in_backward` sets a model up so; a loop
+that has done so itself is recognised by what it must have: a hook on a parameter
+(``register_post_accumulate_grad_hook``) and a live optimizer that holds this one parameter and no other.
+
+What does not go with it: gradients accumulated over several backwards (each backward steps), clipping by the
+norm of all gradients (they are never there together), and ``GradScaler`` (the step would see scaled
+gradients).  Under ``DistributedDataParallel`` the hook would see the gradient of one rank.
+
+The idiom is torch's (https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial);
+LOMO (https://arxiv.org/abs/2306.09782) is the same with an optimizer that keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from planner._compat import is_fully_sharded, is_scaling, is_spread, post_accumulate_hooks
+from planner.alive import instances_of, kinds_of
+from planner.errors import PlannerError
+from planner.memory.live_optimizers import bytes_of_each, optimizers_holding
+
+__all__ = ["InBackward", "OptimizerInBackward", "in_backward", "optimizer_in_backward"]
+
+
+@dataclass(frozen=True)
+class InBackward:
+    """What is known of the parameters of a model that step in the backward.
+
+    ``scratch_bytes``  by name, what the step takes beside parameter, gradient and state.
+    ``state_bytes``    of all of them, kept between steps.
+    """
+
+    scratch_bytes: Mapping[str, int]
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in (*self.scratch_bytes.items(), ("all", self.state_bytes)):
+            if count < 0:
+                raise ValueError(f"{count} bytes of {name}, want 0 or more")
+
+    def __str__(self) -> str:
+        return f"{len(self.scratch_bytes)} parameters step in the backward, {self.state_bytes} bytes of state"
+
+
+def in_backward(model: nn.Module, *, as_on: torch.device | None = None) -> InBackward:
+    """The parameters of ``model`` with a hook and an optimizer of their own, and what that takes.
+
+    ``as_on``  count as if they were on this device.
+
+    One whose step cannot be foreseen counts with no scratch.
+    """
+    hooked = {name: p for name, p in model.named_parameters() if p.requires_grad and post_accumulate_hooks(p)}
+    if not hooked:
+        return InBackward({})
+    own = {id(p): name for name, p in hooked.items()}
+    optimizers: dict[str, Optimizer] = {}
+    for optimizer in optimizers_holding(own.keys()):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if len(params) == 1:
+            optimizers[own[id(params[0])]] = optimizer
+    order = [name for name in hooked if name in optimizers]
+    device = next(iter(hooked.values())).device
+    taken = bytes_of_each([optimizers[name] for name in order], device, as_on)
+    return InBackward(
+        {name: of.step_transient_bytes for name, of in zip(order, taken, strict=True)},
+        sum(of.state_bytes for of in taken),
+    )
+
+
+class _Step:
+    """The hook of one parameter: its optimizer steps, and the gradient goes."""
+
+    def __init__(self, optimizer: Optimizer, owner: OptimizerInBackward) -> None:
+        self.optimizer, self.owner = optimizer, owner
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.owner._about_to_step()
+        self.optimizer.step()
+        parameter.grad = None
+
+
+class OptimizerInBackward:
+    """The optimizers of the parameters of one model, each stepped by the backward.
+
+    ``optimizers``  by the parameter's name.  Schedulers of the learning rate are made of each.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+        self.optimizers = dict(optimizers)
+        self._looked = False
+        self._handles = [
+            optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(_Step(optimizer, self))
+            for optimizer in self.optimizers.values()
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all of them: what is set here (``group["lr"] = 1e-4``) is set."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each optimizer, by the parameter's name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.  ``KeyError`` names parameters that one side does not have."""
+        other = sorted(state.keys() ^ self.optimizers.keys())
+        if other:
+            raise KeyError(f"{other[0]!r} and {len(other) - 1} more are in one of model and state only")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+    def remove(self) -> None:
+        """Take the hooks off: from here on a backward leaves gradients, and nobody steps."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __repr__(self) -> str:
+        kinds = sorted({type(optimizer).__name__ for optimizer in self.optimizers.values()})
+        return f"OptimizerInBackward({len(self.optimizers)} parameters, {', '.join(kinds)})"
+
+    def _about_to_step(self) -> None:
+        """Before the first step: ``PlannerError`` where gradients are scaled."""
+        if self._looked:
+            return
+        scalers = instances_of(kinds_of(torch.amp.GradScaler))
+        if any(map(is_scaling, scalers)):
+            raise PlannerError(
+                "a GradScaler is in use, and with the optimizer in the backward each step would see "
+                "gradients that are scaled: nothing was stepped. Train in bfloat16 or float32 without a "
+                "scaler, or call .remove() and step after the backward"
+            )
+        self._looked = True
+
+
+def optimizer_in_backward(
+    model: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
+) -> OptimizerInBackward:
+    """Let each parameter of ``model`` step as soon as the backward has its gradient, and let go of that.
+
+    ``make_optimizer``  makes an optimizer of a list of parameters: a class or a ``functools.partial`` of one.
+                        It is called once for each parameter that trains, with that one alone.
+
+    The loop is then only ``model(**batch).loss.backward()``.  :func:`planner.plan` and
+    :func:`planner.enable` count it: a gradient until its step is over, the steps' scratch where it is taken,
+    the optimizers' state throughout.  Optimizers that look at one parameter at a time (AdamW, SGD, Adafactor)
+    train as they would after the backward.
+
+    Not to be had with it: gradients accumulated over several backwards, clipping by the norm of all
+    gradients, ``GradScaler`` (the first step says so), ``DistributedDataParallel`` and FSDP2.
+
+    Raises ``PlannerError`` for a model whose gradients come from several ranks, one that trains nothing, one
+    whose parameters step in the backward already, or one with gradients left over; ``TypeError`` for what
+    makes no optimizer.
+    """
+    _refuse(model)
+    optimizers: dict[str, Optimizer] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            made = make_optimizer([parameter])
+            if not isinstance(made, Optimizer):
+                raise TypeError(f"make_optimizer made a {type(made).__name__}, want a torch.optim.Optimizer")
+            held = [p for group in made.param_groups for p in group["params"]]
+            if len(held) != 1 or held[0] is not parameter:
+                raise TypeError(
+                    f"make_optimizer was given {name} alone and made an optimizer of {len(held)} parameters; "
+                    "it must be of those that it is given"
+                )
+            optimizers[name] = made
+    return OptimizerInBackward(optimizers)
+
+
+def _refuse(model: nn.Module) -> None:
+    kind = type(model).__name__
+    params = dict(model.named_parameters())
+    inside = any(is_fully_sharded(m) for m in model.modules()) or any(
+        is_spread(type(p)) for p in params.values()
+    )
+    if inside or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise PlannerError(
+            f"{kind} adds up its gradients over ranks after a parameter's hook has run, so that steps in the "
+            "backward would differ from rank to rank: step after the backward"
+        )
+    trained = {name: p for name, p in params.items() if p.requires_grad}
+    if not trained:
+        raise PlannerError(f"no parameter of {kind} is trained, so there is nothing to step")
+    stepping = in_backward(model).scratch_bytes
+    if stepping:
+        raise PlannerError(
+            f"{len(stepping)} parameters of {kind}, {min(stepping)} among them, have an optimizer in the "
+            "backward already: .remove() that first"
+        )
+    left = [name for name, p in trained.items() if p.grad is not None]
+    if left:
+        raise PlannerError(
+            f"{len(left)} gradients of {kind}, of {left[0]} among them, are there already, and the first "
+            "step would add to them: model.zero_grad(set_to_none=True) first"
+        )
