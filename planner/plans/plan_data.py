@@ -198,6 +198,7 @@ class PlanData:
                              ``whole_step_flops`` and ``whole_peak_bytes`` are then ``step_s``, ``step_flops``
                              and ``baseline_peak_bytes`` without.
 
+    ``answers``              of the batch to what the forward asks of it, by which the step was captured.
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
     ``outline``              the step in outline, by which the plan is played through and explained; ``None``
@@ -250,6 +251,7 @@ class PlanData:
     whole_step_s: float = 0.0
     whole_step_flops: int = 0
     whole_peak_bytes: int = 0
+    answers: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):

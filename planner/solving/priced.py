@@ -355,6 +355,7 @@ class PricedStep(BudgetedStep):
             **super()._identity(),
             "differentiated": self.joint.differentiated,
             "chunked": self.graph.chunked,
+            "answers": self.joint.asked.of_values,
             **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }
