@@ -181,3 +181,21 @@ def test_ops_are_noted_by_what_they_write() -> None:
         assert not values.is_known(view)
     assert values.asked().answers == (True, False)
     assert values.asked().of([LABELS[2]]) == (False, False)
+
+
+def test_torchs_own_transformer_asks_whether_its_mask_is_causal() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.body = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.body(x, mask=mask).square().mean()
+
+    model, x = Masked(), torch.randn(2, 6, 16)
+    masks = [nn.Transformer.generate_square_subsequent_mask(6), torch.zeros(6, 6)]
+    eager = [run_step(model, (x, mask)) for mask in masks]
+    planner.plan(model, 1, (x, masks[0]), costs="roofline", capture="one graph").apply()
+    for k in (0, 1, 0):
+        assert compare(eager[k], run_step(model, (x, masks[k]))).equal
