@@ -83,7 +83,8 @@ def plan(
                       gradients, optimizer state, inputs, activations, kernel workspace.
     ``inputs``        one batch of the size to plan for: a tuple of positional or a dict of keyword
                       arguments of ``model.forward``.  ``None``: ``model.dummy_inputs`` or
-                      ``model.example_input_array``.
+                      ``model.example_input_array``.  A yes or no that the forward asks of it (``mask.all()``)
+                      is asked of each batch; those with another answer are planned for when they come.
     ``loss_fn``       ``loss_fn(outputs) -> scalar`` where the loss is computed outside the model; its
                       memory is then planned for.  Without it the plan covers the model, and gradients
                       of its outputs count as given.

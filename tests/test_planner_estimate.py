@@ -87,17 +87,19 @@ def test_every_verdict_is_told_in_words_and_as_a_value() -> None:
 def test_a_model_without_memory_is_estimated_as_one_with() -> None:
     from torch._subclasses import FakeTensorMode
 
-    real = planner.estimate(tiny.bert(1).train(), tiny.bert_batch(), optimizer=AdamW, costs="roofline")
+    whole = tiny.bert_batch()
+    bare = {name: t for name, t in whole.items() if name != "attention_mask"}  # whose values choose a path
     with torch.device("meta"):
         meta = tiny.bert(1).train()
     with FakeTensorMode():
         fake = tiny.bert(1).train()
-    on_meta = {k: v.to("meta") for k, v in tiny.bert_batch().items()}
-    for model, inputs, optimizer in (
-        (meta, tiny.bert_batch(), AdamW),
-        (meta, on_meta, AdamW(meta.parameters())),
-        (fake, tiny.bert_batch(), AdamW),
+    on_meta = {k: v.to("meta") for k, v in bare.items()}
+    for model, inputs, optimizer, same in (
+        (meta, whole, AdamW, whole),
+        (meta, on_meta, AdamW(meta.parameters()), bare),
+        (fake, whole, AdamW, whole),
     ):
+        real = planner.estimate(tiny.bert(1).train(), same, optimizer=AdamW, costs="roofline")
         assert planner.estimate(model, inputs, optimizer=optimizer, costs="roofline") == real
     assert all(p.device.type == "meta" for p in meta.parameters())
 

@@ -49,9 +49,8 @@ SMALL = Shape(
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller towers; attention by one kernel whether a batch is padded or not, planned or not."""
+    """Smaller towers."""
     monkeypatch.setitem(SHAPES, "tiny", SMALL)
-    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
 def run(folder: Path, rows: int, **arguments: Any) -> tuple[Any, list[float], int]:

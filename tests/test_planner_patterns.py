@@ -149,7 +149,8 @@ def _encoder() -> tuple[nn.Module, tuple[Tensor, ...]]:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 1)
     mask = nn.Transformer.generate_square_subsequent_mask(6)
-    return Written(lambda net, x: net.body(x, mask=mask), body=encoder), (torch.randn(2, 6, 16),)
+    masked = Written(lambda net, x: net.body(x, mask=net.mask), body=encoder, mask=mask)
+    return masked, (torch.randn(2, 6, 16),)
 
 
 def _sparse() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -175,7 +176,7 @@ def _teacher() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str]] = {
-    "a mask that may be causal": (_encoder, r"make_causal.*is_causal=True or False"),
+    "a buffer that may be a causal mask": (_encoder, r"make_causal.*is_causal=True or False"),
     "CTC": (lambda: (Written(_ctc, body=nn.Linear(8, 8)), (torch.randn(2, 10, 8),)), "Leave this loss out"),
     "a batch norm without momentum": (
         lambda: (nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=None)), (torch.randn(6, 8),)),

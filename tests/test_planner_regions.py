@@ -301,3 +301,17 @@ def test_a_step_that_is_one_graph_stays_one() -> None:
     model(torch.randn(16, 8)).backward()
     plan = planner.plan_of(model)
     assert plan is not None and not plan.regions
+
+
+def test_planning_leaves_the_batch_as_it_was() -> None:
+    class Scales(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2)
+            return self.head(self.second(self.first(x))).square().mean()
+
+    x = torch.randn(16, 8)
+    given = x.clone()
+    plan = planner.plan(Scales(), 1.0, (x,), **FAST, capture="regions")
+    assert torch.equal(x, given)
+    assert plan.verify().ok  # each of its steps begins with the same batch
+    assert torch.equal(x, given)

@@ -178,6 +178,7 @@ from planner._compat.tensors import (
     wraps_others,
 )
 from planner._compat.tracing import (
+    READS_VALUES,
     STAND_INS,
     CheckpointCalls,
     checkpoint_calls,
@@ -188,9 +189,11 @@ from planner._compat.tracing import (
     fakes_as_last_time,
     foreach_takes_fakes,
     graph_in_tracing,
+    has_values,
     is_data_dependent,
     is_faked,
     kernels_as_eager,
+    no_python_kernels,
     parametrized_weights_are_cached,
     stand_ins_derive_from,
     values_unchecked,
@@ -201,6 +204,7 @@ from planner._compat.tracing import (
 __all__ = [
     "ENTERS_AUTOCAST",
     "IS_REALIZED",
+    "READS_VALUES",
     "RECOMPILES",
     "STAND_INS",
     "TURNS",
@@ -271,6 +275,7 @@ __all__ = [
     "guards_of",
     "has_channels_last",
     "has_symbols",
+    "has_values",
     "hear_no_resizes",
     "hear_resizes",
     "held_by_shards",
@@ -310,6 +315,7 @@ __all__ = [
     "modes_set_aside",
     "nests",
     "no_draws_of_spread",
+    "no_python_kernels",
     "once_in_backward",
     "own_code",
     "parametrized_weights_are_cached",

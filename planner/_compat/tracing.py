@@ -178,10 +178,17 @@ def stand_ins_derive_from(base: type[torch.Tensor]) -> Iterator[None]:
     try:
         for cls, bases in before:
             cls.__bases__ = tuple(base if b is torch.Tensor else b for b in bases)
+            if _TRUTH in vars(base):  # C asks the class itself
+                type.__setattr__(cls, _TRUTH, vars(base)[_TRUTH])
         yield
     finally:
         for cls, bases in before:
             cls.__bases__ = bases
+            if _TRUTH in vars(cls):
+                type.__delattr__(cls, _TRUTH)
+
+
+_TRUTH = "__bool__"
 
 
 # Ops whose Python form the tracer may keep: their kernel writes to its arguments without saying so (batch
@@ -449,26 +456,51 @@ def export_joint(
         return joint.graph_module
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of torch's own class is none of the tracer's: 2.0+."""
+    private: Any = torch
+    return not private._is_functional_tensor(tensor) and tensor.device.type != "meta"
+
+
+def no_python_kernels() -> contextlib.AbstractContextManager[Any]:
+    """Inside, ops are kernels, whatever formulas in Python a trace around it prefers; 2.0+."""
+    aside: contextlib.AbstractContextManager[Any] = importlib.import_module(
+        "torch._dispatch.python"
+    ).no_python_dispatcher()
+    return aside
+
+
 def graph_in_tracing() -> fx.Graph | None:
     """The graph that a tracer writes just now; 2.1+."""
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer.graph
 
 
+# What gives a number of Python's, or a yes or a no, by the values of tensors
+READS_VALUES = frozenset({
+    torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default
+})  # fmt: skip
+
+
 @contextlib.contextmanager
-def writes_keep_layout(told: Callable[..., None]) -> Iterator[None]:
+def writes_keep_layout(told: Callable[..., None], answer: Callable[..., Any]) -> Iterator[None]:
     """What a trace makes of a call in place is laid out as its operand; 2.6+.
 
     A call in place leaves strides as they are.  The call with a result of its own that stands for it in a
     trace chooses others along dimensions of size 1, and by these a convolution chooses its kernel.
 
-    ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.
+    ``told(op, args, kwargs, result)`` hears of each op that the traced program runs.  ``answer(op, args)`` is
+    what one of ``READS_VALUES`` gives; ``NotImplemented``: it stops the trace.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
     run, in_place = without_writes_at_once(before), torch._library.utils.is_inplace
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
+        if func in READS_VALUES:
+            found = answer(func, args)
+            if found is not NotImplemented:
+                return found
         if not (
             isinstance(first, FunctionalTensor)
             and in_place(func)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from planner.capture.module import home_of
+from planner.capture.state.asked import Asked
 from planner.capture.state.watched import Watched
 
 __all__ = ["Expectation", "TensorSpec", "autocast_state", "expectation_of"]
@@ -62,6 +63,7 @@ class Expectation:
     ``autocast``     see :func:`autocast_state`.
     ``default_dtype``  torch's, which a forward may read without saying so.
     ``read``         what the forward read besides: attributes, globals, functions, plain tensors.
+    ``asked``        what it asked of the values of the batch.
     """
 
     in_spec: Any
@@ -72,14 +74,19 @@ class Expectation:
     autocast: tuple[bool, str]
     default_dtype: torch.dtype
     read: Watched
+    asked: Asked
 
 
 def expectation_of(
-    model: nn.Module, leaves: Sequence[Any], in_spec: Any, read: Watched | None = None
+    model: nn.Module,
+    leaves: Sequence[Any],
+    in_spec: Any,
+    read: Watched | None = None,
+    asked: Asked | None = None,
 ) -> Expectation:
     """What a capture of ``model`` at these inputs (flattened, with their structure) depends on, as of now.
 
-    ``read``  what its forward read, if it was traced.
+    ``read``, ``asked``  what its forward read, and asked of the batch, if it was traced.
     """
     read = Watched() if read is None else read
     position = itertools.count()
@@ -98,6 +105,7 @@ def expectation_of(
         autocast_state(home_of(model, leaves)),
         torch.get_default_dtype(),
         read,
+        asked or Asked(),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,9 @@ from planner import _compat
 from planner._compat import pytree, run_as_traced
 from planner.capture.as_eager.backward import Installed
 from planner.capture.as_eager.casts import contexts_noted
-from planner.capture.as_eager.masks import masks_as_eager
 from planner.capture.as_eager.questions import stand_in, standing_in
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
+from planner.capture.as_eager.values import Values
 from planner.capture.module import original_forward
 from planner.capture.outputs import OutputTemplate, template_of
 from planner.capture.pieces import ReadsOf, reached_from
@@ -54,9 +53,11 @@ class FlatModel(nn.Module):
         records: bool = True,
         watch: ReadsOf | None = None,
         drops: bool = False,
+        values: Values | None = None,
     ) -> None:
         super().__init__()
         self.model, self.records, self.watch, self.drops = model, records, watch, drops
+        self.values = values  # those of the batch, where they are there
         self.given = (given,)  # no parameter among them is this module's
         self.fake, self.spec, self.used = fake, spec, used
         tensors = [id(x) for x in given if isinstance(x, torch.Tensor)]
@@ -92,6 +93,8 @@ class FlatModel(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.installed.remove()
+        if self.values is not None:
+            self.values.begin(tensors)
         state = {self.names[n]: t for n, t in (*self.named_parameters(), *self.named_buffers())}
         it = iter(tensors)
         flat = [next(it) if isinstance(x, torch.Tensor) else x for x in self.fake]
@@ -185,6 +188,12 @@ class FlatModel(nn.Module):
         """An op of the step has run."""
         if self.running is not None:
             self.running.note(func, args, kwargs, result)
+        if self.values is not None:
+            self.values.note(func, args, kwargs, result)
+
+    def answer(self, func: Any, args: Any) -> Any:
+        """What an op gives that reads a value; ``NotImplemented`` where the batch has no answer."""
+        return NotImplemented if self.values is None else self.values.answer(func, args)
 
 
 def _both(one: Callable[[str, Any], None], other: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
@@ -233,6 +242,11 @@ def _unheard(*_: Any) -> None:
     """Nobody asks which ops run."""
 
 
+def _unanswered(*_: Any) -> Any:
+    """Nobody knows a batch."""
+    return NotImplemented
+
+
 def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphModule:
     """The joint graph of ``module``, of the kernels that eager would run."""
 
@@ -241,11 +255,14 @@ def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> fx.GraphMod
             lambda: run_as_traced(module, inputs)
         )
 
+    values = module.values if isinstance(module, FlatModel) else None
     on_cpu = all(t.device.type == "cpu" for t in (*inputs, *module.parameters(), *module.buffers()))
     with (
         _compat.kernels_as_eager(gru, lstm_gradients, on_cpu),
-        _compat.writes_keep_layout(module.told if isinstance(module, FlatModel) else _unheard),
-        masks_as_eager(module, functools.partial(_compat.compiler_flags, lambda _: False)),
+        _compat.writes_keep_layout(
+            *((module.told, module.answer) if isinstance(module, FlatModel) else (_unheard, _unanswered))
+        ),
+        values.told_to_libraries() if values is not None else contextlib.nullcontext(),
     ):
         return _compat.export_joint(module, inputs, again)
 

@@ -25,11 +25,15 @@ class Inputs:
 
     ``made``  positions, among the tensors, of what other code computed and is to go on from with a gradient,
               where the tensors themselves no longer say so.
+    ``real``  the batch's own tensors where these have no memory, until the step is captured; ``answers`` what
+              is known to be answered where nobody has them (:mod:`planner.capture.as_eager.values`).
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: frozenset[int] = frozenset()
+    real: tuple[torch.Tensor, ...] = ()
+    answers: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, inputs: object) -> Inputs:
@@ -67,7 +71,7 @@ class Inputs:
         if not any(t.requires_grad and not t.is_leaf for t in self.tensors()):
             return self
         args, kwargs = pytree.tree_map_only(torch.Tensor, _leaf, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.of_others)
+        return replace(self, args=args, kwargs=kwargs, made=self.of_others)
 
     @property
     def of_others(self) -> frozenset[int]:
@@ -90,8 +94,11 @@ class Inputs:
         """Leaves and the pytree spec of ``(args, kwargs)``, keywords in alphabetical order."""
         return pytree.tree_flatten((self.args, dict(sorted(self.kwargs.items()))))
 
-    def without_data(self) -> Inputs:
-        """The same with fake tensors: all that a capture needs, and no memory."""
+    def without_data(self, *, until_captured: bool = False) -> Inputs:
+        """The same with fake tensors: all that a plan needs, and no memory.
+
+        ``until_captured``: with the batch as ``real``, which a capture looks at and lets go of.
+        """
         flat, spec = self.flatten()
         mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -100,7 +107,12 @@ class Inputs:
             return mode.from_tensor(leaf, static_shapes=True) if real else leaf
 
         args, kwargs = pytree.tree_unflatten([hollow(x) for x in flat], spec)
-        return replace(self, args=args, kwargs=kwargs)
+        real = (self.real or tuple(self.tensors())) if until_captured else ()
+        return replace(self, args=args, kwargs=kwargs, real=real)
+
+    def let_go(self) -> Inputs:
+        """The same without ``real``: what outlives a capture."""
+        return replace(self, real=())
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensor leaves, in order."""

@@ -40,6 +40,7 @@ from planner.capture.as_eager.backward import Noted
 from planner.capture.as_eager.casts import cast_once
 from planner.capture.as_eager.generators import Generators
 from planner.capture.as_eager.questions import Questions
+from planner.capture.as_eager.values import Values
 from planner.capture.flat_model import FlatModel, apart, exported, module_paths
 from planner.capture.inputs import Inputs
 from planner.capture.on_fakes import output_on_fakes, step_on_fakes
@@ -48,6 +49,7 @@ from planner.capture.pieces import ReadsOf, note_summands, summands
 from planner.capture.printed import headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, fake_inputs
+from planner.capture.state.asked import Asked
 from planner.capture.state.effects import (
     attributes_kept,
     settled,
@@ -88,6 +90,7 @@ class JointGraph:
     ``loss_at``    traces the loss for inputs of given sizes: it runs in the user's hands, so what it
                    does to sizes is no condition on the step.
     ``read``       what the forward read besides its arguments and parameters.
+    ``asked``      what it asked of the batch's values, and what was answered.
     ``chunks``     of rows, in which the loss is to be computed.
     ``unread``     outputs that are not made for the caller, by their number in the model's output, and name.
     ``order``      of the backward: "given" by the trace, or "free" (:mod:`planner.graph.ordered`).
@@ -103,6 +106,7 @@ class JointGraph:
     symbolic: Traced | None = None
     loss_at: Callable[[Inputs], Traced] | None = None
     read: Watched = field(default_factory=Watched, repr=False)
+    asked: Asked = field(default_factory=Asked, repr=False)
     chunks: int = 1
     unread: tuple[tuple[int, str], ...] = ()
     order: Literal["given", "free"] = "given"
@@ -216,7 +220,7 @@ def capture_piece(
     terms = {
         key: summands(node, reads.counts.get(key, 1) - fewer.get(str(key), 0)) for key, node in whole.items()
     }
-    joint = JointGraph(traced, None, step.template, in_spec, given, sees_loss=False)
+    joint = JointGraph(traced, None, step.template, in_spec, given.let_go(), sees_loss=False)
     return joint, {key: nodes for key, nodes in terms.items() if len(nodes) > 1}
 
 
@@ -246,7 +250,8 @@ def _captured(
             with attributes_kept(model):  # what it notes on the model, it notes in the user's own loop
                 loss, used = _trace_loss(model, given, loss_fn)
         reads = ReadsOf()
-        step = FlatModel(model, flat, fake, in_spec, used, watch=reads, drops=drops)
+        values = Values(given, sizes)
+        step = FlatModel(model, flat, fake, in_spec, used, watch=reads, drops=drops, values=values)
         noted = Noted(model)
         with module_paths(model), generators.watched(), noted.watched():
             try:
@@ -288,7 +293,9 @@ def _captured(
         and len(chosen) == 1
         and meta.tensor(traced.outputs[chosen[0]]).numel() == 1
     )
-    joint = JointGraph(traced, loss, template, in_spec, given, sees_loss, read=read)
+    joint = JointGraph(
+        traced, loss, template, in_spec, given.let_go(), sees_loss, read=read, asked=values.asked()
+    )
     if sizes is None:
         return joint
     with explained(model, calls):

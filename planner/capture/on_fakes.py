@@ -11,6 +11,7 @@ from torch import nn
 
 from planner import _compat
 from planner._compat import pytree
+from planner.capture.as_eager.values import Values
 from planner.capture.flat_model import called
 from planner.capture.inputs import Inputs
 from planner.capture.sizes import fake_inputs, fake_of
@@ -34,8 +35,11 @@ def on_fakes(
     state = {n: fake_of(mode, t) for n, t in (*model.named_parameters(), *model.named_buffers())}
     args, kwargs = pytree.tree_unflatten(fake, spec)
 
+    values = Values(inputs)
+
     def call(around: contextlib.AbstractContextManager[object]) -> Any:
-        with mode, _compat.values_unchecked(), _compat.fakes_as_last_time(), around:
+        values.begin(x for x in fake if isinstance(x, torch.Tensor))
+        with mode, values.watching(), _compat.values_unchecked(), _compat.fakes_as_last_time(), around:
             return called(model, dict(state), args, kwargs)
 
     inputs_given = {f"input {i}": x for i, x in enumerate(fake) if isinstance(x, torch.Tensor)}

@@ -36,12 +36,12 @@ class SymbolicCaptures:
         """One that is right for a batch, traced if there is none yet."""
         tensors = inputs.tensors()
         for joint in self._all:
-            if joint.sizes is not None and joint.sizes.admit(tensors):
+            if joint.sizes is not None and joint.sizes.admit(tensors) and joint.asked.hold(tensors):
                 return joint
         loss_fn = loss_fn if self.used is None else None
         joint, _ = capture_varying(
             model,
-            inputs.without_data(),
+            inputs.without_data(until_captured=True),
             loss_fn,
             self.dims,
             narrow=True,

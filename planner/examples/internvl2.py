@@ -17,8 +17,7 @@ batches have one shape; only the answer is learnt, labels elsewhere are -100.
 To train a published checkpoint, let :func:`internvl2` return
 ``InternVLForConditionalGeneration.from_pretrained(...)`` and :class:`Tiles` a processor's output.
 
-Known limits: one device a process; grouped-query attention on a batch without padding takes another kernel
-when planned, which moves the last bits (set ``TRANSFORMERS_SDPA_FORCE_GQA=1`` to compare bits).
+Known limit: one device a process.
 """
 
 from __future__ import annotations

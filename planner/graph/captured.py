@@ -42,7 +42,8 @@ class CapturedStep:
     @classmethod
     def of(cls, model: nn.Module, joint: JointGraph, graph: TrainingGraph) -> CapturedStep:
         """With what a capture depends on as of now: the autocast state and the training flags too."""
-        return cls(model, joint, graph, expectation_of(model, *joint.inputs.flatten(), joint.read))
+        expected = expectation_of(model, *joint.inputs.flatten(), joint.read, joint.asked)
+        return cls(model, joint, graph, expected)
 
     @property
     def inputs(self) -> Inputs:

@@ -226,9 +226,14 @@ def _hooks_set_aside(model: nn.Module) -> Iterator[None]:
             hooks.update({**before, **now})
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has values of its own, side by side."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
 @contextmanager
 def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
-    """Run a step as if it had not been: gradients (required to be None), buffers, random states.
+    """Run a step as if it had not been: gradients (required to be None), buffers, batch, random states.
 
     Hooks that run when a gradient is there are set aside.
     """
@@ -244,6 +249,7 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    batch = [(t, t.detach().to("cpu", copy=True)) for t in tensors_in(inputs) if _is_plain(t)]
     try:
         devices = cuda_devices(held(model, inputs))
         with torch.random.fork_rng(devices=devices), global_states_kept(), _hooks_set_aside(model):
@@ -254,6 +260,9 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
                 if not torch.equal(buffer.cpu(), saved):  # an expanded buffer cannot be written to
                     buffer.copy_(saved)
                 setattr(module, name, buffer)
+            for tensor, saved in batch:
+                if not torch.equal(tensor.detach().cpu(), saved):
+                    tensor.detach().copy_(saved)
         for _, leaf in leaves:
             if leaf.is_leaf:
                 leaf.grad = None

@@ -51,6 +51,7 @@ _SKIPPED = (
     "whole_step_flops",
     "whole_peak_bytes",
     "order",
+    "answers",
     *_ARRAYS,
 )
 _PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
@@ -103,6 +104,8 @@ def to_text(plan: PlanData) -> str:
         record["whole"] = [plan.whole_step_s, plan.whole_step_flops, plan.whole_peak_bytes]
     if plan.order != "given":
         record["order"] = plan.order
+    if plan.answers:
+        record["answers"] = list(plan.answers)
     if plan.backend == "eager":  # as files of before there was another say
         del record["backend"]
     outline = plan.outline
@@ -189,6 +192,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         regions=tuple(_region(of) for of in record.get("regions", ())),  # none: the step is one graph
         cuts=tuple(map(str, record.get("cuts", ()))),
         chunked=tuple(_chunked(of) for of in record.get("chunked", ())),
+        answers=tuple(map(_truth, record.get("answers", ()))),
         **_whole(record.get("whole", (0.0, 0, 0))),
         order=record.get("order", "given"),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),
@@ -223,6 +227,12 @@ def _chunked(record: Mapping[str, Any]) -> Chunked:
             raise ValueError(f"{name!r} of a loss in chunks is {record[name]!r}, want {kind.__name__}")
     feeds = tuple((int(i), int(j)) for i, j in record.get("feeds", ()))
     return Chunked(**{**record, "feeds": feeds})
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"an answer of the batch is {value!r}, want true or false")
+    return value
 
 
 def _outline(
@@ -351,4 +361,4 @@ def inputs_of(plan: PlanData, device: torch.device | None = None) -> Inputs:
         return plan.inputs
     moved = {} if device is None else {plan.device: str(device)}
     args, kwargs, *made = decode(plan.inputs, FakeTensorMode(allow_non_fake_inputs=True), moved)
-    return Inputs(args, kwargs, frozenset(*made))
+    return Inputs(args, kwargs, frozenset(*made), answers=plan.answers)

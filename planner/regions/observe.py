@@ -32,8 +32,9 @@ class NotInRegions(PlannerError):
 def observe(session: Session, inputs: Inputs, loss_fn: LossFn | None) -> None:
     """Record a step of ``session``'s model at ``inputs``; everything is put back.
 
-    Parameters, gradients (required to be None), buffers, attributes of modules and random states are
-    afterwards what they were; what the forward does beyond its module (files, globals, printing) it has done.
+    Parameters, gradients (required to be None), buffers, the batch, attributes of modules and random states
+    are afterwards what they were; what the forward does beyond its module (files, globals, printing) it has
+    done.
 
     Raises ``NotInRegions`` for a model or batch without memory.
     """

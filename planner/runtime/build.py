@@ -43,12 +43,31 @@ def executable(
 
     Raises ``StalePlanError`` for a plan that runs an op which the step does not have.
     """
-    replan = None if replanner is None else functools.partial(_replanned, plan, varying, replanner)
+    replan = for_batch = None
+    if replanner is not None:
+        replan = functools.partial(_replanned, plan, varying, replanner)
+        for_batch = functools.partial(_for_other_answers, plan, replanner)
     if varying is not None:
         variants = Variants(plan, captured, replanner, varying)
         return replace(variants.all[0].step, variants=variants, replan=replan)
     step = step_of(plan, captured, captured.steps(plan.sequence), captured.turn(plan.sequence))
-    return replace(step, replan=replan)
+    return replace(step, replan=replan, for_batch=for_batch)
+
+
+def _for_other_answers(
+    plan: PlanData, replanner: Replanner, model: nn.Module, inputs: Inputs
+) -> ExecutableStep:
+    """The step in the budget of ``plan`` for a batch that answers otherwise what the forward asks of it.
+
+    Raises ``InfeasibleBudgetError`` where none fits.
+    """
+    known = replanner.captured.joint
+    joint = capture(model, inputs.without_data(until_captured=True), replanner.loss_fn)
+    joint = joint.reading([i for i, leaf in enumerate(joint.template.leaves) if leaf.name not in plan.unread])
+    step = replanner.recaptured(model, replace(joint, chunks=known.chunks)).as_planned(plan)
+    made = step.plan_bytes(plan.budget_bytes, Search(time_limit_s=replanner.least_limit_s), hint=plan)
+    step = step.as_planned(made)
+    return executable(made, step.captured, None, step)
 
 
 def _replanned(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
-from planner._compat import left_alone, modes_set_aside
+from planner._compat import left_alone, modes_set_aside, pytree
 from planner.capture.inputs import Inputs
-from planner.errors import InfeasibleBudgetError, PlannerError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
@@ -26,7 +27,7 @@ from planner.runtime.autograd import (
     refuse_capture,
     without_autocast,
 )
-from planner.runtime.guard import Guard
+from planner.runtime.guard import Guard, OtherAnswerError
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.output_sets import OutputSets, Start
 from planner.runtime.shared_casts import shared_casts
@@ -35,8 +36,22 @@ from planner.runtime.tracing import is_traced
 
 __all__ = ["PlanAgain", "PlannedForward", "planned_forward_of", "run_step"]
 
+log = logging.getLogger(__name__)
+
 # Until when outputs are held -> the step planned for that.
 PlanAgain: TypeAlias = Callable[[Lifetimes], ExecutableStep]
+
+# Steps for batches that answer otherwise what the forward asks of them: what has more is better cut there.
+_MOST_TURNS = 8
+
+
+class _Turn(NamedTuple):
+    """One step of several, each for other answers, and what goes with it."""
+
+    step: ExecutableStep
+    guard: Guard
+    sets: OutputSets
+    again: PlanAgain | None
 
 
 class PlannedForward:
@@ -51,6 +66,7 @@ class PlannedForward:
         self.last_call: weakref.ref[PendingCall] | None = None
         self.outputs: HeldOutputs | None = None  # watches them
         self.again: PlanAgain | None = None  # plans for what was seen of them; None: nobody does here
+        self.turns: list[_Turn] = []  # those that do not run now
         self.before: Any = None  # what model.__dict__ held under "forward", put back by restore
         _ = self.guard  # raises here where the model is not the plan's
 
@@ -82,7 +98,36 @@ class PlannedForward:
             if lifetimes is not None:
                 self._plan_again(self.outputs, self.again, lifetimes)
         leaves, in_spec = Inputs(args, kwargs).flatten()
-        return self.run(leaves, in_spec, self.check(leaves, in_spec))
+        try:
+            tensors = self.check(leaves, in_spec)
+        except OtherAnswerError as other:
+            self._turn(leaves, in_spec, other)
+            tensors = self.check(leaves, in_spec)
+        return self.run(leaves, in_spec, tensors)
+
+    def _turn(self, leaves: list[Any], in_spec: Any, other: OtherAnswerError) -> None:
+        """From this call on by the step for its batch's answers, made if there is none."""
+        now = _Turn(self.step, self.guard, self.sets, self.again)
+        batch = [x for x in leaves if isinstance(x, torch.Tensor)]
+        there = [t for t in self.turns if t.step.expected.asked.hold(batch)]
+        turn = there[0] if there else self._turn_for(leaves, in_spec, other)
+        self.turns = [t for t in self.turns if t is not turn] + [now]
+        self.step, self.sets, self.again = turn.step, turn.sets, turn.again
+        vars(self)["guard"] = turn.guard
+
+    def _turn_for(self, leaves: list[Any], in_spec: Any, other: OtherAnswerError) -> _Turn:
+        if self.step.for_batch is None:
+            raise other
+        if len(self.turns) + 1 >= _MOST_TURNS:
+            raise StalePlanError(
+                f"{other.what}. There are {_MOST_TURNS} steps by now, each for other answers: plan with "
+                'capture="regions", where the forward asks for itself'
+            ) from None
+        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        with modes_set_aside():  # a meter that watches training is not to count this
+            step = self.step.for_batch(self.model, Inputs(args, kwargs))
+        log.warning("planned again, for both: %s", other.what)
+        return _Turn(step, Guard(self.model, step.expected), OutputSets(self.model, step), None)
 
     def run(self, leaves: list[Any], in_spec: Any, tensors: dict[str, torch.Tensor] | None = None) -> Any:
         """The planned step at arguments that :meth:`check` has let pass; ``tensors``: what it returned."""
@@ -161,6 +206,7 @@ class PlannedForward:
         twin.sets = OutputSets(model, self.step)
         twin.given, twin.outputs, twin.again = self.given, self.outputs, self.again
         twin.before = twin.last_call = None
+        twin.turns = []
         return twin
 
     def __reduce__(self) -> Any:

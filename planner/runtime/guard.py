@@ -26,7 +26,22 @@ from planner.capture.refusals import (
 )
 from planner.errors import PlannerError, StalePlanError
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "OtherAnswerError"]
+
+
+class OtherAnswerError(StalePlanError):
+    """The forward asks the batch for a yes or a no, and this one answers otherwise than that of the plan.
+
+    ``what``  the question and the answers.
+    """
+
+    def __init__(self, what: str, place: str) -> None:
+        super().__init__(
+            f"{what}, so it takes another path. A plan from a file has one: planner.enable plans for either "
+            "as it comes, and so does an applied plan that was made here",
+            setting=f"its batch: {place}",
+        )
+        self.what = what
 
 
 class Guard:
@@ -172,6 +187,19 @@ class Guard:
             raise StalePlanError(
                 f"torch's default dtype is {torch.get_default_dtype()}, it was {expected.default_dtype} when "
                 "the plan was made; make a new plan, or set it back (torch.set_default_dtype)"
+            )
+        if sized:
+            self.check_answers(leaves)
+
+    def check_answers(self, leaves: Sequence[Any]) -> None:
+        """``OtherAnswerError`` where a batch of the planned kind is one for another graph."""
+        found = self.expected.asked.difference([x for x in leaves if isinstance(x, torch.Tensor)])
+        if found is not None:
+            place, now = found
+            raise OtherAnswerError(
+                f"the forward of {type(self.model).__name__} asks its batch at {place}: the answer is {now} "
+                f"and was {not now} for the batch that was planned for",
+                place,
             )
 
     def _label(self, index: int) -> str:

@@ -228,7 +228,7 @@ class OutputSets:
             torch.autocast(step.device.type, dtype=getattr(torch, dtype[6:] or "bfloat16"), enabled=on),
         ):
             try:
-                made = step.replan(self.model, Inputs(args, kwargs).without_data(), used)
+                made = step.replan(self.model, Inputs(args, kwargs).without_data(until_captured=True), used)
             except InfeasibleBudgetError as error:
                 raise error.saying(
                     f"a gradient arrived for {arrived}, and the plan differentiates {planned}: {error}"

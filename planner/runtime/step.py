@@ -55,6 +55,7 @@ class ExecutableStep:
     ``budget_bytes``  that it was planned to.
     ``variants``  finds the program for a batch where sizes vary; ``None``: this one, at its sizes.
     ``replan``    makes the step with other outputs differentiated; ``None``: nobody can.
+    ``for_batch``  makes the step for a batch that answers otherwise what the forward asks of it; as above.
     ``plan``      that it runs.
     ``lifetimes``  of the outputs, as it counts them.
     ``watched``   the outputs (numbers) that it counts as released, and others whose bytes matter, by storage.
@@ -72,6 +73,7 @@ class ExecutableStep:
     watched: tuple[tuple[int, ...], ...] = ()
     is_tight: bool = True
     replan: Callable[[nn.Module, Inputs, frozenset[int]], ExecutableStep] | None = None
+    for_batch: Callable[[nn.Module, Inputs], ExecutableStep] | None = None
     plan: PlanData | None = None
     unread: frozenset[int] = frozenset()
 

@@ -177,6 +177,13 @@ class Variant:
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the graph is right for these inputs."""
+        return self._is_laid_out(tensors) and self.answers(tensors)
+
+    def answers(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether they answer what the forward asks of them as those did that it was captured for."""
+        return self.captured.joint.asked.hold(tensors)
+
+    def _is_laid_out(self, tensors: Sequence[torch.Tensor]) -> bool:
         if self.sizes is None:
             return all(
                 a.shape == b.shape and a.stride() == b.stride()
@@ -267,7 +274,7 @@ class Variants:
         self.solves = 1
         self.last, self.held_bytes = plan, plan.held_bytes
         self.all = [Variant(captured, replanner, plan)]
-        self._known: dict[Any, tuple[Variant, dict[Argument, Any], int]] = {}
+        self._known: dict[Any, list[tuple[Variant, dict[Argument, Any], int]]] = {}
 
     @property
     def traces(self) -> int:
@@ -290,14 +297,16 @@ class Variants:
         """
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         key = tuple((t.shape, t.stride()) for t in tensors)
-        if key not in self._known:
+        known = next((k for k in self._known.get(key, ()) if k[0].answers(tensors)), None)
+        if known is None:
             args, kwargs = pytree.tree_unflatten(list(leaves), in_spec)
             with _compat.modes_set_aside():  # a meter is not to count the arithmetic, nor a trace
                 variant = self._variant_for(model, tensors, Inputs(args, kwargs))
             if len(self._known) >= _MOST_SHAPES:
                 self._known.clear()
-            self._known[key] = variant, variant.arguments(tensors), variant.held_bytes(tensors)
-        variant, sizes, self.held_bytes = self._known[key]
+            known = variant, variant.arguments(tensors), variant.held_bytes(tensors)
+            self._known.setdefault(key, []).append(known)
+        variant, sizes, self.held_bytes = known
         self.last = variant.plan
         return variant.step, sizes
 
@@ -376,9 +385,8 @@ class Variants:
         self.all.append(variant)
         if len(self.all) > _MOST_VARIANTS:
             gone = self.all.pop(1)
-            self._known = {
-                k: known for k, known in self._known.items() if known[0].captured is not gone.captured
-            }
+            for key, several in self._known.items():
+                self._known[key] = [k for k in several if k[0].captured is not gone.captured]
 
 
 def _shapes(tensors: Sequence[torch.Tensor]) -> str:

@@ -8,7 +8,6 @@ which each block hands its input on.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import FakeTensor, FakeTensorMode, compiler_flags, fake_mode_of, pytree
-from planner.capture.as_eager.masks import masks_as_eager
+from planner._compat import FakeTensor, FakeTensorMode, fake_mode_of, pytree
+from planner.capture.as_eager.values import Values
 from planner.capture.inputs import Inputs
 from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError
@@ -117,8 +116,9 @@ class Stack:
         memo: dict[int, Any] = {id(b): s for b, s in zip(self.blocks, self._stand_ins, strict=True)}
         self._root = self._twin(self.model, memo)
         self.inputs = self._on_fakes(self.inputs)
-        as_eager = masks_as_eager(self._root, functools.partial(compiler_flags, lambda _: False))
-        with self.mode, as_eager:
+        values = Values(self.inputs)
+        values.begin(self.inputs.tensors())
+        with self.mode, values.watching(), values.told_to_libraries():
             self._root(*self.inputs.args, **self.inputs.kwargs)
         if any(len(s.calls) != 1 or not _takes_tensor(s.calls[0]) for s in self._stand_ins):
             raise PlannerError(

@@ -384,6 +384,7 @@ class PricedStep(BudgetedStep):
             "differentiated": self.joint.differentiated,
             "chunked": self.graph.chunked,
             "order": self.joint.order,
+            "answers": self.joint.asked.of_values,
             **({} if self.unchunked is None else _of_whole(self.unchunked)),
             "varying_dims": None if self.varying is None else self.varying.captures.dims,
         }

@@ -99,6 +99,11 @@ class PlanMaker:
             return False
         return True
 
+    @staticmethod
+    def _has_answers_of(step: PricedStep, call: Call) -> bool:
+        """Whether the call's batch is one for this graph; of varying sizes there are several."""
+        return step.varying is not None or step.joint.asked.hold(call.inputs.tensors())
+
     def make(self, call: Call, search: Search, hint: Plan | None) -> Plan:
         """The plan for this call; ``hint``, one of a like call, is where the search starts.
 
@@ -153,11 +158,12 @@ class PlanMaker:
 
     def _captured(self, call: Call, search: Search) -> PricedStep:
         signature, s = call.signature.of_step, self.settings
-        step = next(filter(self._is_current, self._steps.find(signature)), None)
+        at_hand = filter(self._is_current, self._steps.find(signature))
+        step = next((step for step in at_hand if self._has_answers_of(step, call)), None)
         if step is None:
             step = prepare(
                 self.planned,
-                call.inputs.without_data(),  # plans outlive the batch they were made from
+                call.inputs.without_data(until_captured=True),  # plans outlive the batch they were made from
                 loss_fn=s.loss_fn,
                 costs=s.costs,
                 dynamic=self._steps.is_to_vary(signature),

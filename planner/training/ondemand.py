@@ -29,11 +29,12 @@ from torch import nn
 
 from planner._compat import modes_set_aside
 from planner.capture.module import home_of
-from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
 from planner.memory.consumed_gradients import ConsumedGradients
 from planner.options import Search
 from planner.plan import Plan
 from planner.runtime.forward import PlannedForward
+from planner.runtime.guard import OtherAnswerError
 from planner.runtime.held_outputs import HeldOutputs
 from planner.solving.better import Betterment
 from planner.training import huggingface
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 
 # Plans made because one and the same attribute had a new value, after which that is said.
 OFTEN = 4
+
+# Plans made because the batch answered otherwise what the forward asks of it, after which it asks for itself.
+MOST_ANSWERS = 8
 
 
 class OnDemand:
@@ -352,6 +356,9 @@ class OnDemand:
 
     def _moved(self, why: StalePlanError) -> None:
         """What the forward reads is another than for any plan at hand; those are kept, it may come back."""
+        if isinstance(why, OtherAnswerError):
+            self._answered_otherwise(why)
+            return
         if str(why) == self._told:  # a call of another kind after the same change
             return
         self._told = str(why)
@@ -370,6 +377,24 @@ class OnDemand:
                 name,
                 owner,
                 name.rpartition(".")[2].partition("[")[0],
+            )
+
+    def _answered_otherwise(self, why: OtherAnswerError) -> None:
+        """The batch is one for another graph than those at hand, which are kept.
+
+        Raises ``TraceError`` where there are too many, and the step may be planned in regions.
+        """
+        log.info("%s is planned again: %s", type(self.root).__name__, why.what)
+        assert why.setting is not None
+        self._changes[why.setting] += 1
+        if self._changes[why.setting] >= MOST_ANSWERS and self.settings.capture == "auto":
+            raise TraceError(f"{why.what}. It was planned again {MOST_ANSWERS} times for that")
+        if self._changes[why.setting] == OFTEN:
+            log.warning(
+                "%s was planned again %d times, each for other answers of the batch: %s",
+                type(self.root).__name__,
+                OFTEN,
+                why.what,
             )
 
     def _refuse(self, call: Call) -> None:

@@ -10,7 +10,9 @@ trained. So, for code that is neither torch's nor ours,
   are the parameters and buffers that modules hold a second time, in plain attributes, lists, tuples and
   dicts;
 * ``torch.compiler.is_compiling()`` and ``is_exporting()`` are False. transformers' own code is told
-  True, which it asks where it would read values of a mask, but for the modules of ``_AS_EAGER``;
+  True, which it asks where it would read values, but for the modules of ``_AS_EAGER`` and where a batch
+  has the answer (:mod:`planner.capture.as_eager.values`);
+* ``bool(t)`` of a number is a question for a yes or no, whether it is another than 0;
 * what changes from step to step (``_version``, a parameter's ``grad``), or has no answer
   (``data_ptr()``), is refused with the line;
 * ``buffer.data = new`` and ``buffer.set_(new)`` write the values into the buffer, and ``buffer.data``
@@ -178,6 +180,10 @@ class Questions:
         def class_of(t: Any) -> type:
             return _class_of(t) if _outside(sys._getframe(1)) else _type(t)
 
+        def truth(t: Any) -> bool:  # of a number it is a yes or a no too, which a batch may have an answer to
+            is_number = t.dtype is not torch.bool and t.numel() == 1
+            return bool(tensor.__bool__(t.ne(0) if is_number else t))
+
         def is_leaf(t: Any) -> bool:
             original = _original(t) if _outside(sys._getframe(1)) else None
             return bool(tensor.is_leaf.__get__(t) if original is None else original.is_leaf)
@@ -225,6 +231,7 @@ class Questions:
         return {
             "data": property(data, set_data),
             "set_": set_,
+            "__bool__": truth,
             "__class__": property(class_of),
             "is_leaf": property(is_leaf),
             "grad_fn": property(grad_fn),
