@@ -162,7 +162,7 @@ class FlatModel(nn.Module):
                 ran, self.running = self.running, None
         self.runs += 1
         if again and ran is not None and self.ran is not None:
-            self.alike = Alike(ran.seen == self.ran.seen, not second.changed)
+            self.alike = Alike(ran.seen == self.ran.seen, second.going)
         self.ran = ran if self.runs == 1 and self.effects.touched and not self.effects.stored else None
         return output
 

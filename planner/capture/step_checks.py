@@ -74,7 +74,7 @@ def refuse_side_effects(
     """
     if not effects.touched:
         return
-    if traced and traced.ops and traced.numbers and not effects.stored:
+    if traced and traced.ops and not traced.going and not effects.stored:
         settle(effects)
         return
     call, tensors = on_fakes(model, given)
@@ -85,13 +85,14 @@ def refuse_side_effects(
         again = None
     else:
         again = alike(model, call, tensors, reads.containers)
-        if again.ops and again.numbers:
+        if again.ops and not again.going:
             settle(effects)
             return
-    if effects.lost and not (again and again.numbers):
+    if effects.lost and (again is None or again.going):
+        names = again.going if again else effects.lost
         raise TraceError(
-            f"the forward of {type(model).__name__} stores tensors or counts in "
-            f"{', '.join(effects.lost[:3])}; a planned step runs one graph and would not. Return them, keep "
+            f"the forward of {type(model).__name__} stores tensors, counts or adds to what there is in "
+            f"{', '.join(names[:3])}; a planned step runs one graph and would not. Return them, keep "
             "them in buffers, or do it outside forward; where it is a cache that the first call fills, call "
             "the model once before planning"
         )

@@ -63,6 +63,7 @@ class Effects:
     ``stored``   names of attributes that held tensors, and ``tensors`` these.
     ``changed``  (name, container, key, value before, value left) of numbers and strings that were there; the
                  container of a module's attribute is ``vars(module)``.
+    ``grown``    names of lists, dicts and sets that held more than before.
     ``written``  by (id of a dict, key): whatever was left there; by (id of a list or set, ``None``).
     ``left``     containers that had changed, and what they then held.
     ``hooks``    on modules that it set: where, under which key, and what.
@@ -73,6 +74,7 @@ class Effects:
     stored: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     changed: list[tuple[str, Any, Any, Any, Any]] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
     written: dict[tuple[int, Any], Any] = field(default_factory=dict)
     left: list[tuple[_Container | Slot, Any]] = field(default_factory=list)
     hooks: list[tuple[dict[Any, Any], Any, Any]] = field(default_factory=list)
@@ -81,9 +83,14 @@ class Effects:
 
     @property
     def lost(self) -> list[str]:
-        """Names of what a plan would have to store or count."""
+        """Names of what a plan would have to store, count or add to."""
         counts = [name for name, _, _, _, now in self.changed if type(now) in (int, float)]
-        return self.stored + counts
+        return list(dict.fromkeys(self.stored + counts + self.grown))
+
+    @property
+    def going(self) -> tuple[str, ...]:
+        """Names of numbers that changed and of what grew: of a second call, what each call does."""
+        return tuple(dict.fromkeys([*(name for name, *_ in self.changed), *self.grown]))
 
     def again(self) -> None:
         """Leave it all once more."""
@@ -130,10 +137,10 @@ def settled(
 
 
 class Alike(NamedTuple):
-    """What a second call has in common with the first: its ``ops``; that it changes no more ``numbers``."""
+    """What a second call has in common with the first: its ``ops``; not what goes on changing (``going``)."""
 
     ops: bool
-    numbers: bool
+    going: tuple[str, ...]
 
 
 def alike(
@@ -158,7 +165,7 @@ def alike(
                 call(ran[1])
     finally:
         torch.set_autocast_cache_enabled(remembers)
-    return Alike(ran[0].seen == ran[1].seen, not second.changed)
+    return Alike(ran[0].seen == ran[1].seen, second.going)
 
 
 class OpsSeen:
@@ -245,7 +252,7 @@ def is_cache(
         first.again()
         with attributes_kept(model, others) as second:
             call(contextlib.nullcontext())
-    return not second.stored and not second.changed
+    return not second.stored and not second.going
 
 
 class Marks(TorchDispatchMode):
@@ -469,6 +476,8 @@ class _Kept:
             if _same_items(container, held):
                 continue
             effects.left.append((container, container.copy()))
+            if len(container) > len(held) and not but:
+                effects.grown.append(name.rstrip("."))
             if isinstance(container, dict):
                 self._compare(name, container, held, but, effects)
             else:
