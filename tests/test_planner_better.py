@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import planner
+from planner.costs.cache import VARIABLE
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving import better
@@ -130,6 +132,21 @@ def test_what_is_taken_over_and_what_is_not() -> None:
     assert bettered(_Found(_best(best, first)), limit_s=0.0) is None  # its time is spent
     kept = _Found()
     assert bettered(kept, whole) is None and kept.begun == 0  # nothing to better
+
+
+def test_what_was_found_beside_is_the_next_process_s_first_plan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = making.prepare(tiny.seeded(tiny.blocks), _fed(), costs="roofline")
+    poor = step.plan_bytes(10**9, Search("recompute_all"))
+    best = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=0.5))
+    first = step.plan_bytes(poor.peak_bytes, Search("recompute_all"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    seeking = Betterment()
+    with mock.patch.object(better, "SearchBeside", _Found(_best(best, first))):
+        assert seeking.ask(first, Search(time_limit_s=30.0)) and seeking.of(first) is not None
+    again = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=30.0))
+    assert again.searched_on and again.sequence == best.sequence
 
 
 def test_a_plan_that_nobody_holds_is_not_sought_for_any_more() -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from planner.costs.cache import VARIABLE
+from planner.errors import InfeasibleBudgetError
 from planner.options import Search
-from planner.plan import Plan
+from planner.plan import Plan, load
 from planner.solving import budgeted, kept
+from planner.solving.fit import Answer
 from planner.solving.priced import PricedStep, prepare
 from tests import tiny
 
@@ -152,3 +154,118 @@ def test_the_files_that_were_used_last_stay(
     for k in range(4):
         first.plan_bytes(_budget(first) + k, SEARCH)
     assert len(list(tmp_path.glob("plan-*.json"))) == 2
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch, searched: list[Any]) -> list[str]:
+    """Searches for the least peak and for many budgets, one name each."""
+    made: list[str] = []
+
+    def heard(name: str) -> None:
+        search = getattr(budgeted, name)
+
+        def hearing(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return search(*args, **kwargs)
+
+        monkeypatch.setattr(budgeted, name, hearing)
+
+    heard("minimum_peak")
+    heard("fitted_each")
+    return made
+
+
+def test_a_plan_says_that_it_was_kept_and_since_when(
+    first: PricedStep, searched: list[Any], tmp_path: Path
+) -> None:
+    plan = _planned(_again(first))
+    again = _planned(_again(first))
+    assert plan.searched_on == "" and "from the cache" not in plan.summary()
+    assert again.solve_s == plan.solve_s
+    assert f"to solve on {again.searched_on}, from the cache" in again.summary()
+    again.save(tmp_path / "again.json")
+    assert load(tmp_path / "again.json").searched_on == again.searched_on
+    assert '"searched_on"' in (tmp_path / "again.json").read_text()
+    plan.save(tmp_path / "first.json")
+    assert '"searched_on"' not in (tmp_path / "first.json").read_text()
+
+
+def test_the_least_peak_is_not_searched_for_again(first: PricedStep, others: list[str]) -> None:
+    plan, again = (dataclasses.replace(_again(first), least_limit_s=1.0).least_plan() for _ in range(2))
+    assert others == ["minimum_peak"]
+    assert again.sequence == plan.sequence
+    assert (again.budget_bytes, again.floor_bytes) == (plan.budget_bytes, plan.floor_bytes)
+    assert again.searched_on
+
+
+def test_a_least_peak_found_in_less_time_is_searched_for_again_and_never_lost(
+    first: PricedStep, others: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _again(first)
+    found = step._least_within(2.0)
+    assert found.execution is not None
+    place = kept.KeptSchedule.of(step.problem, None, SEARCH, "least, fast")
+    assert place is not None
+    open_still = dataclasses.replace(found, floor_bytes=0)  # so that a longer search may find a lower one
+    place.keep(open_still, SEARCH)
+    worse = step.baseline
+    monkeypatch.setattr(
+        type(step),
+        "_lowest",
+        lambda *_, **__: Answer(worse.peak_bytes, worse, 0.0, 0, step.problem.total_seconds, "", 5.0),
+    )
+    assert step._least_within(60.0).budget_bytes == found.budget_bytes < worse.peak_bytes
+
+
+def test_that_nothing_fits_is_proved_once(first: PricedStep, searched: list[Any], others: list[str]) -> None:
+    told, made = [], []
+    for _ in range(2):
+        step = dataclasses.replace(_again(first), least_limit_s=1.0)
+        with pytest.raises(InfeasibleBudgetError) as error:
+            step.plan_bytes(step.floor_bytes - 1, SEARCH)
+        told.append((error.value.minimum_bytes, error.value.floor_bytes, str(error.value)))
+        made.append(len(others))
+    assert told[0] == told[1]
+    assert len(searched) == 1 and 0 < made[0] == made[1]  # the least, and that with outputs let go of
+
+
+def test_a_file_that_only_says_that_nothing_fits_is_no_proof(
+    first: PricedStep, searched: list[Any], tmp_path: Path
+) -> None:
+    budget = _budget(first)
+    place = kept.KeptSchedule.of(first.problem, budget, SEARCH)
+    assert place is not None
+    place.keep(Answer(budget, None, math.inf, first.floor_bytes, solve_seconds=9.0), SEARCH)
+    assert list(tmp_path.glob("plan-*.json"))
+    assert _planned(_again(first)).peak_bytes <= budget
+    assert len(searched) == 1
+
+
+def test_each_budget_of_a_frontier_is_kept_and_shared_with_plans(
+    first: PricedStep, searched: list[Any], others: list[str]
+) -> None:
+    top, low = first.baseline_peak_bytes, _budget(first)
+    budgets = [low, (low + top) // 2, top]
+    plan = first.plan_bytes(budgets[1], SEARCH)
+    curve = _again(first).frontier(budgets, SEARCH)
+    assert curve.points[1].overhead == plan.overhead
+    again = _again(first).frontier(budgets, SEARCH)
+    assert others == ["fitted_each"]
+    assert [(p.budget_bytes, p.overhead) for p in again.points] == [
+        (p.budget_bytes, p.overhead) for p in curve.points
+    ]
+    _again(first).plan_bytes(budgets[0], SEARCH)
+    assert len(searched) == 1
+
+
+def test_answers_found_apart_become_one_curve(first: PricedStep) -> None:
+    total, kept_all = first.problem.total_seconds, first.baseline
+    low = kept_all.peak_bytes
+    slower = Answer(low + 1, kept_all, 0.5 * total, 0, 2 * total)
+    proved = Answer(low + 2, None, 0.75 * total, 0)
+    none = Answer(low - 1, None, math.inf, low)
+    curve = kept.never_rising([none, Answer(low, kept_all, 0.5 * total, 0, 1.5 * total), slower, proved])
+    assert list(curve) == [low - 1, low, low + 1, low + 2]
+    assert curve[low - 1] is none
+    assert [curve[low + k].seconds for k in range(3)] == [1.5 * total] * 3
+    assert [curve[low + k].bound_seconds for k in range(3)] == [0.75 * total] * 3

@@ -287,7 +287,7 @@ def figures(made: Plan) -> dict[str, Any]:
         "model_name", "device", "torch_version", "budget_bytes", "peak_bytes", "baseline_peak_bytes",
         "floor_bytes", "optimizer_step_bytes", "overhead", "overhead_bound", "gap", "status", "step_s",
         "recompute_s", "step_flops", "recompute_flops", "op_count", "peak_op", "peak_module", "solver",
-        "solve_s", "cost_source", "cost_device", "fingerprint",
+        "solve_s", "searched_on", "cost_source", "cost_device", "fingerprint",
     )  # fmt: skip
     count = Counter(p.decision for p in made.placements)
     size = Counter[str]()

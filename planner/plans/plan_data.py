@@ -178,6 +178,8 @@ class PlanData:
     ``timeline``             live bytes at each step, shape (T,); ``timeline_by_kind`` splits it.
     ``sequence``             op names in execution order; a repeated name is a recomputation.
     ``recompute_flops``      extra FLOPs; ``step_flops`` those of the step when nothing is recomputed.
+    ``solve_s``              seconds of search; ``searched_on`` its day (UTC, "2026-05-30"), where what it
+                             found was taken from the cache.
     ``step_s``               predicted seconds of the step when nothing is recomputed.
     ``floor_bytes``          proved: no plan has a lower peak.
     ``peak_op``              name of the op at the peak, and ``peak_module`` the path of its module.
@@ -242,6 +244,7 @@ class PlanData:
     differentiated: tuple[int, ...]
     inputs: Inputs | InputRecord
     known_minimum_bytes: int | None = None
+    searched_on: str = ""
     varying_dims: Dims | None = None
     calibration: Calibration | None = None
     planned_for: str = ""

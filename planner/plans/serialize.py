@@ -38,6 +38,7 @@ _SKIPPED = (
     "timeline_by_kind",
     "inputs",
     "known_minimum_bytes",
+    "searched_on",
     "varying_dims",
     "calibration",
     "planned_for",
@@ -88,6 +89,8 @@ def to_text(plan: PlanData) -> str:
     inputs = plan.inputs
     if plan.varying_dims is not None:
         record["varying_dims"] = plan.varying_dims
+    if plan.searched_on:
+        record["searched_on"] = plan.searched_on
     if plan.planned_for:
         record["planned_for"] = plan.planned_for
     if plan.reserved_bytes is not None:
@@ -184,6 +187,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         placements=placements,
         inputs=record["inputs"],
         known_minimum_bytes=_optional_int("minimum_peak_bytes", record["minimum_peak_bytes"]),
+        searched_on=str(record.get("searched_on", "")),
         varying_dims=_dims(record.get("varying_dims"), inputs),
         calibration=_calibration(record.get("calibration")),
         planned_for=str(record.get("planned_for", "")),

@@ -38,7 +38,8 @@ WORTH = 0.005
 class _Asked:
     plan: weakref.ref[Plan]
     step: BudgetedStep
-    search: Search
+    search: Search  # for what is left
+    whole: Search  # as it was asked for
 
 
 class Betterment:
@@ -69,7 +70,7 @@ class Betterment:
         if plan.overhead - plan.overhead_bound <= ENOUGH or left_s <= 0:
             return False
         asked = _Asked(
-            weakref.ref(plan), step, dataclasses.replace(search, time_limit_s=left_s, progress=None)
+            weakref.ref(plan), step, dataclasses.replace(search, time_limit_s=left_s, progress=None), search
         )
         self._waiting.append(asked)
         self._go_on()
@@ -85,7 +86,7 @@ class Betterment:
         is_over = beside.is_over
         if beside.best is None and not is_over:
             return None
-        better = self._better(plan, asked.step, beside, is_over)
+        better = self._better(plan, asked, beside, is_over)
         if is_over:
             self._end_this()
         elif better is not None:
@@ -103,7 +104,8 @@ class Betterment:
         self._now = self._beside = None
         self._go_on()
 
-    def _better(self, plan: Plan, step: BudgetedStep, beside: SearchBeside, is_over: bool) -> Plan | None:
+    def _better(self, plan: Plan, asked: _Asked, beside: SearchBeside, is_over: bool) -> Plan | None:
+        step = asked.step
         found, total_s = beside.best, step.problem.total_seconds
         if found is None or not total_s:
             return None
@@ -122,6 +124,8 @@ class Betterment:
         answer = Answer(
             plan.budget_bytes, execution, bound_s, found.floor_bytes, found.seconds, found.solver, solve_s
         )
+        if is_over:  # for the next process, which asks for the first plan again
+            step.keep(answer, asked.whole)
         better = step.plan_of(answer)
         log.info(
             "%s has a better plan: overhead %.2f%% -> %.2f%% (proved >= %.2f%%, gap %.2f points), %.0f s of "

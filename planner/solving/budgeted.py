@@ -33,7 +33,7 @@ from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
 from planner.solving.fit import Answer, fitted, fitted_each
-from planner.solving.kept import KeptSchedule
+from planner.solving.kept import KeptSchedule, Recalled, never_rising
 from planner.units import bytes_text, gb_enough
 from solvers import Problem, Schedule, minimum_peak
 from solvers.bounds.lower_bounds import peak_floor
@@ -198,9 +198,35 @@ class BudgetedStep:
         return shown.least
 
     def _least_within(self, limit_s: float, *, fast: bool = True) -> Answer:
+        """The lowest that a search finds, or that an earlier process's did; ``fast``: made fast, too."""
+        search = Search(time_limit_s=limit_s)
+        kept = KeptSchedule.of(self.problem, None, search, "least, fast" if fast else "least")
+        recalled = Recalled() if kept is None else kept.recall(search, self.execution_of)
+        if recalled.answer is not None:
+            return self._stepping(recalled.answer)
+        found = self._lowest(limit_s, fast=fast)
+        if recalled.hint is not None:  # of a search of less time, or at other seconds
+            before, total_s = self.execution_of(recalled.hint), self.problem.total_seconds
+            if before.peak_bytes < found.peak_bytes:
+                seconds = total_s + before.timeline.recompute_seconds
+                peak_bytes = before.peak_bytes
+                found = replace(found, budget_bytes=peak_bytes, execution=before, seconds=seconds)
+                found = replace(found, bound_seconds=total_s)
+        if kept is not None:
+            kept.keep(found, search)
+        return self._stepping(found)
+
+    def _stepping(self, least: Answer) -> Answer:
+        """``least`` with room for the optimizer's step; what was proved says nothing of a larger budget."""
+        need = self.memory.optimizer_step_bytes
+        if need <= least.budget_bytes:
+            return least
+        return replace(least, budget_bytes=need, bound_seconds=self.problem.total_seconds)
+
+    def _lowest(self, limit_s: float, *, fast: bool) -> Answer:
         found = minimum_peak(self.problem, time_limit_s=limit_s, fast=fast)
         execution = self.execution_of(found.schedule)
-        need = max(execution.peak_bytes, self.memory.optimizer_step_bytes)
+        need = execution.peak_bytes
         # What was proved at the solver's own budget says nothing of a larger one.
         proved_s = found.bound_seconds if need == found.budget_bytes else self.problem.total_seconds
         return Answer(
@@ -276,6 +302,29 @@ class BudgetedStep:
         kept.keep(found, search)
         return found
 
+    def keep(self, answer: Answer, search: Search) -> None:
+        """Leave what was found beside the training for the next process."""
+        kept = KeptSchedule.of(self.problem, answer.budget_bytes, search)
+        if kept is not None:
+            kept.keep(answer, search)
+
+    def _found_each(self, budgets: list[int], search: Search, hint: Schedule | None) -> dict[int, Answer]:
+        """:meth:`_found` for each; those that no earlier process has an answer for are solved together."""
+        places = {b: KeptSchedule.of(self.problem, b, search) for b in budgets}
+        recalled = {b: kept.recall(search, self.execution_of) for b, kept in places.items() if kept}
+        answers = {b: found.answer for b, found in recalled.items() if found.answer is not None}
+        left = [b for b in budgets if b not in answers]
+        if not left:
+            return never_rising(answers.values())
+        below = [ran for b, found in answers.items() if b <= left[0] and (ran := found.execution)]
+        first = recalled[left[0]].hint if left[0] in recalled else None
+        start = first or (self._named(below[-1]) if below else hint)
+        for b, found in fitted_each(self.problem, left, self.execution_of, search, start).items():
+            answers[b] = found
+            if (kept := places[b]) is not None:
+                kept.keep(found, search)
+        return never_rising(answers[b] for b in sorted(answers))
+
     def or_least(self, found: Answer) -> Answer:
         """What was found, or the least plan where nothing was and that one fits."""
         self._shown.raise_floor(max(self.floor_bytes, found.floor_bytes))
@@ -287,6 +336,7 @@ class BudgetedStep:
             bound_seconds=min(found.bound_seconds, self.least.seconds),
             seconds=self.least.seconds,
             solver=self.least.solver,
+            searched_on=self.least.searched_on,
         )
 
     def least_plan(self) -> Plan:
@@ -342,7 +392,7 @@ class BudgetedStep:
         least = self._shown.least
         known = None if least is None or least.execution is None else self._named(least.execution)
         open_to = [b for b in budgets if b >= self.memory.optimizer_step_bytes]
-        answers = fitted_each(self.problem, open_to, self.execution_of, search, known)
+        answers = self._found_each(open_to, search, known)
         found: list[FrontierPoint] = []
         for budget in budgets:
             answer = answers.get(budget)
@@ -399,6 +449,7 @@ class BudgetedStep:
             optimizer_step_bytes=memory.optimizer_step_bytes,
             solver=answer.solver,
             solve_s=answer.solve_seconds,
+            searched_on=answer.searched_on,
             reserved_bytes=ran.reserved_bytes,
             outputs=self.output_states,
             peak_op=peak_op,

@@ -38,6 +38,7 @@ class Answer:
     ``seconds``        of the schedule, recomputation included; ``inf`` without one.
     ``solve_seconds``  of search.
     ``interrupted``    whether a listener or Ctrl-C ended it.
+    ``searched_on``    the day of the search (UTC, "2026-05-30"), where its answer is from the cache.
 
     Raises ``ValueError`` for an execution that exceeds the budget, and for one that is faster than its bound.
     """
@@ -50,6 +51,7 @@ class Answer:
     solver: str = ""
     solve_seconds: float = 0.0
     interrupted: bool = False
+    searched_on: str = ""
 
     def __post_init__(self) -> None:
         if self.execution is None:
@@ -117,6 +119,7 @@ def fitted(
     """
     tell = search.tell
     progress = tell.searching(problem.total_seconds)
+    began = time.perf_counter()
     try:
         first = solve(
             problem,
@@ -128,7 +131,15 @@ def fitted(
         )
     except InfeasibleError as error:
         tell.heed(error.interrupted)
-        return Answer(budget_bytes, None, math.inf, error.floor_bytes, interrupted=error.interrupted)
+        spent_s = time.perf_counter() - began
+        return Answer(
+            budget_bytes,
+            None,
+            math.inf,
+            error.floor_bytes,
+            solve_seconds=spent_s,
+            interrupted=error.interrupted,
+        )
     found = first
     deadline = time.perf_counter() + search.time_limit_s
     target_bytes, slack_bytes = budget_bytes, 0

@@ -117,7 +117,7 @@ def _figures(plan: PlanData) -> list[tuple[str, str, str]]:
         *_let_go(plan),
         *_regions(plan),
         ("costs", plan.cost_source, plan.cost_device),
-        ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve"),
+        ("solver", plan.solver, f"{seconds_text(plan.solve_s)} to solve{_earlier(plan)}"),
     ]
 
 
@@ -126,6 +126,10 @@ def _order(plan: PlanData) -> list[tuple[str, str, str]]:
     if plan.order == "given":
         return []
     return [("backward's order", "free", "bound and floor are for the order of this plan")]
+
+
+def _earlier(plan: PlanData) -> str:
+    return f" on {plan.searched_on}, from the cache" if plan.searched_on else ""
 
 
 def _in_chunks(plan: PlanData) -> list[tuple[str, str, str]]:
