@@ -107,7 +107,7 @@ def test_what_is_taken_over_and_what_is_not() -> None:
     model = tiny.seeded(tiny.blocks)
     step = making.prepare(model, _fed(), costs="roofline")
     poor = step.plan_bytes(10**9, Search("recompute_all"))
-    best = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=0.5))
+    best = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=5.0))
     whole = step.plan_bytes(10**9)
     first = step.plan_bytes(poor.peak_bytes, Search("recompute_all"))
     assert best.overhead < first.overhead and whole.peak_bytes > first.budget_bytes
@@ -139,7 +139,7 @@ def test_what_was_found_beside_is_the_next_process_s_first_plan(
 ) -> None:
     step = making.prepare(tiny.seeded(tiny.blocks), _fed(), costs="roofline")
     poor = step.plan_bytes(10**9, Search("recompute_all"))
-    best = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=0.5))
+    best = step.plan_bytes(poor.peak_bytes, Search(time_limit_s=5.0))
     first = step.plan_bytes(poor.peak_bytes, Search("recompute_all"))
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     seeking = Betterment()

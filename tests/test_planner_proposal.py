@@ -69,7 +69,7 @@ def test_where_no_part_is_one_graph_the_refusal_names_what_was_tried() -> None:
             self.weight = nn.Parameter(torch.ones(8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight if x.isnan().any() else x * 2 * self.weight
+            return x * self.weight if self.weight.isnan().any() else x * 2 * self.weight
 
     assert "Of the parts of Whole none was tried: none with parameters" in _refusal(Whole())
     assert "Of the parts of Sequential, 0 was tried, and none is one graph" in _refusal(

@@ -502,6 +502,8 @@ class Storing(nn.Module):
         super().__init__()
         self.layer, self.kind = nn.Linear(4, 4), kind
         self.seen: dict[str, Any] = {"calls": 0}
+        self.sizes: list[int] = []
+        self.modes: dict[bool, int] = {}
         self.loose = torch.ones(4, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -514,6 +516,9 @@ class Storing(nn.Module):
             self.seen["last"] = y
         if self.kind == "counted":
             self.seen["calls"] += 1
+        if self.kind == "listed":
+            self.sizes.append(len(x))
+            self.modes[self.training] = len(x)  # a cache: it does not grow on
         if self.kind == "loose":
             y = y * self.loose
         return y
@@ -526,6 +531,7 @@ class Storing(nn.Module):
         ("drawn", r"seen\['first'\]"),
         ("last", r"seen\['last'\]"),
         ("counted", r"counts in seen\['calls'\]"),
+        ("listed", r"adds to lists or counts in sizes;"),
         ("loose", "requires grad and is no parameter"),
     ],
 )
@@ -533,7 +539,7 @@ def test_what_a_plan_would_lose_is_refused(kind: str, said: str) -> None:
     model: Any = tiny.seeded(lambda: Storing(kind))
     with pytest.raises(planner.TraceError, match=said):
         capture(model, (X,))
-    assert model.seen == {"calls": 0}
+    assert (model.seen, model.sizes, model.modes) == ({"calls": 0}, [], {})
 
 
 # -- where tensors lie ----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def refuse_side_effects(
     if effects.lost and (again is None or again.going):
         names = again.going if again else effects.lost
         raise TraceError(
-            f"the forward of {type(model).__name__} stores tensors, counts or adds to what there is in "
+            f"the forward of {type(model).__name__} stores tensors, adds to lists or counts in "
             f"{', '.join(names[:3])}; a planned step runs one graph and would not. Return them, keep "
             "them in buffers, or do it outside forward; where it is a cache that the first call fills, call "
             "the model once before planning"
