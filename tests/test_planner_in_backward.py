@@ -244,6 +244,10 @@ def test_what_does_not_go_with_it_is_refused() -> None:
         planner.optimizer_in_backward(model, lambda params: "adam")  # type: ignore
     with pytest.raises(TypeError, match=r"embed\.weight alone"):
         planner.optimizer_in_backward(model, lambda params: SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"want what makes .*functools\.partial"):
+        planner.optimizer_in_backward(model, SGD(model.parameters(), lr=0.1))  # type: ignore
+    with pytest.raises(TypeError, match="LBFGS computes the loss again"):
+        planner.optimizer_in_backward(model, torch.optim.LBFGS)
     train(model, 0)
     with pytest.raises(PlannerError, match="would add to them"):
         planner.optimizer_in_backward(model, MAKES["sgd"])

@@ -118,6 +118,20 @@ def test_a_batch_with_padding_after_one_without_and_back() -> None:
     plan.restore()
 
 
+def test_other_answers_are_planned_with_what_the_plan_was_made_with() -> None:
+    model = _grouped("Llama")
+    model.config.use_cache = True
+    plan = planner.plan(model, ROOM_GB, _batch("whole"), costs="roofline", chunk_loss=2)
+    report = plan.verify(inputs=_batch("padded"))  # the cache is left out there too, the loss in chunks
+    assert report.ok and report.is_other_batch and "the batch of the plan, which is another" in str(report)
+    plan.apply()
+    for padding in ("whole", "padded"):
+        model(**_batch(padding)).loss.backward()
+    plan.restore()
+    model.zero_grad()
+    assert not plan.verify().is_other_batch
+
+
 @pytest.mark.parametrize("capture", ["auto", "regions"])
 def test_enabled_each_is_planned_once(capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _grouped("Qwen2")

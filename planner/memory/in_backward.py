@@ -14,6 +14,7 @@ LOMO (https://arxiv.org/abs/2306.09782) is the same with an optimizer that keeps
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ class OptimizerInBackward:
 
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
         self.optimizers = dict(optimizers)
-        self._looked = False
+        self._steps, self._look_at = 0, 1
         self._handles = [
             optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(_Step(optimizer, self))
             for optimizer in self.optimizers.values()
@@ -129,17 +130,22 @@ class OptimizerInBackward:
         return f"OptimizerInBackward({len(self.optimizers)} parameters, {', '.join(kinds)})"
 
     def _about_to_step(self) -> None:
-        """Before the first step: ``PlannerError`` where gradients are scaled."""
-        if self._looked:
+        """``PlannerError`` where gradients are scaled: looked for at the 1st, 2nd, 4th ... parameter's step.
+
+        To look is to ask all objects that there are.
+        """
+        self._steps += 1
+        if self._steps < self._look_at:
             return
         scalers = instances_of(kinds_of(torch.amp.GradScaler))
         if any(map(is_scaling, scalers)):
             raise PlannerError(
-                "a GradScaler is in use, and with the optimizer in the backward each step would see "
-                "gradients that are scaled: nothing was stepped. Train in bfloat16 or float32 without a "
-                "scaler, or call .remove() and step after the backward"
+                "a GradScaler is in use in this process, and with the optimizer in the backward each step "
+                "would see gradients that are scaled: this one was not taken. Train in bfloat16 or float32 "
+                "without a scaler (GradScaler(enabled=False), or del one of another model's), or call "
+                ".remove() and step after the backward"
             )
-        self._looked = True
+        self._look_at *= 2
 
 
 def optimizer_in_backward(
@@ -162,6 +168,11 @@ def optimizer_in_backward(
     whose parameters step in the backward already, or one with gradients left over; ``TypeError`` for what
     makes no optimizer.
     """
+    if not callable(make_optimizer):
+        raise TypeError(
+            f"make_optimizer is {make_optimizer!r}; want what makes an optimizer of a list of parameters: "
+            "torch.optim.AdamW, or functools.partial(torch.optim.AdamW, lr=1e-4)"
+        )
     _refuse(model)
     optimizers: dict[str, Optimizer] = {}
     for name, parameter in model.named_parameters():
@@ -175,8 +186,18 @@ def optimizer_in_backward(
                     f"make_optimizer was given {name} alone and made an optimizer of {len(held)} parameters; "
                     "it must be of those that it is given"
                 )
+            if _wants_closure(made):
+                raise TypeError(
+                    f"{type(made).__name__} computes the loss again in its step, which a backward cannot: "
+                    "take an optimizer whose step() needs nothing, AdamW say, or step after the backward"
+                )
             optimizers[name] = made
     return OptimizerInBackward(optimizers)
+
+
+def _wants_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _refuse(model: nn.Module) -> None:

@@ -62,9 +62,11 @@ def _for_other_answers(
     Raises ``InfeasibleBudgetError`` where none fits.
     """
     known = replanner.captured.joint
-    joint = capture(model, inputs.without_data(until_captured=True), replanner.loss_fn)
+    given = inputs.without_data(until_captured=True)
+    joint = capture(model, given, replanner.loss_fn, drops=bool(plan.unread))
     joint = joint.reading([i for i, leaf in enumerate(joint.template.leaves) if leaf.name not in plan.unread])
-    step = replanner.recaptured(model, replace(joint, chunks=known.chunks)).as_planned(plan)
+    joint = replace(joint, chunks=known.chunks, order=known.order)
+    step = replanner.recaptured(model, joint).as_planned(plan)
     made = step.plan_bytes(plan.budget_bytes, Search(time_limit_s=replanner.least_limit_s), hint=plan)
     step = step.as_planned(made)
     return executable(made, step.captured, None, step)

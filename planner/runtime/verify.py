@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from planner.measure.wide import Errors, errors_of, recorded_draws, step_in_floa
 from planner.plans.plan_data import PlanData
 from planner.plans.within_budget import WithinBudget
 from planner.runtime.apply import applied, as_written
+from planner.runtime.forward import planned_forward_of
 from planner.runtime.step import ExecutableStep
 
 __all__ = ["Report", "verify"]
@@ -45,6 +47,8 @@ class Report(WithinBudget):
                                     where every bit is the same or there is no such reference, with the reason
                                     in ``no_reference``.
     ``recompute_flops``             extra FLOPs counted while running; ``predicted_recompute_flops``.
+    ``is_other_batch``              the batch has other sizes, or answers otherwise what the forward asks,
+                                    than that of the plan, which the predictions are of.
     """
 
     comparison: Comparison
@@ -60,6 +64,7 @@ class Report(WithinBudget):
     unread_outputs: tuple[str, ...] = ()
     errors: Errors | None = None
     no_reference: str = ""
+    is_other_batch: bool = False
 
     @property
     def ok(self) -> bool:
@@ -86,15 +91,16 @@ class Report(WithinBudget):
         outputs = ", ".join(self.held_outputs) or "none"
         if self.kept_outputs:
             outputs += f"; of the last call's, while this one runs: {', '.join(self.kept_outputs)}"
+        whose = " for the batch of the plan, which is another" if self.is_other_batch else ""
         return (
             f"{'ok' if self.ok else 'NOT OK'}: {self.comparison}\n"
-            f"peak {self.peak_bytes / mb:.3f} MB measured, {self.predicted_peak_bytes / mb:.3f} predicted"
-            f"{state}; budget {self.budget_bytes / mb:.3f}; "
-            f"{self.eager_peak_bytes / mb:.3f} without the plan\n"
+            f"peak {self.peak_bytes / mb:.3f} MB measured, "
+            f"{self.predicted_peak_bytes / mb:.3f} predicted{whose}{state}; "
+            f"budget {self.budget_bytes / mb:.3f}; {self.eager_peak_bytes / mb:.3f} without the plan\n"
             f"{self._chunks()}"
             f"outputs held to the end: {outputs}\n"
             f"extra FLOPs {self.recompute_flops:.4g} counted, "
-            f"{self.predicted_recompute_flops:.4g} predicted"
+            f"{self.predicted_recompute_flops:.4g} predicted{whose}"
         )
 
     def _chunks(self) -> str:
@@ -161,6 +167,8 @@ def verify(
         with dropping(model, consumed):
             peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
+        forward = planned_forward_of(model)
+        is_other = _sizes(given) != _sizes(plan.inputs) or bool(forward and forward.turns)
         comparison = compare(_read(eager, whole), ours)
         errors, why = None, ""
         if plan.chunked and not comparison.equal:
@@ -181,7 +189,12 @@ def verify(
         unread,
         errors,
         why,
+        is_other,
     )
+
+
+def _sizes(inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in inputs.tensors()]
 
 
 def _read(eager: StepRecord, step: ExecutableStep | None) -> StepRecord:
