@@ -77,6 +77,29 @@ def test_gradient_accumulation(clear: bool) -> None:
     assert_equal(gradients(model), gradients(twin))
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_gradients_that_are_there_and_go_over_the_budget_are_told(
+    told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.seeded(
+        lambda: nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+    )
+    inputs = torch.randn(128, 64)
+    whole = planner.plan(model, 1, (inputs,), costs="roofline")
+    plan = planner.plan(model, 0.8 * whole.peak_bytes / 1e9, (inputs,), costs="roofline") if told else whole
+    assert plan.adding_peak_bytes is not None
+    assert (plan.adding_peak_bytes > plan.budget_bytes) is told
+    plan.apply()
+    for _ in range(3):  # no zero_grad between
+        model(inputs).square().mean().backward()
+    plan.restore()
+    lines = [r.getMessage() for r in caplog.records if "are there already" in r.getMessage()]
+    assert len(lines) == int(told) and all("of 0.0.weight among them" in line for line in lines)
+    counted = planner.plan(model, 1, (inputs,), costs="roofline")
+    assert counted.adding_peak_bytes is None  # they are in it
+    assert counted.peak_bytes >= whole.adding_peak_bytes
+
+
 def test_two_forwards_then_two_backwards() -> None:
     model, twin = pair()
     for order in ((0, 1), (1, 0)):

@@ -310,6 +310,17 @@ class PlanData:
         return tuple(name for name, state in self.outputs.items() if state == "kept")
 
     @property
+    def adding_peak_bytes(self) -> int | None:
+        """The least that the step takes where its gradients are there from the start, to be added to.
+
+        ``None`` where the plan counts some as there already, or as gone before the backward ends.
+        """
+        made = self.timeline_by_kind.get("gradients")
+        if made is None or not len(made) or made[0] or self.steps_in_backward:
+            return None
+        return int((self.timeline + (made[-1] - made)).max())
+
+    @property
     def unread(self) -> tuple[str, ...]:
         """The outputs that are not made, since the caller reads only the loss."""
         return tuple(name for name, state in self.outputs.items() if state == "unread")

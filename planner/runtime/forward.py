@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from planner._compat import left_alone, modes_set_aside, pytree
 from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
+from planner.plans.plan_data import PlanData
 from planner.rewrite.program import Argument
 from planner.runtime.autograd import (
     PendingCall,
@@ -74,6 +75,11 @@ class PlannedForward:
     def guard(self) -> Guard:
         """What the plan was made for, bound to the model; of a copied model once its modules are there."""
         return Guard(self.model, self.step.expected)
+
+    @functools.cached_property
+    def _told(self) -> set[int]:
+        """Plans, by identity, that were looked at where gradients were there already; of a copy none."""
+        return set()
 
     @functools.cached_property
     def _held(self) -> dict[str, Argument]:
@@ -133,8 +139,10 @@ class PlannedForward:
         """The planned step at arguments that :meth:`check` has let pass; ``tensors``: what it returned."""
         self.sets.began()
         step = self.sets.now
+        tensors = self.guard.tensors() if tensors is None else tensors
+        self._tell_of_gradients(step.plan, tensors)
         variants = step.variants
-        given = self._given(leaves, self.guard.tensors() if tensors is None else tensors)
+        given = self._given(leaves, tensors)
         if variants is not None:
             step, sizes = variants.step_for(self.model, leaves, in_spec)
             given.update(sizes)
@@ -144,6 +152,30 @@ class PlannedForward:
         if self.outputs is not None:
             self.outputs.handed_out(step, type(self.model).__name__, flat)
         return step.template.rebuild(flat)
+
+    def _tell_of_gradients(self, plan: PlanData | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Warn, once, where gradients are there already that the plan counts as made by its own backward."""
+        if plan is None or id(plan) in self._told:
+            return
+        there = [name for name, tensor in tensors.items() if tensor.requires_grad and tensor.grad is not None]
+        if not there:
+            return
+        self._told.add(id(plan))
+        adding_bytes = plan.adding_peak_bytes or 0
+        if adding_bytes <= plan.budget_bytes:
+            return
+        log.warning(
+            "%d gradients of %s are there already, of %s among them, and this plan was made where none were: "
+            "a step that adds to them takes %.6g GB or more, %.1f %% over its budget of %.6g GB. Plan where "
+            "they are (after a backward, gradients are then counted), give it that much less, or train with "
+            "planner.enable, which plans both kinds of steps",
+            len(there),
+            type(self.model).__name__,
+            there[0],
+            adding_bytes / 1e9,
+            100 * (adding_bytes / plan.budget_bytes - 1),
+            plan.budget_bytes / 1e9,
+        )
 
     @property
     def unforeseen(self) -> Lifetimes | None:

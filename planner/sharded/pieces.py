@@ -44,6 +44,7 @@ class _Passes(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.hears = True
         self.instead: torch.Tensor | None = None
         self.block = (block,)  # no submodule
 
@@ -56,7 +57,8 @@ class _Passes(nn.Module):
             )  # attention_type and the like, which the root reads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(Call(args, kwargs))
+        if self.hears:
+            self.calls.append(Call(args, kwargs))
         return args[0] if self.instead is None else self.instead
 
 
@@ -69,11 +71,10 @@ class _Before(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = self.first[0]
-        first.calls.clear()
+        first.hears = True
         self.root(*args, **kwargs)
-        (call,) = first.calls
-        first.calls.clear()
-        return call.args[0]
+        first.hears = False
+        return first.calls.pop().args[0]
 
 
 class _Behind(nn.Module):
@@ -90,7 +91,6 @@ class _Behind(nn.Module):
             return self.root(*args, **kwargs)
         finally:
             last.instead = None
-            last.calls.clear()
 
 
 @dataclass(eq=False)
@@ -126,6 +126,8 @@ class Stack:
                 "a tensor that the block before it gave: planned for a cluster are models that are one stack"
             )
         self.calls = [s.calls.pop() for s in self._stand_ins]
+        for stand_in in self._stand_ins:  # traces of a part are to leave nothing on the others
+            stand_in.hears = False
 
     def _list(self) -> nn.Module:
         try:
