@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -168,7 +167,8 @@ def verify(
             peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
         flops = step_flops(model, given, loss_fn=loss_fn)
         forward = planned_forward_of(model)
-        is_other = _sizes(given) != _sizes(plan.inputs) or bool(forward and forward.turns)
+        known = plan.inputs if isinstance(plan.inputs, Inputs) else given
+        is_other = _sizes(given) != _sizes(known) or bool(forward and forward.turns)
         comparison = compare(_read(eager, whole), ours)
         errors, why = None, ""
         if plan.chunked and not comparison.equal:
@@ -193,7 +193,7 @@ def verify(
     )
 
 
-def _sizes(inputs: Any) -> list[tuple[int, ...]]:
+def _sizes(inputs: Inputs) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in inputs.tensors()]
 
 
