@@ -374,7 +374,9 @@ def test_what_cannot_be_symbolic_is_planned_by_shape(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, logger="planner"):
         plan = plan_at(model, rows_of(8, 12), 0.5)
         hold(plan, model, [rows_of(8, 12), rows_of(5, 12), rows_of(5, 9), rows_of(5, 12)])
-    assert [r.levelname for r in caplog.records if r.name == "planner.capture.symbolic"] == ["WARNING"]
+    # the steps are held without zero_grad between, of which the applied plan may tell as well
+    others = [r for r in caplog.records if "gradients of Sized are there already" not in r.getMessage()]
+    assert [r.levelname for r in others] == ["WARNING"]
     assert "Sized" in caplog.text
     assert seen(plan)[0] == 3
     with pytest.raises(TraceError, match="rows"):
