@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 # joint forward+backward export on a live module, with a descriptor on every input; 2.9+
 
@@ -57,6 +59,18 @@ def writes_arguments(target: Any) -> bool:
     """Whether an aten overload writes to one of its arguments; ``False`` for what has no schema; 1.12+."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+@functools.cache
+def is_in_place(op: OpOverload) -> bool:
+    """Whether an op writes to its first tensor and gives it back; by the schema, since 2.11 has no tag for it."""
+    schema = op._schema
+    if not schema.arguments or len(schema.returns) != 1:
+        return False
+    written, returned = schema.arguments[0].alias_info, schema.returns[0].alias_info
+    if written is None or returned is None or not written.is_write:
+        return False
+    return bool(written.before_set == returned.before_set)
 
 
 def pieces_of(func: object) -> Callable[..., Any] | None:

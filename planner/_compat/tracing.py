@@ -35,6 +35,7 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from planner._compat.in_one_run import NotInOneRun, joint_in_one_run
+from planner._compat.ops import is_in_place
 from planner._compat.quick import (
     Remembered,
     asked_once,
@@ -493,7 +494,7 @@ def writes_keep_layout(told: Callable[..., None], answer: Callable[..., Any]) ->
     what one of ``READS_VALUES`` gives; ``NotImplemented``: it stops the trace.
     """
     before: Any = FunctionalTensorMode.__torch_dispatch__
-    run, in_place = without_writes_at_once(before), torch._library.utils.is_inplace
+    run = without_writes_at_once(before)
 
     def dispatch(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
@@ -503,7 +504,7 @@ def writes_keep_layout(told: Callable[..., None], answer: Callable[..., Any]) ->
                 return found
         if not (
             isinstance(first, FunctionalTensor)
-            and in_place(func)
+            and is_in_place(func)
             and first.is_base_tensor()
             and 1 in first.shape
         ):
