@@ -1,6 +1,8 @@
 # `make demo` and `make test` work on a fresh clone: the first call makes .venv, later ones reuse it.
+# `make test TORCH=2.11.0` does the same under another torch, in an environment of its own (gigabytes: its CUDA build).
 PYTHON ?= python3
-VENV   := .venv
+TORCH  ?=
+VENV   := .venv$(TORCH:%=-%)
 RUN    := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 TYPES  := $(VENV)/mypy.log
@@ -14,11 +16,12 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/.ready
 	$(RUN) -m planner demo
 
-# mypy runs beside the tests, is heard when they are over, and fails this target as they do.
+# mypy runs beside the tests, is heard when they are over, and fails this target as they do; not under another
+# torch, whose stubs are others.
 test: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy >$(TYPES) 2>&1 & types=$$!; \
+	@$(if $(TORCH),true,$(RUN) -m mypy) >$(TYPES) 2>&1 & types=$$!; \
 	echo OMP_NUM_THREADS=1 $(PYTEST); OMP_NUM_THREADS=1 $(PYTEST); tests=$$?; \
 	wait $$types; types=$$?; cat $(TYPES); \
 	test $$tests -eq 0 -a $$types -eq 0
@@ -69,7 +72,8 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade 'pip>=25'
-	$(RUN) -m pip install --quiet --no-compile -c constraints.txt -e '.[notebooks,hf,dev]'
+	sed 's/^torch==.*/$(if $(TORCH),torch==$(TORCH),&)/' constraints.txt >$(VENV)/constraints.txt
+	$(RUN) -m pip install --quiet --no-compile -c $(VENV)/constraints.txt -e '.[notebooks,hf,dev]'
 	$(RUN) -W ignore -c "import planner, sentence_transformers, torch._dynamo, transformers.trainer"
 	touch $@
 

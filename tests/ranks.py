@@ -61,8 +61,7 @@ class Ranks:
         return [result for _, result in answers]
 
     def _start(self) -> None:
-        # A fork has imported all that tests and package need; with a GPU, torch's backward survives none.
-        start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        start = multiprocessing.get_context(tiny.START)
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.count):
             ours, theirs = start.Pipe()

@@ -97,9 +97,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     without = rerankers.train("even", tmp_path / "a")
     budget = 0.9 * max(without.peaks) / 1e9
     folder = tmp_path / "b"
-    # A fork has imported what takes several times as long as these steps; torch's backward survives none
-    # where there is a GPU.
-    start = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    start = multiprocessing.get_context(tiny.START)
     child = start.Process(target=rerankers.train_and_die, args=(folder, budget))
     child.start()
     child.join(300)

@@ -55,6 +55,11 @@ class Mlp(nn.Module):
         return out if labels is None else F.cross_entropy(out, labels)
 
 
+# How a process of a test starts.  A fork has imported all that tests and package need, which takes several
+# times as long as what they run; torch's backward survives none in a build for GPUs, with or without one.
+START = "fork" if torch.version.cuda is None and torch.version.hip is None else "spawn"
+
+
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """``build()`` in training mode, the same weights at every call; the global generator is not touched."""
     with torch.random.fork_rng():

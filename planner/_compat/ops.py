@@ -63,7 +63,7 @@ def writes_arguments(target: Any) -> bool:
 
 @functools.cache
 def is_in_place(op: OpOverload) -> bool:
-    """Whether an op writes to its first tensor and gives it back; by the schema, since 2.11 has no tag for it."""
+    """Whether an op writes to its first tensor and gives it back; of the schema: torch 2.11 has no tag."""
     schema = op._schema
     if not schema.arguments or len(schema.returns) != 1:
         return False

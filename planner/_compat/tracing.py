@@ -477,6 +477,11 @@ def graph_in_tracing() -> fx.Graph | None:
     return None if mode is None else mode.tracer.graph
 
 
+def last_node(graph: fx.Graph) -> fx.Node:
+    """The last node of a graph; of an empty one its root, which all stand behind; 1.13+."""
+    return next(iter(reversed(graph.nodes)), graph._root)
+
+
 # What gives a number of Python's, or a yes or a no, by the values of tensors
 READS_VALUES = frozenset({
     torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default

@@ -140,7 +140,7 @@ class _Writer:
             with (
                 self.out.inserting_before(first)
                 if first is not None
-                else self.out.inserting_after(_last(self.out))
+                else self.out.inserting_after(_compat.last_node(self.out))
             ):
                 new = self.out.placeholder(node.name)
             new.meta = node.meta
@@ -200,7 +200,7 @@ class _Writer:
 
     def hand_out(self, value: int) -> None:
         """Here the engine is to have this gradient, and hooks run."""
-        end = _last(self.backward)
+        end = _compat.last_node(self.backward)
         while end.target is operator.getitem:
             end = end.prev
         for gradient in self.gradients_of_value.get(value, ()):
@@ -216,7 +216,7 @@ class _Writer:
         if self.segments is not None or not is_begun:
             return False
         before, term = (self.operand(n) for n in node.all_input_nodes)
-        end = _last(self.backward)
+        end = _compat.last_node(self.backward)
         while end.target is operator.getitem:
             end = end.prev
         if end in self.ends:  # the engine would add up both, in an order of its own
@@ -391,7 +391,3 @@ def _feeds(graph: TrainingGraph) -> dict[int, frozenset[int]]:
                     found.setdefault(i, set()).add(j)
                 stack.extend(above.all_input_nodes)
     return {i: frozenset(js) for i, js in found.items()}
-
-
-def _last(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)), graph._root)

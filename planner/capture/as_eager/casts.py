@@ -38,7 +38,7 @@ def contexts_noted() -> Iterator[None]:
     def begin() -> None:
         nonlocal began
         graph = _compat.graph_in_tracing()
-        began = None if graph is None else next(reversed(graph.nodes))
+        began = None if graph is None else _compat.last_node(graph)
 
     def end() -> None:
         nonlocal number, began
