@@ -440,6 +440,91 @@ def test_code_that_compiles_itself_trains_within_the_budget(
     assert there + planner.measure.allocated_peak(step) <= budget
 
 
+class Joined(nn.Module):
+    """Its graph computes with sizes, and hands one on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The mean of squares, and how many."""
+        n = x.shape[0]
+        y = self.down(torch.nn.functional.gelu(self.up(x)))
+        y = torch.cat([x, y]).view(2, n, WIDTH).sum(0) / (n // 2) + x.new_ones(n, 1)
+        return y.square().mean(), n * WIDTH
+
+
+def test_each_size_of_a_graph_with_symbols_is_planned(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "recompile_limit", lambda: 2)  # not Dynamo's, which needs no more than 2
+    model = Joined()
+    theirs = copy.deepcopy(model)
+    rows = {n: torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (64, 96, 160, 200)}
+    there = sum(t.nbytes for t in model.parameters())
+    budget = 560_000
+    backend = planner.inductor(budget / 1e9, optimizer=None, costs="roofline", time_limit_s=1.0)
+    call, plain = torch.compile(model, backend=backend), torch.compile(theirs)
+    own = dict[int, int]()
+
+    def step(n: int) -> None:
+        model.zero_grad()
+        call(rows[n])[0].backward()
+
+    with caplog.at_level("WARNING", "planner"):
+        for n in (64, 96, 160):  # of the second on, Dynamo has symbols
+            step(n)
+            step(n)
+            assert backend.plan is not None
+            own[n] = backend.plan.peak_bytes
+            step(n)
+            model.zero_grad()
+            assert there + rows[n].nbytes + planner.measure.allocated_peak(lambda n=n: step(n)) <= own[n]
+            theirs.zero_grad()
+            loss, size = plain(rows[n])
+            loss.backward()
+            assert call(rows[n])[1] == size == n * WIDTH
+            for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
+        assert "outside the plan" not in caplog.text
+        step(200)
+    assert own[64] < own[96] < own[160] <= budget
+    assert "planned at 2 sizes" in caplog.text and "recompile_limit" in caplog.text
+
+
+def test_a_graph_that_is_called_several_times_in_a_step_is_within_the_budget() -> None:
+    block = nn.Sequential(nn.Linear(WIDTH, 8 * WIDTH), nn.GELU(), nn.Linear(8 * WIDTH, WIDTH))
+    theirs = copy.deepcopy(block)
+    backend = planner.inductor(1.0, optimizer=None, costs="roofline", time_limit_s=1.0)
+    twice = [torch.compile(block, backend=backend), torch.compile(theirs)]
+    x = batch()
+    there = sum(t.nbytes for t in (*block.parameters(), x))
+
+    def step(call: Any, module: nn.Module) -> None:
+        module.zero_grad()
+        y = x
+        for _ in range(3):
+            y = y + call(y)
+        y.square().mean().backward()
+
+    step(twice[0], block)
+    step(twice[0], block)
+    assert backend.plan is not None
+    free = backend.plan.peak_bytes
+    tight = planner.inductor(free * 0.8 / 1e9, optimizer=None, costs="roofline", time_limit_s=1.0)
+    call = torch.compile(block, backend=tight)
+    for _ in range(3):
+        step(call, block)
+    assert tight.plan is not None and tight.plan.recompute_flops > 0 and tight.plan.peak_bytes < free
+    step(twice[1], theirs)
+    for ours, other in zip(block.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
+    block.zero_grad()
+    assert there + planner.measure.allocated_peak(lambda: step(call, block)) <= tight.plan.peak_bytes
+
+
 def test_the_last_compile_of_a_piece_of_code_is_told(caplog: pytest.LogCaptureFixture) -> None:
     linear = nn.Linear(4, 4)
 

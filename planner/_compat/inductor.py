@@ -281,6 +281,19 @@ def compile_as_torch(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
     return made
 
 
+def compiles_later(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[], Callable[..., Any]]:
+    """Compiles a graph that Dynamo gives now as torch does, with what is known of it now; 2.1+."""
+    from torch._guards import TracingContext, tracing
+
+    context = TracingContext.try_get()
+
+    def compile_now() -> Callable[..., Any]:
+        with tracing(context):
+            return compile_as_torch(gm, inputs)
+
+    return compile_now
+
+
 def torchs_split(joint: fx.GraphModule, forwards: int, static: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The two modules of ``joint`` as torch splits it where no memory is to be saved; 2.0+."""
     from torch._functorch.partitioners import default_partition

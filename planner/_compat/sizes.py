@@ -47,6 +47,14 @@ def symbolic_fake(
     return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
 
 
+def static_fakes(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fakes of ``tensors``, whose sizes are numbers, in a mode that a compiler can go on with; 2.1+."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return [mode.from_tensor(x, static_shapes=True) for x in tensors]
+
+
 def expression_of(size: Any) -> Any:
     """The sympy expression of a symbolic number, what the trace found equal replaced; others as they are."""
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size

@@ -107,13 +107,13 @@ class Inductor:
     def _planned(self, session: CompiledSession) -> None:
         model = session.model
         if model is None:
-            model = _Graphs()
+            model = Graphs()
             for i, parameter in enumerate(session.parameters.values()):
                 model.register_parameter(f"parameter_{i}", parameter)
         self.plan = _plan_of(session, model, self.budget_bytes, self.optimizer, self.search)
 
 
-class _Graphs(nn.Module):
+class Graphs(nn.Module):
     """Stands for the model, where only its graphs are known: their parameters."""
 
 

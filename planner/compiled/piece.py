@@ -92,8 +92,8 @@ class Piece:
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
             self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
             self.why = (
-                "its sizes are symbols: pass torch.compile(..., dynamic=False), and each size is planned by "
-                "itself"
+                "it has numbers that are symbols and no sizes (floats that change). Pass them as tensors, "
+                "or torch.compile(..., dynamic=False), and each value is planned by itself"
             )
         elif any(_compat.is_spread(type(x)) for x in inputs):
             self.why = (

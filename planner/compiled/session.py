@@ -21,6 +21,7 @@ from torch import fx, nn
 from planner import _compat
 from planner.alive import instances_of, kinds_of
 from planner.compiled.piece import Own, Piece
+from planner.compiled.sizes import BySize, is_by_size
 from planner.costs.target import Target
 from planner.errors import PlannerError
 from planner.measure.step import held
@@ -98,12 +99,6 @@ class CompiledSession:
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A graph that Dynamo cut out."""
-        homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
-        piece = Piece(
-            len(self.pieces), _compat.as_dynamos(with_homes(gm, homes), gm), inputs, self, self.target,
-            same_bits=self.same_bits, seen_low=self.plan is not None,
-        )  # fmt: skip
-        self.pieces.append(piece)
         if _compat.is_last_compile():
             log.warning(
                 "a piece of code was compiled for the last time: torch.compile gives up on it at %d kinds of "
@@ -111,6 +106,15 @@ class CompiledSession:
                 "outside the plan and its budget. Pad batches to few sizes, or raise the limit",
                 _compat.recompile_limit(),
             )
+        return BySize(gm, inputs, self._cut) if is_by_size(gm, inputs) else self._cut(gm, inputs)
+
+    def _cut(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        homes = {} if self.model is None else {id(m): n for n, m in self.model.named_modules()}
+        piece = Piece(
+            len(self.pieces), _compat.as_dynamos(with_homes(gm, homes), gm), inputs, self, self.target,
+            same_bits=self.same_bits, seen_low=self.plan is not None,
+        )  # fmt: skip
+        self.pieces.append(piece)
         if piece.step is None and piece.is_trained:
             self._tell(piece)
 
