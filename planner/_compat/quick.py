@@ -466,6 +466,9 @@ def _method_of(cls: Any, name: str, instead_of: Any) -> Iterator[None]:
         type.__setattr__(cls, name, before)
 
 
+_Generator: Any = torch.Generator
+
+
 def _argument(torchs: Any) -> Any:
     """What a node of a graph is called with: nodes and plain values, tuples and lists of them."""
 
@@ -479,6 +482,8 @@ def _argument(torchs: Any) -> Any:
             return tuple([create_arg(tracer, item) for item in a])
         if kind is list:
             return [create_arg(tracer, item) for item in a]
+        if kind is _Generator:  # 2.11 has no place for one in a graph
+            return a
         return torchs(tracer, a)
 
     return create_arg

@@ -120,8 +120,22 @@ def _tracing_flags() -> Iterator[None]:
     The settings are process-global and put back.
     """
     outside = _functorch_config.patch(backward_pass_autocast="off")  # 2.10+
-    with values_unchecked(), fakes_as_kernels(), outside:
+    with values_unchecked(), fakes_as_kernels(), outside, _views_of_any_base():
         yield
+
+
+def _views_of_any_base() -> contextlib.AbstractContextManager[object]:
+    """Under inference mode, a view of what was made outside of it can be traced; 2.11 knows no base of it.
+
+    What torch notes of bases there is for ops of others that write, which then copy a whole base.
+    """
+    if "get" in FunctionalTensor.__new__.__code__.co_names:  # 2.12+
+        return contextlib.nullcontext()
+    settings: Any = importlib.import_module("torch._export.config")
+    kept: contextlib.AbstractContextManager[object] = settings.patch(
+        enable_auto_functionalized_v2_for_export=False
+    )
+    return kept
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -104,7 +105,14 @@ class Piece(nn.Module):
                 given.append(next(rest))
         if self.layouts:
             given = parts_of(given, self.layouts, self.spreads, rest)
-        return parted(_Run(self.graph_of[0]).run(*given), self.spreads)
+        try:
+            made = _Run(self.graph_of[0]).run(*given)
+        except BaseException as error:
+            # A context that the graph has open (inference mode) is an object, and closes when that goes: now,
+            # or it sets back what a trace has on when it is over.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        return parted(made, self.spreads)
 
     @property
     def spreads(self) -> Spreads:
