@@ -76,6 +76,24 @@ class Quantised(optim.Optimizer):
                     p.add_(moment, alpha=-group["lr"])
 
 
+class FromTheStart(optim.SGD):
+    """Its state is there before its first step, as Adagrad's is in torch 2.11."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(p)}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Without a look whether there is state."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] += 1
+                self.state[p]["sum"] += p.grad.detach().square()
+                p.data -= group["lr"] * p.grad / self.state[p]["sum"].sqrt()
+
+
 MAKERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
     "momentum": functools.partial(optim.SGD, momentum=0.9),
@@ -88,6 +106,7 @@ MAKERS: dict[str, Callable[..., optim.Optimizer]] = {
     "rmsprop": functools.partial(optim.RMSprop, momentum=0.1, centered=True),
     "adagrad": optim.Adagrad,
     "adamax": optim.Adamax,
+    "from the start": FromTheStart,
     "quantised": functools.partial(Quantised, lr=0.1),
 }
 

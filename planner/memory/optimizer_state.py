@@ -100,7 +100,8 @@ def optimizer_state_bytes(
 ) -> OptimizerBytes:
     """State and step temporaries of an optimizer, by running its step twice on fake tensors.
 
-    An instance: its own parameter groups and settings, its present state ignored.  A class or a
+    An instance: its own parameter groups and settings, its present state ignored, but where its constructor
+    makes that (Adagrad before torch 2.13).  A class or a
     ``functools.partial``: constructed on ``params``, with ``lr=1e-3`` if it insists on one.  An int:
     the state's bytes, taken as they are.  ``device`` (default: the first parameter's) is the one
     counted; ``as_on`` as for :func:`resident_of`.  Raises TypeError for anything else, PlannerError for
@@ -156,8 +157,13 @@ def _run_on_fakes(
     # Optimizers may draw random numbers (stochastic rounding); the caller's are not theirs to use.
     with torch.random.fork_rng(devices=[]), fakes_as_last_time(), foreach_takes_fakes():
         step = functools.partial(_stepped, optimizer, device=device, as_on=as_on)
-        counted = _by_kinds(optimizer, params, step, allocation_grain(as_on))
-        return step(params).bytes if counted is None else counted
+        try:
+            counted = _by_kinds(optimizer, params, step, allocation_grain(as_on))
+            return step(params).bytes if counted is None else counted
+        except LookupError:
+            if not isinstance(optimizer, Optimizer) or not optimizer.state:
+                raise
+            return step(params, keeps_state=True).bytes  # its constructor made what the step looks for
 
 
 @dataclass(frozen=True)
@@ -192,8 +198,12 @@ def _stepped(
     *,
     device: torch.device,
     as_on: torch.device,
+    keeps_state: bool = False,
 ) -> _Stepped:
-    """An optimizer like ``optimizer`` steps on fakes of ``params``; ``counts``: of so many elements each."""
+    """An optimizer like ``optimizer`` steps on fakes of ``params``; ``counts``: of so many elements each.
+
+    ``keeps_state``  it has what ``optimizer`` has, as fakes.
+    """
     meter = StorageMeter(as_on, timeline=True, grain=allocation_grain(as_on))
     with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue(), meter:
         places = (as_on if on_device(p.device, device) else p.device for p in params)
@@ -202,7 +212,7 @@ def _stepped(
         gradients = {key: torch.empty_like(f) for key, f in fakes.items() if f.requires_grad}
         base_bytes, seen = meter.live_bytes, len(meter.timeline)
         if isinstance(optimizer, Optimizer):
-            running = _copy_on_device(optimizer, fakes)
+            running = _copy_on_device(optimizer, fakes, as_on, keeps_state=keeps_state)
         else:
             running = _construct(optimizer, list(fakes.values()))
         most_bytes = before = began = 0
@@ -457,8 +467,10 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
 
 
-def _copy_on_device(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer:
-    """The same optimizer on fake parameters, without its state and without the user's hooks.
+def _copy_on_device(
+    optimizer: Optimizer, fakes: dict[int, Tensor], device: torch.device, *, keeps_state: bool
+) -> Optimizer:
+    """The same optimizer on fake parameters, without the user's hooks and, unless told, without its state.
 
     It goes through the pickling protocol, which every Optimizer keeps, and not through the
     constructor, whose arguments need not be the defaults (AdamW's are not).
@@ -477,11 +489,19 @@ def _copy_on_device(optimizer: Optimizer, fakes: dict[int, Tensor]) -> Optimizer
     ]
     kept["param_groups"] = [group for group in kept["param_groups"] if group["params"]]
     memo: dict[int, Any] = dict(fakes)
+    state: dict[Tensor, Any] = defaultdict(dict)
+    if keeps_state:
+        of_these = {p: made for p, made in optimizer.state.items() if id(p) in fakes}
+        for p, made in of_these.items():
+            for tensor in tensors_in(made):  # a count of steps is on the CPU, whatever the parameter is on
+                moves = tensor.dim() > 0 and tensor.device == p.device
+                memo[id(tensor)] = _fake_of(tensor, device if moves else tensor.device)
+        state.update({fakes[id(p)]: copy.deepcopy(made, memo) for p, made in of_these.items()})
     for tensor in tensors_in(kept):  # buffers of its own, a learning rate; never copied for real
         memo.setdefault(id(tensor), _fake_of(tensor, tensor.device))
     copied = {name: copy.deepcopy(value, memo) for name, value in kept.items()}
     clone: Optimizer = cls.__new__(cls)
-    clone.__setstate__({**copied, "state": defaultdict(dict)})
+    clone.__setstate__({**copied, "state": state})
     return clone
 
 
