@@ -178,7 +178,7 @@ def test_inputs_of_a_wrong_shape_name_the_line_that_failed() -> None:
 
 
 def test_inputs_on_another_device() -> None:
-    refused(TraceError, mlp(), (torch.empty(4, 8, device="meta"),), "meta")
+    refused(TraceError, mlp(), (torch.empty(4, 8, device="meta"),), "meta and cpu. Move the inputs")
 
 
 def test_any_mapping_is_a_set_of_keywords() -> None:

@@ -31,14 +31,31 @@ class OverModules(Layers):
     """The loop is over two ModuleLists, left and gone on with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for number, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+        turns = 0
+        for up, down in zip(self.ups, self.downs, strict=True):
             x = x + self.drop(down(torch.tanh(up(x))))
             if x.abs().max().item() > 1e4:
                 break
-            if number:
+            turns += 1
+            if turns > 1:
                 continue
             x = x * 0.9
         return x.square().mean()
+
+
+class Enumerated(Layers):
+    """The loop is over modules and their numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+            x = x + self.drop(down(torch.tanh(up(x))))
+            if number == 0 and x.abs().max().item() > 1e4:
+                break
+        return x.square().mean()
+
+
+# Dynamo of torch 2.11 takes enumerate for a generator: it cannot go on with it behind the end of a graph.
+GOES_ON_IN_ENUMERATE = torch.__version__ >= (2, 12)
 
 
 class AsDataSay(Layers):
@@ -75,6 +92,15 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
         optimizer.step()
         state[f"loss {k}"] = loss.detach()
     return state | {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def test_a_loop_that_cannot_be_gone_on_with_is_refused_with_a_way_out() -> None:
+    if GOES_ON_IN_ENUMERATE:
+        plan = planner.plan(Enumerated(), 1.0, (torch.randn(32, 8),), **FAST)
+        assert len(plan.regions) == 2 and plan.verify().ok
+        return
+    with pytest.raises(planner.TraceError, match=r"a loop is cut.*make the loop's body a function"):
+        planner.plan(Enumerated(), 1.0, (torch.randn(32, 8),), **FAST)
 
 
 @pytest.mark.parametrize("kind", [OverModules, AsDataSay])

@@ -405,25 +405,55 @@ def _asks_for_none(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _make_iterators_go_on() -> None:
-    """An iterator over a dictionary, a ModuleList's among them, goes on behind the end of a graph.
+    """An iterator over a dictionary, a ModuleList's among them, or over a zip of lists and of such, goes on
+    behind the end of a graph as one over a list of what is left.
 
-    Dynamo of 2.13 has no code for that (before, they were lists'), and leaves the function to eager.
+    Dynamo of 2.13 has no code for the first (before, they were lists'), and leaves the function to eager; a
+    zip it makes anew, but it does not follow one that comes from outside of a graph.
     """
     iterators = importlib.import_module("torch._dynamo.variables.iter")
-    of_dicts = getattr(iterators, "DictViewIterator", None)
-    if of_dicts is None or "reconstruct" in vars(of_dicts):
-        return
-    lists = importlib.import_module("torch._dynamo.variables.lists")
+    kinds = [getattr(iterators, name, None) for name in ("DictViewIterator", "ZipVariable")]
+    for kind in filter(None, kinds):
+        kind.reconstruct = _as_a_list(vars(kind).get("reconstruct"))
 
+
+def _as_a_list(before: Callable[..., None] | None) -> Callable[..., None]:
     def reconstruct(self: Any, codegen: Any) -> None:
-        rest = list(copy.copy(self._iter))
-        if self.view_type == "keys":
-            rest = [key.vt for key in rest]
-        elif self.view_type == "items":
-            rest = [lists.TupleVariable([key.vt, value]) for key, value in rest]
-        lists.ListIteratorVariable(rest).reconstruct(codegen)
+        rest = _rest_of(self)
+        if rest is not None:
+            lists: Any = importlib.import_module("torch._dynamo.variables.lists")
+            lists.ListIteratorVariable(rest).reconstruct(codegen)
+        elif before is not None:
+            before(self, codegen)
+        else:
+            super(type(self), self).reconstruct(codegen)
 
-    of_dicts.reconstruct = reconstruct
+    return reconstruct
+
+
+def _rest_of(iterator: Any) -> list[Any] | None:
+    """What an iterator of Dynamo's is yet to give; ``None`` where that is not known beforehand."""
+    lists: Any = importlib.import_module("torch._dynamo.variables.lists")
+    kind = type(iterator).__name__
+    if isinstance(iterator, lists.ListIteratorVariable):
+        return [] if getattr(iterator, "is_exhausted", False) else list(iterator.items[iterator.index :])
+    if kind.startswith("Dict") and hasattr(iterator, "view_type"):  # 2.13+
+        rest = list(copy.copy(iterator._iter))
+        if iterator.view_type == "keys":
+            return [key.vt for key in rest]
+        if iterator.view_type == "items":
+            return [lists.TupleVariable([key.vt, value]) for key, value in rest]
+        return rest
+    if kind == "ZipVariable":
+        if hasattr(iterator, "iterables"):  # before 2.13: lists, from one index on, and iterators
+            every = [x[iterator.index :] if type(x) is list else _rest_of(x) for x in iterator.iterables]
+        else:
+            every = [_rest_of(x) for x in iterator.iterable.items]
+        known = [x for x in every if x is not None]
+        if len(known) < len(every) or (iterator.strict and len({len(x) for x in known}) > 1):
+            return None
+        return [lists.TupleVariable(list(items)) for items in zip(*known, strict=False)]
+    return None
 
 
 @functools.cache

@@ -306,13 +306,18 @@ _INSIDE = re.compile(
     r"Functional\w*Tensor|Fake\w*Tensor\w*|fake tensor|fake mode|Sym(?:Int|Float|Bool|Node)\w*"
     r"|\w*AOT(?:In|Out)put|proxy|aot_autograd|functorch|__torch_(?:dispatch|function)__"
     r"|INTERNAL ASSERT|functionalize|non-functional|(?:Dispatch|Function)Mode|torch\.fx|\"meta\""
-    r"|tensor subclass|python storage"
+    r"|tensor subclass|python storage|two (?:different )?devices"
     r"|^\W*(?:OpOverload.*)?aten\W[\w.]*\W*$",
     re.IGNORECASE,
 )
 
 # What such words mean, and how to do without; the first that fits.
 _MEANT = (
+    (
+        r"two (?:different )?devices,? (\w[\w:]*)(?:,| and) (\w[\w:]*)",
+        r"computes with tensors of two devices, \1 and \2. Move the inputs, and what forward makes, to the "
+        "device of the model's parameters",
+    ),
     (
         r"mutating a non-functional tensor",
         "writes into a tensor that is neither an input nor a buffer of the model, but a plain attribute, a "
@@ -359,8 +364,9 @@ def _said(error: BaseException) -> str:
     if not _INSIDE.search(text):
         return f"raised {kind}: {text}"
     for pattern, meant in _MEANT:
-        if re.search(pattern, text, re.IGNORECASE):
-            return meant
+        found = re.search(pattern, text, re.IGNORECASE)
+        if found:
+            return found.expand(meant)
     return (
         "does something with a tensor that a trace cannot follow. Do it outside forward and pass the result "
         "in, or plan the parts of the model around it"
