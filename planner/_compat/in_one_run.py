@@ -36,7 +36,8 @@ _C: Any = torch._C
 _BACKWARD = "is_backward"  # how torch marks nodes of the backward
 _DYNAMOS = "_torchdynamo_"  # what it notes for itself, the first time that it comes by a function of torch's
 
-# What prepares a module for torch's own tracer is known to take these; 2.13
+# What prepares a module for torch's own tracer is known to take these; 2.13.  Under 2.11, which takes one
+# more, torch's own tracer runs: what notes which formula a call belongs to is set in other places there.
 _PREPARES = frozenset({
     "mod", "args", "kwargs", "decompositions", "keep_inference_input_mutations", "ignore_shape_env",
     "flatten", "force_non_lazy_backward_lowering", "disable_functionalization", "_record_nn_module_stack",
@@ -50,6 +51,12 @@ class NotInOneRun(Exception):
 
 def _of(name: str) -> Any:
     return importlib.import_module(f"torch._functorch.{name}")
+
+
+def knows_torch() -> bool:
+    """Whether this is a torch whose tracer :func:`joint_in_one_run` is known to stand for."""
+    prepare = getattr(_of("aot_autograd"), "prepare_aot_module_simplified", None)
+    return prepare is not None and inspect.signature(prepare).parameters.keys() == _PREPARES
 
 
 def joint_in_one_run(module: nn.Module, args: tuple[Any, ...]) -> fx.GraphModule:
@@ -90,9 +97,9 @@ def run_as_traced(module: nn.Module, args: tuple[Any, ...]) -> None:
 def _prepared(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any], Any, Any]:
     """``module`` as a function of parameters, buffers and ``args``; these as fakes; what each is; their mode
     and shape environment."""
-    prepare = getattr(_of("aot_autograd"), "prepare_aot_module_simplified", None)
-    if prepare is None or inspect.signature(prepare).parameters.keys() != _PREPARES:
+    if not knows_torch():
         raise NotInOneRun("another version of torch")
+    prepare = _of("aot_autograd").prepare_aot_module_simplified
     flat_fn, _, _, _, given, descs, _, mode, env, _, _, _ = prepare(
         module, args, {}, None, keep_inference_input_mutations=False, ignore_shape_env=False, flatten=True,
         force_non_lazy_backward_lowering=True, _disable_torch_fn_metadata_mode=True,
