@@ -310,7 +310,8 @@ def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_choose
     step = compiled_step(model, inputs, costs="roofline", search=Search(time_limit_s=0.5))
     plan = step.least_plan()
     report = plan.verify()
-    assert report.equal and plan.overhead > 0, str(report)
+    assert report.equal, str(report)
+    assert plan.overhead > 0 or torch.__version__ < (2, 12)  # whose inductor takes as little keeping all
     assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
     assert report.compiled_peak_bytes == pytest.approx(step.baseline_peak_bytes, rel=0.01)
     # what the solvers count beside operands is of that layout too: in the other it is more than they are
