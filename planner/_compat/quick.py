@@ -428,6 +428,12 @@ def _plain_value(value: Any) -> Any:
     return _kind_of(value) if _kind_of(value) in VALUES or isinstance(value, torch.Tensor) else None
 
 
+def _asked_of_values(proxies: Any) -> dict[str, Any]:
+    """Whether a value is an object that a graph holds as it is; 2.14+ asks by another name."""
+    names = [name for name in ("is_opaque_value", "is_custom_class_obj") if hasattr(proxies, name)]
+    return {name: _remembering(getattr(proxies, name), _plain_value) for name in names}
+
+
 @contextlib.contextmanager
 def _names_of(module: Any, **names: Any) -> Iterator[None]:
     """Names of a module's own code, put back; those that the module lacks but for builtins are left out."""
@@ -585,7 +591,7 @@ def asked_once() -> Iterator[None]:
                 **builtin,
                 pytree=flattening,
                 autograd_would_have_decomposed=decomposed,
-                is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
+                **_asked_of_values(proxies),
                 snapshot_fake=_snapshot(proxies.snapshot_fake),
                 track_tensor=_tracked(proxies),
                 _enable_thunkify=_Thunks,
