@@ -297,6 +297,28 @@ def test_control_flow_by_values_is_named_by_file_line_and_code(body: Any, line: 
     quick(mlp(), inputs=(X,))
 
 
+class Counted(nn.Module):
+    """Its way hangs on numbers that it holds, or is given."""
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("held", held)
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        number = self.held if given is None else given
+        return self.linear(x) * 2 if number.item() > 2 else self.linear(x)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float32])
+def test_a_number_of_this_batch_is_none_of_every_batch(dtype: torch.dtype, is_given: bool) -> None:
+    """Torch 2.14 and later note the values of whole and of double numbers with what stands in for them."""
+    number = torch.tensor(3, dtype=dtype)
+    inputs = (X, number) if is_given else (X,)
+    refused(TraceError, Counted(number.clone()), inputs, r"if number\.item\(\) > 2", "value of a tensor")
+
+
 def test_what_leaves_torch_is_named() -> None:
     refused(TraceError, Body(_numpy), (X,), r"test_planner_errors\.py:\d+ \(return h \* float")
 
@@ -429,10 +451,12 @@ def test_the_hugging_face_flag() -> None:
     quick(model, inputs=tiny.bert_batch())
 
 
+@pytest.mark.parametrize("draws", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_calls_in_the_forward(reentrant: bool) -> None:
+def test_checkpoint_calls_in_the_forward(reentrant: bool, draws: bool) -> None:
     def body(self: Any, h: Tensor) -> Tensor:
-        return checkpointing.checkpoint(torch.sigmoid, h, use_reentrant=reentrant)
+        how = {"use_reentrant": reentrant, "preserve_rng_state": draws}
+        return checkpointing.checkpoint(torch.sigmoid, h, **how)
 
     refused(TraceError, Body(body), (X,), r"already checkpoints itself", r"torch\.utils\.checkpoint")
     x = X.clone().requires_grad_()
