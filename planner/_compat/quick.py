@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
 from planner._compat.at_once import AtOnce
-from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, sized_output
+from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, placed, sized_output
 
 _kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -108,7 +108,7 @@ def _kinds_of(items: Any, mode: FakeTensorMode, out: list[Any]) -> bool:
                 x.is_inference(),
             )
         elif kind in VALUES:
-            out += (kind, x)  # 1 and 1.0 are one key
+            out += (kind, placed(x) if kind is torch.device else x)  # 1 and 1.0 are one key
         elif kind is list or kind is tuple:
             out += (kind, len(x))
             if not _kinds_of(x, mode, out):
