@@ -91,7 +91,15 @@ _FROM = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_FROM.get(name, name)}")
+    try:
+        home = importlib.import_module(f"{__name__}.{_FROM.get(name, name)}")
+    except (AttributeError, ImportError, TypeError) as error:
+        from planner.errors import of_unknown_torch
+
+        unknown = of_unknown_torch(error)
+        if unknown is None:
+            raise
+        raise unknown from error
     found = globals()[name] = getattr(home, name) if name in _FROM else home
     return found
 

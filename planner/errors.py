@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 __all__ = [
+    "TESTED_TORCH",
     "InfeasibleBudgetError",
     "InvalidPlanFileError",
     "PlannerError",
     "StalePlanError",
     "TraceError",
+    "of_unknown_torch",
 ]
+
+TESTED_TORCH = "2.11", "2.13", "2.14", "2.15"  # what the tests ran with
 
 
 class PlannerError(RuntimeError):
@@ -73,3 +82,36 @@ class InfeasibleBudgetError(PlannerError):
 
     def __reduce__(self) -> Any:
         return functools.partial(InfeasibleBudgetError, **vars(self)), self.args
+
+
+_DOOR = str(Path(__file__).parent / "_compat") + os.sep  # the folder that uses what is private in torch
+_LOOKS_UP = "__getattr__", "import_module"
+
+
+def of_unknown_torch(error: BaseException) -> PlannerError | None:
+    """What to raise for an error that says that something private in torch is not there, or takes other
+    arguments; ``None`` for every other error.
+
+    That is one that a line of the folder raises which uses it, at a name or at a call: what is raised below
+    that line, or by a model that it runs, is not about the name.
+    """
+    if not isinstance(error, (AttributeError, ImportError, TypeError)) or "torch" not in sys.modules:
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while frames and not isinstance(error, TypeError) and _looks_up(frames[-1]):
+        frames.pop()
+    if not frames or not frames[-1].f_code.co_filename.startswith(_DOOR):
+        return None
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "torch":
+        return None
+    version = getattr(sys.modules["torch"], "__version__", "")
+    return PlannerError(
+        f"torch {version} is none that this planner works with: {type(error).__name__}, {error}. It runs on "
+        f"private parts of torch, and is tested with {', '.join(TESTED_TORCH[:-1])} and {TESTED_TORCH[-1]}: "
+        f"install one of these (pip install 'torch=={TESTED_TORCH[-1]}.*'), or a planner that knows this one"
+    )
+
+
+def _looks_up(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_name in _LOOKS_UP or code.co_filename.startswith("<frozen importlib")

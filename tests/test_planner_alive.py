@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from planner.alive import instances_of, kinds_of, numbers_of
-from planner.capture.as_eager.generators import _numpy_instances
+from planner.capture.as_eager.generators import _alive, _numpy_instances
 from planner.memory.live_optimizers import optimizers_of
 
 
@@ -44,6 +46,32 @@ def test_numpys_generators_are_found_by_what_they_hold() -> None:
     assert sum(numbers_of(kinds).values()) == before + len(made)
     found = {id(x) for x in _numpy_instances()}
     assert found >= {id(x) for x in made}
+
+
+def test_all_objects_are_walked_for_what_a_program_hid_and_not_for_what_python_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python 3.12 begins with 375 objects behind ``gc.freeze``."""
+    gc.unfreeze()  # as the tests hide what others left alive
+    list(_alive())
+    referrers = gc.get_referrers
+
+    def walks(hidden: int) -> int:
+        calls: list[Any] = []
+
+        def counted(*things: Any) -> list[Any]:
+            calls.append(things)
+            return referrers(*things)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "get_freeze_count", lambda: hidden)
+            patch.setattr(gc, "get_referrers", counted)
+            list(_alive())
+        return len(calls)
+
+    found = [walks(hidden) for hidden in (0, 375, 4100)]
+    gc.freeze()
+    assert found[0] == found[1] < found[2]
 
 
 def _same(i: int) -> int:

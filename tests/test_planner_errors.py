@@ -8,6 +8,7 @@ import re
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 
 import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, TraceError
+from planner.errors import TESTED_TORCH, of_unknown_torch
 from planner.solving.priced import prepare
 from planner.units import bytes_text
 from tests import tiny
@@ -297,6 +300,61 @@ def test_control_flow_by_values_is_named_by_file_line_and_code(body: Any, line: 
     quick(mlp(), inputs=(X,))
 
 
+class Counted(nn.Module):
+    """Its way hangs on numbers that it holds, or is given."""
+
+    def __init__(self, held: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("held", held)
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        number = self.held if given is None else given
+        return self.linear(x) * 2 if number.item() > 2 else self.linear(x)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float32])
+def test_a_number_of_this_batch_is_none_of_every_batch(dtype: torch.dtype, is_given: bool) -> None:
+    """Torch 2.14 and later note the values of whole and of double numbers with what stands in for them."""
+    number = torch.tensor(3, dtype=dtype)
+    inputs = (X, number) if is_given else (X,)
+    refused(TraceError, Counted(number.clone()), inputs, r"if number\.item\(\) > 2", "value of a tensor")
+
+
+@pytest.mark.parametrize("capture", ["one graph", "regions", "auto"])
+def test_a_torch_without_a_name_that_is_private_in_it(monkeypatch: pytest.MonkeyPatch, capture: Any) -> None:
+    """Is what is told, and no place in the model."""
+    monkeypatch.delattr(proxy_tensor, "snapshot_fake")
+    with pytest.raises(PlannerError) as caught:
+        quick(mlp(), inputs=(X,), capture=capture)
+    said = str(caught.value)
+    assert f"torch {torch.__version__} is none" in said and "snapshot_fake" in said
+    assert all(version in said for version in TESTED_TORCH)
+    assert "trace cannot follow" not in said
+
+
+def test_only_what_the_folder_for_private_names_raises_is_about_the_torch() -> None:
+    def raised(line: str, file: str) -> BaseException:
+        with pytest.raises((AttributeError, ImportError, TypeError)) as caught:
+            exec(compile(line, str(Path(planner.__file__).parent / file), "exec"), {"torch": torch})
+        return caught.value
+
+    for line in (
+        "torch.nothing",
+        "torch.ops.aten.nothing",
+        "from torch.fx import nothing",
+        "import torch.nothing",
+        "import importlib; importlib.import_module('torch.nothing')",
+        "torch.autograd.graph.get_gradient_edge(nothing=1)",
+    ):
+        assert "nothing" in str(of_unknown_torch(raised(line, "_compat/one.py")))
+        assert of_unknown_torch(raised(line, "capture/one.py")) is None
+    for line in ("import nothing_of_torch", "torch.nn.Linear(2, 'nothing')"):
+        assert of_unknown_torch(raised(line, "_compat/one.py")) is None
+    refused(TraceError, Body(lambda self, h: h.nothing), (X,), r"test_planner_errors\.py:\d+ ", "nothing")
+
+
 def test_what_leaves_torch_is_named() -> None:
     refused(TraceError, Body(_numpy), (X,), r"test_planner_errors\.py:\d+ \(return h \* float")
 
@@ -429,10 +487,12 @@ def test_the_hugging_face_flag() -> None:
     quick(model, inputs=tiny.bert_batch())
 
 
+@pytest.mark.parametrize("draws", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_calls_in_the_forward(reentrant: bool) -> None:
+def test_checkpoint_calls_in_the_forward(reentrant: bool, draws: bool) -> None:
     def body(self: Any, h: Tensor) -> Tensor:
-        return checkpointing.checkpoint(torch.sigmoid, h, use_reentrant=reentrant)
+        how = {"use_reentrant": reentrant, "preserve_rng_state": draws}
+        return checkpointing.checkpoint(torch.sigmoid, h, **how)
 
     refused(TraceError, Body(body), (X,), r"already checkpoints itself", r"torch\.utils\.checkpoint")
     x = X.clone().requires_grad_()

@@ -25,6 +25,7 @@ from planner._compat import (
     fakes_as_last_time,
     in_one_run,
     storage_key,
+    symbolic_mode,
     tracing,
 )
 from planner.capture import flat_model, on_fakes
@@ -420,6 +421,22 @@ def test_a_setting_that_the_first_call_corrects_is_seen_in_the_two_runs_of_the_t
     with pytest.raises(TraceError, match="runs other code than those that come after it"):
         capture(other, tiny.batch())
     assert other.kind is None
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_device_without_a_number_is_the_current_one_each_time(
+    monkeypatch: pytest.MonkeyPatch, sized: bool
+) -> None:
+    """What was made on one GPU is not what another gives: ``set_device`` chooses between them."""
+    mode = symbolic_mode() if sized else FakeTensorMode()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    found = []
+    with fakes_as_last_time(), mode:
+        like = torch.empty(2, device="cpu")
+        for number in (0, 1, 0):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda number=number: number)
+            found.append(torch.empty_like(like, device="cuda").device.index)
+    assert found == [0, 1, 0]
 
 
 def test_views_on_remembered_fakes_lie_on_the_storage_that_they_view() -> None:

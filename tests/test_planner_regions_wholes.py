@@ -197,14 +197,18 @@ def test_a_first_step_that_is_made_again_begins_where_the_first_one_did() -> Non
 
 
 class Ragged(nn.Module):
-    """The padding of a list asks which of its sizes is the largest: a piece of its own for each order."""
+    """It asks which size of a list is the largest: a piece of its own for each order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net, self.head = _layers(2), nn.Linear(WIDE, 2)
 
     def forward(self, parts: list[Tensor]) -> Tensor:
-        padded = self.net(nn.utils.rnn.pad_sequence(parts, batch_first=True))
+        longest = parts[0]
+        for part in parts:
+            if len(part) > len(longest):
+                longest = part
+        padded = self.net(nn.utils.rnn.pad_sequence(parts, batch_first=True) + longest.mean(0))
         torch._dynamo.graph_break()
         out = self.head(padded.mean(1))
         assert isinstance(out, Tensor)

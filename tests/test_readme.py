@@ -18,6 +18,7 @@ from planner.checks import demo
 from planner.cli.parser import parser
 from planner.costs.cache import VARIABLE
 from planner.devices.rates import DEVICES
+from planner.errors import TESTED_TORCH
 from planner.examples.internvl2 import Arguments
 from solvers import SOLVERS
 
@@ -374,6 +375,14 @@ def test_references_are_stated_where_it_says() -> None:
         for place in re.findall(r"`([\w/]+)`", places):
             texts = [path.read_text(encoding="utf-8") for path in (ROOT / place).rglob("*.py")]
             assert any(author in text for text in texts), f"{author} in {place}"
+
+
+def test_the_versions_of_torch_are_those_that_errors_name() -> None:
+    *first, last = TESTED_TORCH
+    assert f"all tests ran with {', '.join(first)} and {last}" in README
+    assert f'"torch>={first[0]}"' in PROJECT and f"torch {first[0]} or later" in README
+    pinned = re.search(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None and pinned[1] in TESTED_TORCH
 
 
 def test_extras_exist() -> None:

@@ -1,7 +1,8 @@
 """The one door to private torch APIs: each name, what it is for, which versions have it.
 
-Tested with torch 2.11 and 2.13.  Nothing else in this package imports a private torch name, so a
-torch upgrade is a change to this folder.
+Tested with the versions in ``planner.errors.TESTED_TORCH``.  Nothing else in this package imports a private
+torch name, so a torch upgrade is a change to this folder.  What only a newer or an older torch has is found
+by looking for it, and the comment beside it says which has it.
 
     tracing.py  how a step is traced
     sizes.py    sizes that are symbols

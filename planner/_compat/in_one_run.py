@@ -44,6 +44,13 @@ _PREPARES = frozenset({
     "_disable_torch_fn_metadata_mode",
 })  # fmt: skip
 
+# Writes into what a graph of its own within the step is given are made behind it; 2.14+
+_WRITES_LEAVE: dict[str, Any] = (
+    {"_keep_input_mutations": False}
+    if "_keep_input_mutations" in inspect.signature(FunctionalTensorMode).parameters
+    else {}
+)
+
 
 class NotInOneRun(Exception):
     """A step that only torch's own tracer, which runs the forward twice, takes."""
@@ -134,7 +141,7 @@ def _as_torch_traces(mode: Any, env: Any) -> Iterator[FunctionalTensorMode]:
             put(dispatcher.enable_python_dispatcher())
         put(utils._disable_saved_tensors_hooks_during_tracing())
         put(dispatcher.enable_python_dispatcher())
-        yield put(FunctionalTensorMode(_allow_token_discovery=True))
+        yield put(FunctionalTensorMode(_allow_token_discovery=True, **_WRITES_LEAVE))
 
 
 class _Joint:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module  # graphs whose code is written when run; 2.3+
 
 from planner._compat.at_once import AtOnce
-from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, sized_output
+from planner._compat.sized_fakes import OF_SYMBOLS, VALUES, fake_of, held_by, no_data, placed, sized_output
 
 _kind_of, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -108,7 +108,7 @@ def _kinds_of(items: Any, mode: FakeTensorMode, out: list[Any]) -> bool:
                 x.is_inference(),
             )
         elif kind in VALUES:
-            out += (kind, x)  # 1 and 1.0 are one key
+            out += (kind, placed(x) if kind is torch.device else x)  # 1 and 1.0 are one key
         elif kind is list or kind is tuple:
             out += (kind, len(x))
             if not _kinds_of(x, mode, out):
@@ -223,6 +223,9 @@ def fakes_remembered(known: Remembered) -> Iterator[None]:
         yield
 
 
+_READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
+
+
 @contextlib.contextmanager
 def _looked_up(known: Remembered) -> Iterator[None]:
     before = FakeTensorMode.cache
@@ -236,6 +239,8 @@ def _looked_up(known: Remembered) -> Iterator[None]:
             if func in apart or func in direct or not isinstance(func, OpOverload):
                 return run(mode, func, types, args, kwargs or {})
             return sized_output(sized, run, mode, func, types, args, kwargs or {})
+        if func is _READS_A_NUMBER:
+            args[0].item_memo = None  # 2.14+ notes the value of the tensor that the fake was made of
         looks = mode.cache_enabled and not mode.cache_crosscheck_enabled
         if not looks or func in apart or func in direct or not isinstance(func, OpOverload):
             return run(mode, func, types, args, kwargs or {})
@@ -428,6 +433,12 @@ def _plain_value(value: Any) -> Any:
     return _kind_of(value) if _kind_of(value) in VALUES or isinstance(value, torch.Tensor) else None
 
 
+def _asked_of_values(proxies: Any) -> dict[str, Any]:
+    """Whether a value is an object that a graph holds as it is; 2.14+ asks by another name."""
+    names = [name for name in ("is_opaque_value", "is_custom_class_obj") if hasattr(proxies, name)]
+    return {name: _remembering(getattr(proxies, name), _plain_value) for name in names}
+
+
 @contextlib.contextmanager
 def _names_of(module: Any, **names: Any) -> Iterator[None]:
     """Names of a module's own code, put back; those that the module lacks but for builtins are left out."""
@@ -585,7 +596,7 @@ def asked_once() -> Iterator[None]:
                 **builtin,
                 pytree=flattening,
                 autograd_would_have_decomposed=decomposed,
-                is_opaque_value=_remembering(proxies.is_opaque_value, _plain_value),
+                **_asked_of_values(proxies),
                 snapshot_fake=_snapshot(proxies.snapshot_fake),
                 track_tensor=_tracked(proxies),
                 _enable_thunkify=_Thunks,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["OF_SYMBOLS", "VALUES", "fake_of", "fake_on", "held_by", "no_data", "sized_output"]
+__all__ = ["OF_SYMBOLS", "VALUES", "fake_of", "fake_on", "held_by", "no_data", "placed", "sized_output"]
 
 _kind, _identity = type, id  # a capture replaces the builtins, for code outside torch (as_eager.questions)
 
@@ -36,6 +36,13 @@ def fake_of(mode: Any, inner: torch.Tensor, device: torch.device, held: dict[str
     attributes.update(held)
     attributes["fake_mode"] = mode
     return made
+
+
+def placed(device: torch.device) -> Any:
+    """A device, with the number of the current one where it is told by its kind alone (``"cuda"``)."""
+    of_kind = getattr(torch, device.type, None) if device.index is None else None
+    begun = getattr(of_kind, "is_initialized", None)
+    return device if of_kind is None or begun is None or not begun() else (device, of_kind.current_device())
 
 
 def no_data(mode: Any, made: torch.Tensor) -> None:
@@ -127,7 +134,7 @@ def _sized_kinds_of(items: Any, mode: FakeTensorMode, out: list[Any], nodes: _No
             for size in sizes:
                 out.append(nodes.kind_of(size) if _kind(size) is torch.SymInt else size)
         elif kind in VALUES:
-            out += (kind, x)
+            out += (kind, placed(x) if kind is torch.device else x)
         elif kind is torch.SymInt:
             if x.node.__class__ is not _sym_node().SymNode or x.node.constant is not None:
                 return False

@@ -572,15 +572,17 @@ def checkpoint_calls() -> Iterator[CheckpointCalls]:
 
         return watched
 
-    generator = _checkpoint._checkpoint_without_reentrant_generator  # 2.1+
-    function = _checkpoint.CheckpointFunction.apply
-    _checkpoint._checkpoint_without_reentrant_generator = watch(generator)
-    _checkpoint.CheckpointFunction.apply = watch(function)  # type: ignore[method-assign]
+    internals: Any = _checkpoint
+    names = [f"_checkpoint_without_reentrant_generator{more}" for more in ("_impl", "")]  # 2.14+, 2.1+
+    name = next(name for name in names if hasattr(internals, name))
+    generator, function = getattr(internals, name), internals.CheckpointFunction.apply
+    setattr(internals, name, watch(generator))
+    internals.CheckpointFunction.apply = watch(function)
     try:
         yield calls
     finally:
-        _checkpoint._checkpoint_without_reentrant_generator = generator
-        del _checkpoint.CheckpointFunction.apply  # the class inherits it
+        setattr(internals, name, generator)
+        del internals.CheckpointFunction.apply  # the class inherits it
 
 
 def is_faked() -> bool:

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from planner import _compat
 from planner.capture.as_eager.places import line_of
-from planner.errors import PlannerError, TraceError
+from planner.errors import PlannerError, TraceError, of_unknown_torch
 
 __all__ = [
     "checkpoints_itself",
@@ -281,8 +281,14 @@ def explained(model: nn.Module, calls: _compat.CheckpointCalls | None = None) ->
         NotImplementedError,
         KeyError,
         AttributeError,
+        ImportError,
         IndexError,
     ) as e:
+        unknown = of_unknown_torch(e)
+        if unknown is not None:
+            raise unknown from e
+        if isinstance(e, ImportError):
+            raise
         name = type(model).__name__
         if calls is not None and calls.count:
             why = "its forward calls torch.utils.checkpoint"

@@ -44,7 +44,7 @@ from planner._compat import (
     storage_key,
 )
 from planner.devices.state import allocation_grain
-from planner.errors import PlannerError
+from planner.errors import PlannerError, of_unknown_torch
 from planner.measure.meter import StorageMeter
 from planner.measure.step import tensors_in
 from planner.units import rounded_up
@@ -126,7 +126,7 @@ def optimizer_state_bytes(
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
         if isinstance(error, PlannerError):
             raise
-        raise PlannerError(
+        raise of_unknown_torch(error) or PlannerError(
             f"the step of {_name_of(optimizer)} does not run on fake tensors "
             f"({type(error).__name__}: {str(error).strip() or 'no message'}); "
             "pass the bytes of its state instead, e.g. 2 * sum(p.nbytes for p in model.parameters())"

@@ -147,6 +147,10 @@ _found: weakref.WeakSet[random.Random] = (
 )  # those of Python's that are alive, as far as known
 
 
+# Python 3.12 hides some hundred objects of its own as it starts; gc.freeze hides all there are, thousands.
+_ITS_OWN = 1000
+
+
 def _alive() -> Iterator[_Source]:
     """Every generator of Python's and numpy's that exists, but for those behind ``gc.freeze``."""
     yield from global_sources()
@@ -155,7 +159,7 @@ def _alive() -> Iterator[_Source]:
     tracers = {id(x): x for x in vars(sys.modules.get("sympy.core.random", random)).values()}
     named = {id(_pythons())} | {key for key, x in tracers.items() if type(x) in pythons}
     numbers = numbers_of(pythons | numpys)  # in one walk, and most often there are no others
-    hidden = gc.get_freeze_count() > 0  # these may be; then any other counts
+    hidden = gc.get_freeze_count() > _ITS_OWN  # these may be; then any other counts
     found = [x for x in _found if id(x) not in named]
     if hidden or sum(numbers[kind] for kind in pythons) != len(named) + len(found):
         found = [x for x in instances_of(pythons) if id(x) not in named]

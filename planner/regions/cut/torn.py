@@ -26,6 +26,8 @@ _EMBEDDINGS = {
     ),
 }
 
+_REPLACES = "set_", "shallow_copy_data_"  # what Dynamo writes for .data =; the second one 2.14+
+
 
 def torn(graph: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, str]] | None:
     """A graph of parts, and why some of them run as eager runs them, by name; ``None``: it can stay whole."""
@@ -74,7 +76,7 @@ def _why_eager(graph: fx.GraphModule, node: fx.Node) -> str:
         trained = isinstance(value, nn.Parameter) or (isinstance(value, torch.Tensor) and value.requires_grad)
         if base.op == "placeholder" and trained:
             return f"it writes into {base.name}, which has a gradient"
-        if base.op == "placeholder" and name_of(node) == "set_":
+        if base.op == "placeholder" and name_of(node) in _REPLACES:
             return f"it gives {base.name} another storage (.data =)"
     name = name_of(node)
     if name in _EMBEDDINGS and argument(node, _EMBEDDINGS[name], "max_norm") is not None:
