@@ -31,17 +31,17 @@ from planner.graph.training_graph import TrainingGraph
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
-from planner.options import OrderMode, OutputsMode, Search
+from planner.options import OnLarger, OrderMode, OutputsMode, Search
 from planner.plan import Plan, Whole
 from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
-from planner.runtime.variants import MATTERS, OnLarger, Varying
+from planner.runtime.variants import MATTERS, Varying
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
 from planner.units import bytes_text, gb_enough
 from solvers import Schedule
 
-__all__ = ["CostSource", "PricedStep", "prepare"]
+__all__ = ["PricedStep", "prepare"]
 
 log = logging.getLogger(__name__)
 
