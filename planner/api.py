@@ -334,14 +334,14 @@ def frontier(
 
     Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
     """
-    budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
-    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-        raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
     request = StepRequest(
         model=model, inputs=inputs, search=Search(solver, time_limit_s, progress), loss_fn=loss_fn,
         optimizer=optimizer, costs=costs, outputs="held" if outputs == "auto" else outputs,
         gradients=gradients, capture=capture, chunk_loss=chunk_loss,
     )  # fmt: skip
+    budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
     with request.reporting() as request:
         step = request.step()
         if budgets is not None or isinstance(step, JoinedStep):
