@@ -8,16 +8,15 @@ Each arrow is a function in the module named after its result; this one only cal
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dynamic
 from planner.compiled.step import compiled_step
+from planner.costs.target import CostSource
 from planner.devices.state import warn_of_little_memory
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier
@@ -28,29 +27,22 @@ from planner.options import (
     CaptureMode,
     ChunkLoss,
     GradientsMode,
+    OnLarger,
     OrderMode,
     OutputsMode,
     RecomputeMode,
     Search,
-    checked_backend,
-    checked_capture,
-    checked_chunk_loss,
-    checked_gradients,
-    checked_order,
-    checked_outputs,
-    checked_recompute,
 )
 from planner.plan import Plan
 from planner.progress import Progress
-from planner.runtime.variants import OnLarger
 from planner.solving.calibrate import calibrated
 from planner.solving.chunked import asked_in_chunks, in_chunks_instead, refuse_chunks, with_loss_in_chunks
-from planner.solving.in_backward import stepping_in_backward
-from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
-from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.solving.in_regions import JoinedStep
+from planner.solving.priced import PricedStep
+from planner.solving.request import PlanRequest, StepRequest
 from planner.units import bytes_text
 
-__all__ = ["frontier", "plan", "step_for"]
+__all__ = ["frontier", "plan"]
 
 log = logging.getLogger(__name__)
 
@@ -159,152 +151,121 @@ def plan(
     if no plan fits, naming the least budget that one does; ``TraceError`` if the step is not one
     graph; ``PlannerError`` for what cannot be planned.
     """
-    budget_bytes = budget_bytes_of(budget_gb)
-    search = Search(solver, time_limit_s, progress)
-    checked_outputs(outputs)
-    checked_gradients(gradients)
-    checked_capture(capture)
-    checked_backend(backend)
-    checked_recompute(recompute)
-    checked_chunk_loss(chunk_loss)
-    checked_order(order)
-    if on_larger not in ("replan", "raise"):
-        raise ValueError(f"on_larger must be 'replan' or 'raise', not {on_larger!r}")
-    if not isinstance(calibrate, bool):
-        raise TypeError(f"calibrate must be True or False, not {calibrate!r}")
-    if backend == "eager":
-        refuse_chunks(chunk_loss, loss_fn, dynamic, capture == "regions")
-    with search.reporting() as search:
-        drops = chunk_loss not in ("auto", False)
-        whole = {"dynamic": dynamic, "on_larger": on_larger, "outputs": outputs, "drops": drops}
-        how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        step: PricedStep | JoinedStep
-        if backend == "inductor":
-            _refuse_with_inductor(dynamic, calibrate, capture, gradients, chunk_loss, order)
-            step = compiled_step(
-                model, inputs, loss_fn=loss_fn, optimizer=optimizer, costs=costs, search=search,
-                same_bits=recompute == "same bits",
-            )  # fmt: skip
-        else:
-            step = step_for(model, inputs, capture, gradients, how, whole)
-            step = in_chunks(step, budget_bytes, chunk_loss, search)
-        again = partial(_as_one_graph, inputs=inputs, gradients=gradients, how=how, whole=whole)
-        if order == "free":
-            step, made = _in_either_order(step, budget_bytes, chunk_loss, calibrate, search, again)
-        else:
-            step, made = _found(step, budget_bytes, chunk_loss, calibrate, search, again)
-        warn_of_little_memory(budget_bytes, made.peak_bytes, step.target.memory)
-    log.info("%r", made)
-    if outputs == "auto" and made.released:
-        log.warning(
-            "%s fits %.4g GB only where %s is let go of before the backward, so that is what is planned for: "
-            "read model(**batch).loss, or del outputs",
-            made.model_name,
-            budget_bytes / 1e9,
-            ", ".join(made.released),
-        )
-    whole_outputs = [name for name in made.unread if name not in step.dropped]
-    if outputs == "auto" and whole_outputs:
-        log.warning(
-            "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
-            "error; outputs='unread' says that it does not",
-            made.model_name,
-            budget_bytes / 1e9,
-            ", ".join(whole_outputs),
-        )
-    return made
+    request = PlanRequest(
+        model=model, inputs=inputs, budget_bytes=budget_bytes_of(budget_gb),
+        search=Search(solver, time_limit_s, progress), loss_fn=loss_fn, optimizer=optimizer, costs=costs,
+        dynamic=dynamic, on_larger=on_larger, calibrate=calibrate, outputs=outputs, gradients=gradients,
+        capture=capture, backend=backend, recompute=recompute, chunk_loss=chunk_loss, order=order,
+    )  # fmt: skip
+    log.debug("asked for: %r", request)
+    with request.reporting() as request:
+        step = _captured(request)
+        found = _in_either_order(step, request) if order == "free" else _in_given_order(step, request)
+        warn_of_little_memory(request.budget_bytes, found.plan.peak_bytes, found.step.target.memory)
+    log.info("%r", found.plan)
+    if outputs == "auto":
+        _tell_of_outputs(found, request.budget_bytes)
+    return found.plan
 
 
-def _made(step: PricedStep | JoinedStep, budget_bytes: int, calibrate: bool, search: Search) -> Plan:
-    if calibrate and isinstance(step, PricedStep):
-        return calibrated(step, budget_bytes, search)
-    return step.plan_bytes(budget_bytes, search)  # in regions what is held beside them was measured
+class _Found(NamedTuple):
+    """A plan, and the step it is of."""
+
+    step: PricedStep | JoinedStep
+    plan: Plan
 
 
-def _found(
-    step: PricedStep | JoinedStep,
-    budget_bytes: int,
-    chunk_loss: ChunkLoss,
-    calibrate: bool,
-    search: Search,
-    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
-) -> tuple[PricedStep | JoinedStep, Plan]:
-    """A plan and the step it is of: where ``step`` has none, that as one graph, and that with its loss in
-    chunks.
+def _captured(request: PlanRequest) -> PricedStep | JoinedStep:
+    """The step that is to be planned, priced, and with its loss in chunks where that is asked for."""
+    if request.backend == "inductor":
+        return compiled_step(
+            request.model, request.inputs, loss_fn=request.loss_fn, optimizer=request.optimizer,
+            costs=request.costs, search=request.search, same_bits=request.recompute == "same bits",
+        )  # fmt: skip
+    return _in_chunks(request.step(), request.budget_bytes, request)
+
+
+def _in_chunks(
+    step: PricedStep | JoinedStep, budget_bytes: int, request: StepRequest
+) -> PricedStep | JoinedStep:
+    """``step`` with its loss in chunks where ``chunk_loss`` says so; see :func:`plan`.
+
+    Raises ``PlannerError`` where it must be and cannot.
     """
-    other: PricedStep | None
+    if isinstance(step, PricedStep):
+        return with_loss_in_chunks(step, budget_bytes, request.chunk_loss, request.search)
+    refuse_chunks(request.chunk_loss, step.loss_fn, None, True, step.why)
+    return step
+
+
+def _in_given_order(step: PricedStep | JoinedStep, request: PlanRequest) -> _Found:
+    """The plan of ``step``; where it has none, that of it as one graph, and with its loss in chunks."""
     try:
-        return step, _made(step, budget_bytes, calibrate, search)
+        return _Found(step, _planned(step, request))
     except InfeasibleBudgetError as error:
-        if isinstance(step, PricedStep):
-            other = in_chunks_instead(step, budget_bytes, chunk_loss, search)
-        else:
-            other = again(step, budget_bytes, chunk_loss)
+        other = _instead_of(step, request)
         if other is None:
-            raise _with_why(error, step, chunk_loss) from None
-    return _found(other, budget_bytes, chunk_loss, calibrate, search, again)
+            raise _with_why(error, step, request.chunk_loss) from None
+    return _in_given_order(other, request)
 
 
-def _in_either_order(
-    step: PricedStep | JoinedStep,
-    budget_bytes: int,
-    chunk_loss: ChunkLoss,
-    calibrate: bool,
-    search: Search,
-    again: Callable[[JoinedStep, int, ChunkLoss], PricedStep | None],
-) -> tuple[PricedStep | JoinedStep, Plan]:
-    """The plan of less overhead of two orders of the backward, and the step it is of."""
+def _in_either_order(step: PricedStep | JoinedStep, request: PlanRequest) -> _Found:
+    """The plan of less overhead of two orders of the backward."""
     if not isinstance(step, PricedStep):
         raise PlannerError(
             f"order='free' is for a step of one graph, and this one is in regions: {step.why or 'as asked'}. "
             "Pass order='given'"
         )
-    half = replace(search, time_limit_s=search.time_limit_s / 2)
-    found: list[tuple[PricedStep | JoinedStep, Plan]] = []
+    half = request.in_seconds(request.search.time_limit_s / 2)
+    found: list[_Found] = []
     refused: list[InfeasibleBudgetError] = []
     for each in (step, step.in_order("free")):
         try:
-            found.append(_found(each, budget_bytes, chunk_loss, calibrate, half, again))
+            found.append(_in_given_order(each, half))
         except InfeasibleBudgetError as error:
             refused.append(error)
     if not found:
         raise min(refused, key=lambda error: error.minimum_bytes)
-    return min(found, key=lambda pair: pair[1].step_s * (1 + pair[1].overhead))
+    return min(found, key=lambda one: one.plan.step_s * (1 + one.plan.overhead))
 
 
-def _as_one_graph(
-    step: JoinedStep,
-    budget_bytes: int,
-    chunk_loss: ChunkLoss,
-    inputs: object,
-    gradients: GradientsMode,
-    how: dict[str, Any],
-    whole: dict[str, Any],
-) -> PricedStep | None:
+def _planned(step: PricedStep | JoinedStep, request: PlanRequest) -> Plan:
+    if request.calibrate and isinstance(step, PricedStep):
+        return calibrated(step, request.budget_bytes, request.search)
+    # in regions what is held beside them was measured
+    return step.plan_bytes(request.budget_bytes, request.search)
+
+
+def _instead_of(step: PricedStep | JoinedStep, request: PlanRequest) -> PricedStep | None:
+    """The step to plan where ``step`` has no plan; ``None``: there is no other."""
+    if isinstance(step, PricedStep):
+        return in_chunks_instead(step, request.budget_bytes, request.chunk_loss, request.search)
+    return _as_one_graph(step, request)
+
+
+def _as_one_graph(step: JoinedStep, request: PlanRequest) -> PricedStep | None:
     """A step that in regions has no plan, as one graph without what no graph can carry, such as a cache.
 
     Its loss is in chunks where that too would have none.  ``None`` where it is no one graph even so, or needs
     more.
     """
-    if chunk_loss is False or not step.why or step.loss_fn is not None:
+    if request.chunk_loss is False or not step.why or step.loss_fn is not None:
         return None
     try:
-        made = prepare(step.model, inputs, **how, **{**whole, "drops": True})
+        made = request.as_one_graph()
     except PlannerError as error:
         log.debug("not as one graph either: %s", error)
         return None
     if not made.dropped:
         return None
-    made = stepping_in_backward(made, gradients, how["optimizer"])
-    search: Search = how["search"]
-    fewer = with_loss_in_chunks(made, budget_bytes, chunk_loss, search)
-    if budget_bytes < fewer.lightest.floor_bytes:
+    fewer = with_loss_in_chunks(made, request.budget_bytes, request.chunk_loss, request.search)
+    if request.budget_bytes < fewer.lightest.floor_bytes:
         return None
     log.warning(
         "no plan of %s in regions fits %s: it is planned as one graph without %s, which no loss reads; "
         "whoever reads it gets an error",
         type(made.model).__name__,
-        bytes_text(budget_bytes),
+        bytes_text(request.budget_bytes),
         ", ".join(made.dropped),
     )
     return fewer
@@ -322,41 +283,27 @@ def _with_why(
     )
 
 
-def in_chunks(
-    step: PricedStep | JoinedStep, budget_bytes: int, chunk_loss: ChunkLoss, search: Search
-) -> PricedStep | JoinedStep:
-    """``step`` with its loss in chunks where ``chunk_loss`` says so; see :func:`plan`.
-
-    Raises ``PlannerError`` where it must be and cannot.
-    """
-    if isinstance(step, PricedStep):
-        return with_loss_in_chunks(step, budget_bytes, chunk_loss, search)
-    refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
-    return step
-
-
-def _refuse_with_inductor(
-    dynamic: Dynamic,
-    calibrate: bool,
-    capture: CaptureMode,
-    gradients: GradientsMode,
-    chunk_loss: ChunkLoss,
-    order: OrderMode,
-) -> None:
-    given = {
-        "dynamic": bool(dynamic),
-        "calibrate": calibrate,
-        "capture": capture != "auto",
-        "gradients": gradients == "consumed",
-        "chunk_loss": chunk_loss not in ("auto", False),
-        "order": order != "given",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise ValueError(
-                f"{name} is not for backend='inductor': Dynamo cuts the step, each size is compiled by itself"
-                ", and what the generated code takes is played beforehand"
-            )
+def _tell_of_outputs(found: _Found, budget_bytes: int) -> None:
+    """Warn of what the loop must not hold, or not read, for the plan to be within its budget."""
+    step, made = found
+    budget_gb = budget_bytes / 1e9
+    if made.released:
+        log.warning(
+            "%s fits %.4g GB only where %s is let go of before the backward, so that is what is planned for: "
+            "read model(**batch).loss, or del outputs",
+            made.model_name,
+            budget_gb,
+            ", ".join(made.released),
+        )
+    whole_outputs = [name for name in made.unread if name not in step.dropped]
+    if whole_outputs:
+        log.warning(
+            "%s fits %.4g GB only where %s is not made whole, so it is not: a loop that reads it gets an "
+            "error; outputs='unread' says that it does not",
+            made.model_name,
+            budget_gb,
+            ", ".join(whole_outputs),
+        )
 
 
 def frontier(
@@ -387,40 +334,18 @@ def frontier(
 
     Raises as :func:`plan`, and ``ValueError`` for ``points`` that are no count.
     """
-    checked_outputs(outputs)
-    mode: OutputsMode = "held" if outputs == "auto" else outputs
+    request = StepRequest(
+        model=model, inputs=inputs, search=Search(solver, time_limit_s, progress), loss_fn=loss_fn,
+        optimizer=optimizer, costs=costs, outputs="held" if outputs == "auto" else outputs,
+        gradients=gradients, capture=capture, chunk_loss=chunk_loss,
+    )  # fmt: skip
     budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
-    with Search(solver, time_limit_s, progress).reporting() as search:
-        checked_capture(capture)
-        checked_gradients(gradients)
-        checked_chunk_loss(chunk_loss)
-        how = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        drops = chunk_loss not in ("auto", False)
-        step = step_for(model, inputs, capture, gradients, how, {"outputs": mode, "drops": drops})
+    with request.reporting() as request:
+        step = request.step()
         if budgets is not None or isinstance(step, JoinedStep):
-            step = in_chunks(step, min(budgets or [0]), chunk_loss, search)
+            step = _in_chunks(step, min(budgets or [0]), request)
         else:
             step = asked_in_chunks(step, chunk_loss)
-        return step.frontier(budgets, search, points=points)
-
-
-def step_for(
-    model: nn.Module,
-    inputs: object,
-    capture: CaptureMode,
-    gradients: GradientsMode,
-    how: dict[str, Any],
-    whole: dict[str, Any],
-) -> PricedStep | JoinedStep:
-    """The step of ``model`` with its costs, in one graph or in regions.
-
-    ``how``  the options that both take, ``whole`` those of one graph only.
-    """
-    step: PricedStep | JoinedStep = captured_as(
-        capture,
-        lambda: prepare(model, inputs, **how, **whole),
-        lambda: step_in_regions(model, inputs, **how),
-    )
-    return stepping_in_backward(step, gradients, how["optimizer"])
+        return step.frontier(budgets, request.search, points=points)

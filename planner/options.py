@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from planner.progress import Progress, Reporter, reporting
 from solvers import SOLVERS
@@ -16,17 +16,12 @@ __all__ = [
     "CaptureMode",
     "ChunkLoss",
     "GradientsMode",
+    "OnLarger",
     "OrderMode",
     "OutputsMode",
     "RecomputeMode",
     "Search",
-    "checked_backend",
-    "checked_capture",
-    "checked_chunk_loss",
-    "checked_gradients",
-    "checked_order",
-    "checked_outputs",
-    "checked_recompute",
+    "check_options",
 ]
 
 # Until when the caller holds what the model returns: to the step's end, to the start of the backward, not at
@@ -53,58 +48,40 @@ OrderMode: TypeAlias = Literal["given", "free"]
 # Whether the loss is computed in chunks of tokens: where nothing fits without, always, never, or in so many.
 ChunkLoss: TypeAlias = bool | int | Literal["auto"]
 
+# What happens to a batch that a plan for varying sizes cannot serve within the budget.
+OnLarger: TypeAlias = Literal["replan", "raise"]
 
-def checked_chunk_loss(chunk_loss: ChunkLoss) -> ChunkLoss:
-    """``chunk_loss`` if it is "auto", a bool or a number of chunks from 2 up; ``ValueError`` if not."""
+_VALUES: dict[str, tuple[str, ...]] = {
+    "outputs": get_args(OutputsMode),
+    "gradients": get_args(GradientsMode),
+    "capture": get_args(CaptureMode),
+    "backend": get_args(BackendMode),
+    "recompute": get_args(RecomputeMode),
+    "order": get_args(OrderMode),
+    "on_larger": get_args(OnLarger),
+}
+
+
+def check_options(given: object) -> None:
+    """``ValueError`` where an attribute of ``given`` that is named as an option has none of its values.
+
+    The error names the option, what it is and what it may be.
+    """
+    for name, values in _VALUES.items():
+        value = getattr(given, name, values[0])
+        if value not in values:
+            *others, last = map(repr, values)
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
+    _check_chunk_loss(getattr(given, "chunk_loss", False))
+
+
+def _check_chunk_loss(chunk_loss: object) -> None:
     if isinstance(chunk_loss, bool) or (isinstance(chunk_loss, str) and chunk_loss == "auto"):
-        return chunk_loss
+        return
     if not isinstance(chunk_loss, int) or chunk_loss < 2:
         raise ValueError(
             f"chunk_loss must be 'auto', True, False or a number of chunks from 2 up, not {chunk_loss!r}"
         )
-    return chunk_loss
-
-
-def checked_outputs(outputs: OutputsMode) -> OutputsMode:
-    """``outputs`` if it is one of the four; ``ValueError`` if not."""
-    if outputs not in ("held", "released", "unread", "auto"):
-        raise ValueError(f"outputs must be 'held', 'released', 'unread' or 'auto', not {outputs!r}")
-    return outputs
-
-
-def checked_order(order: OrderMode) -> OrderMode:
-    """``order`` if it is one of the two; ``ValueError`` if not."""
-    if order not in ("given", "free"):
-        raise ValueError(f"order must be 'given' or 'free', not {order!r}")
-    return order
-
-
-def checked_capture(capture: CaptureMode) -> CaptureMode:
-    """``capture`` if it is one of the three; ``ValueError`` if not."""
-    if capture not in ("one graph", "regions", "auto"):
-        raise ValueError(f"capture must be 'one graph', 'regions' or 'auto', not {capture!r}")
-    return capture
-
-
-def checked_backend(backend: BackendMode) -> BackendMode:
-    """``backend`` if it is one of the two; ``ValueError`` if not."""
-    if backend not in ("eager", "inductor"):
-        raise ValueError(f"backend must be 'eager' or 'inductor', not {backend!r}")
-    return backend
-
-
-def checked_recompute(recompute: RecomputeMode) -> RecomputeMode:
-    """``recompute`` if it is one of the two; ``ValueError`` if not."""
-    if recompute not in ("fastest", "same bits"):
-        raise ValueError(f"recompute must be 'fastest' or 'same bits', not {recompute!r}")
-    return recompute
-
-
-def checked_gradients(gradients: GradientsMode) -> GradientsMode:
-    """``gradients`` if it is one of the three; ``ValueError`` if not."""
-    if gradients not in ("held", "consumed", "auto"):
-        raise ValueError(f"gradients must be 'held', 'consumed' or 'auto', not {gradients!r}")
-    return gradients
 
 
 @dataclass(frozen=True)

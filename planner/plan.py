@@ -9,7 +9,7 @@ at once; read from a file it captures the model again and checks that it is the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,16 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
-from planner.options import OutputsMode, Search
+from planner.options import Search
 from planner.plans import serialize
 from planner.plans.frontier_data import FrontierData, Peers
 from planner.plans.plan_data import Decision, Placement, PlanData
+from planner.plans.within_budget import WithinBudget
 from planner.regions.forward import apply_plan
 from planner.runtime.apply import CheckpointedModule, applied, restored
 from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
-from planner.runtime.step import ExecutableStep, Lifetimes
+from planner.runtime.step import ExecutableStep
 from planner.runtime.variants import Replanner, Variants, Varying
 from planner.runtime.verify import verify
 from planner.view import block, depth, diff, display, explain, plots, snapshot
@@ -51,10 +52,6 @@ class Whole(Replanner, Protocol):
     @property
     def varying(self) -> Varying | None: ...
 
-    def plan_releasing(self, outputs: Collection[int], kept: Collection[int], instead_of: PlanData) -> Plan:
-        """A plan for the same budget whose caller lets go of these outputs, or keeps them beside the next."""
-        ...
-
 
 class Origin(Protocol):
     """What a made plan remembers of how it was made; a plan from a file has none.
@@ -67,14 +64,14 @@ class Origin(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
-    def verified(
-        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
-    ) -> Any:
-        """What ``plan.verify`` finds of a compiled step."""
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """Make ``model`` train as ``plan``."""
         ...
 
-    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
-        """Make ``model`` train as ``plan``, where that is of a step in regions."""
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> WithinBudget:
+        """The report of a step with ``plan`` and without."""
         ...
 
     @property
@@ -85,8 +82,6 @@ class Origin(Protocol):
     def minimum_peak_bytes(self) -> int: ...
     @property
     def known_minimum_bytes(self) -> int | None: ...
-    @property
-    def outputs(self) -> OutputsMode: ...
 
     def frontier(
         self, budgets_bytes: Sequence[int] | None = None, search: Search | None = None, *, points: int = 8
@@ -239,8 +234,7 @@ class Plan(PlanData):
         """
         self._refuse_elsewhere()
         model = self._model(model)
-        watch = HeldOutputs("released") if self.released else None
-        return CheckpointedModule(model, self.executable(model), watch)
+        return CheckpointedModule(model, self.executable(model), self.watch())
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
         """Make ``model`` itself train as planned, in place; twice is a no-op.  Returns the model.
@@ -251,11 +245,11 @@ class Plan(PlanData):
         self._refuse_elsewhere()
         model, origin = self._model(model), self._origin
         self._refuse_compiled_from_file()
+        if origin is not None:
+            return origin.applied(self, model)
         if self.regions:
-            return apply_plan(self, model) if origin is None else origin.applied(self, model)
-        learns = origin is not None and origin.outputs == "auto"
-        watch = HeldOutputs("auto" if learns else "released") if learns or self.released else None
-        return applied(model, self.executable(model), watch, self._again if learns else None)
+            return apply_plan(self, model)
+        return applied(model, self.executable(model), self.watch())
 
     def restore(self, model: nn.Module | None = None) -> nn.Module:
         """Undo ``apply``, whichever plan was applied; a no-op if none was.  Returns the model."""
@@ -277,11 +271,9 @@ class Plan(PlanData):
         """
         self._refuse_elsewhere()
         model, origin = self._model(model), self._origin
-        if loss_fn is None and origin is not None:
-            loss_fn = origin.loss_fn
-        if self.backend == "inductor":
-            self._refuse_compiled_from_file()
-            assert origin is not None
+        self._refuse_compiled_from_file()
+        if origin is not None:
+            loss_fn = origin.loss_fn if loss_fn is None else loss_fn
             return origin.verified(self, model, inputs, loss_fn, seed)
         step = partial(self.apply, model) if self.regions else self.executable(model)
         return verify(self, step, model, inputs, loss_fn=loss_fn, seed=seed)
@@ -307,11 +299,9 @@ class Plan(PlanData):
                 f"with. It is for looking; where the {self.planned_for} is, plan the model again"
             )
 
-    def _again(self, lifetimes: Lifetimes) -> ExecutableStep:
-        """The step planned for a caller whose outputs live so long."""
-        whole = None if self._origin is None else self._origin.whole
-        assert whole is not None
-        return whole.plan_releasing(*lifetimes, self).executable()
+    def watch(self) -> HeldOutputs | None:
+        """Sees that the outputs that are planned for so are let go of."""
+        return HeldOutputs("released") if self.released else None
 
     def _model(self, model: nn.Module | None) -> nn.Module:
         if model is not None:

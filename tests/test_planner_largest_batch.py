@@ -219,7 +219,7 @@ def test_what_makes_no_sense_is_refused_before_the_trace(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("planner.sizing.sized.prepare", lambda *_, **__: pytest.fail("it was traced"))
+    monkeypatch.setattr("planner.solving.request.prepare", lambda *_, **__: pytest.fail("it was traced"))
     with pytest.raises(kind, match=words):
         quickly(net, **{"budget_gb": 1.0, "make_batch": wrong, **how})
 

@@ -7,9 +7,12 @@ import math
 from typing import Any
 
 import pytest
+from torch import nn
 
 from planner.options import Search
 from planner.progress import Event, Reporter
+from planner.sizing.request import BatchRequest
+from planner.solving.request import PlanRequest, StepRequest
 from solvers import SOLVERS
 
 
@@ -67,3 +70,35 @@ def test_a_bar_is_opened_and_closed_by_reporting_only(capfd: pytest.CaptureFixtu
     with search.reporting() as drawn:
         drawn.tell.phase("solve")
     assert "solve" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("outputs", "'held', 'released', 'unread' or 'auto'"),
+        ("gradients", "'held', 'consumed' or 'auto'"),
+        ("capture", "'one graph', 'regions' or 'auto'"),
+        ("backend", "'eager' or 'inductor'"),
+        ("recompute", "'fastest' or 'same bits'"),
+        ("order", "'given' or 'free'"),
+        ("on_larger", "'replan' or 'raise'"),
+        ("chunk_loss", "'auto', True, False or a number of chunks from 2 up"),
+    ],
+)
+def test_an_option_of_a_request_has_one_of_its_values(option: str, values: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option} must be {values}, not 'perhaps'$"):
+        PlanRequest(**{"model": nn.Identity(), "budget_bytes": 1, option: "perhaps"})
+
+
+def test_a_request_prints_what_was_asked_of_it() -> None:
+    model = nn.Linear(2, 2)
+    assert repr(StepRequest(model=model)) == f"StepRequest(Linear, search={Search()!r})"
+    asked = PlanRequest(model=model, budget_bytes=7, outputs="released", capture="one graph")
+    assert repr(asked).endswith("outputs='released', capture='one graph', budget_bytes=7)")
+    sized = BatchRequest(model=model, budget_bytes=7, make_batch=abs, high=4)
+    assert repr(sized).endswith("budget_bytes=7, make_batch=<built-in function abs>, high=4)")
+
+
+def test_a_request_reports_through_the_reporter_that_was_opened() -> None:
+    with StepRequest(model=nn.Identity(), search=Search(progress=lambda _: None)).reporting() as asked:
+        assert asked.search.progress is asked.search.tell

@@ -50,10 +50,7 @@ from planner.capture.printed import headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, fake_inputs
 from planner.capture.state.asked import Asked
-from planner.capture.state.effects import (
-    attributes_kept,
-    settled,
-)
+from planner.capture.state.effects import Effects, attributes_kept, settled
 from planner.capture.state.watched import Watched, watched
 from planner.capture.step_checks import (
     refuse_formulas_of_values,
@@ -201,11 +198,7 @@ def capture_piece(
             every = EVERY if used is None else used
             step = FlatModel(model, flat, fake, in_spec, every, records=False, watch=reads)
             with fx_traceback.preserve_node_meta():
-                try:
-                    module = exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
-                finally:
-                    step.installed.remove()
-                    reads.forget()
+                module = _exported(step, fake, reads)
         traced = told_apart(module, step.names, tuple(step.rebound))
         fewer = cast_once(module, traced.parameters, traced.gradients)
     _note_what_goes_on(traced, given)
@@ -236,6 +229,59 @@ def _captured(
     given.check(model)
     flat, in_spec = given.flatten()
     mode, fake, sizes = fake_inputs(model, flat, dims)
+    trace = _trace(model, given, loss_fn, used, (fake, sizes), drops)
+    traced = _told_apart(trace, given)
+    _refuse_what_no_graph_does(model, given, trace, traced)
+    step, template = trace.step, trace.step.template
+    read = watched(model, step.reads, step.effects.written, step.placed)
+    assert template is not None
+    _refuse_without_gradient(model, traced, template)
+    sees_loss = loss_fn is None and used is None and _is_loss(traced, template)
+    joint = JointGraph(
+        traced,
+        trace.loss,
+        template,
+        in_spec,
+        given.let_go(),
+        sees_loss,
+        read=read,
+        asked=trace.values.asked(),
+    )
+    if sizes is None:
+        return joint
+    with explained(model, trace.calls):
+        sizes = sizes.guarded(mode)
+    bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
+    loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
+    return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """What a trace leaves: the module exported of ``step``, and what was watched meanwhile.
+
+    ``behind``  attributes of the model that the backward changed; ``calls``: of ``torch.utils.checkpoint``.
+    """
+
+    module: fx.GraphModule
+    step: FlatModel
+    reads: ReadsOf
+    values: Values
+    behind: Effects
+    calls: _compat.CheckpointCalls
+    loss: Traced | None
+
+
+def _trace(
+    model: nn.Module,
+    given: Inputs,
+    loss_fn: LossFn | None,
+    used: frozenset[int] | None,
+    at: tuple[list[Any], Sizes | None],
+    drops: bool,
+) -> _Trace:
+    """Trace the step ``at`` these fake inputs and sizes; what its forward asks is answered as in eager."""
+    fake, sizes = at
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -249,60 +295,64 @@ def _captured(
         if loss_fn is not None:
             with attributes_kept(model):  # what it notes on the model, it notes in the user's own loop
                 loss, used = _trace_loss(model, given, loss_fn)
-        reads = ReadsOf()
-        values = Values(given, sizes)
+        reads, values = ReadsOf(), Values(given, sizes)
+        flat, in_spec = given.flatten()
         step = FlatModel(model, flat, fake, in_spec, used, watch=reads, drops=drops, values=values)
         noted = Noted(model)
         with module_paths(model), generators.watched(), noted.watched():
-            try:
-                module = exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
-            finally:
-                step.installed.remove()
-                reads.forget()
+            module = _exported(step, fake, reads)
         if calls.count:
             raise checkpoints_itself(type(model).__name__, "its forward calls torch.utils.checkpoint")
         questions.refuse(type(model).__name__)
         noted.refuse()
-        step.installed.refuse(functools.partial(step_on_fakes, model, given))
         again = functools.partial(step_on_fakes, model, given)
+        step.installed.refuse(again)
         generators.refuse(model, module, again, step.effects.left)
-    traced = told_apart(module, step.names, tuple(step.rebound))
-    fewer = cast_once(module, traced.parameters, traced.gradients)
-    _note_sums(traced, reads.counts - fewer)
+    return _Trace(module, step, reads, values, behind, calls, loss)
+
+
+def _exported(step: FlatModel, fake: list[Any], reads: ReadsOf) -> fx.GraphModule:
+    try:
+        return exported(step, tuple(x for x in fake if isinstance(x, torch.Tensor)))
+    finally:
+        step.installed.remove()
+        reads.forget()
+
+
+def _told_apart(trace: _Trace, given: Inputs) -> Traced:
+    """The step as forward and backward, with its casts made once and its sums of gradients noted."""
+    traced = told_apart(trace.module, trace.step.names, tuple(trace.step.rebound))
+    fewer = cast_once(trace.module, traced.parameters, traced.gradients)
+    _note_sums(traced, trace.reads.counts - fewer)
     _note_what_goes_on(traced, given)
+    return traced
+
+
+def _refuse_what_no_graph_does(model: nn.Module, given: Inputs, trace: _Trace, traced: Traced) -> None:
+    """``TraceError`` where the step does or reads more than its graph would."""
+    step, behind = trace.step, trace.behind
     refuse_formulas_of_values(traced)
     refuse_sparse(traced)
-    refuse_loose_parameters(model, module)
+    refuse_loose_parameters(model, trace.module)
     refuse_side_effects(model, given, step.effects, step.reads, traced.mutations.keys(), step.alike)
     step.installed.refuse_changes(behind.touched, {name for name, *_ in behind.changed})
     if behind.changed and not settled(model, behind, lambda: step_on_fakes(model, given)):
         step.installed.refuse_changes(behind.touched)
-    read = watched(model, step.reads, step.effects.written, step.placed)
-    template = step.template
-    assert template is not None
+
+
+def _refuse_without_gradient(model: nn.Module, traced: Traced, template: OutputTemplate) -> None:
     if not traced.gradients and not traced.input_gradients:
         raise PlannerError(
             f"no gradient reaches any parameter of {type(model).__name__} from its outputs "
             f"({', '.join(x.name for x in template.leaves) or 'none'}); pass loss_fn, or labels if the model "
             "computes its own loss"
         )
+
+
+def _is_loss(traced: Traced, template: OutputTemplate) -> bool:
+    """Whether one output is differentiated, and it is a scalar."""
     chosen = [i for i, x in enumerate(template.leaves) if x.differentiated]
-    sees_loss = (
-        loss_fn is None
-        and used is None
-        and len(chosen) == 1
-        and meta.tensor(traced.outputs[chosen[0]]).numel() == 1
-    )
-    joint = JointGraph(
-        traced, loss, template, in_spec, given.let_go(), sees_loss, read=read, asked=values.asked()
-    )
-    if sizes is None:
-        return joint
-    with explained(model, calls):
-        sizes = sizes.guarded(mode)
-    bound = dict(zip(sizes.symbols, sizes.read(given.tensors()), strict=True))
-    loss_at = None if loss_fn is None else functools.partial(_loss_at, model, loss_fn)
-    return replace(joint, step=traced.at(bound), sizes=sizes, symbolic=traced, loss_at=loss_at)
+    return len(chosen) == 1 and meta.tensor(traced.outputs[chosen[0]]).numel() == 1
 
 
 def _note_sums(traced: Traced, reads: Counter[str | int]) -> None:

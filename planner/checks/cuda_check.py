@@ -40,13 +40,14 @@ from planner.checks.demo import MISPREDICTED, Tell, prefixed
 from planner.checks.kernel_check import CASES, compare_kernels, kernel_counts, kernels_differ
 from planner.checks.trials import planned_copies, prepare_example, race
 from planner.checks.zoo import MODELS, Example
+from planner.costs.target import CostSource
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.measure.bits import StepRecord, compare, run_step
 from planner.measure.peaks import cuda_step_peak, step_peak
 from planner.options import Search
 from planner.plan import Plan
-from planner.solving.priced import CostSource, PricedStep
+from planner.solving.priced import PricedStep
 from planner.view.text import aligned
 
 __all__ = [

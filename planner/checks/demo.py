@@ -21,10 +21,11 @@ import torch
 
 from planner.checks.trials import Eager, Race, Trial, eager_step, planned_copies, prepare_example, race, trial
 from planner.checks.zoo import MODELS, Example
+from planner.costs.target import CostSource
 from planner.errors import InfeasibleBudgetError
 from planner.options import Search
 from planner.plan import Plan
-from planner.solving.priced import CostSource, PricedStep
+from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 from planner.view.text import aligned
 

@@ -24,12 +24,13 @@ from torch import nn
 
 from planner.capture.outputs import LossFn
 from planner.checks.zoo import Example
+from planner.costs.target import CostSource
 from planner.measure.bits import Comparison, StepRecord, compare, run_step
 from planner.measure.flops import step_flops
 from planner.measure.peaks import step_peak
 from planner.measure.step import Batch, backward, forward
 from planner.plan import Plan
-from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.solving.priced import PricedStep, prepare
 
 __all__ = [
     "Clock",

@@ -43,6 +43,22 @@ class Outcome:
 # -- plans ----------------------------------------------------------------------------------------
 
 
+def _of_step(arguments: Namespace) -> dict[str, Any]:
+    """The options of every command that captures a step, as the planner names them."""
+    from planner.cli import user_code as factories
+
+    return {
+        "loss_fn": _loss(arguments),
+        "optimizer": factories.optimizer(arguments.optimizer, arguments.model),
+        "costs": arguments.costs,
+        "outputs": arguments.outputs,
+        "capture": arguments.capture,
+        "chunk_loss": _chunk_loss(arguments.chunk_loss),
+        "time_limit_s": arguments.time_limit,
+        "progress": _shown(arguments),
+    }
+
+
 def _chunk_loss(given: str) -> Any:
     """What ``--chunk-loss`` says; what is none of its words and no number is refused by the planner."""
     words = {"yes": True, "no": False}
@@ -61,21 +77,14 @@ def plan(arguments: Namespace) -> Outcome:
             built.model,
             arguments.budget_gb,
             built.inputs,
-            loss_fn=_loss(arguments),
-            optimizer=factories.optimizer(arguments.optimizer, arguments.model),
-            costs=arguments.costs,
             solver=arguments.solver,
-            outputs=arguments.outputs,
-            capture=arguments.capture,
-            time_limit_s=arguments.time_limit,
             dynamic=arguments.dynamic,
             calibrate=arguments.calibrate,
-            chunk_loss=_chunk_loss(arguments.chunk_loss),
             order=arguments.order,
-            progress=_shown(arguments),
+            **_of_step(arguments),
         )
     except InfeasibleBudgetError as error:
-        return Outcome(_json(infeasible(error)) if arguments.json else "", FAILED, (str(error),))
+        return _no_plan(error, arguments)
     notes = [] if built.model.training else [_NOT_TRAINING.format(made.model_name)]
     if arguments.out is not None:
         made.save(arguments.out)
@@ -89,18 +98,7 @@ def estimate(arguments: Namespace) -> Outcome:
     from planner.cli import user_code as factories
 
     built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
-    found = planner.estimate(
-        built.model,
-        built.inputs,
-        loss_fn=_loss(arguments),
-        optimizer=factories.optimizer(arguments.optimizer, arguments.model),
-        costs=arguments.costs,
-        outputs=arguments.outputs,
-        capture=arguments.capture,
-        chunk_loss=_chunk_loss(arguments.chunk_loss),
-        time_limit_s=arguments.time_limit,
-        progress=_shown(arguments),
-    )
+    found = planner.estimate(built.model, built.inputs, **_of_step(arguments))
     notes = () if built.model.training else (_NOT_TRAINING.format(found.model_name),)
     fit = None if arguments.budget_gb is None else found.fits(arguments.budget_gb)
     code = HELD if fit is None or fit else FAILED
@@ -115,9 +113,7 @@ def largest(arguments: Namespace) -> Outcome:
     import planner
     from planner.cli import user_code as factories
 
-    if arguments.plot is not None:
-        _needs_matplotlib()
-    _writable(arguments.plot)
+    _can_draw(arguments.plot)
     built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
     try:
         found = planner.largest_batch(
@@ -127,23 +123,13 @@ def largest(arguments: Namespace) -> Outcome:
             at_most_overhead=arguments.at_most_overhead,
             low=arguments.low,
             high=arguments.high,
-            loss_fn=_loss(arguments),
-            optimizer=factories.optimizer(arguments.optimizer, arguments.model),
-            costs=arguments.costs,
             solver=arguments.solver,
-            outputs=arguments.outputs,
-            capture=arguments.capture,
-            chunk_loss=_chunk_loss(arguments.chunk_loss),
-            time_limit_s=arguments.time_limit,
-            progress=_shown(arguments),
+            **_of_step(arguments),
         )
     except InfeasibleBudgetError as error:
-        return Outcome(_json(infeasible(error)) if arguments.json else "", FAILED, (str(error),))
-    notes = []
-    if arguments.plot is not None:
-        _draw(found.plot(), arguments.plot)
-        notes.append(f"written to {arguments.plot}")
-    return Outcome(_json(found.figures()) if arguments.json else str(found), HELD, tuple(notes))
+        return _no_plan(error, arguments)
+    text = _json(found.figures()) if arguments.json else str(found)
+    return Outcome(text, HELD, _drawn(found.plot, arguments.plot))
 
 
 def show(arguments: Namespace) -> Outcome:
@@ -206,30 +192,18 @@ def frontier(arguments: Namespace) -> Outcome:
     import planner
     from planner.cli import user_code as factories
 
-    if arguments.plot is not None:
-        _needs_matplotlib()  # before the minutes of work
-    _writable(arguments.plot)
+    _can_draw(arguments.plot)
     built = factories.build(arguments.model, arguments.inputs, fake=arguments.fake)
     curve = planner.frontier(
         built.model,
         built.inputs,
         arguments.budgets_gb,
         points=arguments.points,
-        loss_fn=_loss(arguments),
-        optimizer=factories.optimizer(arguments.optimizer, arguments.model),
-        costs=arguments.costs,
         solver=arguments.solver,
-        outputs=arguments.outputs,
-        capture=arguments.capture,
-        chunk_loss=_chunk_loss(arguments.chunk_loss),
-        time_limit_s=arguments.time_limit,
-        progress=_shown(arguments),
+        **_of_step(arguments),
     )
-    notes = []
-    if arguments.plot is not None:
-        _draw(curve.plot(), arguments.plot)
-        notes.append(f"written to {arguments.plot}")
-    return Outcome(_json(dataclasses.asdict(curve)) if arguments.json else str(curve), HELD, tuple(notes))
+    text = _json(dataclasses.asdict(curve)) if arguments.json else str(curve)
+    return Outcome(text, HELD, _drawn(curve.plot, arguments.plot))
 
 
 # -- the demo and the CUDA check ------------------------------------------------------------------
@@ -341,6 +315,18 @@ def pictures(made: Plan, folder: Path) -> list[Path]:
     return paths
 
 
+def _no_plan(error: InfeasibleBudgetError, arguments: Namespace) -> Outcome:
+    return Outcome(_json(infeasible(error)) if arguments.json else "", FAILED, (str(error),))
+
+
+def _drawn(draw: Callable[[], Any], path: Path | None) -> tuple[str, ...]:
+    """The note of a picture that was asked for, drawn now."""
+    if path is None:
+        return ()
+    _draw(draw(), path)
+    return (f"written to {path}",)
+
+
 def _draw(axes: Any, path: Path) -> None:
     axes.figure.savefig(path, bbox_inches="tight")
 
@@ -371,6 +357,13 @@ def _loss(arguments: Namespace) -> Any:
 def _shown(arguments: Namespace) -> bool:
     """Whether to draw progress: not if told, nor without tqdm."""
     return not arguments.quiet and Bar.is_possible()
+
+
+def _can_draw(path: Path | None) -> None:
+    """``PlannerError`` if a picture is asked for and cannot be drawn: said before the minutes of work."""
+    if path is not None:
+        _needs_matplotlib()
+    _writable(path)
 
 
 def _writable(path: Path | None) -> None:

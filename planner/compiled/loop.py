@@ -25,7 +25,7 @@ from planner.errors import InfeasibleBudgetError
 from planner.memory.live_optimizers import resident_in_training
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
-from planner.options import RecomputeMode, Search, checked_recompute
+from planner.options import RecomputeMode, Search, check_options
 from planner.plan import Plan
 from planner.ranks.once import made_once
 from planner.units import bytes_text
@@ -92,7 +92,8 @@ class Inductor:
         recompute: RecomputeMode = "fastest",
     ) -> None:
         self.budget_bytes, self.optimizer, self.costs, self.search = budget_bytes, optimizer, costs, search
-        self._same_bits = recompute == "same bits"
+        self.recompute = recompute
+        check_options(self)
         self.plan: Plan | None = None
         self._session: CompiledSession | None = None
 
@@ -101,7 +102,8 @@ class Inductor:
         if self._session is None:
             device = next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
             target = Target.of(self.costs, device)
-            self._session = CompiledSession(target, None, self._planned, same_bits=self._same_bits)
+            same_bits = self.recompute == "same bits"
+            self._session = CompiledSession(target, None, self._planned, same_bits=same_bits)
         return self._session.backend(gm, inputs)
 
     def _planned(self, session: CompiledSession) -> None:
@@ -138,7 +140,7 @@ def inductor(
     """
     Target.of(costs, torch.device("cpu"))
     search = Search(solver, time_limit_s)
-    return Inductor(budget_bytes_of(budget_gb), optimizer, costs, search, checked_recompute(recompute))
+    return Inductor(budget_bytes_of(budget_gb), optimizer, costs, search, recompute)
 
 
 def _plan_of(

@@ -355,7 +355,7 @@ class CompiledStep(JoinedStep):
     ) -> CompiledReport:
         """The compiled step with the plan beside ``torch.compile``'s without a budget."""
         given = self.captured.inputs if inputs is None else Inputs.of(model, inputs)
-        return verified(plan, model, given, loss_fn or self.loss_fn, seed, self.memory)
+        return verified(plan, model, given, loss_fn, seed, self.memory)
 
 
 def _torchs(plan: PlanData) -> float | None:

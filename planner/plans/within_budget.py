@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 __all__ = ["WithinBudget"]
 
 
-class WithinBudget:
+class WithinBudget(ABC):
     """What reports of measured steps have in common; bytes are of the whole step.
 
     ``optimizer_state_bytes``  what the plan reserves for an optimizer, and the measured step does not hold.
@@ -16,9 +18,9 @@ class WithinBudget:
     optimizer_state_bytes: int
 
     @property
+    @abstractmethod
     def equal(self) -> bool:
         """It computes what the step without the plan computes."""
-        raise NotImplementedError
 
     @property
     def within_budget(self) -> bool:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,17 +44,15 @@ from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
 from planner.graph.training_graph import TrainingGraph
-from planner.options import Search
+from planner.options import OnLarger, Search
 from planner.plans.plan_data import PlanData
 from planner.rewrite.emit import emit
 from planner.rewrite.program import Argument
 from planner.runtime.step import ExecutableStep, Lifetimes
 
-__all__ = ["MATTERS", "OnLarger", "Replanner", "Variant", "Variants", "Varying", "step_of"]
+__all__ = ["MATTERS", "Replanner", "Variant", "Variants", "Varying", "step_of"]
 
 log = logging.getLogger(__name__)
-
-OnLarger: TypeAlias = Literal["replan", "raise"]
 
 # Outputs of fewer bytes than this part of what a step holds are not worth a plan of their own.
 MATTERS = 1000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -129,51 +131,26 @@ def verify(
     Raises ``PlannerError`` if the plan knows no inputs and none are given, or if gradients are not None.
     """
     whole = step if isinstance(step, ExecutableStep) else None
-    leaves = [] if whole is None else [leaf.name for leaf in whole.template.leaves]
-    consumed = {} if whole is None else dict.fromkeys(whole.program.consumed, 0) | plan.steps_in_backward
-    kept = [i for i, name in enumerate(leaves) if name not in plan.released]
-    held: bool | list[int] = True if whole is None else kept
-    beside = [i for i, name in enumerate(leaves) if name in plan.kept]
-    if inputs is not None:
-        given = Inputs.of(model, inputs)
-    elif isinstance(plan.inputs, Inputs) and not any(
-        isinstance(t, FakeTensor) for t in plan.inputs.tensors()
-    ):
-        given = plan.inputs
-    else:
-        raise PlannerError(
-            "this plan knows only the sizes of its inputs (it is from a file, from another process, "
-            "or made in the middle of training); pass verify(model, inputs)"
-        )
-    unread = plan.unread
-    draws: list[object] = []
+    trial = _Trial.of(plan, whole, model, _batch(plan, model, inputs), loss_fn, seed)
+    recorded: AbstractContextManager[list[Any]] = recorded_draws() if plan.chunked else nullcontext([])
     with as_written(model):
-        if plan.chunked:
-            with recorded_draws() as draws:
-                eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        else:
-            eager = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        with dropping(model, consumed):
-            eager_peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
-        eager_flops = step_flops(model, given, loss_fn=loss_fn)
+        with recorded as draws:
+            eager = trial.record()
+        eager_peak, eager_flops = trial.peak_bytes(), trial.flops()
         if whole is not None:
             applied(model, whole)
         elif callable(step):
             step()
             for _ in range(_FIRST_STEPS):
-                run_step(model, given, loss_fn=loss_fn, seed=seed)
-        ours = run_step(model, given, loss_fn=loss_fn, seed=seed)
-        with dropping(model, consumed):
-            peak = step_peak(model, given, loss_fn=loss_fn, hold_outputs=held, beside=beside)
-        flops = step_flops(model, given, loss_fn=loss_fn)
-        forward = planned_forward_of(model)
-        known = plan.inputs if isinstance(plan.inputs, Inputs) else given
-        is_other = _sizes(given) != _sizes(known) or bool(forward and forward.turns)
+                trial.record()
+        ours = trial.record()
+        peak, flops = trial.peak_bytes(), trial.flops()
+        is_other = _is_other(plan, trial.inputs, model)
         comparison = compare(_read(eager, whole), ours)
         errors, why = None, ""
         if plan.chunked and not comparison.equal:
             terms = max(max(of.rows, of.columns) for of in plan.chunked)
-            errors, why = _against_float64(model, given, (eager, ours), draws, loss_fn, seed, terms)
+            errors, why = trial.against_float64((eager, ours), draws, terms)
     state = int(max(plan.timeline_by_kind.get("optimizer_state", ()), default=0))
     return Report(
         comparison,
@@ -184,13 +161,106 @@ def verify(
         flops - eager_flops,
         plan.recompute_flops + (plan.step_flops - plan.whole_step_flops if plan.chunked else 0),
         state,
-        tuple(leaves[i] for i in kept),
-        tuple(leaves[i] for i in beside),
-        unread,
+        trial.named(trial.held),
+        trial.named(trial.beside),
+        plan.unread,
         errors,
         why,
         is_other,
     )
+
+
+def _batch(plan: PlanData, model: nn.Module, inputs: object) -> Inputs:
+    """The batch to run: ``inputs``, or those that the plan was made for.
+
+    Raises ``PlannerError`` where it has none with data.
+    """
+    if inputs is not None:
+        return Inputs.of(model, inputs)
+    known = plan.inputs
+    if isinstance(known, Inputs) and not any(isinstance(t, FakeTensor) for t in known.tensors()):
+        return known
+    raise PlannerError(
+        "this plan knows only the sizes of its inputs (it is from a file, from another process, "
+        "or made in the middle of training); pass verify(model, inputs)"
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A step that is run several times: the same batch, the same seed, outputs and gradients held as planned.
+
+    ``names``     of the model's outputs; of a step in regions none are known, and all are held.
+    ``held``      which outputs are held to the end of a step, ``beside``: beside the next forward.
+    ``consumed``  bytes by parameter, of those whose gradient is used up in the backward.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    loss_fn: LossFn | None
+    seed: int
+    names: tuple[str, ...] | None
+    held: list[int]
+    beside: list[int]
+    consumed: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        plan: PlanData,
+        step: ExecutableStep | None,
+        model: nn.Module,
+        inputs: Inputs,
+        loss_fn: LossFn | None,
+        seed: int,
+    ) -> _Trial:
+        """As ``plan`` counts it; ``step`` where it is one graph."""
+        if step is None:
+            return cls(model, inputs, loss_fn, seed, None, [], [], {})
+        names = tuple(leaf.name for leaf in step.template.leaves)
+        held = [i for i, name in enumerate(names) if name not in plan.released]
+        beside = [i for i, name in enumerate(names) if name in plan.kept]
+        consumed = dict.fromkeys(step.program.consumed, 0) | plan.steps_in_backward
+        return cls(model, inputs, loss_fn, seed, names, held, beside, consumed)
+
+    def named(self, outputs: list[int]) -> tuple[str, ...]:
+        """The names of these outputs."""
+        return tuple(self.names[i] for i in outputs) if self.names else ()
+
+    def record(self) -> StepRecord:
+        """Run it; what it computes."""
+        return run_step(self.model, self.inputs, loss_fn=self.loss_fn, seed=self.seed)
+
+    def peak_bytes(self) -> int:
+        """Run it; what it takes."""
+        held: bool | list[int] = True if self.names is None else self.held
+        with dropping(self.model, self.consumed):
+            return step_peak(
+                self.model, self.inputs, loss_fn=self.loss_fn, hold_outputs=held, beside=self.beside
+            )
+
+    def flops(self) -> int:
+        """Run it; what it computes with."""
+        return step_flops(self.model, self.inputs, loss_fn=self.loss_fn)
+
+    def against_float64(
+        self, records: tuple[StepRecord, StepRecord], draws: list[object], terms: int
+    ) -> tuple[Errors | None, str]:
+        """How far two runs are from the same in float64; else why that cannot be said."""
+        try:
+            with as_written(self.model):
+                wide = step_in_float64(self.model, self.inputs, draws, loss_fn=self.loss_fn, seed=self.seed)
+        except (RuntimeError, TypeError, ValueError, StopIteration, NotImplementedError) as error:
+            why = str(error).splitlines()[0] if str(error) else "no more draws"
+            return None, f"{type(error).__name__}: {why}"
+        return errors_of(*records, wide, terms), ""
+
+
+def _is_other(plan: PlanData, given: Inputs, model: nn.Module) -> bool:
+    """Whether the batch that ran is of other sizes than the plan's, or answered otherwise what was asked."""
+    known = plan.inputs if isinstance(plan.inputs, Inputs) else given
+    forward = planned_forward_of(model)
+    return _sizes(given) != _sizes(known) or bool(forward and forward.turns)
 
 
 def _sizes(inputs: Inputs) -> list[tuple[int, ...]]:
@@ -203,24 +273,3 @@ def _read(eager: StepRecord, step: ExecutableStep | None) -> StepRecord:
         return eager
     kept = [t for i, t in enumerate(eager.outputs.values()) if i not in step.unread]
     return replace(eager, outputs={str(i): t for i, t in enumerate(kept)})
-
-
-def _against_float64(
-    model: nn.Module,
-    inputs: Inputs,
-    records: tuple[StepRecord, StepRecord],
-    draws: list[object],
-    loss_fn: LossFn | None,
-    seed: int,
-    terms: int,
-) -> tuple[Errors | None, str]:
-    """How far two steps are from the same in float64; else why that cannot be said."""
-    try:
-        with as_written(model):
-            wide = step_in_float64(model, inputs, draws, loss_fn=loss_fn, seed=seed)
-    except (RuntimeError, TypeError, ValueError, StopIteration, NotImplementedError) as error:
-        return (
-            None,
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more draws'}",
-        )
-    return errors_of(*records, wide, terms), ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from planner._compat import FakeTensorMode
-from planner.api import step_for
 from planner.capture.outputs import LossFn
 from planner.costs.target import CostSource
 from planner.errors import PlannerError
@@ -19,10 +18,6 @@ from planner.options import (
     GradientsMode,
     OutputsMode,
     Search,
-    checked_capture,
-    checked_chunk_loss,
-    checked_gradients,
-    checked_outputs,
 )
 from planner.plans.plan_data import PlanData
 from planner.progress import Progress
@@ -31,8 +26,8 @@ from planner.sizing.memoryless import is_on_meta, remade, remade_inputs
 from planner.sizing.simple import Step, floor_of, least_known
 from planner.solving.chunked import asked_in_chunks, lowest_in_chunks, refuse_chunks
 from planner.solving.fit import Answer
-from planner.solving.in_backward import stepping_in_backward
-from planner.solving.priced import PricedStep, prepare
+from planner.solving.priced import PricedStep
+from planner.solving.request import StepRequest
 
 __all__ = ["estimate", "estimate_of"]
 
@@ -68,40 +63,42 @@ def estimate(
 
     ``.fits(budget_gb)`` says what is known of a budget.  Raises as :func:`planner.plan`, but for budgets.
     """
-    checked_outputs(outputs)
-    checked_gradients(gradients)
-    checked_capture(capture)
-    checked_chunk_loss(chunk_loss)
+    request = StepRequest(
+        model=model, inputs=inputs, search=Search("auto", time_limit_s, progress), loss_fn=loss_fn,
+        optimizer=optimizer, costs=costs, outputs=outputs, gradients=gradients, capture=capture,
+        chunk_loss=chunk_loss,
+    )  # fmt: skip
     if is_on_meta(model):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model, optimizer = remade(model, optimizer, mode)
-        inputs = remade_inputs(_own(model) if inputs is None else inputs, mode)
-    with Search("auto", time_limit_s, progress).reporting() as search:
-        how: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "costs": costs, "search": search}
-        asked = chunk_loss not in ("auto", False)
-        step = step_for(model, inputs, capture, gradients, how, {"outputs": outputs, "drops": asked})
-        if asked and not isinstance(step, PricedStep):
-            refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
+        request = _on_fakes(request)
+    with request.reporting() as request:
+        step = request.step()
         if isinstance(step, PricedStep):
             step = asked_in_chunks(step, chunk_loss)
-        cut = _in_chunks(step, inputs, gradients, how, outputs) if chunk_loss == "auto" else None
-        return estimate_of(step, search, cut)
+        else:
+            refuse_chunks(chunk_loss, step.loss_fn, None, True, step.why)
+        cut = _in_chunks(step, request) if chunk_loss == "auto" else None
+        return estimate_of(step, request.search, cut)
 
 
-def _in_chunks(
-    step: Step, inputs: object, gradients: GradientsMode, how: dict[str, Any], outputs: OutputsMode
-) -> PricedStep | None:
+def _on_fakes(request: StepRequest) -> StepRequest:
+    """The same of a model on the meta device, remade of fake tensors with all that belongs to it."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model, optimizer = remade(request.model, request.optimizer, mode)
+    inputs = remade_inputs(_own(model) if request.inputs is None else request.inputs, mode)
+    return replace(request, model=model, inputs=inputs, optimizer=optimizer)
+
+
+def _in_chunks(step: Step, request: StepRequest) -> PricedStep | None:
     """``step`` with its loss in chunks, where that has a lower floor."""
     whole = step
     if not isinstance(whole, PricedStep):
         if not whole.why or whole.loss_fn is not None:
             return None
         try:
-            made = prepare(step.model, inputs, **how, outputs=outputs, drops=True)
+            whole = request.as_one_graph()
         except PlannerError as error:
             log.debug("no one graph: %s", error)
             return None
-        whole = stepping_in_backward(made, gradients, how["optimizer"])
     cut = lowest_in_chunks(whole)
     return None if cut is None or floor_of(cut).bytes >= floor_of(step).bytes else cut
 

@@ -26,16 +26,12 @@ from planner.options import (
     GradientsMode,
     OutputsMode,
     Search,
-    checked_capture,
-    checked_chunk_loss,
-    checked_gradients,
-    checked_outputs,
 )
 from planner.progress import Progress
 from planner.sizing.batches import BatchPoint, LargestBatch, Other, Stop
-from planner.sizing.sized import MakeBatch, SizedSteps, Wanted
+from planner.sizing.request import BatchRequest, MakeBatch
+from planner.sizing.sized import SizedSteps
 from planner.solving.budgeted import BudgetedStep
-from planner.solving.chunked import refuse_chunks
 from planner.solving.fit import Answer
 from planner.solving.sizes import PlannedSizes, last_within
 from planner.units import bytes_text, label
@@ -98,23 +94,17 @@ def largest_batch(
     ``low`` fits; ``PlannerError`` where not even ``low`` is within ``at_most_overhead``, and otherwise as
     :func:`planner.plan`.
     """
-    budget_bytes = budget_bytes_of(budget_gb)
-    _checked(make_batch, low, high, at_most_overhead, loss_fn, make_loss)
-    checked_outputs(outputs)
-    checked_gradients(gradients)
-    checked_capture(capture)
-    checked_chunk_loss(chunk_loss)
-    if make_loss is not None or loss_fn is not None:
-        refuse_chunks(chunk_loss, loss_fn or make_loss, None, capture == "regions")
-    with Search(solver, time_limit_s, progress).reporting() as search:
-        loss_of = make_loss if loss_fn is None else lambda _: loss_fn
-        wanted = Wanted(
-            loss_of, optimizer, costs, outputs, gradients, capture, search, chunk_loss, budget_bytes
-        )
-        steps = SizedSteps(model, make_batch, wanted, low, high)
-        _refuse_below_resident(steps, budget_bytes, low)
+    request = BatchRequest(
+        model=model, budget_bytes=budget_bytes_of(budget_gb), make_batch=make_batch, low=low, high=high,
+        at_most_overhead=at_most_overhead, search=Search(solver, time_limit_s, progress), loss_fn=loss_fn,
+        make_loss=make_loss, optimizer=optimizer, costs=costs, outputs=outputs, gradients=gradients,
+        capture=capture, chunk_loss=chunk_loss,
+    )  # fmt: skip
+    with request.reporting() as request:
+        steps = SizedSteps(request)
+        _refuse_below_resident(steps)
         try:
-            found = _Batches(steps, budget_bytes, search, low, high, at_most_overhead).found()
+            found = _Batches(steps).found()
         except TraceError as error:
             if loss_fn is None:
                 raise
@@ -134,42 +124,11 @@ def largest_batch(
     return found
 
 
-def _checked(
-    make_batch: object, low: int, high: int, at_most_overhead: object, loss_fn: object, make_loss: object
-) -> None:
-    if not callable(make_batch):
-        raise TypeError(
-            "make_batch must be a function of a number of examples that returns the inputs, not "
-            f"{make_batch!r}"
-        )
-    for name, size in (("low", low), ("high", high)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be a whole number of examples, not {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more examples, not {size}")
-    if high < low:
-        raise ValueError(f"high={high} is below low={low}: no size lies between them")
-    if at_most_overhead is not None:
-        if isinstance(at_most_overhead, bool) or not isinstance(at_most_overhead, (int, float)):
-            raise TypeError(f"at_most_overhead must be a share of step time, not {at_most_overhead!r}")
-        if not (math.isfinite(at_most_overhead) and at_most_overhead >= 0):
-            raise ValueError(
-                f"at_most_overhead must be 0 or more of the step's time (0.2 is a fifth), not "
-                f"{at_most_overhead}"
-            )
-    if loss_fn is not None and make_loss is not None:
-        raise ValueError(
-            "pass loss_fn, for outputs of any size, or make_loss, which makes it by size; not both"
-        )
-    for name, function in (("loss_fn", loss_fn), ("make_loss", make_loss)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, not {function!r}")
-
-
-def _refuse_below_resident(steps: SizedSteps, budget_bytes: int, low: int) -> None:
+def _refuse_below_resident(steps: SizedSteps) -> None:
     """``InfeasibleBudgetError`` where what is there throughout is above the budget, before any trace."""
+    budget_bytes, low = steps.request.budget_bytes, steps.request.low
     given, model = steps.batch(low), steps.alone_model
-    device = target_for(model, steps.wanted.costs).device
+    device = target_for(model, steps.request.costs).device
     there = resident_of(
         model, (given.args, given.kwargs), steps.alone_optimizer, device=target_for(model, "roofline").here,
         as_on=device,
@@ -198,18 +157,11 @@ def _refuse_below_resident(steps: SizedSteps, budget_bytes: int, low: int) -> No
 class _Batches(PlannedSizes):
     """The search, with the plans that it met."""
 
-    def __init__(
-        self,
-        steps: SizedSteps,
-        budget_bytes: int,
-        search: Search,
-        low: int,
-        high: int,
-        at_most_overhead: float | None,
-    ) -> None:
-        super().__init__(self._step, budget_bytes, search, low)
-        self.steps, self.high, self.at_most_overhead = steps, high, at_most_overhead
-        self.lets_go = steps.wanted.outputs == "auto"  # of outputs before the backward: most fits so
+    def __init__(self, steps: SizedSteps) -> None:
+        request = steps.request
+        super().__init__(self._step, request.budget_bytes, request.search, request.low)
+        self.steps, self.high, self.at_most_overhead = steps, request.high, request.at_most_overhead
+        self.lets_go = request.outputs == "auto"  # of outputs before the backward: most fits so
 
     def found(self) -> LargestBatch:
         """Raises ``InfeasibleBudgetError`` where not even the smallest has a plan."""

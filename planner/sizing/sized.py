@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,56 +21,28 @@ from torch import nn
 
 from planner import _compat
 from planner._compat import FakeTensorMode
-from planner.api import step_for
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dims
-from planner.costs.target import CostSource, target_for
+from planner.costs.target import target_for
 from planner.errors import TraceError
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import CaptureMode, ChunkLoss, GradientsMode, OutputsMode, Search
 from planner.sizing.memoryless import is_on_meta, is_without_memory, remade, remade_inputs
+from planner.sizing.request import BatchRequest
 from planner.sizing.simple import Step, checkpointed, floor_of, overhead_of
 from planner.solving.chunked import asked_in_chunks, lowest_in_chunks, refuse_chunks
-from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep
-from planner.solving.priced import PricedStep, prepare
+from planner.solving.priced import PricedStep
 
-__all__ = ["At", "MakeBatch", "SizedSteps", "Wanted"]
+__all__ = ["At", "SizedSteps"]
 
 log = logging.getLogger(__name__)
-
-MakeBatch = Callable[[int], object]
 
 _KEPT = 6  # steps at hand; of the others the figures are
 
 # Sizes to trace at are odd and none of the model's own: two sizes that are equal by chance are compared, and
 # the comparison becomes a guard.
 _TRACED_AT = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How a step is captured and priced at whatever size; as for :func:`planner.plan`.
-
-    ``loss_of``  the loss outside the model for a batch of so many, ``None`` where there is none.
-    ``budget_bytes``  with ``chunk_loss="auto"`` the loss is in chunks where the floor is above it.
-    """
-
-    loss_of: Callable[[int], LossFn] | None
-    optimizer: OptimizerLike | None
-    costs: CostSource
-    outputs: OutputsMode
-    gradients: GradientsMode
-    capture: CaptureMode
-    search: Search
-    chunk_loss: ChunkLoss = False
-    budget_bytes: int = 0
-
-    @property
-    def drops(self) -> bool:
-        """Whether what no graph can carry is not handed out, so that the loss can be computed in chunks."""
-        return self.chunk_loss not in ("auto", False)
 
 
 @dataclass(frozen=True)
@@ -116,8 +88,7 @@ class At:
 class _LossAt:
     """The loss of the size that is looked at: a symbolic capture asks for it at every size anew."""
 
-    def __init__(self, loss_of: Callable[[int], LossFn]) -> None:
-        self.loss_of = loss_of
+    def __init__(self) -> None:
         self.now: LossFn | None = None
 
     def __call__(self, outputs: Any) -> torch.Tensor:
@@ -126,32 +97,32 @@ class _LossAt:
 
 
 class SizedSteps:
-    """The steps of ``model`` on ``make_batch(n)``, for any n from ``low`` to ``high``.
+    """The steps that ``request`` asks for: on ``make_batch(n)``, for any n from ``low`` to ``high``.
 
     ``traces``  how often the step was captured; ``by_symbols``: whether one capture serves many sizes.
 
     Raises ``ValueError`` for batches without a tensor, and for those that are the same at every size.
     """
 
-    def __init__(self, model: nn.Module, make_batch: MakeBatch, wanted: Wanted, low: int, high: int) -> None:
-        self.model, self.make_batch, self.wanted = model, make_batch, wanted
+    def __init__(self, request: BatchRequest) -> None:
+        self.request, self.model = request, request.model
         self.traces = 0
-        self._loss = None if wanted.loss_of is None else _LossAt(wanted.loss_of)
-        self._capture = wanted.capture
+        self._loss = _LossAt() if request.has_loss else None
+        self._capture = request.capture
         self._families: list[tuple[PricedStep, Inputs]] = []
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._at: dict[int, At] = {}
-        self._home = FakeTensorMode(allow_non_fake_inputs=True) if is_on_meta(model) else None
-        self.alone_model, self.alone_optimizer = model, wanted.optimizer
+        self._home = FakeTensorMode(allow_non_fake_inputs=True) if is_on_meta(self.model) else None
+        self.alone_model, self.alone_optimizer = self.model, request.optimizer
         if self._home is not None:
-            self.alone_model, self.alone_optimizer = remade(model, wanted.optimizer, self._home)
-        target_for(self.alone_model, wanted.costs)  # names that are no costs are refused before the rest
-        self.start = _traced_at(model, low, high)
+            self.alone_model, self.alone_optimizer = remade(self.model, request.optimizer, self._home)
+        target_for(self.alone_model, request.costs)  # names that are no costs are refused before the rest
+        self.start = _traced_at(self.model, request.low, request.high)
         self._dims: Dims | None = None
-        if low < high:
-            other = self.start + 1 if self.start < high else self.start - 1
+        if request.low < request.high:
+            other = self.start + 1 if self.start < request.high else self.start - 1
             self._dims = _changing(self.batch(self.start), self.batch(other), self.start, other)
-        if wanted.capture == "regions":
+        if request.capture == "regions":
             self._dims = None
 
     @property
@@ -178,7 +149,7 @@ class SizedSteps:
 
     def batch(self, size: int) -> Inputs:
         """The batch of so many, checked."""
-        made = self.make_batch(size)
+        made = self.request.make_batch(size)
         if made is None:
             raise TypeError(
                 f"make_batch({size}) returned None: it has to return the inputs of that many examples"
@@ -212,8 +183,8 @@ class SizedSteps:
         if size not in self._steps:
             given = self.batch(size)
             if self._loss is not None:
-                self._loss.now = self._loss.loss_of(size)
-            self.wanted.search.tell.phase("capture", f"{type(self.model).__name__} at {size}")
+                self._loss.now = self.request.loss_of(size)
+            self.request.search.tell.phase("capture", f"{type(self.model).__name__} at {size}")
             made = self._of_symbols(given) or self._alone(given)
             self._steps[size] = self._in_chunks(self._with_its_loss(made))
             while len(self._steps) > _KEPT:
@@ -226,13 +197,13 @@ class SizedSteps:
 
     def _in_chunks(self, step: Step) -> Step:
         """With its loss in chunks where that is asked for, or the floor is above the budget without."""
-        asked = self.wanted.chunk_loss
+        asked = self.request.chunk_loss
         if isinstance(step, JoinedStep):
             refuse_chunks(asked, step.loss_fn, None, True, step.why)
             return step
         if asked != "auto":
             return asked_in_chunks(step, asked)
-        above = floor_of(step).bytes > self.wanted.budget_bytes
+        above = floor_of(step).bytes > self.request.budget_bytes
         return (lowest_in_chunks(step) or step) if above else step
 
     # -- with symbols ------------------------------------------------------------------------------
@@ -261,28 +232,28 @@ class SizedSteps:
         return _sized(family, given)
 
     def _family(self, given: Inputs, dims: Dims) -> PricedStep:
-        model, optimizer = self.model, self.wanted.optimizer
+        model, optimizer = self.model, self.request.optimizer
         if is_without_memory(model):
             mode = _compat.symbolic_mode()
             model, optimizer = remade(model, optimizer, mode)
-        step = prepare(
-            model, given, loss_fn=self._loss, optimizer=optimizer, costs=self.wanted.costs, dynamic=dims,
-            search=self.wanted.search, outputs=self.wanted.outputs, drops=self.wanted.drops,
-        )  # fmt: skip
+        asked = self._asked(model, optimizer, given)
+        step = replace(asked, dynamic=dims, capture="one graph").step()
+        assert isinstance(step, PricedStep)
         self.traces += 1
-        return stepping_in_backward(step, self.wanted.gradients, optimizer)
+        return step
+
+    def _asked(self, model: nn.Module, optimizer: OptimizerLike | None, given: Inputs) -> BatchRequest:
+        """The request for the step on one batch, with the loss of whatever size is looked at."""
+        return replace(
+            self.request, model=model, optimizer=optimizer, inputs=given, loss_fn=self._loss, make_loss=None
+        )
 
     # -- without -----------------------------------------------------------------------------------
 
     def _alone(self, given: Inputs) -> Step:
         """Captured at its own sizes only."""
-        wanted = self.wanted
-        how = {
-            "loss_fn": self._loss, "optimizer": self.alone_optimizer, "costs": wanted.costs,
-            "search": wanted.search,
-        }  # fmt: skip
-        whole = {"outputs": wanted.outputs, "drops": wanted.drops}
-        step = step_for(self.alone_model, given, self._capture, wanted.gradients, how, whole)
+        asked = self._asked(self.alone_model, self.alone_optimizer, given)
+        step = replace(asked, capture=self._capture).step()
         self.traces += 1
         if isinstance(step, JoinedStep):
             self._capture, self._dims = "regions", None

@@ -7,6 +7,7 @@ budget to a schedule that fits it, from that to a plan.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from planner.plans.lowering import lower
 from planner.plans.outline import Outline
 from planner.plans.placements import placements_of
 from planner.plans.plan_data import OutputState, PlanData
+from planner.plans.within_budget import WithinBudget
 from planner.solving.fit import Answer, fitted, fitted_each
 from planner.solving.kept import KeptSchedule, Recalled, never_rising
 from planner.units import bytes_text, gb_enough
@@ -70,7 +72,7 @@ class _Shown:
 
 
 @dataclass(frozen=True, eq=False)
-class BudgetedStep:
+class BudgetedStep(ABC):
     """A step with its costs; the common ground of all plans made from it.
 
     ``memory``         what is there throughout, on the device planned for, which is ``target``.
@@ -114,15 +116,15 @@ class BudgetedStep:
         """The same where it is one graph, which has a program of its own."""
         return None
 
+    @abstractmethod
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
-        """``plan.apply(model)`` of a step in regions."""
-        return plan.apply(model)
+        """Make ``model`` train as ``plan``, one of this step, says.  Returns the model."""
 
+    @abstractmethod
     def verified(
         self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
-    ) -> Any:
-        """``plan.verify()`` of a compiled step."""
-        raise NotImplementedError
+    ) -> WithinBudget:
+        """The report of a step of ``model`` with ``plan``, one of this step, and without."""
 
     @property
     def dropped(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from planner.options import CaptureMode, Search
 from planner.plan import Plan
 from planner.plans.lowering import lower
 from planner.plans.plan_data import PlanData, RegionSummary
+from planner.plans.within_budget import WithinBudget
 from planner.regions.forward import RegionsForward, Solved, apply_plan
 from planner.regions.joined import Joined, RecordedStep, join, parts
 from planner.regions.kept import Foresight, Own
@@ -37,6 +38,7 @@ from planner.regions.proposal import proposal
 from planner.regions.record import Record
 from planner.regions.session import Session
 from planner.runtime.apply import put, restored
+from planner.runtime.verify import verify
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
 from planner.solving.priced import PricedStep
@@ -240,6 +242,12 @@ class JoinedStep(BudgetedStep):
         solved = self.solved(plan)
         session.follow(solved.parts, solved, solved.foresight)
         return put(restored(model), RegionsForward(model, session, partial(self._again, plan)))
+
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> WithinBudget:
+        """The step of ``model`` with ``plan`` beside eager's."""
+        return verify(plan, partial(plan.apply, model), model, inputs, loss_fn=loss_fn, seed=seed)
 
     def _again(self, plan: Plan, record: Record) -> Solved:
         """Another kind of step is planned for the same budget."""

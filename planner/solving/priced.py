@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,21 @@ from planner.graph.training_graph import TrainingGraph
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
-from planner.options import OrderMode, OutputsMode, Search
+from planner.options import OnLarger, OrderMode, OutputsMode, Search
 from planner.plan import Plan, Whole
 from planner.plans.lowering import steps_of
 from planner.plans.plan_data import OutputState, PlanData
-from planner.runtime.variants import MATTERS, OnLarger, Varying
+from planner.runtime.apply import applied
+from planner.runtime.held_outputs import HeldOutputs
+from planner.runtime.step import ExecutableStep, Lifetimes
+from planner.runtime.variants import MATTERS, Varying
+from planner.runtime.verify import Report, verify
 from planner.solving.budgeted import BudgetedStep
 from planner.solving.fit import Answer
 from planner.units import bytes_text, gb_enough
 from solvers import Schedule
 
-__all__ = ["CostSource", "PricedStep", "prepare"]
+__all__ = ["PricedStep", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +181,27 @@ class PricedStep(BudgetedStep):
     def joint(self) -> JointGraph:
         """Its step as one fx graph."""
         return self.captured.joint
+
+    def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
+        """Make ``model`` train as ``plan``, one of this step, says.
+
+        Where outputs are planned for as "auto", the first steps are looked at, and planned again for what the
+        loop does with them.
+        """
+        if self.outputs == "auto":
+            again = partial(self._planned_again, plan)
+            return applied(model, plan.executable(model), HeldOutputs("auto"), again)
+        return applied(model, plan.executable(model), plan.watch())
+
+    def _planned_again(self, plan: Plan, lifetimes: Lifetimes) -> ExecutableStep:
+        """The program for a caller whose outputs live so long."""
+        return self.plan_releasing(*lifetimes, plan).executable()
+
+    def verified(
+        self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
+    ) -> Report:
+        """The step of ``model`` with the program of ``plan`` beside eager's."""
+        return verify(plan, plan.executable(model), model, inputs, loss_fn=loss_fn, seed=seed)
 
     def with_resident(
         self, resident: Resident, resident_at: Callable[[TrainingGraph, Inputs], Resident]

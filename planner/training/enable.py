@@ -17,12 +17,19 @@ from torch import nn
 
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
+from planner.costs.target import CostSource
 from planner.memory.optimizer_state import OptimizerLike
-from planner.options import BackendMode, CaptureMode, ChunkLoss, GradientsMode, OutputsMode, RecomputeMode
+from planner.options import (
+    BackendMode,
+    CaptureMode,
+    ChunkLoss,
+    GradientsMode,
+    OnLarger,
+    OutputsMode,
+    RecomputeMode,
+)
 from planner.plan import Plan
 from planner.progress import Progress
-from planner.runtime.variants import OnLarger
-from planner.solving.priced import CostSource
 from planner.training import huggingface
 from planner.training.settings import OPTIONS, Settings
 from planner.training.switch import Switch

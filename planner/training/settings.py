@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from planner.capture.outputs import LossFn
+from planner.costs.target import CostSource
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import budget_bytes_of
 from planner.options import (
@@ -13,18 +14,12 @@ from planner.options import (
     CaptureMode,
     ChunkLoss,
     GradientsMode,
+    OnLarger,
     OutputsMode,
     RecomputeMode,
     Search,
-    checked_backend,
-    checked_capture,
-    checked_chunk_loss,
-    checked_gradients,
-    checked_outputs,
-    checked_recompute,
+    check_options,
 )
-from planner.runtime.variants import OnLarger
-from planner.solving.priced import CostSource
 
 __all__ = ["OPTIONS", "Settings"]
 
@@ -52,14 +47,7 @@ class Settings:
     chunk_loss: ChunkLoss = "auto"
 
     def __post_init__(self) -> None:
-        checked_outputs(self.outputs)
-        checked_gradients(self.gradients)
-        checked_capture(self.capture)
-        checked_backend(self.backend)
-        checked_recompute(self.recompute)
-        checked_chunk_loss(self.chunk_loss)
-        if self.on_larger not in ("replan", "raise"):
-            raise ValueError(f"on_larger must be 'replan' or 'raise', not {self.on_larger!r}")
+        check_options(self)
         counts: dict[str, int | None] = {"max_plans": self.max_plans}
         if self.calls_per_step is not None:
             counts["calls_per_step"] = self.calls_per_step

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from planner.checks.kernel_check import CASES, compare_kernels
 from planner.costs.op_costs import graph_costs
+from planner.costs.target import CostSource
 from planner.errors import PlannerError
 from planner.measure.step import held
 from planner.options import Search
 from planner.plan import Plan
 from planner.solving.calibrate import calibrated
-from planner.solving.priced import CostSource, PricedStep, prepare
+from planner.solving.priced import PricedStep, prepare
 from tests.benchmarks import race_models
 from tests.benchmarks.race_measure import Step, gradient_error, gradients, peak_of, settle, timed
 from tests.benchmarks.race_methods import COMPILED, HAND_MADE, INDUCTOR_REASON
