@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planner._compat.ops import is_in_place
 from planner.graph.passes.inplace import IN_PLACE, OUT, OUT_ON_CPU
 from planner.options import Search
 from planner.solving.priced import prepare
@@ -166,3 +167,17 @@ def test_complex_products_are_not_written_over_their_factors() -> None:
     model = tiny.seeded(Frequencies)
     report = tiny.planned(model, (x,)).verify()
     assert report.equal, report
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "inplace"), reason="torch 2.11 does not tell")
+def test_what_writes_over_its_first_operand_is_known_from_the_schema() -> None:
+    told = 0
+    packets = (getattr(aten, name, None) for name in dir(Tensor) if not name.startswith("__"))
+    for packet in (p for p in packets if hasattr(p, "overloads")):
+        for name in packet.overloads():
+            op = getattr(packet, name)
+            arguments = op._schema.arguments
+            if arguments and str(arguments[0].type) == "Tensor":
+                told += is_in_place(op)
+                assert is_in_place(op) == (torch.Tag.inplace in op.tags), op
+    assert told > 100

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import planner
+from planner._compat.running import dispatch_state
+from planner.capture.joint_graph import capture
+from planner.errors import PlannerError
+from planner.regions.cut.piece import Piece, Slot
 from planner.regions.forward import PATIENCE
 from tests.hf import FAST
 
@@ -269,3 +273,27 @@ def test_a_backward_that_comes_after_the_next_forward_is_told_of(caplog: pytest.
         if k:
             loss.backward()
     assert planner.plan_of(model) is not None
+
+
+def test_a_region_that_is_refused_closes_what_its_graph_had_open() -> None:
+    """An open context is an object there, which keeps what a trace has on and sets it back as it goes."""
+
+    def refuses(x: Tensor) -> Tensor:
+        raise ValueError("not here")
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    opened = graph.call_function(torch.autograd.grad_mode._enter_inference_mode, (True,))
+    made = graph.call_function(refuses, (x,))
+    graph.call_function(torch.autograd.grad_mode._exit_inference_mode, (opened,))
+    graph.output((made,))
+    given = torch.randn(4, 8, requires_grad=True)
+    piece = Piece(fx.GraphModule(nn.Module(), graph), (Slot("input"),), (given,))
+    before = dispatch_state()
+    try:
+        capture(piece, (given,))
+    except PlannerError as error:
+        kept = error  # with its frames
+    assert "not here" in str(kept) and dispatch_state() == before
+    del kept
+    assert dispatch_state() == before and not torch.is_inference_mode_enabled()
