@@ -179,5 +179,6 @@ def test_what_writes_over_its_first_operand_is_known_from_the_schema() -> None:
             arguments = op._schema.arguments
             if arguments and str(arguments[0].type) == "Tensor":
                 told += is_in_place(op)
-                assert is_in_place(op) == (torch.Tag.inplace in op.tags), op
+                by_name = op._schema.name.endswith("_")  # copy_ has an overload without the tag
+                assert is_in_place(op) == (torch.Tag.inplace in op.tags or by_name), op
     assert told > 100
