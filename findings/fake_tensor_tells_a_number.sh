@@ -3,7 +3,7 @@
 #
 # FakeTensorMode runs a program on tensors that have sizes and no values: for a memory estimate, or a trace.
 # A program that reads one (.item(), an if) used to be told so by an error.  Now a mode notes, for a tensor
-# of one element that it makes a fake of, the number that was in it, if the dtype is an integer or float64, and
+# of one element that it makes a fake of, the number that was in it if that is an integer or a float64, and
 # .item() answers with that.  So the same program runs, by the values of the tensors at hand, with int64, and
 # raises with float32; a recording of it is of one way through an if, and nothing guards that.
 # To do: ask the fake for its values only where an answer by the batch at hand is meant; elsewhere set the
