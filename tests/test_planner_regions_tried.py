@@ -297,3 +297,27 @@ def test_a_region_that_is_refused_closes_what_its_graph_had_open() -> None:
     assert "not here" in str(kept) and dispatch_state() == before
     del kept
     assert dispatch_state() == before and not torch.is_inference_mode_enabled()
+
+
+def test_verify_compares_with_a_call_that_is_not_the_models_first() -> None:
+    """The first one makes modules here, which draws; a later one does not, and a plan is for those."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looked, self.last = Looked(), nn.Linear(16, 16)
+            self.is_short = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.is_short:
+                made = nn.Linear(16, 16)
+                made.weight, made.bias = self.last.weight, self.last.bias
+                self.last, self.is_short = made, True
+            return self.last(nn.functional.dropout(self.looked(x), 0.5, self.training))
+
+    model = Late()
+    before = model.last
+    plan = planner.plan(model, 1.0, (torch.randn(32, 16),), capture="regions", **FAST)
+    report = plan.verify()
+    assert report.ok, str(report)
+    assert model.last is before and not model.is_short

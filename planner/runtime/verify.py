@@ -12,6 +12,7 @@ from torch import nn
 from planner._compat import FakeTensor
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
+from planner.capture.state.effects import attributes_kept
 from planner.errors import PlannerError
 from planner.measure.bits import Comparison, StepRecord, compare, run_step
 from planner.measure.flops import step_flops
@@ -133,7 +134,9 @@ def verify(
     whole = step if isinstance(step, ExecutableStep) else None
     trial = _Trial.of(plan, whole, model, _batch(plan, model, inputs), loss_fn, seed)
     recorded: AbstractContextManager[list[Any]] = recorded_draws() if plan.chunked else nullcontext([])
-    with as_written(model):
+    with attributes_kept(model), as_written(model):
+        if whole is None:
+            trial.record()  # what a model changes at its first call, it does not later, and ours are later ones
         with recorded as draws:
             eager = trial.record()
         eager_peak, eager_flops = trial.peak_bytes(), trial.flops()
