@@ -518,7 +518,7 @@ def test_a_graph_that_is_called_several_times_in_a_step_is_within_the_budget() -
     call = torch.compile(block, backend=tight)
     for _ in range(3):
         step(call, block)
-    assert tight.plan is not None and tight.plan.recompute_flops > 0 and tight.plan.peak_bytes < free
+    assert tight.plan is not None and tight.plan.overhead > 0 and tight.plan.peak_bytes < free
     step(twice[1], theirs)
     for ours, other in zip(block.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
