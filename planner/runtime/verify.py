@@ -136,7 +136,7 @@ def verify(
     recorded: AbstractContextManager[list[Any]] = recorded_draws() if plan.chunked else nullcontext([])
     with attributes_kept(model), as_written(model):
         if whole is None:
-            trial.record()  # what a model changes at its first call, it does not later, and ours are later ones
+            trial.record()  # what a model changes at its first call only is not planned
         with recorded as draws:
             eager = trial.record()
         eager_peak, eager_flops = trial.peak_bytes(), trial.flops()
