@@ -233,7 +233,7 @@ def test_out_of_memory(phase: str) -> None:
 def test_out_of_memory_is_still_what_trainers_take_it_for() -> None:
     from accelerate.utils.memory import should_reduce_batch_size
 
-    from planner.runtime.autograd import memory_explained
+    from planner.runtime.running import memory_explained
 
     model, _ = pair()
     plan = planner.plan_of(model)

@@ -27,7 +27,8 @@ from planner.memory.resident import Resident
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.lowering import lower
-from planner.regions.joined import Joined, join, parts
+from planner.regions.join import join
+from planner.regions.joined import Joined, parts
 from planner.regions.record import Crossing, Event, Record, RegionCall
 from planner.rewrite.emit import emit
 from planner.solving.in_regions import JoinedStep, step_in_regions

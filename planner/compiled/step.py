@@ -32,7 +32,8 @@ from planner.memory.static import StaticMemory
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.join import join
+from planner.regions.joined import RecordedStep, parts
 from planner.regions.observe import apart
 from planner.regions.record import Record
 from planner.regions.recorder import Recorder

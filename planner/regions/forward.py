@@ -26,7 +26,8 @@ from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.measure.step import held, tensors_in
 from planner.plans.plan_data import PlanData
 from planner.ranks.company import Company
-from planner.regions.joined import RecordedStep, join, parts
+from planner.regions.join import join
+from planner.regions.joined import RecordedStep, parts
 from planner.regions.kept import Foresight, Kept, Kind, Parts
 from planner.regions.proposal import proposal
 from planner.regions.record import Record

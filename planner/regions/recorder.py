@@ -9,8 +9,8 @@ its own on the same storage, and a storage counts as dead from when no other ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,10 @@ from planner.costs.profiler import device_for
 from planner.costs.roofline import call_seconds
 from planner.devices.state import allocation_grain
 from planner.measure.meter import StorageMeter
-from planner.regions.record import Crossing, Event
+from planner.regions.record import Crossing, Event, Record, RegionCall, last_backwards
+from planner.regions.seen import Seen
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "record_of"]
 
 Kind = Literal["glue", "forward", "backward"]
 
@@ -203,3 +204,50 @@ class Recorder(StorageMeter):
         if result is not NotImplemented and self._now[0] == "glue":
             self._glue_s += call_seconds(func, args, kwargs or {}, result, self._rates)
         return result
+
+
+def record_of(recorder: Recorder, calls: Sequence[Seen], cuts: tuple[str, ...]) -> Record:
+    """What a step of these calls did, as ``recorder`` has seen it; ``cuts``: where and why it was cut.
+
+    Raises ``ValueError`` where no call can be captured, or gradients came for other outputs than is known.
+    """
+    ran = [(number, seen) for number, seen in enumerate(calls) if seen.variant is not None]
+    if not ran:
+        raise ValueError("no part of its forward that trains is a graph that can be captured")
+    for seen in calls:
+        wanted = seen.able if seen.used is None else seen.used
+        if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
+            raise ValueError("gradients come for other outputs in each of its steps")
+    index = {number: k for k, (number, _) in enumerate(ran)}
+    numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
+    order = {n: k for k, n in enumerate(sorted(numbers))}
+    events = last_backwards(recorder.seen)
+    crossings = [of.until(len(events)) for of in recorder.crossings(order).values()]
+    made = []
+    for k, (_, seen) in enumerate(ran):
+        assert seen.variant is not None and seen.variant.costs is not None
+        made.append(
+            RegionCall(
+                f"r{k}",
+                seen.variant.graph_at(seen.base),
+                seen.variant.costs,
+                "",
+                seen.args,
+                {key: order[n] for key, n in seen.crossings.items()},
+                {key: order[n] for key, n in seen.gives.items()},
+                seen.steps,
+                seen.turn,
+            )
+        )
+    gone = recorder.gone_bytes
+    found = recorder.live_bytes - recorder.made_bytes - gone
+    events = [
+        replace(
+            e,
+            call=None if e.call is None else index[e.call],
+            peak_bytes=e.peak_bytes + gone,
+            live_bytes=e.live_bytes + gone,
+        )
+        for e in events
+    ]
+    return Record(tuple(events), tuple(made), tuple(crossings), found, cuts)

@@ -22,28 +22,26 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from planner import _compat
-from planner.capture.joint_graph import NO_GRADIENT
-from planner.capture.module import original_forward
 from planner.costs.target import Target
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
-from planner.regions import record
 from planner.regions.cut.checkpointed import SMALL_BYTES
 from planner.regions.cut.region import Region, Variant
 from planner.regions.cut.spread import Locals, gathered
-from planner.regions.cut.torn import torn
+from planner.regions.cut_forward import CutForward
 from planner.regions.kept import ANY, Foresight, Kept, Kind, Own, Parts, Place
 from planner.regions.pending import Pending
 from planner.regions.plans import Plans
-from planner.regions.recorder import Recorder
+from planner.regions.record import Record
+from planner.regions.recorder import Recorder, record_of
 from planner.regions.seen import Seen, Step, tracked
 from planner.regions.watching import Watch
 from planner.regions.within import Within
@@ -62,15 +60,7 @@ class NewCode(ValueError):
     """A recorded step ran code that was not seen before."""
 
 
-class _Runs(nn.Module):
-    """Stands for a part of a graph that was torn."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.forward = run
-
-
-class Session:
+class Session(CutForward):
     """A model whose forward runs in regions.
 
     ``stage``  what is done with the step that runs.
@@ -83,14 +73,11 @@ class Session:
         budget_bytes: int,
         loops: _compat.Loops | None = None,
     ) -> None:
-        self.model, self.target, self.budget_bytes = model, target, budget_bytes
-        self.loops = loops or _compat.Loops()
+        super().__init__(model, loops)
+        self.target, self.budget_bytes = target, budget_bytes
         self.device = device_of(model, None, None)
         self.stage: Stage = "look"
-        self.regions: list[Region] = []
-        self._captures: dict[Any, Variant] = {}  # by structure
         self._locals = Locals()
-        self._is_torn = False
         self.kind: Kind = ANY
         self.strayed = False  # from what is planned
         self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
@@ -116,9 +103,6 @@ class Session:
         self._alive: weakref.ref[Step] | None = None  # dies with the last call that may have a backward
         self.watching = Watch(self, self.device)
         self._known: dict[int, str] | None = None
-        self._before = len(_compat.dynamo_breaks())
-        self.original = original_forward(model)
-        self._compiled = _compat.cut_by_dynamo(self.original, self._cut)
 
     @property
     def _names(self) -> dict[int, str]:
@@ -128,35 +112,11 @@ class Session:
             self._known = {id(t): n for n, t in tensors} | _compat.gathered_names(self.model)
         return self._known
 
-    def _cut(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-        apart = torn(graph)
-        if apart is None:
-            return functools.partial(self.run, self._region(graph))
-        whole, eager = apart
-        self._is_torn = True
-        for name, part in list(whole.named_children()):
-            if isinstance(part, fx.GraphModule) and name.startswith("submod_"):
-                run = functools.partial(self.run, self._region(part, eager.get(name, "")))
-                setattr(whole, name, _Runs(run))
-        forward: Callable[..., Any] = whole.forward
-        return forward
-
-    def _region(self, graph: fx.GraphModule, why_eager: str = "") -> Region:
-        homes = {id(m): n for n, m in self.model.named_modules()}
-        for first in self.regions:
-            if first.is_alone:  # no longer
-                first.is_alone = False
-                first.variants.clear()
-                self.plans.forget()
-        region = Region(len(self.regions), graph, homes, why_eager, self._captures)
-        self.regions.append(region)
-        return region
-
     @property
     def _is_whole(self) -> bool:
         """Whether one region is all of the forward, as far as is known."""
         turns = {turn_of for _, turn_of in self._came}
-        return len(self.regions) == 1 and turns == {0} and not (self._is_torn or self.breaks)
+        return len(self.regions) == 1 and turns == {0} and not (self.is_torn or self.breaks)
 
     def with_loops_turned(self) -> Session:
         """The same model cut anew: in its loops too, or, where those are too long, not in them."""
@@ -198,8 +158,7 @@ class Session:
         """The model's forward, in regions."""
         self._inside += 1
         try:
-            with _compat.dynamo_as_eager(), self.loops.asked():
-                result = self._compiled(*args, **kwargs)
+            result = self.run_cut(*args, **kwargs)
         finally:
             self._inside -= 1
             self._awaits = False
@@ -219,44 +178,13 @@ class Session:
             self._through(recorder)
 
     @property
-    def breaks(self) -> list[tuple[str, str]]:
-        """Where (file:line) and why the forward was cut, each once."""
-        return list(dict.fromkeys(_compat.dynamo_breaks()[self._before :]))
-
-    @property
-    def eager_for(self) -> dict[str, list[int]]:
-        """Why regions run as eager runs them, though gradients come by there, and which."""
-        found: dict[str, list[int]] = {}
-        for region in self.regions:
-            whys = {variant.why for variant in region.variants.values() if variant.captured is None}
-            if region.is_eager:
-                whys = {region.why or "a gradient of it is differentiated itself"}
-            for why in whys - {NO_GRADIENT, ""}:
-                found.setdefault(why, []).append(region.number)
-        return found
-
-    @property
-    def left_to_eager(self) -> tuple[str, ...]:
-        """The same as text."""
-        return tuple(
-            f"{'regions' if len(of) > 1 else 'region'} {', '.join(map(str, of))}: as eager runs it, for {why}"
-            for why, of in self.eager_for.items()
-        )
-
-    @property
-    def eager(self) -> frozenset[int]:
-        """Numbers of the regions that run as eager runs them."""
-        return frozenset(region.number for region in self.regions if region.is_eager)
-
-    @property
-    def is_all_eager(self) -> bool:
-        """Whether each region does."""
-        return bool(self.regions) and all(region.is_eager for region in self.regions)
-
-    @property
     def runs(self) -> Kept | None:
         """The plan that the step is of so far."""
         return self._open[0] if self.stage == "plan" and self._open and not self.strayed else None
+
+    def cut_anew(self) -> None:
+        """There are more regions than plans were made for."""
+        self.plans.forget()
 
     def run(self, region: Region, *args: Any) -> Any:
         """A region is called."""
@@ -292,7 +220,18 @@ class Session:
         variant = seen.variant  # type: ignore[assignment]
         if variant is None:
             return self._plain(seen, whole)
+        return self._run_planned(seen, variant, place, (whole, args, layouts))
+
+    def _run_planned(
+        self, seen: Seen, variant: Variant, place: Place | None, of: tuple[Sequence[Any], Sequence[Any], Any]
+    ) -> Any:
+        """Run a call by the schedule of its place, or by one that saves next to nothing.
+
+        ``of``  its arguments, those of them that are on this rank, and how these are spread.
+        """
         assert variant.captured is not None
+        region, used = seen.region, seen.used
+        whole, args, layouts = of
         with _compat.modes_set_aside():
             steps, turn = (place.steps, place.turn) if place is not None else self._lightest(variant)
             step = variant.program(steps, turn, self.budget_bytes)
@@ -699,7 +638,7 @@ class Session:
         if seen.used is not None and not came <= seen.used:
             self.plans.want(self.kind, self.trained)
 
-    def record(self) -> record.Record:
+    def record(self) -> Record:
         """What the recorded step did.
 
         Raises ``ValueError`` for one that was interrupted, or is no step that can be planned.
@@ -714,44 +653,5 @@ class Session:
             )
         if not recorder.seen or self.eager != self._eager_before:
             raise ValueError("its step was not seen to its end")
-        ran = [(number, seen) for number, seen in enumerate(self.calls) if seen.variant is not None]
-        if not ran:
-            raise ValueError("no part of its forward that trains is a graph that can be captured")
-        for seen in self.calls:
-            wanted = seen.able if seen.used is None else seen.used
-            if not (seen.present or frozenset()) <= wanted or (wanted and not seen.present):
-                raise ValueError("gradients come for other outputs in each of its steps")
-        index = {number: k for k, (number, _) in enumerate(ran)}
-        numbers = {n for _, seen in ran for n in (*seen.crossings.values(), *seen.gives.values())}
-        order = {n: k for k, n in enumerate(sorted(numbers))}
-        events = record.last_backwards(recorder.seen)
-        crossings = [of.until(len(events)) for of in recorder.crossings(order).values()]
-        calls = []
-        for k, (_, seen) in enumerate(ran):
-            assert seen.variant is not None and seen.variant.costs is not None
-            calls.append(
-                record.RegionCall(
-                    f"r{k}",
-                    seen.variant.graph_at(seen.base),
-                    seen.variant.costs,
-                    "",
-                    seen.args,
-                    {key: order[n] for key, n in seen.crossings.items()},
-                    {key: order[n] for key, n in seen.gives.items()},
-                    seen.steps,
-                    seen.turn,
-                )
-            )
-        gone = recorder.gone_bytes
-        found = recorder.live_bytes - recorder.made_bytes - gone
         cuts = tuple(f"{where}: {why}" if where else why for where, why in self.breaks) + self.left_to_eager
-        events = [
-            replace(
-                e,
-                call=None if e.call is None else index[e.call],
-                peak_bytes=e.peak_bytes + gone,
-                live_bytes=e.live_bytes + gone,
-            )
-            for e in events
-        ]
-        return record.Record(tuple(events), tuple(calls), tuple(crossings), found, cuts)
+        return record_of(recorder, self.calls, cuts)

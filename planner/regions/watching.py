@@ -57,11 +57,6 @@ class Watch:
         self._owner, self._device = weakref.ref(owner), device
         self._on: Recorder | None = None
 
-    @property
-    def is_on(self) -> bool:
-        """Whether a recorder is."""
-        return self._on is not None
-
     def may_begin(self, *, must: bool = False) -> bool:
         """Whether a step that begins now can be recorded; ``must``: although another model's is."""
         for recorder, entered in list(_RECORDERS.items()):

@@ -11,7 +11,7 @@ notices in-place changes), values that cross segments in a mailbox, parameters a
 the caller has them.
 
 Nothing here waits for a device, so the host runs ahead as it does in eager.  While a CUDA graph is being
-captured, a step that replays random state is refused (:func:`refuse_capture`).
+captured, a step that replays random state is refused (:func:`planner.runtime.running.refuse_capture`).
 
 Which outputs get a gradient is known when the first node runs; it chooses the backward for them, or refuses,
 before any gradient is handed out (:meth:`PendingCall.begin`).  What gets none is ``None``, as in eager.  What
@@ -24,35 +24,33 @@ so.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from planner import _compat
-from planner._compat import gathers, version_of
+from planner._compat import version_of
 from planner.errors import PlannerError
 from planner.graph import kernels
 from planner.rewrite.apart import argument_of
 from planner.rewrite.program import Argument, Key, Low, Segment, Term
 from planner.rewrite.prune import Pruned
+from planner.runtime.gates import Gates
 from planner.runtime.hooks import left_alone
 from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.running import memory_explained, ran, refuse_capture, without_autocast
 from planner.runtime.shared_casts import SharedCasts
 from planner.runtime.step import ExecutableStep
 
 __all__ = [
     "PendingCall",
     "SegmentNode",
-    "memory_explained",
     "pass_of",
-    "refuse_capture",
-    "without_autocast",
 ]
 
 
@@ -97,11 +95,9 @@ class PendingCall:
         self.step, self.sets, self.start = step, sets, start
         program = step.program
         outputs, saved = results[: program.outputs], results[program.outputs :]
-        self.tracked = [i for i, leaf in enumerate(step.template.leaves) if leaf.requires_grad]
+        self.gates = Gates(step)
+        self.tracked = self.gates.tracked
         self.outputs = [outputs[i] for i in self.tracked]
-        self.watched: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, Any]]] = {}
-        self._gated: dict[int, torch.Tensor] = {}
-        self.task = -1  # the backward that the first node ran in last
         self._is_summed = True  # whether gradients of what is read several times are added up here
         self.casts: SharedCasts | None = None
         self._low: dict[Key, torch.Tensor] = {}  # parameters that are cast, by whose gradient it is
@@ -137,43 +133,14 @@ class PendingCall:
         return frozenset(map(id, self._low.values()))
 
     def handed_out(self) -> tuple[torch.Tensor, ...]:
-        """What the first node hands out, by :attr:`tracked`; of several, each goes through a gate."""
+        """What the first node hands out."""
         outputs, self.outputs = self.outputs, []
-        for position, i in enumerate(self.tracked):
-            if len(outputs) > 1:
-                self._gated[i] = outputs[position]
-                outputs[position] = outputs[position].detach()
-        return tuple(outputs)
+        return self.gates.closed(outputs)
 
-    def through_gates(self, handed: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The model's outputs by their index, given what the first node handed out.
-
-        Outputs from which others are computed are watched: who asks for their gradients asks for more than
-        comes.
-        """
-        out = dict(zip(self.tracked, handed, strict=True))
-        fed = self.step.fed
-        for i in (*(i for i in self.tracked if i not in fed), *fed):
-            if i in self._gated:
-                above = fed.get(i, ())
-                out[i] = Gate.apply(self, i, out[i], *(out[k] for k in above if k in out))
-        feeds = self.step.program.feeds
-        self.watched = {i: (weakref.ref(out[i]), _hooks_on(out[i])) for i in self.tracked if i in feeds}
-        return out
-
-    def passed(self, output: int) -> torch.Tensor:
-        """The output that goes through a gate; let go of here."""
-        return self._gated.pop(output)
-
-    def must_begin(self, output: int, task: int) -> None:
-        """At the end of a backward that came for ``output``: error if it went no further than that."""
-        if self.task != task:
-            within = self.step.names(self.step.fed[output])
-            raise PlannerError(
-                f"the gradient of {self.step.names({output})} by another output of the model ({within}) was "
-                "asked for: a planned step makes no gradients of what lies within. Call plan.restore(model), "
-                "or planner.disable(model), before this step"
-            )
+    @property
+    def task(self) -> int:
+        """The backward that the first node ran in last."""
+        return self.gates.task
 
     @property
     def waits(self) -> bool:
@@ -193,11 +160,11 @@ class PendingCall:
     def begin(self, tangents: tuple[Any, ...]) -> None:
         """Choose what runs for the gradients that came; ``PlannerError`` where nothing can."""
         refuse_capture(self.step)
-        task = self.task = _compat.current_backward()
+        task = self.gates.task = _compat.current_backward()
         is_first, is_alone = task not in _BEGUN, self.casts is None or not self.casts.begin(self, task)
         _BEGUN.append(task)
         present = frozenset(i for i, t in zip(self.tracked, tangents, strict=True) if t is not None)
-        self.refuse_within(present)
+        self.gates.refuse_within(present)
         keep = _compat.graph_is_kept()
         if self.passes:
             self._refuse_freed(present)
@@ -240,20 +207,6 @@ class PendingCall:
                 return self._again(present, tangents, keep)
         return _Pass(part.segments, present, keep)
 
-    def refuse_within(self, present: frozenset[int]) -> None:
-        """An output's own gradient is that of what the model computes from it too, which is not made here."""
-        for i, (ref, hooks) in self.watched.items():
-            tensor, after = ref(), present & self.step.program.feeds[i]
-            reads = tensor is not None and tensor.retains_grad
-            if not after - {i} or not (reads or any(not gathers(hook) for hook in hooks.values())):
-                continue
-            raise PlannerError(
-                f"the gradient of {self.step.names({i})} is asked for (retain_grad or a hook), and "
-                f"{self.step.names(after)}, computed from it, is differentiated: a planned step makes no "
-                "gradients of what lies within. Call plan.restore(model), or planner.disable(model), before "
-                "this step"
-            )
-
     def _refuse_freed(self, present: frozenset[int]) -> None:
         """As autograd does where an earlier backward went through the same formulas."""
         step = self.step
@@ -288,7 +241,7 @@ class PendingCall:
         plain = plain and (self.casts is None or not self.casts.low)
         take = self._all if plain else self._some
         boxed = take(index, segment, held, tangents)
-        results = _ran(self.step, segment, boxed)
+        results = ran(self.step, segment, boxed)
         made = len(segment.gradients)
         now.mail.update(zip(segment.mail, results[made:], strict=True))
         if self.step.apart.sums[index] and self._is_summed:
@@ -440,7 +393,7 @@ class PendingCall:
                     boxed.append(saved.pop(int(a.key)))
                 else:
                     boxed.append(given[a])
-            results = _ran(step, segment, boxed)
+            results = ran(step, segment, boxed)
             count = len(segment.gradients)
             made.update(zip(segment.gradients, results[:count], strict=True))
             mail.update(zip(segment.mail, results[count:], strict=True))
@@ -478,12 +431,6 @@ class PendingCall:
             self.held[k] = {}
 
 
-def _ran(step: ExecutableStep, segment: Segment, boxed: list[Any]) -> list[Any]:
-    with torch.no_grad(), without_autocast(step.device), memory_explained(step, "backward"):
-        results: list[Any] = segment.module.forward(boxed)
-    return results
-
-
 def _unchanged(argument: Argument, tensor: torch.Tensor, version: int) -> torch.Tensor:
     if version_of(tensor) != version:
         what = "a saved tensor" if argument.kind == "saved" else f"{argument.kind} {argument.key}"
@@ -492,16 +439,6 @@ def _unchanged(argument: Argument, tensor: torch.Tensor, version: int) -> torch.
             "one; run the forward again"
         )
     return tensor
-
-
-def _hooks_on(tensor: torch.Tensor) -> dict[int, Any]:
-    """Where hooks on the gradient of ``tensor`` as it is now are kept.
-
-    They outlive the tensor; and once it is written into, it has others.
-    """
-    tensor.register_hook(lambda _: None).remove()
-    hooks: dict[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
-    return hooks
 
 
 class SegmentNode(torch.autograd.Function):
@@ -538,67 +475,3 @@ class SegmentNode(torch.autograd.Function):
                 left_alone(leaf)
         token = None if index == len(call.spent) - 1 else torch.empty(0, device=call.step.device)
         return None, None, token, *gradients
-
-
-class Gate(torch.autograd.Function):
-    """Autograd's view of one output of several: its hooks are called only if a gradient comes, as in eager.
-
-    Outputs that it is computed from are its inputs too, so that a backward which is asked for their gradients
-    comes by here; it is refused at its end if it went no further.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, call: PendingCall, output: int, *_: torch.Tensor) -> torch.Tensor:
-        ctx.call, ctx.output, ctx.above = call, output, len(_) - 1
-        ctx.set_materialize_grads(False)
-        return call.passed(output)
-
-    @staticmethod
-    @_compat.left_alone
-    def backward(ctx: Any, *tangents: Any) -> Any:
-        (tangent,) = tangents
-        if tangent is not None and ctx.above:
-            ctx.call.refuse_within(frozenset({ctx.output}))  # before a hook is called with None
-            check = functools.partial(ctx.call.must_begin, ctx.output, _compat.current_backward())
-            _compat.at_end_of_backward(check)
-        return None, None, tangent, *[None] * ctx.above
-
-
-def refuse_capture(step: ExecutableStep) -> None:
-    """Under CUDA graph capture a generator's state is a place in that graph, and means nothing in another.
-
-    A backward captured apart from its forward would draw other numbers, without an error.
-    """
-    if step.program.replays and kernels.is_capturing(step.device):
-        raise PlannerError(
-            "a CUDA graph is being captured, and this plan draws random numbers again from a generator's "
-            "state, which a captured graph cannot go back to. Plan with a budget at which masks are kept, "
-            "train without dropout, or call plan.restore(model) before capturing"
-        )
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The graph holds its casts; autocast must not add others."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def memory_explained(step: ExecutableStep, phase: str) -> Iterator[None]:
-    """Out of memory, by its own type and message, and what it means for the plan.
-
-    Trainers look at both, to try again with a smaller batch.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if len(error.args) == 1 and _compat.is_out_of_memory(error):
-            error.args = (
-                f"{error.args[0]}\nThis was in the {phase} of a step planned to "
-                f"{step.budget_bytes / 1e9:.4g} GB. What the budget does not know of (other models and "
-                "processes, layers outside the planned module, fragmentation) leaves less than that: lower "
-                "budget_gb by as much. The model can go on: gradients that had arrived are in .grad, as "
-                "after any backward that breaks off",
-            )
-        raise

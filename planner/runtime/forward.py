@@ -21,16 +21,11 @@ from planner.capture.inputs import Inputs
 from planner.errors import InfeasibleBudgetError, PlannerError, StalePlanError
 from planner.plans.plan_data import PlanData
 from planner.rewrite.program import Argument
-from planner.runtime.autograd import (
-    PendingCall,
-    SegmentNode,
-    memory_explained,
-    refuse_capture,
-    without_autocast,
-)
+from planner.runtime.autograd import PendingCall, SegmentNode
 from planner.runtime.guard import Guard, OtherAnswerError
 from planner.runtime.held_outputs import HeldOutputs
 from planner.runtime.output_sets import OutputSets, Start
+from planner.runtime.running import memory_explained, refuse_capture, without_autocast
 from planner.runtime.shared_casts import shared_casts
 from planner.runtime.step import ExecutableStep, Lifetimes
 from planner.runtime.tracing import is_traced
@@ -276,7 +271,7 @@ def run_step(
     for index in reversed(range(len(program.segments))):
         token = SegmentNode.apply(call, index, token, *call.leaves_of(index, given))
     assert token is not None
-    for position, tensor in call.through_gates(token).items():
+    for position, tensor in call.gates.through(token).items():
         flat[position] = tensor
     return flat, call
 

@@ -22,8 +22,12 @@ __all__ = ["SharedCasts", "shared_casts"]
 class Sharing(Protocol):
     """A call that waits for its backward."""
 
-    task: int
     nodes: list[Any]
+
+    @property
+    def task(self) -> int:
+        """The backward that its first node ran in last."""
+        ...
 
     @property
     def cast(self) -> Collection[int]:

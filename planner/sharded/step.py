@@ -26,7 +26,8 @@ from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.regions.cut.region import recomputing_all
-from planner.regions.joined import RecordedStep, join
+from planner.regions.join import join
+from planner.regions.joined import RecordedStep
 from planner.regions.record import Crossing, Event, Record, RegionCall
 from planner.sharded.pieces import Stack
 from planner.sharded.sharding import Group, Held, Sharding, held_beside

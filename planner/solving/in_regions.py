@@ -31,7 +31,8 @@ from planner.plans.lowering import lower
 from planner.plans.plan_data import PlanData, RegionSummary
 from planner.plans.within_budget import WithinBudget
 from planner.regions.forward import RegionsForward, Solved, apply_plan
-from planner.regions.joined import Joined, RecordedStep, join, parts
+from planner.regions.join import join
+from planner.regions.joined import Joined, RecordedStep, parts
 from planner.regions.kept import Foresight, Own
 from planner.regions.observe import NotInRegions, observe
 from planner.regions.proposal import proposal
