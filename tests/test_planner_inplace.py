@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner._compat.ops import is_in_place
 from planner.graph.passes.inplace import IN_PLACE, OUT, OUT_ON_CPU
@@ -182,3 +184,43 @@ def test_what_writes_over_its_first_operand_is_known_from_the_schema() -> None:
                 by_name = op._schema.name.endswith("_")  # copy_ has an overload without the tag
                 assert is_in_place(op) == (torch.Tag.inplace in op.tags or by_name), op
     assert told > 100
+
+
+class Turned(nn.Module):
+    """What it returns is read here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + self.bias
+        return h, torch.tanh(h).sum()
+
+
+class Sums(TorchDispatchMode):
+    """How what is summed for a bias was laid out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.sum.dim_IntList:
+            self.strides.append(args[0].stride())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_sum_with_the_gradient_of_an_output_is_laid_out_as_that(turns: bool) -> None:
+    """Which may come in any layout, whatever it was traced in; sums over it take an order from its layout."""
+    model = tiny.seeded(Turned)
+    twin = copy.deepcopy(model)
+    tiny.planned(model, (torch.randn(4, 5, 6),)).apply(model)
+    seen = []
+    for each in (twin, model):
+        h, s = each(torch.randn(4, 5, 6))
+        with Sums() as sums:
+            ((h.transpose(0, 1).contiguous() if turns else h).square().sum() + s).backward()
+        seen.append(sums.strides)
+    assert seen[0] == seen[1] and ((6, 24, 1) in seen[0]) == turns

@@ -188,7 +188,10 @@ def _ordered(
             "leave_sums_to_engine",
             leave_sums_to_engine(backward, (*draft.gradients.values(), *draft.outputs)),
         )
-        note("write_in_place", write_in_place(backward, {*draft.gradients.values(), *draft.outputs}))
+        note(
+            "write_in_place",
+            write_in_place(backward, {*draft.gradients.values(), *draft.outputs}, draft.tangents.values()),
+        )
     return Ordered(
         draft.graph,
         draft.sources,

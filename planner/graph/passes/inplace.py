@@ -60,24 +60,49 @@ OUT_ON_CPU: dict[Any, tuple[Any, str]] = {
 }
 
 
-def write_in_place(backward: Sequence[fx.Node], kept: Collection[fx.Node]) -> Did:
+def write_in_place(
+    backward: Sequence[fx.Node], kept: Collection[fx.Node], tangents: Collection[fx.Node] = ()
+) -> Did:
     """Replace what can be replaced among ``backward``, calls in execution order, views included.
 
-    ``kept``  nodes whose storages the caller holds: gradients and outputs.
+    ``kept``      nodes whose storages the caller holds: gradients and outputs.
+    ``tangents``  gradients of outputs, which may come laid out otherwise than they were traced.
 
     Of a replaced node :func:`planner.capture.meta.over` is the operand whose storage its result lies on.
     """
     places = _Places(backward, kept)
+    follow = _laid_out_as(tangents, backward)
     written = 0
     for node in backward:
         for operand in _overwritable(node):
             if storage_key(meta.tensor(node)) in places.held or meta.is_engines(node):
+                continue
+            # A result is laid out as its first operand; gradients that are summed over it are by its layout.
+            if operand is not node.args[0] and not follow.isdisjoint(node.all_input_nodes):
                 continue
             if places.is_last_read(operand, node) and _same_place(operand, node):
                 _replace(node, operand)
                 written += 1
                 break
     return {"calls": written}
+
+
+def _laid_out_as(tangents: Collection[fx.Node], backward: Sequence[fx.Node]) -> set[fx.Node]:
+    """Those of ``tangents`` that have a layout, and what lies on them or follows it."""
+    found = {n for n in tangents if isinstance(meta.value(n), torch.Tensor) and meta.tensor(n).numel() > 1}
+    for node in backward:
+        above = found.intersection(node.all_input_nodes)
+        if not above or not isinstance(meta.value(node), torch.Tensor):
+            continue
+        tags, key = getattr(node.target, "tags", ()), storage_key(meta.tensor(node))
+        lies_on = any(storage_key(meta.tensor(n)) == key for n in above)
+        alike = any(meta.tensor(n).shape == meta.tensor(node).shape for n in above)
+        if lies_on or (alike and (torch.Tag.pointwise in tags or node.target in _FOLLOW)):
+            found.add(node)
+    return found
+
+
+_FOLLOW = frozenset({aten.clone.default, aten._to_copy.default, aten.native_dropout_backward.default})
 
 
 def leave_sums_to_engine(backward: Sequence[fx.Node], kept: Sequence[fx.Node]) -> Did:
