@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+import planner
 from planner.options import Search
 from planner.progress import Event, Reporter
 from planner.sizing.request import BatchRequest
@@ -102,3 +104,10 @@ def test_a_request_prints_what_was_asked_of_it() -> None:
 def test_a_request_reports_through_the_reporter_that_was_opened() -> None:
     with StepRequest(model=nn.Identity(), search=Search(progress=lambda _: None)).reporting() as asked:
         assert asked.search.progress is asked.search.tell
+
+
+@pytest.mark.parametrize("function", [planner.plan, planner.frontier, planner.estimate])
+def test_a_loss_that_is_no_function_is_refused_before_anything_runs(function: Any) -> None:
+    given = (1.0,) if function is planner.plan else ()
+    with pytest.raises(TypeError, match="loss_fn must be"):
+        function(nn.Linear(2, 2), *given, inputs=(torch.ones(1, 2),), loss_fn="x")

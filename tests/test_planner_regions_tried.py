@@ -321,3 +321,28 @@ def test_verify_compares_with_a_call_that_is_not_the_models_first() -> None:
     report = plan.verify()
     assert report.ok, str(report)
     assert model.last is before and not model.is_short
+
+
+def test_verify_runs_each_step_from_the_same_attributes_and_puts_all_back() -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looked, self.scale = Looked(), nn.Parameter(torch.ones(16))
+            self.seen: list[int] = []
+            self.register_buffer("is_set", torch.tensor(False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "last"):
+                self.last = nn.Linear(16, 16)
+            if not self.is_set.item():
+                self.scale.data.copy_(1 / x.std(0))
+                self.is_set.fill_(True)
+            self.seen.append(len(self.seen))
+            return self.last(self.looked(x) * self.scale).square().mean() * min(1.0, len(self.seen) / 5)
+
+    model = Moves()
+    plan = planner.plan(model, 1.0, (torch.randn(32, 16),), capture="regions", **FAST)
+    report = plan.verify()
+    assert report.ok, str(report)
+    assert not hasattr(model, "last") and not model.seen and not model.is_set
+    assert torch.equal(model.scale, torch.ones(16)) and all(p.grad is None for p in model.parameters())

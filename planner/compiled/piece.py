@@ -88,13 +88,15 @@ class Piece:
         self._partitions: dict[float, tuple[fx.GraphModule, fx.GraphModule]] = {}  # that nobody used up yet
         self._open: list[Any] = []  # calls that are yet to have their backward
         self._seen: Callable[..., Any] | None = None
+        self._has_backward = torch.is_grad_enabled()  # while Dynamo cuts it, as while it is called
         self._static: Any = None  # numbers of inputs that stay where they are
         if any(_compat.has_symbols(x) for x in inputs):  # sizes are guarded now, or never
             self._compiled[None] = _compat.compile_as_torch(self.gm, self.inputs)
-            self.why = (
-                "it has numbers that are symbols and no sizes (floats that change). Pass them as tensors, "
-                "or torch.compile(..., dynamic=False), and each value is planned by itself"
-            )
+            if self._has_backward:
+                self.why = (
+                    "it has numbers that are symbols and no sizes (floats that change). Pass them as "
+                    "tensors, or torch.compile(..., dynamic=False), and each value is planned by itself"
+                )
         elif any(_compat.is_spread(type(x)) for x in inputs):
             self.why = (
                 "its tensors are spread over ranks (DTensors: tensor parallelism), and such graphs are "
@@ -108,7 +110,8 @@ class Piece:
     @property
     def is_trained(self) -> bool:
         """Whether something that it is given asks for a gradient."""
-        return any(isinstance(x, torch.Tensor) and x.requires_grad for x in self.inputs)
+        given = (x for x in self.inputs if isinstance(x, torch.Tensor))
+        return self._has_backward and any(x.requires_grad for x in given)
 
     @property
     def keep_all(self) -> Own:

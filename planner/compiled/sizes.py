@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Run = Callable[..., Any]
 
+_SYMBOLIC = torch.SymInt, torch.SymFloat, torch.SymBool
+
 
 def is_by_size(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether a graph that is differentiated has symbols for sizes, all given, and none for other numbers."""
@@ -30,8 +32,10 @@ def is_by_size(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     if not symbols or not all(isinstance(x, torch.SymInt) for x in symbols) or not torch.is_grad_enabled():
         return False
     given = {_compat.expression_of(x) for x in symbols}
-    numbers = (node.meta.get("example_value") for node in gm.graph.nodes)
-    made = (_compat.expression_of(x) for x in numbers if isinstance(x, torch.SymInt))
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    numbers = [x for x in values if isinstance(x, _SYMBOLIC)]
+    sizes = (n for x in values if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride()))
+    made = (_compat.expression_of(x) for x in (*numbers, *(n for n in sizes if isinstance(n, torch.SymInt))))
     return all(x.free_symbols <= given for x in made) and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
     )
@@ -80,7 +84,7 @@ class BySize:
         values = {_compat.expression_of(self.inputs[i]): int(args[i]) for i in self.numbers}
         for node in list(gm.graph.nodes):
             known = node.meta.pop("example_value", None)
-            if isinstance(known, torch.SymInt):
+            if isinstance(known, _SYMBOLIC):
                 number = _compat.evaluated(_compat.expression_of(known), values)
                 _replace(node, number)
                 gm.graph.erase_node(node)
@@ -93,7 +97,7 @@ class BySize:
         return run if all(x is None for x in numbers) else _with_numbers(run, numbers)
 
 
-def _replace(node: fx.Node, number: int) -> None:
+def _replace(node: fx.Node, number: float) -> None:
     def known(value: fx.Node) -> Any:
         return number if value is node else value
 
@@ -102,7 +106,7 @@ def _replace(node: fx.Node, number: int) -> None:
         user.kwargs = fx.map_arg(user.kwargs, known)
 
 
-def _with_numbers(run: Run, numbers: Sequence[int | None]) -> Run:
+def _with_numbers(run: Run, numbers: Sequence[float | None]) -> Run:
     def whole(*args: Any) -> tuple[Any, ...]:
         made = iter(run(*args))
         return tuple(next(made) if x is None else x for x in numbers)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from planner._compat import FakeTensor
+from planner._compat import FakeTensor, is_spread
 from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.capture.state.effects import attributes_kept
@@ -134,9 +135,9 @@ def verify(
     whole = step if isinstance(step, ExecutableStep) else None
     trial = _Trial.of(plan, whole, model, _batch(plan, model, inputs), loss_fn, seed)
     recorded: AbstractContextManager[list[Any]] = recorded_draws() if plan.chunked else nullcontext([])
-    with attributes_kept(model), as_written(model):
+    with attributes_kept(model), _parameters_kept(model), as_written(model):
         if whole is None:
-            trial.record()  # what a model changes at its first call only is not planned
+            trial.settle()
         with recorded as draws:
             eager = trial.record()
         eager_peak, eager_flops = trial.peak_bytes(), trial.flops()
@@ -171,6 +172,20 @@ def verify(
         why,
         is_other,
     )
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Values of parameters put back, which a forward may set (at its first call, from the data)."""
+    plain = (p for p in model.parameters() if p.layout is torch.strided and not is_spread(type(p)))
+    was = [(p, p.detach().to("cpu", copy=True)) for p in plain]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in was:
+                if not torch.equal(parameter.cpu(), value):
+                    parameter.copy_(value)
 
 
 def _batch(plan: PlanData, model: nn.Module, inputs: object) -> Inputs:
@@ -230,21 +245,29 @@ class _Trial:
         """The names of these outputs."""
         return tuple(self.names[i] for i in outputs) if self.names else ()
 
+    def settle(self) -> None:
+        """Run it once: what a model does at its first call only is not planned."""
+        run_step(self.model, self.inputs, loss_fn=self.loss_fn, seed=self.seed)
+        for parameter in self.model.parameters():  # of which that call may have made some
+            parameter.grad = None
+
     def record(self) -> StepRecord:
-        """Run it; what it computes."""
-        return run_step(self.model, self.inputs, loss_fn=self.loss_fn, seed=self.seed)
+        """Run it; what it computes.  Each run finds the model as the others do."""
+        with attributes_kept(self.model):
+            return run_step(self.model, self.inputs, loss_fn=self.loss_fn, seed=self.seed)
 
     def peak_bytes(self) -> int:
         """Run it; what it takes."""
         held: bool | list[int] = True if self.names is None else self.held
-        with dropping(self.model, self.consumed):
+        with attributes_kept(self.model), dropping(self.model, self.consumed):
             return step_peak(
                 self.model, self.inputs, loss_fn=self.loss_fn, hold_outputs=held, beside=self.beside
             )
 
     def flops(self) -> int:
         """Run it; what it computes with."""
-        return step_flops(self.model, self.inputs, loss_fn=self.loss_fn)
+        with attributes_kept(self.model):
+            return step_flops(self.model, self.inputs, loss_fn=self.loss_fn)
 
     def against_float64(
         self, records: tuple[StepRecord, StepRecord], draws: list[object], terms: int

@@ -59,6 +59,8 @@ class StepRequest:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise TypeError(f"loss_fn must be a function of the model's outputs, not {self.loss_fn!r}")
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "inputs")}
