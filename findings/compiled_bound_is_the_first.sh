@@ -4,7 +4,7 @@
 # torch.compile takes a float argument for a number of each call once it has changed.  Where a size has
 # changed as well, and the float is a bound of clamp, the code that inductor writes on the CPU keeps the bound
 # of the call at which it was compiled: later calls get values and gradients of that bound, and nothing is
-# said.  A factor follows the argument.  The aot_eager backend is right; torch 2.14.1 is as 2.13.0, 2.15 right.
+# said.  A factor follows the argument, the aot_eager backend is right, and so is torch 2.15; 2.14.1 is not.
 # To do: give such a bound as a tensor, or compile with dynamic=False.
 #
 # Run on 2026-12-01, 2 cores, Linux, Python 3.11:
