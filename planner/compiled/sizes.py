@@ -28,7 +28,7 @@ _SYMBOLIC = torch.SymInt, torch.SymFloat, torch.SymBool
 
 def is_by_size(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Whether a graph that is differentiated has symbols for sizes, all given, and none for other numbers."""
-    symbols = [x for x in inputs if _compat.has_symbols(x) and not isinstance(x, torch.Tensor)]
+    symbols = [x for x in inputs if not isinstance(x, torch.Tensor)]
     if not symbols or not all(isinstance(x, torch.SymInt) for x in symbols) or not torch.is_grad_enabled():
         return False
     given = {_compat.expression_of(x) for x in symbols}
