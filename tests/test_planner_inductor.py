@@ -441,6 +441,13 @@ def test_code_that_compiles_itself_trains_within_the_budget(
     assert there + planner.measure.allocated_peak(step) <= budget
 
 
+def _assert_near(model: nn.Module, theirs: nn.Module) -> None:
+    """Gradients are off by a millionth of their norm at most: where one is made again, loops are others."""
+    for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert ours.grad is not None and other.grad is not None
+        assert torch.linalg.vector_norm(ours.grad - other.grad) <= 1e-6 * torch.linalg.vector_norm(other.grad)
+
+
 class Joined(nn.Module):
     """Its graph computes with sizes, and hands one on."""
 
@@ -487,8 +494,7 @@ def test_each_size_of_a_graph_with_symbols_is_planned(
             loss, size = plain(rows[n])
             loss.backward()
             assert call(rows[n])[1] == size == n * WIDTH
-            for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
-                torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
+            _assert_near(model, theirs)
         assert "outside the plan" not in caplog.text
         step(200)
     assert own[64] < own[96] < own[160] <= budget
@@ -511,8 +517,7 @@ def test_a_number_that_is_a_symbol_is_that_of_the_call(caplog: pytest.LogCapture
                 module.zero_grad()
                 each(torch.randn(n, WIDTH)).square().mean().backward()
     assert backend.plan is not None and "outside the plan" not in caplog.text
-    for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
+    _assert_near(model, theirs)
 
 
 def test_a_graph_that_is_called_several_times_in_a_step_is_within_the_budget() -> None:
@@ -540,8 +545,7 @@ def test_a_graph_that_is_called_several_times_in_a_step_is_within_the_budget() -
         step(call, block)
     assert tight.plan is not None and tight.plan.overhead > 0 and tight.plan.peak_bytes < free
     step(twice[1], theirs)
-    for ours, other in zip(block.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-6, atol=1e-8)
+    _assert_near(block, theirs)
     block.zero_grad()
     assert there + planner.measure.allocated_peak(lambda: step(call, block)) <= tight.plan.peak_bytes
 
