@@ -414,19 +414,17 @@ def _make_iterators_go_on() -> None:
     iterators = importlib.import_module("torch._dynamo.variables.iter")
     kinds = [getattr(iterators, name, None) for name in ("DictViewIterator", "ZipVariable")]
     for kind in filter(None, kinds):
-        kind.reconstruct = _as_a_list(vars(kind).get("reconstruct"))
+        kind.reconstruct = _as_a_list(kind.reconstruct)
 
 
-def _as_a_list(before: Callable[..., None] | None) -> Callable[..., None]:
+def _as_a_list(before: Callable[..., None]) -> Callable[..., None]:
     def reconstruct(self: Any, codegen: Any) -> None:
         rest = _rest_of(self)
-        if rest is not None:
-            lists: Any = importlib.import_module("torch._dynamo.variables.lists")
-            lists.ListIteratorVariable(rest).reconstruct(codegen)
-        elif before is not None:
+        if rest is None:
             before(self, codegen)
-        else:
-            super(type(self), self).reconstruct(codegen)
+            return
+        lists: Any = importlib.import_module("torch._dynamo.variables.lists")
+        lists.ListIteratorVariable(rest).reconstruct(codegen)
 
     return reconstruct
 
