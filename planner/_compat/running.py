@@ -73,33 +73,32 @@ def is_heard(mode: TorchDispatchMode) -> bool:
     return is_top_mode(mode) and keys._dispatch_tls_local_include_set().has(keys.DispatchKey.Python)
 
 
-def before_compiled_call(work: Callable[[], None]) -> bool:
-    """Do ``work`` before each further call of the outermost module that is called just now and is compiled,
-    in place or in a wrapper, outside of its code; ``False`` where there is none; 2.1+.
+def outermost_compiled() -> Any:
+    """What ``torch.compile`` made for the outermost code that it compiles and that runs just now; ``None``:
+    there is none; 2.1+.
     """
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    found, is_wrapper = None, False
+    found = None
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
-            module = frame.f_locals["self"]
-            wraps = frames is not None and isinstance(module, frames.OptimizedModule)
-            if wraps or module._compiled_call_impl is not None:
-                found, is_wrapper = module, wraps
+        if frames is not None and frame.f_code.co_filename == frames.__file__:
+            context = frame.f_locals.get("self")
+            if isinstance(context, frames.OptimizeContext):
+                found = context
         frame = frame.f_back
-    if found is None:
-        return False
+    return found
 
-    def before(*args: Any, **kwargs: Any) -> Any:
+
+def before_compiled_calls(context: Any, work: Callable[[], None]) -> None:
+    """Do ``work`` before each further call of what :func:`outermost_compiled` found, outside of its code;
+    2.4+.
+    """
+
+    def enter() -> Callable[[], None]:
         work()
-        return impl(*args, **kwargs)
+        return lambda: None
 
-    if is_wrapper:
-        found.register_forward_pre_hook(lambda *_: work())
-    else:
-        impl = found._compiled_call_impl
-        found._compiled_call_impl = before
-    return True
+    context.enter_exit_hooks.insert(0, enter)
 
 
 def is_top_mode(mode: TorchDispatchMode) -> bool:

@@ -57,6 +57,7 @@ class Compiled:
         same_bits = recompute == "same bits"
         self.root, self.budget_bytes, self.optimizer, self.search = root, budget_bytes, optimizer, search
         self.session = CompiledSession(target_for(planned, costs), root, self._planned, same_bits=same_bits)
+        self.session.is_told = True
         self.last: Plan | None = None
         self._told = False
         self._call = torch.compile(_compat.own_code(forward), backend=self.session.backend, dynamic=False)

@@ -94,6 +94,11 @@ class CompiledSession:
         self._refused: Exception | None = None  # why there is no plan, while the others are yet to hear
         self._is_unheard = False  # whether the step that is seen has a backward that nothing was seen of
         self.is_closed = False  # whether what is not planned by now is not to be
+        self.is_told = False  # whether whoever calls the model says so (:meth:`begins`), outside of its code
+        self._told_of: weakref.WeakSet[Any] = weakref.WeakSet()  # compiled code that says when it is called
+        self._unseen = 0  # steps in a row that were to be seen and had no call
+        # Of the step that runs unseen, calls and what their autograd nodes hold.
+        self._beside: list[tuple[_Call, weakref.ref[Step]]] = []
 
     # -- what torch.compile calls ------------------------------------------------------------------
 
@@ -136,8 +141,8 @@ class CompiledSession:
             return piece.run(args)
         if self.called == 1 and self.model is None:
             self._find_shards(args)
-        if self.plan is not None and not self.is_sharded:
-            self._between_steps()
+        if self.plan is not None and not self.is_told and piece.planned is None:
+            self._be_told()
         recording = self.recorder is not None and self.recorder.counts
         if not recording and self.is_closed and piece.planned is None and not piece.why:
             piece.why = "the plan that is applied is for other sizes, settings or paths"
@@ -154,10 +159,10 @@ class CompiledSession:
         self._alive = self._held = None
 
     def _see(self, piece: Piece, args: Sequence[Any]) -> Any:
-        call = _Call(piece, len(self.calls))
         recorder = self.recorder
         if recorder is None or not recorder.counts:
-            return piece.see(args, None)
+            return self._run_unseen(piece, args)
+        call = _Call(piece, len(self.calls))
         self.calls.append(call)
         names = self._names()
         for i, (name, x) in enumerate(zip(piece.given, args, strict=True)):
@@ -175,23 +180,37 @@ class CompiledSession:
         )
         for i, x in enumerate(made):
             self._note(call.gives, ("output", i), x)
-        self._hold(made)
+        self._settle_behind(made)
         del made
         recorder.leave()
         return outputs
 
-    def _hold(self, made: Sequence[Any]) -> None:
+    def _run_unseen(self, piece: Piece, args: Sequence[Any]) -> Any:
+        """In the middle of a step nothing begins to be recorded: what came before would be missing."""
+        call, holder = _Call(piece, -1), Step()
+        outputs = piece.see(args, call)
+        made = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        if _hold(holder, made):
+            self._beside.append((call, weakref.ref(holder)))
+            del self._beside[:-MOST_CALLS]
+        return outputs
+
+    @property
+    def _is_in_the_middle(self) -> bool:
+        """Whether a step of which calls were not recorded may go on."""
+        waits = any(holder() is not None for _, holder in self._beside)
+        if not waits or any(call.is_through for call, _ in self._beside):
+            self._beside.clear()
+        return bool(self._beside)
+
+    def _settle_behind(self, made: Sequence[Any]) -> None:
         """The autograd nodes of the step's calls hold it: the recorder is taken off when they are gone."""
         holder = None if self._alive is None else self._alive()
         if holder is None:
             holder = Step()
             self._alive = weakref.ref(holder)
             self.watching.settle_with(holder)
-        nodes = [getattr(x, "grad_fn", None) for x in made]
-        ours = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
-        for node in ours:
-            node._planner_step = holder  # type: ignore[attr-defined]
-        self._held = self._held if ours else holder  # until the next step begins
+        self._held = self._held if _hold(holder, made) else holder  # until the next step begins
 
     def _names(self) -> dict[int, str]:
         """Of the model's tensors, by identity; of sharded ones what is gathered of them now too."""
@@ -214,7 +233,7 @@ class CompiledSession:
 
     def backward_begins(self, seen: _Call, tangents: Sequence[Any]) -> None:
         recorder = self.recorder
-        if recorder is None or not recorder.counts:
+        if recorder is None or not recorder.counts or seen.number < 0:
             return
         self._is_unheard |= not _compat.is_heard(recorder)
         for i, x in enumerate(tangents):
@@ -225,7 +244,7 @@ class CompiledSession:
     def backward_ends(self, seen: _Call, made: Sequence[Any]) -> None:
         recorder = self.recorder
         seen.is_through = True
-        if recorder is None or not recorder.counts:
+        if recorder is None or not recorder.counts or seen.number < 0:
             return
         for i, x in enumerate(made):
             if isinstance(x, torch.Tensor) and seen.piece.given[i] not in seen.renamed:
@@ -264,23 +283,39 @@ class CompiledSession:
         if root is not None:
             self.model, self.is_sharded = root, True
             self.company = Company.of(root, self.target.here)
-            begins = functools.partial(_begins, weakref.ref(self))
-            # what watches a step is entered outside of compiled code, which would take it along as it ends
-            if not _compat.before_compiled_call(begins):
-                root.register_forward_pre_hook(begins, prepend=True)
+
+    def _be_told(self) -> None:
+        """Have :meth:`begins` called before the code that runs now, whenever that is called again.
+
+        What watches a step is entered outside of compiled code: of one that is entered within, the end of
+        that code takes the dispatch key along, and what is computed behind it (a loss) is not heard.
+        """
+        begins = functools.partial(_begins, weakref.ref(self))
+        code = _compat.outermost_compiled()
+        if code is not None and code not in self._told_of:
+            if not (self.is_sharded and self._told_of):  # all ranks are told as often
+                _compat.before_compiled_calls(code, begins)
+            self._told_of.add(code)
+        elif code is None and self.is_sharded and self.model is not None:
+            self.is_told = True
+            self.model.register_forward_pre_hook(begins, prepend=True)
+        elif code is None:
+            self._between_steps()
 
     def begins(self) -> None:
-        """A call of the model does.  Of one that is sharded a step is recorded from there: what its hooks
-        gather for the first graph is part of it.
+        """A call of the model does, or of compiled code.  A step is recorded from there: of a sharded model
+        what its hooks gather for the first graph is part of it.
         """
-        if self.plan is not None and self.is_sharded and torch.is_grad_enabled():
-            if self.company is not None:
-                try:
-                    self.company.begins()
-                except Exception:
-                    self._refused = None  # all have heard
-                    raise
-            self._between_steps()
+        if self.plan is None or not torch.is_grad_enabled():
+            return
+        if self.company is not None:
+            try:
+                self.company.begins()
+            except Exception:
+                self._refused = None  # all have heard
+                raise
+        self._between_steps()
+        if self.is_sharded:
             self._note_sharding()
 
     def _note_sharding(self) -> None:
@@ -302,8 +337,7 @@ class CompiledSession:
         """At a call that begins a step: plan what was seen, or begin to see."""
         recorder = self.recorder
         if recorder is not None and recorder.counts:
-            is_over = any(call.is_through for call in self.calls) and _compat.current_backward() == -1
-            if not is_over and len(self.calls) < MOST_CALLS:
+            if _compat.current_backward() != -1 or not self._is_over(recorder):
                 return
             recorder.finish()
         if recorder is not None:
@@ -313,15 +347,32 @@ class CompiledSession:
         if self._refused is not None and self.company is not None:
             self.company.failed(self._refused)
             return
-        if any(p.step is not None and p.planned is None and not p.why for p in self.pieces):
+        if self._is_to_see and not self._is_in_the_middle and _compat.current_backward() == -1:
             if not self.watching.may_begin():
                 return
             self.begin(self.watching.begin(self._there))
             log.info("a step is seen: it runs call by call, uncompiled, with little kept")
 
+    def _is_over(self, recorder: Recorder) -> bool:
+        """Whether the step that is seen is, where a call begins in no backward."""
+        if not self.calls:
+            return recorder.turned
+        return any(call.is_through for call in self.calls) or len(self.calls) >= MOST_CALLS
+
+    @property
+    def _is_to_see(self) -> bool:
+        """Whether a step that begins now may have graphs without a plan."""
+        if not self.pieces:
+            return not self.is_sharded and self._unseen < TRIES
+        return any(p.step is not None and p.planned is None and not p.why for p in self.pieces)
+
     def _plan_seen(self, recorder: Recorder) -> None:
         """Plan the step that was seen; what cannot be planned in a few of them is compiled as torch would."""
         assert self.plan is not None
+        if not self.calls:
+            self._unseen, self.recorder = self._unseen + 1, None
+            return
+        self._unseen = 0
         try:
             self.plan(self)
         except ValueError as error:
@@ -349,10 +400,10 @@ class CompiledSession:
         recorder = self.recorder
         if recorder is None or not recorder.seen or not any(call.is_through for call in self.calls):
             raise ValueError("no backward came through any of its graphs")
-        if self.is_sharded and self._is_unheard:
+        if self._is_unheard:
             raise ValueError(
-                "what FSDP2 holds in its backward cannot be seen, since a function that calls the model is "
-                "compiled. Compile the model or its blocks instead"
+                "what is held beside the graphs cannot be seen, since the recorder was entered within compiled "
+                "code. Compile the model or its blocks with torch.compile, or use planner.enable"
             )
         numbers = {n for c in self.calls for n in (*c.crossings.values(), *c.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
@@ -395,9 +446,18 @@ class CompiledSession:
             self.pieces[number].forget()
 
 
+def _hold(holder: Step, made: Sequence[Any]) -> bool:
+    """Let the autograd nodes of a graph's outputs hold it, if there are any."""
+    nodes = [getattr(x, "grad_fn", None) for x in made]
+    ours = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    for node in ours:
+        node._planner_step = holder  # type: ignore[attr-defined]
+    return bool(ours)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begins(session: weakref.ref[CompiledSession], *_: Any) -> None:
-    """A call of a model begins whose graphs are compiled one by one."""
+    """A call begins of code whose graphs are compiled."""
     found = session()
     if found is not None:
         found.begins()

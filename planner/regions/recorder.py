@@ -64,6 +64,11 @@ class Recorder(StorageMeter):
         self._turned = False
         self._rates = device_for(device, may_measure=False)
 
+    @property
+    def turned(self) -> bool:
+        """Whether a backward has begun."""
+        return self._turned or self._goes_back
+
     # -- marks -------------------------------------------------------------------------------------
 
     def enter(self, kind: Kind, call: int) -> None:
