@@ -487,7 +487,13 @@ def enabled(model: nn.Module, budget_gb: float) -> tuple[Callable[..., Any], Cal
     return model, lambda: planner.plan_of(model)
 
 
-@pytest.mark.parametrize("way", [by_itself, in_a_function, by_blocks, enabled])
+def enabled_and_compiled(model: nn.Module, budget_gb: float) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """By us, and once more around it, as ``TrainingArguments(torch_compile=True)`` does."""
+    _, plan = enabled(model, budget_gb)
+    return torch.compile(model), plan
+
+
+@pytest.mark.parametrize("way", [by_itself, in_a_function, by_blocks, enabled, enabled_and_compiled])
 def test_a_loss_outside_of_compiled_code_is_in_the_peak(
     way: Callable[[nn.Module, float], tuple[Callable[..., Any], Callable[[], Any]]],
 ) -> None:
@@ -508,6 +514,75 @@ def test_a_loss_outside_of_compiled_code_is_in_the_peak(
     model.zero_grad()
     measured = there + planner.measure.allocated_peak(step)
     assert 0.97 * free.peak_bytes <= measured <= free.peak_bytes
+    assert plan() is free  # no further step is seen
+
+
+class Forked(nn.Module):
+    """What is larger than a few rows takes another way behind a graph that both share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.wide, self.last = Block(), nn.Linear(WIDTH, 32 * WIDTH), Block()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A mean."""
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return (
+            torch.nn.functional.gelu(self.wide(x)).square().mean()
+            if len(y) > 1
+            else self.last(x).square().mean()
+        )
+
+
+def test_a_batch_that_comes_once_leaves_the_others_planned(caplog: pytest.LogCaptureFixture) -> None:
+    """The last of an epoch is smaller: it is seen once, and those before and behind it run as planned."""
+    model = Wide()
+    call, plan = enabled(model, 1.0)
+    small = batch()[:24]
+
+    def step(x: torch.Tensor) -> None:
+        model.zero_grad()
+        call(x).square().mean().backward()
+
+    peaks = []
+    with caplog.at_level("INFO", "planner"):
+        for _ in range(2):
+            for x in (batch(), batch(), batch(), small):
+                step(x)
+                peaks.append(plan().peak_bytes if plan() else 0)
+    told = [record.message for record in caplog.records]
+    assert sum("a step is seen" in m for m in told) == 2
+    assert sum("planned in" in m for m in told) == 2
+    assert peaks[0] == 0 and peaks[1] > peaks[4] > 0  # planned when the next step begins
+
+
+def test_a_graph_that_two_kinds_of_steps_share_runs_in_each_as_planned_for_it() -> None:
+    model, x = Forked(), batch()
+    there = sum(t.nbytes for t in (*model.parameters(), x))
+    kinds = {n: torch.zeros(n) for n in (1, 2)}
+    planner.enable(
+        model, (there + 440_000) / 1e9, optimizer=None, backend="inductor", costs="roofline",
+        time_limit_s=1.0, now=True,
+    )  # fmt: skip
+
+    def step(n: int) -> None:
+        model.zero_grad()
+        model(x, kinds[n]).backward()
+
+    plans = {}
+    for n in (1, 1, 2, 2):
+        step(n)
+        plans[n] = planner.plan_of(model)
+    for n in (1, 2, 1, 2):
+        step(n)
+        model.zero_grad()
+        peak = there + planner.measure.allocated_peak(lambda n=n: step(n))
+        plan = plans[n]
+        assert plan is not None and 0.97 * plan.peak_bytes <= peak <= plan.peak_bytes
+    assert plans[1] is not None and plans[2] is not None
+    assert plans[1].overhead == 0 < plans[2].overhead
 
 
 def _assert_near(model: nn.Module, theirs: nn.Module) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch._guards import TracingContext  # of what this thread traces; 2.1+
 from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without memory; 2.0+
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode  # writes a graph; 2.0+
@@ -89,13 +88,15 @@ def outermost_compiled() -> Any:
     return found
 
 
-def before_compiled_calls(context: Any, work: Callable[[], None]) -> None:
-    """Do ``work`` before each further call of what :func:`outermost_compiled` found, outside of its code;
-    2.4+.
+def before_compiled_calls(context: Any, work: Callable[[Sequence[Any], Mapping[str, Any]], None]) -> None:
+    """Do ``work(args, kwargs)`` before each further call of what :func:`outermost_compiled` found, outside of
+    its code; 2.4+.
     """
 
     def enter() -> Callable[[], None]:
-        work()
+        frame = sys._getframe(1)  # of the call, or of a list that is made in it
+        given = (frame if "args" in frame.f_locals or frame.f_back is None else frame.f_back).f_locals
+        work(given.get("args", ()), given.get("kwargs", {}))
         return lambda: None
 
     context.enter_exit_hooks.insert(0, enter)

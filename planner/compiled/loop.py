@@ -1,8 +1,8 @@
 """Plans for a model that trains compiled, made as its steps come; the backend for code that compiles itself.
 
-The first step of a kind is seen: its graphs run call by call, with little kept, and not in inductor's loops,
-so that it may take more than it will once it is planned.  Its random numbers are its own.  When the next step
-begins it is planned, and compiled as planned.
+The first step of a kind (:mod:`planner.compiled.kinds`) is seen: its graphs run call by call, with little
+kept, and not in inductor's loops, so that it may take more than it will once it is planned.  Its random
+numbers are its own.  When the next step begins it is planned, and compiled as planned.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of a call that trains."""
         before = self.session.called
-        self.session.begins()
+        self.session.called_by_us(args, kwargs)
         outputs = self._call(*args, **kwargs)
         if self.session.called == before and not self._told:
             self._told = True
@@ -131,9 +131,10 @@ def inductor(
 ) -> Inductor:
     """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(8))``.
 
-    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step.  The first
-    step runs uncompiled; when the second begins the first is planned, and compiled so.  Where new graphs come
-    (another batch size, a branch), that step is seen and all of them are planned anew.
+    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step, what the loop
+    computes outside of them (a loss) included.  The first two steps run uncompiled: with the first it is known
+    where the code begins, and the second is seen from there; when the third begins that is planned, and
+    compiled so.  Where other shapes come, or graphs without a plan (a branch), that step is seen and planned.
 
     Arguments as for :func:`planner.enable`, ``recompute`` as for :func:`planner.plan`.  Raises ``TypeError``
     or ``ValueError`` for those that make no sense; a step whose budget cannot be met raises

@@ -273,9 +273,9 @@ class Piece:
         h.update(repr(own).encode())
         return f"planner-{FORM}-{h.hexdigest()}"
 
-    def forget(self) -> None:
-        """What was compiled for other plans than the present one and a few before it."""
-        others = [own for own in self._compiled if own not in (self.planned, None)]
+    def forget(self, wanted: Sequence[Own]) -> None:
+        """What was compiled for other plans than ``wanted`` and a few before them."""
+        others = [own for own in self._compiled if own is not None and own not in wanted]
         for own in others[:-KEPT]:
             del self._compiled[own]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from planner import _compat
 from planner.alive import instances_of, kinds_of
+from planner.compiled.kinds import MOST_CALLS, Kind, Kinds, UnderWay, kind_of
 from planner.compiled.piece import Own, Piece
 from planner.compiled.sizes import BySize, is_by_size
 from planner.costs.target import Target
@@ -36,7 +37,6 @@ __all__ = ["CompiledSession"]
 
 log = logging.getLogger(__name__)
 
-MOST_CALLS = 256  # of graphs in a step that is seen: there is no end to one that has no backward
 TRIES = 3  # steps that are seen before it is said that they cannot be planned
 
 
@@ -88,6 +88,8 @@ class CompiledSession:
         self._held: Step | None = None
         self._sharding: Any = None  # of the step that was planned
         self.is_sharded = model is not None and any(map(_compat.is_fully_sharded, model.modules()))
+        # of a sharded model's first step what its hooks set up would be counted
+        self.kinds = Kinds(0 if self.is_sharded else _compat.recompile_limit())
         self.company: Company | None = None  # of ranks that wait for this one
         if self.is_sharded and model is not None and plan is not None:
             self.company = Company.of(model, target.here)
@@ -96,9 +98,7 @@ class CompiledSession:
         self.is_closed = False  # whether what is not planned by now is not to be
         self.is_told = False  # whether whoever calls the model says so (:meth:`begins`), outside of its code
         self._told_of: weakref.WeakSet[Any] = weakref.WeakSet()  # compiled code that says when it is called
-        self._unseen = 0  # steps in a row that were to be seen and had no call
-        # Of the step that runs unseen, calls and what their autograd nodes hold.
-        self._beside: list[tuple[_Call, weakref.ref[Step]]] = []
+        self._under_way = UnderWay()
 
     # -- what torch.compile calls ------------------------------------------------------------------
 
@@ -142,14 +142,21 @@ class CompiledSession:
         if self.called == 1 and self.model is None:
             self._find_shards(args)
         if self.plan is not None and not self.is_told and piece.planned is None:
-            self._be_told()
+            self._be_told(_compat.outermost_compiled())
         recording = self.recorder is not None and self.recorder.counts
         if not recording and self.is_closed and piece.planned is None and not piece.why:
             piece.why = "the plan that is applied is for other sizes, settings or paths"
             self._tell(piece)
-        if not recording and (piece.planned is not None or piece.why):
-            return piece.run(args)
-        return self._see(piece, args)
+        if recording:
+            return self._see(piece, args)
+        if piece.planned is not None or piece.why:
+            outputs = piece.run(args)
+        else:
+            self.kinds.lacks()
+            outputs = piece.see(args, None)
+        if self.plan is not None:
+            self._under_way.note(outputs)
+        return outputs
 
     # -- seeing ------------------------------------------------------------------------------------
 
@@ -160,8 +167,7 @@ class CompiledSession:
 
     def _see(self, piece: Piece, args: Sequence[Any]) -> Any:
         recorder = self.recorder
-        if recorder is None or not recorder.counts:
-            return self._run_unseen(piece, args)
+        assert recorder is not None
         call = _Call(piece, len(self.calls))
         self.calls.append(call)
         names = self._names()
@@ -184,24 +190,6 @@ class CompiledSession:
         del made
         recorder.leave()
         return outputs
-
-    def _run_unseen(self, piece: Piece, args: Sequence[Any]) -> Any:
-        """In the middle of a step nothing begins to be recorded: what came before would be missing."""
-        call, holder = _Call(piece, -1), Step()
-        outputs = piece.see(args, call)
-        made = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        if _hold(holder, made):
-            self._beside.append((call, weakref.ref(holder)))
-            del self._beside[:-MOST_CALLS]
-        return outputs
-
-    @property
-    def _is_in_the_middle(self) -> bool:
-        """Whether a step of which calls were not recorded may go on."""
-        waits = any(holder() is not None for _, holder in self._beside)
-        if not waits or any(call.is_through for call, _ in self._beside):
-            self._beside.clear()
-        return bool(self._beside)
 
     def _settle_behind(self, made: Sequence[Any]) -> None:
         """The autograd nodes of the step's calls hold it: the recorder is taken off when they are gone."""
@@ -233,7 +221,7 @@ class CompiledSession:
 
     def backward_begins(self, seen: _Call, tangents: Sequence[Any]) -> None:
         recorder = self.recorder
-        if recorder is None or not recorder.counts or seen.number < 0:
+        if recorder is None or not recorder.counts:
             return
         self._is_unheard |= not _compat.is_heard(recorder)
         for i, x in enumerate(tangents):
@@ -244,7 +232,7 @@ class CompiledSession:
     def backward_ends(self, seen: _Call, made: Sequence[Any]) -> None:
         recorder = self.recorder
         seen.is_through = True
-        if recorder is None or not recorder.counts or seen.number < 0:
+        if recorder is None or not recorder.counts:
             return
         for i, x in enumerate(made):
             if isinstance(x, torch.Tensor) and seen.piece.given[i] not in seen.renamed:
@@ -281,28 +269,35 @@ class CompiledSession:
         ids = frozenset(id(x) for x in args if isinstance(x, nn.Parameter))
         root = _compat.root_of_shards(instances_of(kinds), ids) if kinds else None
         if root is not None:
-            self.model, self.is_sharded = root, True
+            self.model, self.is_sharded, self.kinds.most = root, True, 0
             self.company = Company.of(root, self.target.here)
 
-    def _be_told(self) -> None:
-        """Have :meth:`begins` called before the code that runs now, whenever that is called again.
+    def _be_told(self, code: Any) -> None:
+        """Have :meth:`begins` called before the compiled ``code`` that runs now, whenever it is called again.
 
         What watches a step is entered outside of compiled code: of one that is entered within, the end of
         that code takes the dispatch key along, and what is computed behind it (a loss) is not heard.
         """
-        begins = functools.partial(_begins, weakref.ref(self))
-        code = _compat.outermost_compiled()
+        session = weakref.ref(self)
         if code is not None and code not in self._told_of:
             if not (self.is_sharded and self._told_of):  # all ranks are told as often
-                _compat.before_compiled_calls(code, begins)
+                _compat.before_compiled_calls(code, functools.partial(_begins, session))
             self._told_of.add(code)
         elif code is None and self.is_sharded and self.model is not None:
             self.is_told = True
-            self.model.register_forward_pre_hook(begins, prepend=True)
+            self.model.register_forward_pre_hook(lambda _, args: _begins(session, args, {}), prepend=True)
         elif code is None:
-            self._between_steps()
+            self._between_steps(None)
 
-    def begins(self) -> None:
+    def called_by_us(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A call of the model begins, perhaps within compiled code of somebody else's."""
+        code = _compat.outermost_compiled()
+        if code is None:
+            self.begins(args, kwargs)
+        elif self.plan is not None and torch.is_grad_enabled():
+            self._be_told(code)
+
+    def begins(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A call of the model does, or of compiled code.  A step is recorded from there: of a sharded model
         what its hooks gather for the first graph is part of it.
         """
@@ -314,7 +309,7 @@ class CompiledSession:
             except Exception:
                 self._refused = None  # all have heard
                 raise
-        self._between_steps()
+        self._between_steps(kind_of(args, kwargs))
         if self.is_sharded:
             self._note_sharding()
 
@@ -333,7 +328,7 @@ class CompiledSession:
                 "step has a plan", type(self.model).__name__,
             )  # fmt: skip
 
-    def _between_steps(self) -> None:
+    def _between_steps(self, kind: Kind) -> None:
         """At a call that begins a step: plan what was seen, or begin to see."""
         recorder = self.recorder
         if recorder is not None and recorder.counts:
@@ -342,14 +337,15 @@ class CompiledSession:
             recorder.finish()
         if recorder is not None:
             self.watching.settle()
-            self._plan_seen(recorder)
-            return
-        if self._refused is not None and self.company is not None:
+            self._plan_seen()
+        elif self._refused is not None and self.company is not None:
             self.company.failed(self._refused)
             return
-        if self._is_to_see and not self._is_in_the_middle and _compat.current_backward() == -1:
-            if not self.watching.may_begin():
-                return
+        if self._under_way.is_within() or _compat.current_backward() != -1:
+            return
+        for number, own in self.kinds.begins(kind).items():
+            self.pieces[number].planned = own
+        if self.kinds.is_to_see and (recorder is None or not self.is_sharded) and self.watching.may_begin():
             self.begin(self.watching.begin(self._there))
             log.info("a step is seen: it runs call by call, uncompiled, with little kept")
 
@@ -359,20 +355,15 @@ class CompiledSession:
             return recorder.turned
         return any(call.is_through for call in self.calls) or len(self.calls) >= MOST_CALLS
 
-    @property
-    def _is_to_see(self) -> bool:
-        """Whether a step that begins now may have graphs without a plan."""
-        if not self.pieces:
-            return not self.is_sharded and self._unseen < TRIES
-        return any(p.step is not None and p.planned is None and not p.why for p in self.pieces)
-
-    def _plan_seen(self, recorder: Recorder) -> None:
-        """Plan the step that was seen; what cannot be planned in a few of them is compiled as torch would."""
+    def _plan_seen(self) -> None:
+        """Plan the step that was seen, if something in it has no plan; what cannot be planned in a few of
+        them is compiled as torch would.
+        """
         assert self.plan is not None
-        if not self.calls:
-            self._unseen, self.recorder = self._unseen + 1, None
+        if all(call.piece.planned is not None or call.piece.why for call in self.calls):
+            self.kinds.seen({})
+            self.calls, self.recorder = [], None
             return
-        self._unseen = 0
         try:
             self.plan(self)
         except ValueError as error:
@@ -402,8 +393,8 @@ class CompiledSession:
             raise ValueError("no backward came through any of its graphs")
         if self._is_unheard:
             raise ValueError(
-                "what is held beside the graphs cannot be seen, since the recorder was entered within compiled "
-                "code. Compile the model or its blocks with torch.compile, or use planner.enable"
+                "what is held beside the graphs cannot be seen, since the recorder was entered within "
+                "compiled code. Compile the model or its blocks with torch.compile, or use planner.enable"
             )
         numbers = {n for c in self.calls for n in (*c.crossings.values(), *c.gives.values())}
         order = {n: k for k, n in enumerate(sorted(numbers))}
@@ -441,9 +432,10 @@ class CompiledSession:
             if known is None or len(own.steps) > len(known.steps):
                 wanted[call.piece.number] = own
         self.is_closed = self.plan is None
+        self.kinds.seen(wanted)
         for number, own in wanted.items():
             self.pieces[number].planned = own
-            self.pieces[number].forget()
+            self.pieces[number].forget(self.kinds.owns(number))
 
 
 def _hold(holder: Step, made: Sequence[Any]) -> bool:
@@ -456,8 +448,8 @@ def _hold(holder: Step, made: Sequence[Any]) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _begins(session: weakref.ref[CompiledSession], *_: Any) -> None:
+def _begins(session: weakref.ref[CompiledSession], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """A call begins of code whose graphs are compiled."""
     found = session()
     if found is not None:
-        found.begins()
+        found.begins(args, kwargs)

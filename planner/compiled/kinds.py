@@ -1,0 +1,107 @@
+"""Which kinds of steps a training loop has, what each runs, and whether one is under way.
+
+A step's kind is what its first call is given: shapes and dtypes.  Each is seen once, and again when a graph
+came in it that has no plan.  A graph that two kinds share runs in each as that one's plan says.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from planner._compat import pytree
+from planner.compiled.piece import Own
+
+__all__ = ["Kind", "Kinds", "UnderWay", "kind_of"]
+
+Kind = Hashable
+
+MOST_CALLS = 256  # of a step: there is no end to one that has no backward
+
+
+def kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
+    """Shapes and dtypes of the tensors in them."""
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    return tuple((x.shape, x.dtype) for x in leaves if isinstance(x, torch.Tensor))
+
+
+class Kinds:
+    """``most``  kinds that are seen although nothing is known of them; others when a graph without a plan has
+    come in them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.now: Kind = None  # of the step that runs
+        self._is_to_see: dict[Kind, bool] = {}
+        self._plans: dict[Kind, dict[int, Own]] = {}
+
+    def begins(self, kind: Kind) -> Mapping[int, Own]:
+        """A step of this kind does: what graphs run in it, by their numbers."""
+        if kind not in self._is_to_see:
+            self._is_to_see[kind] = len(self._is_to_see) < self.most
+        self.now = kind
+        return self._plans.get(kind, {})
+
+    @property
+    def is_to_see(self) -> bool:
+        """Whether the step that begins is."""
+        return self._is_to_see.get(self.now, False)
+
+    def lacks(self) -> None:
+        """A graph without a plan has come in it."""
+        self._is_to_see[self.now] = True
+
+    def seen(self, plans: Mapping[int, Own]) -> None:
+        """A step of this kind was, and planned so."""
+        self._is_to_see[self.now] = False
+        self._plans.setdefault(self.now, {}).update(plans)
+
+    def owns(self, number: int) -> list[Own]:
+        """All that a graph runs in one or another kind."""
+        return list(dict.fromkeys(plans[number] for plans in self._plans.values() if number in plans))
+
+
+class _Token:
+    """Held by an autograd node, and called before it runs."""
+
+    def __init__(self) -> None:
+        self.is_through = False
+
+    def __call__(self, *_: Any) -> None:
+        self.is_through = True
+
+
+class UnderWay:
+    """Whether a step is of which no recorder knows: in the middle of it none begins."""
+
+    def __init__(self) -> None:
+        self._token: weakref.ref[_Token] | None = None
+        self._calls = 0
+
+    def note(self, outputs: Any) -> None:
+        """A graph gave these."""
+        if self._goes_on:
+            return
+        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            node = getattr(x, "grad_fn", None)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                token = _Token()
+                node.register_prehook(token)
+                self._token, self._calls = weakref.ref(token), 0
+                return
+
+    @property
+    def _goes_on(self) -> bool:
+        token = None if self._token is None else self._token()
+        return token is not None and not token.is_through
+
+    def is_within(self) -> bool:
+        """Whether a call that begins now is one more of it."""
+        self._calls += 1
+        if not self._goes_on or self._calls > MOST_CALLS:
+            self._token = None
+        return self._token is not None
