@@ -131,10 +131,11 @@ def inductor(
 ) -> Inductor:
     """A backend for code that compiles itself: ``torch.compile(model, backend=planner.inductor(8))``.
 
-    All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step, what the loop
     All graphs that are compiled with it share the budget, GB of 10**9 bytes for the whole step, what the
-    loop computes outside of them (a loss) included.  The first two steps run uncompiled: with the first it is
-    known where the code begins, and the second is seen from there; when the third begins that is planned, and
+    loop computes outside of them (a loss) included.  The first two steps run uncompiled: with the first it
+    is known where the code begins, and the second is seen from there; when the third begins that is planned,
+    and compiled so.  Where other shapes come, or graphs without a plan (a branch), that step is seen and
+    planned.
 
     Arguments as for :func:`planner.enable`, ``recompute`` as for :func:`planner.plan`.  Raises ``TypeError``
     or ``ValueError`` for those that make no sense; a step whose budget cannot be met raises
