@@ -42,7 +42,10 @@ class Kinds:
     def begins(self, kind: Kind) -> Mapping[int, Own]:
         """A step of this kind does: what graphs run in it, by their numbers."""
         if kind not in self._is_to_see:
-            self._is_to_see[kind] = len(self._is_to_see) < self.most
+            before = self._is_to_see.pop(
+                None, False
+            )  # a graph had no plan before anything was known of kinds
+            self._is_to_see[kind] = before or len(self._is_to_see) < self.most
         self.now = kind
         return self._plans.get(kind, {})
 

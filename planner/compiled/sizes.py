@@ -62,7 +62,8 @@ class BySize:
         sizes = tuple(int(args[i]) for i in self.numbers)
         run = self._runs.get(sizes)
         if run is None and len(self._runs) < _compat.recompile_limit():
-            run = self._runs[sizes] = self._at(args)
+            with _compat.modes_set_aside():  # what is compiled is not of the step that is seen
+                run = self._runs[sizes] = self._at(args)
         if run is None:
             return self._unplanned()(*args)
         return run(*(args[i] for i in self.tensors))
