@@ -22,7 +22,7 @@ from torch import fx
 
 from planner._compat import is_out_of_memory
 from planner.costs.cache import Measured, cache_for, key_of
-from planner.costs.profiler import device_for, measure, signature_of, undisturbed
+from planner.costs.profiler import Signatures, device_for, measure, undisturbed
 from planner.costs.roofline import (
     is_view,
     node_flops,
@@ -121,9 +121,10 @@ def costs_of(
     device = device or _device_of(nodes)
     rates = rates or device_for(device)
     alike: dict[str, list[fx.Node]] = {}
+    signatures = Signatures(device)
     for node in nodes:
         if not is_view(node):
-            alike.setdefault(signature_of(node, device), []).append(node)
+            alike.setdefault(signatures.of(node), []).append(node)
     expected_s = {key: roofline_seconds(group[0], rates) for key, group in alike.items()}
     if source == "auto":
         quick = device.type == "cuda" or 3 * math.fsum(expected_s.values()) < limit_s
