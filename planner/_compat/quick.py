@@ -603,7 +603,8 @@ class _Copying:
 
 # Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
 _ASK_OF_OBJECTS = frozenset({
-    "torch._dynamo.eval_frame", "torch._tensor", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
+    "torch._dynamo.eval_frame", "torch._library.opaque_object", "torch._tensor",
+    "torch.fx.experimental.sym_node", "torch.fx.experimental.symbolic_shapes", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
     "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
 })  # fmt: skip
 
@@ -619,7 +620,6 @@ def asked_once() -> Iterator[None]:
     automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
     functional: Any = importlib.import_module("torch._subclasses.functional_tensor")
     proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
-    described = proxies._extract_tensor_metadata
     builtin = {"type": _kind_of, "id": _identity}
     flattening = _Flattening(importlib.import_module("torch.utils._pytree"))
     decomposed = _remembering(proxies.autograd_would_have_decomposed, _op_and_device)
@@ -640,7 +640,7 @@ def asked_once() -> Iterator[None]:
                 track_tensor=_tracked(proxies),
                 _enable_thunkify=_Thunks,
                 set_original_aten_op=contextlib.nullcontext,
-                _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
+                _extract_tensor_metadata=lambda _: None,
             )
         )
         put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
