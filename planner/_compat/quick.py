@@ -604,7 +604,8 @@ class _Copying:
 # Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
 _ASK_OF_OBJECTS = frozenset({
     "torch._dynamo.eval_frame", "torch._library.opaque_object", "torch._tensor",
-    "torch.fx.experimental.sym_node", "torch.fx.experimental.symbolic_shapes", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
+    "torch.fx.experimental.sym_node", "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
     "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
 })  # fmt: skip
 

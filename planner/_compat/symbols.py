@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
