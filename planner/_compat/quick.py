@@ -35,7 +35,7 @@ _fake_tensor: Any = torch._subclasses.fake_tensor  # what fakes are made by, and
 
 # A trace makes a million objects of which hardly one is garbage in a circle; each of the collector's looks,
 # by default after 700 of them, walks all that are young, and now and then all there are.
-_SELDOM = 20_000, 20, 100
+_SELDOM = 100_000, 20, 100
 
 _at_once = threading.Lock()
 _seldom_for = 0  # how many contexts are open, in all threads
