@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, fx, nn, optim
 
 import planner
 from planner._compat import (
@@ -23,6 +23,7 @@ from planner._compat import (
     at_once,
     collecting_seldom,
     fakes_as_last_time,
+    graphs_quick,
     in_one_run,
     storage_key,
     symbolic_mode,
@@ -32,6 +33,7 @@ from planner.capture import flat_model, on_fakes
 from planner.capture.as_eager import generators
 from planner.capture.joint_graph import JointGraph, capture
 from planner.errors import PlannerError, TraceError
+from planner.graph.nodes import same_layout
 from planner.memory import optimizer_state
 from planner.memory.optimizer_state import optimizer_state_bytes
 from tests import tiny
@@ -228,6 +230,38 @@ class _Attends(nn.Module):
         return out
 
 
+class _Block(nn.Module):
+    """A layer that is like its neighbours but for what stands on it."""
+
+    def __init__(self, index: int, shared: nn.Linear) -> None:
+        super().__init__()
+        self.index, self.rate = index, 0.1 * (index % 2)
+        self.norm, self.inner = nn.LayerNorm(8, eps=1e-5 * (1 + index // 3)), nn.Linear(8, 8)
+        self.shared = (shared,)
+        self.inner.weight.requires_grad_(index != 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.inner(self.norm(x))
+        if self.index == 2:
+            h = h.tanh()
+        h = nn.functional.dropout(self.shared[0](h), self.rate)
+        return x + h.view(-1, 2, 4).transpose(1, 2).reshape(-1, 8) / x.shape[0]
+
+
+class _Blocks(nn.Module):
+    """Equal layers, and some that only look equal: frozen, with dropout, another eps, another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([_Block(i, self.shared) for i in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
 def _told(joint: JointGraph) -> list[str]:
     """Every node with what it makes; storages by the first node that lies on each."""
     first: dict[int, str] = {}
@@ -332,15 +366,16 @@ def test_the_forward_runs_once_where_that_tells_all(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("model", [_Varied, _Blocks])
 def test_a_trace_makes_the_graph_that_torch_makes_by_itself(
-    monkeypatch: pytest.MonkeyPatch, dynamic: bool
+    monkeypatch: pytest.MonkeyPatch, model: type[nn.Module], dynamic: bool
 ) -> None:
     given = (torch.randn(6, 8, requires_grad=True),)
     dims = ((0,),) if dynamic else None
-    quick = capture(tiny.seeded(_Varied), given, dims=dims)
-    again = quick if dynamic else capture(tiny.seeded(_Varied), given)
+    quick = capture(tiny.seeded(model), given, dims=dims)
+    again = quick if dynamic else capture(tiny.seeded(model), given)
     _as_torch(monkeypatch)
-    torchs = capture(tiny.seeded(_Varied), given, dims=dims)
+    torchs = capture(tiny.seeded(model), given, dims=dims)
     assert (torchs.sizes is not None) is dynamic
     if torchs.sizes is not None and quick.sizes is not None:
         assert set(map(str, quick.sizes.conditions)) == set(map(str, torchs.sizes.conditions))
@@ -465,6 +500,42 @@ def test_torchs_own_is_back_when_two_threads_have_run_on_fakes() -> None:
     with fakes_as_last_time():
         thread.join()
     assert (FakeTensorMode.__torch_dispatch__, FakeTensorMode.cache) == before
+
+
+def test_torchs_graphs_are_back_when_the_last_of_several_threads_is_through() -> None:
+    graphs = fx.graph
+    before = graphs.pytree  # type: ignore[attr-defined]
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with graphs_quick():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with graphs_quick():
+        thread.start()
+        inside.wait(10)
+    assert graphs.pytree is not before  # type: ignore[attr-defined]
+    leave.set()
+    thread.join()
+    assert graphs.pytree is before  # type: ignore[attr-defined]
+
+
+def test_a_gradient_is_laid_out_as_its_leaf_where_one_like_the_leaf_is() -> None:
+    made = [
+        torch.empty(4, 1, 3), torch.empty(3, 4).t(), torch.empty(2, 4, 3, 5).contiguous(
+            memory_format=torch.channels_last
+        ), torch.empty(4, 1).expand(4, 3), torch.empty(4, 6)[:, ::2], torch.empty_strided((4, 1), (1, 7)),
+        torch.empty(0, 3), torch.empty(()),
+    ]  # fmt: skip
+    for leaf in made:
+        for grad in (*made, torch.empty(leaf.shape), leaf.double()):
+            if grad.shape == leaf.shape:
+                like = torch.empty_like(leaf)
+                pairs = zip(grad.shape, grad.stride(), like.stride(), strict=True)
+                want = grad.dtype == leaf.dtype and all(n == 1 or a == b for n, a, b in pairs)
+                assert same_layout(grad, leaf) == want
 
 
 # -- the garbage collector ------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ from planner._compat.ops import (
     reads_a_number,
     writes_arguments,
 )
-from planner._compat.quick import collecting_seldom
+from planner._compat.quick import collecting_seldom, graphs_quick
 from planner._compat.running import (
     after_backward,
     at_end_of_backward,
@@ -278,6 +278,7 @@ __all__ = [
     "gradient_layout",
     "graph_in_tracing",
     "graph_is_kept",
+    "graphs_quick",
     "guards_of",
     "has_channels_last",
     "has_symbols",

@@ -283,15 +283,16 @@ class _Joint:
 
 def _note_modules(graph: fx.Graph) -> None:
     """Nodes of the backward are of the module whose forward made them; torch tells by autograd's numbers."""
-    made_by: dict[int, Any] = {}
+    made_by: dict[int, Any] = {}  # what it says, but for what Dynamo notes for itself
     for node in graph.nodes:
         number = node.meta.get("seq_nr")
         if number is None:
             continue
         if node.meta.get("partitioner_tag") != _BACKWARD:
-            made_by.setdefault(number, node.meta.get("custom"))
+            if number not in made_by:
+                custom = node.meta.get("custom")
+                made_by[number] = custom and {k: v for k, v in custom.items() if not k.startswith(_DYNAMOS)}
         elif not node.meta.get("is_gradient_acc", False):
-            custom = made_by.get(number)
-            if custom is not None:
-                told = {key: value for key, value in custom.items() if not key.startswith(_DYNAMOS)}
+            told = made_by.get(number)
+            if told is not None:
                 node.meta["custom"] = {**node.meta.get("custom", {}), **told}

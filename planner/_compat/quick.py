@@ -35,7 +35,7 @@ _fake_tensor: Any = torch._subclasses.fake_tensor  # what fakes are made by, and
 
 # A trace makes a million objects of which hardly one is garbage in a circle; each of the collector's looks,
 # by default after 700 of them, walks all that are young, and now and then all there are.
-_SELDOM = 20_000, 20, 100
+_SELDOM = 100_000, 20, 100
 
 _at_once = threading.Lock()
 _seldom_for = 0  # how many contexts are open, in all threads
@@ -289,6 +289,45 @@ def code_when_run() -> Iterator[None]:
     """The code of a graph module that is made here is written when it is asked for; 2.3+."""
     with _use_lazy_graph_module(True):
         yield
+
+
+# How many contexts of :func:`graphs_quick` are open, in all threads, and what will put torch's own back.
+_graphs_for = 0
+_graphs = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def graphs_quick() -> Iterator[None]:
+    """Nodes are made in less time, in whatever thread; 2.0+."""
+    global _graphs_for
+    with _at_once:
+        if _graphs_for == 0:
+            leaves = _Leaves(importlib.import_module("torch.utils._pytree"))
+            _graphs.enter_context(_names_of(importlib.import_module("torch.fx.graph"), pytree=leaves))
+        _graphs_for += 1
+    try:
+        yield
+    finally:
+        with _at_once:
+            _graphs_for -= 1
+            if _graphs_for == 0:
+                _graphs.close()
+
+
+def _impure_once(torchs: Any) -> Any:
+    """Whether a node is to stay where nobody reads it, asked once for each op."""
+    known: dict[Any, bool] = {}
+
+    def is_impure(node: fx.Node, *how: Any, **named: Any) -> bool:
+        if node.op != "call_function" or named or not isinstance(node.target, OpOverload):
+            return bool(torchs(node, *how, **named))
+        key = node.target, *how
+        found = known.get(key)
+        if found is None:
+            found = known[key] = bool(torchs(node, *how))
+        return found
+
+    return is_impure
 
 
 # -- what is asked at every op --------------------------------------------------------------------------
@@ -564,7 +603,9 @@ class _Copying:
 
 # Torch's own code that asks for the kind or the identity of objects at every op, which a capture answers.
 _ASK_OF_OBJECTS = frozenset({
-    "torch._dynamo.eval_frame", "torch._tensor", "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
+    "torch._dynamo.eval_frame", "torch._library.opaque_object", "torch._tensor",
+    "torch.fx.experimental.sym_node", "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.graph", "torch.fx.node", "torch.fx.proxy",
     "torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.weak",
 })  # fmt: skip
 
@@ -580,7 +621,6 @@ def asked_once() -> Iterator[None]:
     automatic: Any = importlib.import_module("torch._higher_order_ops.auto_functionalize")
     functional: Any = importlib.import_module("torch._subclasses.functional_tensor")
     proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
-    described = proxies._extract_tensor_metadata
     builtin = {"type": _kind_of, "id": _identity}
     flattening = _Flattening(importlib.import_module("torch.utils._pytree"))
     decomposed = _remembering(proxies.autograd_would_have_decomposed, _op_and_device)
@@ -601,14 +641,15 @@ def asked_once() -> Iterator[None]:
                 track_tensor=_tracked(proxies),
                 _enable_thunkify=_Thunks,
                 set_original_aten_op=contextlib.nullcontext,
-                _extract_tensor_metadata=lambda t: described(t) if t._has_symbolic_sizes_strides else None,
+                _extract_tensor_metadata=lambda _: None,
             )
         )
         put(_method_of(proxies.ProxyTorchDispatchMode, "__torch_dispatch__", _noted_at_once))
         put(_method_of(proxies.PythonKeyTracer, "create_arg", _argument))
         for name in _ASK_OF_OBJECTS & sys.modules.keys():
             put(_names_of(sys.modules[name], **builtin))
-        put(_names_of(importlib.import_module("torch.fx.graph"), pytree=_Leaves(flattening)))
+        put(graphs_quick())
+        put(_method_of(fx.Node, "is_impure", _impure_once))
         put(_names_of(importlib.import_module("torch.fx.proxy"), copy=_Copying))
         put(_names_of(_fake_tensor, **builtin))
         yield

@@ -9,13 +9,22 @@ one holds.  A comparison that was decided is decided alike, and its guard is the
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+import torch._ops
 
 from planner._compat.sized_fakes import OF_SYMBOLS
 
+_kind = type  # a capture replaces the builtin, for code outside torch (as_eager.questions)
+
 _MISSING: Any = object()
+_get_mode: Any = torch._C._get_dispatch_mode  # 2.0+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 @contextlib.contextmanager
@@ -28,9 +37,8 @@ def sizes_remembered(env: Any) -> Iterator[None]:
         yield
         return
     nodes: Any = importlib.import_module("torch.fx.experimental.sym_node")
-    proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
     cls = nodes.SymNode
-    tables = _Tables(env, cls, proxies.get_proxy_mode)
+    tables = _Tables(env, cls)
     kinds = {"wrap_int": _Tables.constant, "maybe_as_int": _Tables.as_int}
     kinds |= dict.fromkeys(("guard_bool", "guard_or_false", "guard_or_true", "expect_true"), _Tables.decided)
     kinds |= {
@@ -40,7 +48,8 @@ def sizes_remembered(env: Any) -> Iterator[None]:
     }
     before = {name: vars(cls)[name] for name in kinds}
     for name, of in kinds.items():
-        setattr(cls, name, of(tables, before[name]))
+        how = {} if of is not _Tables.binary else {"op": nodes.METHOD_TO_OPERATOR.get(name.strip("_"))}
+        setattr(cls, name, of(tables, before[name], **how))
     env.evaluate_sym_node = tables.evaluated(env.evaluate_sym_node)
     try:
         yield
@@ -54,8 +63,15 @@ def sizes_remembered(env: Any) -> Iterator[None]:
 class _Tables:
     """What the arithmetic of one shape environment gave."""
 
-    def __init__(self, env: Any, cls: Any, tracing: Callable[[], Any]) -> None:
-        self.env, self.cls, self.tracing = env, cls, tracing
+    def __init__(self, env: Any, cls: Any) -> None:
+        self.env, self.cls = env, cls
+        self._proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        self._wrapped: Any = importlib.import_module("torch.fx.experimental.sym_node").wrap_node
+        self._before_dispatch: Any = torch._ops.mode_stack_state_for_pre_dispatch()  # 2.2+
+
+    def tracing(self) -> bool:
+        """Whether a tracer writes down what is done to sizes, before dispatch or behind it."""
+        return _get_mode(_PROXY) is not None or self._before_dispatch.get(0) is not None
 
     def expression(self, node: Any) -> Any:
         """Of a node, what was found equal replaced."""
@@ -74,25 +90,41 @@ class _Tables:
         vars(node).update(held)
         return node
 
-    def binary(self, torchs: Any) -> Any:
-        """``a + b`` and its like."""
+    def binary(self, torchs: Any, op: Any) -> Any:
+        """``a + b`` and its like; ``op`` is the function of Python that says so in a graph."""
         known: dict[Any, dict[str, Any]] = {}
         env, cls, tracing, expression = self.env, self.cls, self.tracing, self.expression
 
         def instead(a: Any, b: Any) -> Any:
-            if a.shape_env is not env or type(b) is not cls or b.shape_env is not env or tracing():
+            if a.shape_env is not env or _kind(b) is not cls or b.shape_env is not env:
                 return torchs(a, b)
             sums = a._optimized_summation, b._optimized_summation  # 2.6+
             key = expression(a), expression(b), a.pytype, b.pytype, sums
             held = known.get(key)
+            if tracing():  # what it runs once nobody writes comes here again
+                return torchs(a, b) if held is None else self.written(torchs, op, a, b, held)
             if held is not None:
                 return self.again(held)
             result = torchs(a, b)
-            if type(result) is cls and result is not a and result is not b and result._hint is not None:
+            if _kind(result) is cls and result is not a and result is not b and result._hint is not None:
                 known[key] = dict(vars(result))
             return result
 
         return instead
+
+    def written(self, torchs: Any, op: Any, a: Any, b: Any, held: dict[str, Any]) -> Any:
+        """``a + b`` and its like, known already, for a tracer that notes it until somebody needs it."""
+        mode = _get_mode(_PROXY)
+        plain = mode is not None and mode.tracer.enable_thunkify and op is not None
+        ones = op is operator.mul and 1 in (a.constant, b.constant)  # which is no call
+        if not plain or ones or a.constant is not None or held["constant"] is not None:
+            return torchs(a, b)
+        result = self.again(held)
+        tracer, made = mode.tracer, self._wrapped(result)
+        given = self._wrapped(a), self._wrapped(b)
+        compute = functools.partial(self._proxies._compute_proxy, tracer, func=op, args=given, out=made)
+        self._proxies.set_proxy_slot(made, tracer, self._proxies.Thunk(compute))
+        return result
 
     def unary(self, torchs: Any) -> Any:
         """``-a`` and its like."""
@@ -106,7 +138,7 @@ class _Tables:
             if held is not None:
                 return self.again(held)
             result = torchs(a)
-            if type(result) is self.cls and result is not a and result._hint is not None:
+            if _kind(result) is self.cls and result is not a and result._hint is not None:
                 known[key] = dict(vars(result))
             return result
 
@@ -117,7 +149,7 @@ class _Tables:
         known: dict[Any, dict[str, Any]] = {}
 
         def instead(a: Any, sizes: Any, strides: Any) -> Any:
-            own = all(type(n) is self.cls and n.shape_env is self.env for n in (a, *sizes, *strides))
+            own = all(_kind(n) is self.cls and n.shape_env is self.env for n in (a, *sizes, *strides))
             if not own or self.tracing():
                 return torchs(a, sizes, strides)
             key = tuple(map(self.expression, sizes)), tuple(map(self.expression, strides))
@@ -125,7 +157,7 @@ class _Tables:
             if held is not None:
                 return self.again(held)
             result = torchs(a, sizes, strides)
-            if type(result) is self.cls and result is not a and result._hint is not None:
+            if _kind(result) is self.cls and result is not a and result._hint is not None:
                 known[key] = dict(vars(result))
             return result
 
@@ -136,7 +168,7 @@ class _Tables:
         known: dict[int, dict[str, Any]] = {}
 
         def instead(a: Any, number: int) -> Any:
-            if a.shape_env is not self.env or type(number) is not int:
+            if a.shape_env is not self.env or _kind(number) is not int:
                 return torchs(a, number)
             held = known.get(number)
             if held is None:

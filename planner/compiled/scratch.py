@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from planner import _compat
-from planner.costs.profiler import cpu_scratch_bytes, signature_of
+from planner.costs.profiler import Signatures, cpu_scratch_bytes
 from planner.errors import PlannerError
 
 __all__ = ["in_layout", "scratch_bytes"]
@@ -46,7 +46,7 @@ def scratch_bytes(nodes: Sequence[fx.Node]) -> list[int]:
 
     Raises ``PlannerError`` inside of a profile, for it is one that measures.
     """
-    keys = [signature_of(node, _HERE) for node in nodes]
+    keys = [*map(Signatures(_HERE).of, nodes)]
     new = {key: node for key, node in zip(keys, nodes, strict=True) if key not in _SCRATCH}
     if new and _compat.is_profiled():
         raise PlannerError(

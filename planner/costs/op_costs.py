@@ -24,7 +24,7 @@ from torch import fx
 from planner._compat import is_out_of_memory
 from planner.costs.believed import Believed, believed
 from planner.costs.cache import Measured, cache_for, key_of
-from planner.costs.profiler import device_for, measure, signature_of, undisturbed
+from planner.costs.profiler import Signatures, device_for, measure, undisturbed
 from planner.costs.roofline import (
     is_view,
     node_flops,
@@ -122,9 +122,10 @@ def costs_of(
     nodes = list(nodes)
     device = device or _device_of(nodes)
     alike: dict[str, list[fx.Node]] = {}
+    signatures = Signatures(device)
     for node in nodes:
         if not is_view(node):
-            alike.setdefault(signature_of(node, device), []).append(node)
+            alike.setdefault(signatures.of(node), []).append(node)
     expected = _Expected(alike, device, rates)
     measured = {} if source == "roofline" else _recalled(alike, device)
     if source == "auto":

@@ -36,7 +36,7 @@ from planner.costs.roofline import operands_of, packet_of
 from planner.devices.rates import DEVICES, Device
 from planner.graph import kernels
 
-__all__ = ["cpu_scratch_bytes", "device_for", "measure", "signature_of", "undisturbed"]
+__all__ = ["Signatures", "cpu_scratch_bytes", "device_for", "measure", "undisturbed"]
 
 aten = torch.ops.aten
 
@@ -224,21 +224,34 @@ def _on_operands(node: fx.Node) -> Callable[[], Callable[[], Any]]:
     return prepared
 
 
-def signature_of(node: fx.Node, device: torch.device) -> str:
-    """Equal for nodes that cost the same on ``device`` under torch's present settings."""
+class Signatures:
+    """What nodes of a graph that nobody changes meanwhile cost the same by, on ``device`` as torch is set."""
 
-    def describe(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            sizes, strides = [*map(size_hint, leaf.shape)], [*map(size_hint, leaf.stride())]
-            return f"{leaf.dtype}{sizes}{strides}@{leaf.device}"
-        return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
+    def __init__(self, device: torch.device) -> None:
+        self._where = f" on {device} {_settings(device)}"
+        self._described: dict[fx.Node, Any] = {}
 
-    arguments = map_arg(
-        (node.args, node.kwargs), lambda source: pytree.tree_map(describe, meta.value(source))
-    )
-    target: Any = node.target
-    name = f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__qualname__") else str(target)
-    return f"{name}{arguments} on {device} {_settings(device)}"
+    def of(self, node: fx.Node) -> str:
+        """Equal for nodes that cost the same."""
+        arguments = map_arg((node.args, node.kwargs), self._made_by)
+        target: Any = node.target
+        named = hasattr(target, "__qualname__")
+        name = f"{target.__module__}.{target.__qualname__}" if named else str(target)
+        return f"{name}{arguments}{self._where}"
+
+    def _made_by(self, source: fx.Node) -> Any:
+        if source not in self._described:
+            value = meta.value(source)
+            alone = isinstance(value, torch.Tensor)
+            self._described[source] = _described(value) if alone else pytree.tree_map(_described, value)
+        return self._described[source]
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        sizes, strides = [*map(size_hint, leaf.shape)], [*map(size_hint, leaf.stride())]
+        return f"{leaf.dtype}{sizes}{strides}@{leaf.device}"
+    return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
 
 def _settings(device: torch.device) -> tuple[object, ...]:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from planner import _compat
 from planner.capture import meta
 from planner.capture.joint_graph import JointGraph
 from planner.capture.printed import code_of, headed
@@ -153,6 +154,7 @@ class Normalized:
         return f"Normalized({len(step.forward)} calls forward, {len(step.backward)} backward{loss})"
 
 
+@_compat.graphs_quick()
 def normalize(joint: JointGraph) -> Normalized:
     """All passes, in order.
 

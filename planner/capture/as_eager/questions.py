@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,11 @@ _NUMBERS: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch
 
 def _outside(frame: FrameType) -> bool:
     """Whether neither torch nor we ask."""
-    module = str(frame.f_globals.get("__name__", ""))
+    return _is_outside(str(frame.f_globals.get("__name__", "")))
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked at every op, and the names are few
+def _is_outside(module: str) -> bool:
     return module.partition(".")[0] != "torch" and not is_ours(module)
 
 

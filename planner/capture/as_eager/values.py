@@ -83,13 +83,24 @@ class _NotOfBatch(Exception):
     """A tensor that does not depend on the batch alone."""
 
 
+def _written(func: OpOverload) -> tuple[str, ...]:
+    """Names of the arguments that the op writes into."""
+    arguments = func._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _is_pure(func: OpOverload) -> bool:
+    """Whether what the op gives depends on its arguments alone."""
+    return torch.Tag.nondeterministic_seeded not in func.tags and func.namespace in _PURE
+
+
 class Values:
     """The ops of the run of a forward that depend on its arguments alone, and what it asked of them."""
 
     def __init__(self, inputs: Inputs, sizes: Sizes | None = None) -> None:
         self._tensors: Sequence[torch.Tensor] = inputs.real or inputs.tensors()
         self._recorded, self._sizes = inputs.answers, sizes
-        self._writes: dict[Any, tuple[str, ...]] = {}
+        self._known: dict[OpOverload, tuple[tuple[str, ...], bool]] = {}
         self.begin(())
 
     def begin(self, stand_ins: Iterable[torch.Tensor]) -> None:
@@ -109,9 +120,12 @@ class Values:
         if not isinstance(func, OpOverload):
             self._spoil((args, kwargs))
             return
-        written = self._written(func)
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = _written(func), _is_pure(func)
+        written, pure = known
         try:
-            if torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in _PURE:
+            if not pure:
                 raise _NotOfBatch
             reads: set[int] = set()
             op_args, op_kwargs = self._come_from(args, reads), self._come_from(kwargs or {}, reads)
@@ -119,7 +133,8 @@ class Values:
             if written:
                 self._spoil(self._named(func, args, kwargs, written))
             return
-        made = result if isinstance(result, (tuple, list)) else (result,)
+        several = issubclass(_kind_of(result), (tuple, list))  # a stand-in would be asked for its class
+        made = result if several else (result,)
         touches: set[int] = set()
         for x in self._named(func, args, kwargs, written) if written else ():
             self._storages(x, touches)
@@ -130,7 +145,6 @@ class Values:
                 if self._origin(x) is None:
                     vars(x)[_MADE] = self._ops, _Made(number, k)
         if touches:
-            several = isinstance(result, (tuple, list))
             self._ops.append(_Op(func, op_args, op_kwargs, frozenset(reads), frozenset(touches), several))
 
     def _origin(self, tensor: torch.Tensor) -> _Given | _Made | None:
@@ -160,10 +174,11 @@ class Values:
         return origin
 
     def _storages(self, x: Any, into: set[int]) -> None:
-        if isinstance(x, (list, tuple)):
+        kind = _kind_of(x)
+        if issubclass(kind, (list, tuple)):
             for item in x:
                 self._storages(item, into)
-        elif isinstance(x, torch.Tensor) and _kind_of(x) in _compat.STAND_INS:
+        elif kind in _compat.STAND_INS:
             key = _compat.storage_key(x)
             self._alive.append(x.untyped_storage())
             into.add(key)
@@ -174,15 +189,6 @@ class Values:
             self._storages(tensor, spoiled)
         for storage in spoiled:
             self._spoiled.setdefault(storage, len(self._ops))
-
-    def _written(self, func: OpOverload) -> tuple[str, ...]:
-        """Names of the arguments that the op writes into."""
-        known = self._writes.get(func)
-        if known is None:
-            arguments = func._schema.arguments
-            known = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
-            self._writes[func] = known
-        return known
 
     @staticmethod
     def _named(func: OpOverload, args: Any, kwargs: Any, names: Sequence[str]) -> list[Any]:

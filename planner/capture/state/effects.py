@@ -187,7 +187,8 @@ class OpsSeen:
             given.extend(kwargs)
             self._name_all(kwargs.values(), given)
         self.seen.append(tuple(given))
-        for k, made in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
+        # by class, where a stand-in that is none would be asked for its own
+        for k, made in enumerate(result if issubclass(_kind_of(result), (tuple, list)) else (result,)):
             if isinstance(made, torch.Tensor) and self._name(made) is None:
                 vars(made)[_MADE] = self, len(self.seen), k
 

@@ -63,7 +63,12 @@ _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 
 def is_foreign(module_name: object) -> bool:
     """Whether what is defined there is taken as it is: torch, numpy, the standard library, this package."""
-    return not isinstance(module_name, str) or module_name.split(".")[0] in _FOREIGN
+    return not isinstance(module_name, str) or _is_foreign(module_name)
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked at every read, and the names are few
+def _is_foreign(module_name: str) -> bool:
+    return module_name.split(".")[0] in _FOREIGN
 
 
 def is_plain_object(value: object) -> bool:
@@ -123,6 +128,8 @@ class Reads:
         self._alive: list[Any] = []  # so that no id is used again
         self._reached: set[int] = set()
         self._seen: set[tuple[int, str, int]] = set()
+        self._lines: dict[type, list[tuple[type, Any]]] = {}  # the classes of a class, and what is in each
+        self._named_of: dict[tuple[type, str, int], tuple[int, ...]] = {}
         self._kinds: dict[type, bool] = {nn.Module: True}  # whether reads from its instances are seen
         self._patched: dict[type, Any] = {}
         self._thread, self._recording = 0, False
@@ -201,12 +208,22 @@ class Reads:
         self.attributes.setdefault(_identity(owner), {})[name] = None
         self.readers.setdefault(name, []).append(code)
         self._code(code, frame.f_globals)
-        for kind in _kind_of(owner).__mro__:
-            if not is_foreign(kind.__module__):
-                self._of_class(kind, {n for n in code.co_names if n in vars(kind)} | {name})
+        classes = self._classes_of(_kind_of(owner))
+        sizes = tuple([len(attributes) for _, attributes in classes])  # more may have been set meanwhile
+        if self._named_of.get((_kind_of(owner), name, _identity(code))) != sizes:
+            self._named_of[_kind_of(owner), name, _identity(code)] = sizes
+            for kind, attributes in classes:
+                self._of_class(kind, {n for n in code.co_names if n in attributes} | {name})
         held = getattr(owner, "__dict__", {})
         if name in held:
             self._reach(held[name])
+
+    def _classes_of(self, kind: type) -> list[tuple[type, Any]]:
+        known = self._lines.get(kind)
+        if known is None:
+            known = [(k, vars(k)) for k in kind.__mro__ if not is_foreign(k.__module__)]
+            self._lines[kind] = known
+        return known
 
     # -- what is named in code -------------------------------------------------------------------------
 
