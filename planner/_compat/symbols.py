@@ -39,7 +39,7 @@ def sizes_remembered(env: Any) -> Iterator[None]:
     nodes: Any = importlib.import_module("torch.fx.experimental.sym_node")
     cls = nodes.SymNode
     tables = _Tables(env, cls)
-    kinds = {"wrap_int": _Tables.constant, "maybe_as_int": _Tables.as_int}
+    kinds: dict[str, Any] = {"wrap_int": _Tables.constant, "maybe_as_int": _Tables.as_int}
     kinds |= dict.fromkeys(("guard_bool", "guard_or_false", "guard_or_true", "expect_true"), _Tables.decided)
     kinds |= {
         name: _KINDS[method.__name__]
@@ -66,7 +66,8 @@ class _Tables:
     def __init__(self, env: Any, cls: Any) -> None:
         self.env, self.cls = env, cls
         self._proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
-        self._wrapped: Any = importlib.import_module("torch.fx.experimental.sym_node").wrap_node
+        nodes: Any = importlib.import_module("torch.fx.experimental.sym_node")
+        self._wrapped: Any = nodes.wrap_node  # 2.11+, and so is _compute_proxy
         self._before_dispatch: Any = torch._ops.mode_stack_state_for_pre_dispatch()  # 2.2+
 
     def tracing(self) -> bool:
