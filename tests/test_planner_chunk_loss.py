@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import planner
+from planner.graph.chunks.chunked import Chunked
 from planner.graph.chunks.region import NotInRows
-from planner.graph.chunks.write import Chunked
 from planner.options import Search
 from planner.solving.priced import PricedStep, prepare
 from tests.tiny import seeded

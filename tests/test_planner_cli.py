@@ -17,10 +17,11 @@ import pytest
 
 import planner
 from planner.__main__ import main
+from planner.cli import commands as cli
 from planner.cli import parser as arguments
 from planner.cli import user_code
 from planner.cli.commands import CANNOT, FAILED, HELD, INTERRUPTED
-from planner.plans.serialize import VERSION
+from planner.plans.reading import VERSION
 
 ROOT = Path(planner.__file__).resolve().parent.parent
 
@@ -354,6 +355,68 @@ def test_a_reader_that_has_had_enough(
         assert main(["show", "plan.json"]) == HELD
         monkeypatch.undo()
     assert capfd.readouterr().err == ""
+
+
+# -- without torch ---------------------------------------------------------------------------------
+
+# Runs each line of a command line where torch cannot be imported, and stops at one that wants to.
+NO_TORCH = """
+import shlex, sys
+from importlib.abc import MetaPathFinder
+
+class Refused(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise SystemExit(f"{line!r} imports {name}")
+
+sys.meta_path.insert(0, Refused())
+from planner.__main__ import main
+
+for line in sys.argv[1:]:
+    try:
+        code = main(shlex.split(line))
+    except SystemExit as ended:  # of --help
+        if isinstance(ended.code, str):
+            raise
+        code = ended.code
+    assert not code, (line, code)
+"""
+
+
+def without_torch(lines: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *lines],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_help_and_looking_need_no_torch(plan: planner.Plan, folder: Path) -> None:
+    commands = re.findall(r"^    ([a-z-]+) ", arguments.parser().format_help(), re.MULTILINE)
+    assert len(commands) > 8
+    name = next(p.name for p in plan.placements if p.module)
+    lines = [
+        "--help",
+        *(f"{command} --help" for command in commands),
+        "show plan.json",
+        "show plan.json --json",
+        "show plan.json --html page.html --plot drawn",
+        f"explain plan.json {name}",
+        "diff plan.json plan.json",
+        "snapshot plan.json bare.pickle",
+    ]
+    done = without_torch(lines, folder)
+    assert done.returncode == HELD, done.stderr[-2000:]
+    assert plan.summary() in done.stdout and str(plan.explain(name)) in done.stdout
+    assert (folder / "page.html").read_text() == cli.page(plan)
+    assert all((folder / "drawn" / f"{of}.png").stat().st_size for of in ("memory", "placements"))
+
+
+def test_what_runs_a_model_does_import_torch(plan: planner.Plan, folder: Path) -> None:
+    """So the refusal of above refuses."""
+    line = "verify train.py:build --plan plan.json"
+    done = without_torch([line], folder)
+    assert done.returncode != HELD and f"{line!r} imports torch" in done.stderr
 
 
 # -- help -----------------------------------------------------------------------------------------

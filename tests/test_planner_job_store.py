@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 import planner
 from planner import _compat
-from planner.plans.serialize import from_text, to_text
+from planner.plans.reading import from_text
+from planner.plans.serialize import to_text
 from planner.ranks import job_store, once
 from planner.ranks.job_store import LEFT, JobStore
 from tests import tiny

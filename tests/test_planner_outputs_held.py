@@ -18,7 +18,8 @@ from planner.__main__ import main
 from planner.measure import step_peak
 from planner.options import OutputsMode, Search
 from planner.plan import Plan
-from planner.plans.serialize import from_text, to_text
+from planner.plans.reading import from_text
+from planner.plans.serialize import to_text
 from planner.solving.priced import PricedStep, prepare
 from tests.benchmarks import bench_outputs
 from tests.tiny import assert_same_bits, batch, run, seeded

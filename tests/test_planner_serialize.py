@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import planner
 from planner import InvalidPlanFileError, Plan, PlannerError, StalePlanError
 from planner.options import Search
+from planner.plans.batch import TensorRecord
 from planner.solving.priced import prepare
 from tests import tiny
 
@@ -275,9 +276,25 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "input shape": (lambda r: _input(r, "tensor").__setitem__(0, ["a"]), "holds something"),
     "input sizes": (lambda r: _input(r, "tensor").__setitem__(0, [-3, 8]), "holds something"),
     "input device": (lambda r: _input(r, "tensor").__setitem__(3, "moon"), "holds something"),
+    "input stride": (lambda r: _input(r, "tensor").__setitem__(1, [8]), "shape .* and stride"),
+    "input of no bytes": (lambda r: _input(r, "tensor").__setitem__(0, [2**40, 2**40]), "beyond any memory"),
     "input kind": (_with("inputs", {"pickle": "gASVAA=="}), "'pickle'"),
     "inputs swapped": (_with("inputs", {"tuple": [{"dict": []}, {"tuple": []}]}), "positional and keyword"),
 }
+
+
+def test_dtypes_are_told_from_all_else_without_torch() -> None:
+    told = {name for name in dir(torch) if _is_told(f"torch.{name}")}
+    dtypes = {of for name in dir(torch) if isinstance(of := getattr(torch, name), torch.dtype)}
+    assert {f"torch.{name}" for name in told} == {str(of) for of in dtypes}
+    assert not _is_told("os.system") and not _is_told("torch.float32.__class__")
+
+
+def _is_told(name: str) -> bool:
+    try:
+        return TensorRecord((2,), (1,), name, "cpu", False).dtype == name
+    except ValueError:
+        return False
 
 
 @pytest.mark.parametrize("name", TAMPERINGS)

@@ -24,7 +24,8 @@ import planner
 from planner import InfeasibleBudgetError, PlannerError, StalePlanError, _compat
 from planner.memory.resident import bucket_bytes
 from planner.plan import Plan
-from planner.plans.serialize import FORMAT, from_text, to_text
+from planner.plans.reading import FORMAT, from_text
+from planner.plans.serialize import to_text
 from planner.ranks import once
 from planner.runtime.build import recaptured
 from planner.solving import fit as search

@@ -1,6 +1,7 @@
 """What each command of ``python -m planner`` does: arguments in, an :class:`Outcome` out.
 
-What they need is imported by each: ``--help`` is not to wait for torch.
+What they need is imported by each: ``--help`` waits for nothing, and what only looks at saved plans does
+without torch.
 
 Nothing here prints: the result is text for stdout, and whatever runs meanwhile (progress, warnings, the
 user's own prints) belongs on stderr.
@@ -15,16 +16,18 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.files import write_whole
 from planner.progress import Bar
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.plans.plan_data import PlanData
 
 __all__ = ["CANNOT", "FAILED", "HELD", "INTERRUPTED", "Outcome"]
+
+T = TypeVar("T")
 
 HELD, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
@@ -134,6 +137,8 @@ def largest(arguments: Namespace) -> Outcome:
 
 def show(arguments: Namespace) -> Outcome:
     """A saved plan: its summary, and on request a page and pictures."""
+    from planner.view import display
+
     made = _loaded(arguments.plan)
     notes = []
     if arguments.html is not None:
@@ -141,12 +146,14 @@ def show(arguments: Namespace) -> Outcome:
         notes.append(f"written to {arguments.html}")
     if arguments.plot is not None:
         notes += [f"written to {path}" for path in pictures(made, arguments.plot)]
-    return Outcome(_json(figures(made)) if arguments.json else made.summary(), HELD, tuple(notes))
+    return Outcome(_json(figures(made)) if arguments.json else display.summary(made), HELD, tuple(notes))
 
 
 def explain(arguments: Namespace) -> Outcome:
     """Why a value of a saved plan is kept or recomputed."""
-    why = _loaded(arguments.plan).explain(arguments.name)
+    from planner.view import explain as view
+
+    why = view.explain(_loaded(arguments.plan), arguments.name)
     if not arguments.json:
         return Outcome(str(why))
     record = dataclasses.asdict(why) | {"bytes": why.bytes}
@@ -158,14 +165,18 @@ def explain(arguments: Namespace) -> Outcome:
 
 def diff(arguments: Namespace) -> Outcome:
     """Two saved plans side by side."""
-    found = _loaded(arguments.first).diff(_loaded(arguments.second))
+    from planner.view import diff as view
+
+    found = view.diff(_loaded(arguments.first), _loaded(arguments.second))
     return Outcome(_json(dataclasses.asdict(found)) if arguments.json else str(found))
 
 
 def snapshot(arguments: Namespace) -> Outcome:
     """A saved plan as a memory snapshot."""
+    from planner.view import snapshot as view
+
     made = _loaded(arguments.plan)
-    made.to_memory_snapshot(arguments.out)
+    view.save(made, arguments.out)
     how = f"python -m torch.cuda._memory_viz trace {arguments.out}"
     note = f"drop it on https://pytorch.org/memory_viz, or: {how}"
     return Outcome(f"{arguments.out}: {made.model_name}, peak {made.peak_bytes} bytes", HELD, (note,))
@@ -174,8 +185,9 @@ def snapshot(arguments: Namespace) -> Outcome:
 def verify(arguments: Namespace) -> Outcome:
     """Run a step with and without a saved plan and compare."""
     from planner.cli import user_code as factories
+    from planner.plan import load
 
-    made = _loaded(arguments.plan)
+    made = _from_file(arguments.plan, load)
     built = factories.build(arguments.model, arguments.inputs)
     report = made.verify(built.model, built.inputs, loss_fn=_loss(arguments))
     code = HELD if report.ok else FAILED
@@ -255,7 +267,7 @@ def _judged(text: str, failures: Any) -> Outcome:
 # -- results --------------------------------------------------------------------------------------
 
 
-def figures(made: Plan) -> dict[str, Any]:
+def figures(made: PlanData) -> dict[str, Any]:
     """The numbers of a plan for other programs: bytes, seconds, shares of step time."""
     names = (
         "model_name", "device", "torch_version", "budget_bytes", "peak_bytes", "baseline_peak_bytes",
@@ -287,26 +299,31 @@ def infeasible(error: InfeasibleBudgetError) -> dict[str, Any]:
     }
 
 
-def page(made: Plan) -> str:
+def page(made: PlanData) -> str:
     """The plan's HTML as a page of its own."""
     import html
+
+    from planner.view import display
 
     title = html.escape(f"{made.model_name} in {made.budget_bytes / 1e9:.4g} GB")
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>\n"
         "<meta name='viewport' content='width=device-width'>\n"
         "<style>:root{color-scheme:light dark}body{margin:2em auto;max-width:62em;padding:0 1em}</style>\n"
-        f"</head><body>\n{made._repr_html_()}\n</body></html>\n"
+        f"</head><body>\n{display.html(made)}\n</body></html>\n"
     )
 
 
-def pictures(made: Plan, folder: Path) -> list[Path]:
+def pictures(made: PlanData, folder: Path) -> list[Path]:
     """``memory.png`` and ``placements.png`` in ``folder``."""
+    from planner.view.depth import plot_placements
+    from planner.view.plots import plot_memory
+
     _needs_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn: list[tuple[str, Callable[[], Any]]] = [
-        ("memory.png", made.plot_memory),
-        ("placements.png", made.plot_placements),
+        ("memory.png", partial(plot_memory, made)),
+        ("placements.png", partial(plot_placements, made)),
     ]
     paths = []
     for name, draw in drawn:
@@ -339,9 +356,14 @@ def _needs_matplotlib() -> None:
     matplotlib.use("Agg")
 
 
-def _loaded(path: Path) -> Plan:
-    from planner.plan import load
+def _loaded(path: Path) -> PlanData:
+    """A saved plan as data, for looking."""
+    from planner.plans.reading import load
 
+    return _from_file(path, load)
+
+
+def _from_file(path: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(path)
     except FileNotFoundError:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from planner.graph.step_graph import OPTIMIZER_STEP
+from planner.graph.step_graph import OPTIMIZER_STEP, scratch_of
 from planner.graph.training_graph import GraphOp, TrainingGraph
 
-__all__ = ["consumed_of", "consuming", "first_handed_out", "scratch_of", "taken_of"]
+__all__ = ["consumed_of", "consuming", "first_handed_out", "taken_of"]
 
 
 def consuming(graph: TrainingGraph, taken: Mapping[str, int]) -> TrainingGraph:
@@ -147,16 +146,6 @@ def taken_of(graph: TrainingGraph) -> dict[str, int]:
     """What :func:`consuming` was told."""
     scratch = scratch_of(graph.ops, [op.scratch_bytes for op in graph.ops])
     return {name: scratch.get(name, 0) for name in consumed_of(graph)}
-
-
-def scratch_of(ops: Sequence[Any], scratch_bytes: Sequence[int]) -> dict[str, int]:
-    """By name of the parameter what its optimizer's step in the backward takes; of ops of a graph or plan."""
-    word = f"{OPTIMIZER_STEP}/"
-    return {
-        op.name.removeprefix(word): count
-        for op, count in zip(ops, scratch_bytes, strict=True)
-        if op.name.startswith(word)
-    }
 
 
 def first_handed_out(graph: TrainingGraph) -> int:

@@ -40,7 +40,8 @@ from planner.capture.joint_graph import JointGraph
 from planner.capture.printed import code_of, headed
 from planner.capture.traced import Traced
 from planner.errors import TraceError
-from planner.graph.chunks.write import Chunked, chunk_loss
+from planner.graph.chunks.chunked import Chunked
+from planner.graph.chunks.write import chunk_loss
 from planner.graph.draft import Did, Draft, loaded
 from planner.graph.nodes import is_check, is_random, talks
 from planner.graph.passes import batch_norm, lstm

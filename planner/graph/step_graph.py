@@ -20,6 +20,7 @@ __all__ = [
     "forward_length",
     "release_of",
     "replayed_states",
+    "scratch_of",
     "written_over",
 ]
 
@@ -102,3 +103,13 @@ def replayed_states(graph: StepGraph, steps: list[int]) -> set[int]:
     runs = Counter(steps)
     states = {op.outputs[0]: i for i, op in enumerate(graph.ops) if op.target == RNG_STATE}
     return {states[v] for i, op in enumerate(graph.ops) if runs[i] > 1 for v in op.inputs if v in states}
+
+
+def scratch_of(ops: Sequence[Any], scratch_bytes: Sequence[int]) -> dict[str, int]:
+    """By name of the parameter what its optimizer's step in the backward takes; of ops of a graph or plan."""
+    word = f"{OPTIMIZER_STEP}/"
+    return {
+        op.name.removeprefix(word): count
+        for op, count in zip(ops, scratch_bytes, strict=True)
+        if op.name.startswith(word)
+    }

@@ -22,7 +22,7 @@ from planner import _compat
 from planner.capture import meta
 from planner.capture.joint_graph import JointGraph
 from planner.graph import kernels
-from planner.graph.chunks.write import Chunked
+from planner.graph.chunks.chunked import Chunked
 from planner.graph.nodes import (
     is_check,
     is_mutation,

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.graph.step_graph import RELEASE, RNG_STATE
-from planner.graph.training_graph import TrainingGraph
 from planner.memory.lifetimes import Copy, copies_of
 from solvers import Op, Problem, Timeline, Value
 from solvers.core.simulate import simulate_steps
+
+if TYPE_CHECKING:
+    from planner.graph.training_graph import TrainingGraph
 
 __all__ = ["Outline", "OutlineOp", "OutlineValue"]
 

@@ -9,17 +9,19 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from planner.capture.inputs import Inputs
-from planner.capture.sizes import Dims
-from planner.graph.chunks.write import Chunked
-from planner.graph.consumed import scratch_of
-from planner.options import OrderMode
+from planner.graph.step_graph import scratch_of
 from planner.plans.outline import Outline
 from planner.units import bytes_text
+
+if TYPE_CHECKING:
+    from planner.capture.inputs import Inputs
+    from planner.capture.sizes import Dims
+    from planner.graph.chunks.chunked import Chunked
+    from planner.options import OrderMode
 
 __all__ = [
     "Backend",

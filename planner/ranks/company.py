@@ -26,7 +26,7 @@ from planner import _compat
 from planner.errors import PlannerError
 from planner.graph.step_graph import BETWEEN
 from planner.plans.plan_data import PlanData
-from planner.plans.serialize import FORMAT
+from planner.plans.reading import FORMAT
 from planner.ranks.once import is_shared
 
 __all__ = ["Company"]

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from planner import _compat
 from planner.errors import PlannerError
 from planner.plans.plan_data import PlanData
-from planner.plans.serialize import FORMAT, from_text, to_text
+from planner.plans.reading import FORMAT, from_text
+from planner.plans.serialize import to_text
 from planner.ranks.job_store import JobStore
 
 __all__ = ["is_shared", "made_once", "text_of"]

@@ -18,8 +18,9 @@ from planner.capture.joint_graph import capture
 from planner.capture.symbolic import SymbolicCaptures
 from planner.errors import StalePlanError
 from planner.graph.captured import CapturedStep
-from planner.graph.consumed import consuming, scratch_of
+from planner.graph.consumed import consuming
 from planner.graph.ordered import ordered_graph
+from planner.graph.step_graph import scratch_of
 from planner.measure.step import device_of
 from planner.options import Search
 from planner.plans.plan_data import PlanData

@@ -67,7 +67,8 @@ from planner.memory.resident import budget_bytes_of
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
-from planner.plans.serialize import from_text, inputs_of
+from planner.plans.reading import from_text
+from planner.plans.serialize import inputs_of
 from planner.ranks.once import is_shared, made_once, text_of
 from planner.runtime.build import check_is_of
 from planner.solving.chunked import chunked_as

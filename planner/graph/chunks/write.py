@@ -26,7 +26,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx
@@ -34,6 +34,7 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.chunks.chunked import Chunked, Form
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
 from planner.graph.chunks.rules import Rows, factory_of, rows_last
@@ -41,39 +42,11 @@ from planner.graph.chunks.turned import turned_back
 from planner.graph.draft import Did, Draft
 from planner.graph.nodes import is_mutation, is_random
 
-__all__ = ["Chunked", "Form", "chunk_loss"]
+__all__ = ["chunk_loss"]
 
 aten = torch.ops.aten
 
-Form: TypeAlias = Literal["ahead", "behind"]
 NO_LABEL = -100  # in the labels that the summed log-likelihoods get
-
-
-@dataclass(frozen=True)
-class Chunked:
-    """What was computed in chunks.
-
-    ``head``    path of the module whose product it is; ``rows`` in ``chunks`` chunks, ``columns`` wide.
-    ``form``    "ahead": gradients are made in the forward, for a loss's gradient of one; "behind".
-    ``is_made`` whether the logits are made whole too, since the model returns them.
-    ``feeds``   (output, an output that the step computes from it), by their numbers, before the cut.
-    """
-
-    head: str
-    rows: int
-    columns: int
-    chunks: int
-    form: Form
-    is_made: bool
-    feeds: tuple[tuple[int, int], ...] = ()
-
-    def __str__(self) -> str:
-        size = -(-self.rows // self.chunks)
-        made = ", logits made whole" if self.is_made else ""
-        return (
-            f"{self.head or 'the last product'}: {self.rows} x {self.columns} in {self.chunks} chunks of "
-            f"{size} rows, gradients {'in the forward' if self.form == 'ahead' else 'in the backward'}{made}"
-        )
 
 
 class _Barrier(Exception):
