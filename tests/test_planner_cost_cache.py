@@ -6,8 +6,10 @@ import json
 import logging
 import threading
 import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from planner._compat import FakeTensor, FakeTensorMode
 from planner.costs import cache as cost_cache
 from planner.costs import op_costs as costs_module
 from planner.costs import profiler
+from planner.costs.believed import SAMPLE, Believed, believed
 from planner.costs.cache import VARIABLE, CostCache, Measured, cache_for, folder, key_of
 from planner.costs.op_costs import costs_of
 from planner.costs.roofline import is_view
@@ -152,20 +155,99 @@ def test_the_folder_is_the_users_unless_told_otherwise(monkeypatch: pytest.Monke
     assert folder({"LOCALAPPDATA": "/local"}) == Path("/local/rematplan")
 
 
-def test_only_a_gpus_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_kept_for_a_cpu_and_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "costs"))
     monkeypatch.setattr(costs_module, "_measured", {})
-    assert cache_for(torch.device("cpu")) is None
-    costs_of(graph(), "profile")
-    assert not (tmp_path / "costs").exists()
+    mine = cache_for(torch.device("cpu"))
+    assert mine is not None and mine.is_shared and not mine.path.exists()
+    costs = costs_of(graph(), "profile")
+    assert len(mine.read()) == costs.signatures
+    monkeypatch.setenv("MALLOC_CONF", "narenas:1")  # what chooses memory or kernels has another file
+    other = cache_for(torch.device("cpu"))
+    assert other is not None and other.path != mine.path
     gpu = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, multi_processor_count=58, total_memory=24)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     cache = cache_for(torch.device("cuda"))
-    assert cache is not None
+    assert cache is not None and not cache.is_shared
     assert cache.path.parent == tmp_path / "costs"
     assert cache.facts["capability"] == "8.9"
     monkeypatch.setenv(VARIABLE, "0")
-    assert cache_for(torch.device("cuda")) is None
+    assert cache_for(torch.device("cuda")) is None and cache_for(torch.device("cpu")) is None
+
+
+# --- What is kept of a CPU --------------------------------------------------------------------
+
+THEN = {f"op {k}": Measured(1e-3 + k * 1e-4, 0) for k in range(12)} | {"large": Measured(0.5, 0)}
+
+
+def now(times: float, off: Mapping[str, float] = MappingProxyType({})) -> Callable[[str], Measured]:
+    """A machine on which ops take so many times what they took."""
+    return lambda key: Measured(THEN[key].seconds * off.get(key, times), 0)
+
+
+def test_a_cpu_that_is_as_it_was_is_believed() -> None:
+    seen: list[str] = []
+
+    def measured(key: str) -> Measured:
+        seen.append(key)
+        return now(1.1)(key)
+
+    assert believed(THEN, measured) == Believed(THEN, {})
+    assert len({*seen}) == SAMPLE and "large" not in seen
+    drawn = [*seen]
+    for _ in range(50):
+        believed(THEN, measured)
+    assert {*seen} == THEN.keys() - {"large"} != {*drawn}  # others each time
+
+
+@pytest.mark.parametrize("times", [0.5, 0.85, 1.16, 3.0])
+def test_a_cpu_that_is_another_or_was_disturbed_is_measured_again(
+    times: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="planner"):
+        kept, again = believed(THEN, now(times))
+    assert not kept and len(again) == SAMPLE
+    assert all(cost.seconds == THEN[key].seconds * times for key, cost in again.items())
+    assert "measured again" in caplog.text and f"{times:.2f} times" in caplog.text
+
+
+def test_one_op_that_was_disturbed_is_mended_alone() -> None:
+    kept, again = believed(THEN, now(1.0, {"op 3": 0.2}), lambda keys, count: keys[1 : count + 1])
+    assert again == {"op 3": Measured(THEN["op 3"].seconds * 0.2, 0)}
+    assert kept == {key: cost for key, cost in THEN.items() if key != "op 3"}
+
+
+def test_what_is_too_little_to_sample_is_measured_again() -> None:
+    few = {key: THEN[key] for key in ("op 1", "op 2", "op 3", "op 4")}
+    assert not believed(few, now(1.0)).kept
+    assert not believed({f"op {k}": Measured(1e-7, 0) for k in range(12)}, now(1.0)).kept
+    assert not believed(THEN, lambda key: None).kept  # an op that cannot be measured any more
+    large = {key: Measured(0.2, 0) for key in THEN}
+    assert believed(large, lambda key: Measured(0.21, 0)).kept == large
+
+
+def test_a_profile_believes_a_shared_device_by_its_sample(
+    kept: CostCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = replace(kept, is_shared=True)
+    monkeypatch.setattr(costs_module, "cache_for", lambda device: shared)
+    nodes = [node for width in range(8, 14) for node in graph(width)]
+    seconds, seen = 1e-3, []
+
+    def measured(node: fx.Node, device: torch.device) -> Measured:
+        seen.append(node)
+        return Measured(seconds, 0)
+
+    monkeypatch.setattr(costs_module, "measure", measured)
+    first = costs_of(nodes, "profile")
+    assert len(seen) == first.signatures > SAMPLE
+    for seconds, count in ((1.05e-3, SAMPLE), (2e-3, first.signatures), (2.1e-3, SAMPLE)):
+        monkeypatch.setattr(costs_module, "_measured", {})
+        seen.clear()
+        found = costs_of(nodes, "profile")
+        assert len(seen) == count and found.estimated == 0
+        told = {cost for cost in found.seconds.values() if cost}
+        assert told == {2e-3 if seconds > 1.5e-3 else 1e-3}
 
 
 # --- Operands ---------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ the log and replaced.  It is replaced whole, so that a reader never sees half of
 that add at the same time the later keeps what it read and what it measured, and what is lost is
 measured again.
 
-Only CUDA devices are kept.  A GPU is timed by its own clock and seldom shared.  On a CPU a neighbour's
-load while measuring would be believed for ever after, and measuring again takes seconds.
+A GPU is timed by its own clock and seldom shared.  A CPU is, and a neighbour's load while measuring is not to
+be believed for ever after: of its figures some are measured again before the rest is believed
+(:mod:`planner.costs.believed`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -71,9 +73,43 @@ def folder(environ: Mapping[str, str] | None = None) -> Path | None:
 def cache_for(device: torch.device) -> CostCache | None:
     """The file for ``device``; ``None`` where measurements are not kept."""
     where = folder()
-    if where is None or device.type != "cuda":
+    if where is None or device.type not in ("cpu", "cuda"):
         return None
+    if device.type == "cpu":
+        return CostCache.at(where, _facts_of_cpu(), is_shared=True)
     return CostCache.at(where, _facts(device))
+
+
+# Variables that choose a CPU's kernels, its threads' places, or where memory comes from.
+_CHOOSING = re.compile(
+    r"(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|OPENBLAS|BLIS|MALLOC|JEMALLOC|TCMALLOC)_\w+|LD_PRELOAD"
+)
+
+
+def _facts_of_cpu() -> dict[str, str]:
+    """What a measurement on this CPU depends on beside the op's signature, as far as one can ask."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    chosen = {name: value for name, value in os.environ.items() if _CHOOSING.fullmatch(name)}
+    return {
+        "device": _cpu_name() or "cpu",
+        "machine": platform.machine(),
+        "processors": str(os.cpu_count() if affinity is None else len(affinity(0))),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "built": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "onednn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "chosen": json.dumps(chosen, sort_keys=True),
+    }
+
+
+def _cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", told, re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
 
 
 def _facts(device: torch.device) -> dict[str, str]:
@@ -96,19 +132,21 @@ def _facts(device: torch.device) -> dict[str, str]:
 class CostCache:
     """One file of measurements, by signature.
 
-    ``path``   of the file; it and its folder are made when something is added.
-    ``facts``  what every measurement in it depends on; another file's are not taken.
+    ``path``       of the file; it and its folder are made when something is added.
+    ``facts``      what every measurement in it depends on; another file's are not taken.
+    ``is_shared``  the device, with other programs: what is kept is to be doubted.
     """
 
     path: Path
     facts: Mapping[str, str]
+    is_shared: bool = False
 
     @classmethod
-    def at(cls, where: Path, facts: Mapping[str, str]) -> CostCache:
+    def at(cls, where: Path, facts: Mapping[str, str], *, is_shared: bool = False) -> CostCache:
         """The file in ``where`` for ``facts``."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         name = re.sub(r"[^A-Za-z0-9]+", "-", facts.get("device", "device")).strip("-")
-        return cls(where / f"costs-{name}-{digest}.json", dict(facts))
+        return cls(where / f"costs-{name}-{digest}.json", dict(facts), is_shared)
 
     def read(self) -> dict[str, Measured]:
         """What the file holds, by :func:`key_of` a signature; nothing if it is not there or not right."""

@@ -21,7 +21,8 @@ import torch
 from torch import fx
 
 from planner._compat import is_out_of_memory
-from planner.costs.cache import Measured, cache_for, key_of
+from planner.costs.believed import Believed, believed
+from planner.costs.cache import CostCache, Measured, cache_for, key_of
 from planner.costs.profiler import device_for, measure, signature_of, undisturbed
 from planner.costs.roofline import (
     is_view,
@@ -195,12 +196,13 @@ def _profile(
     alone = {k: of for k, of in alike.items() if not talks(of[0])}  # no rank measures what all have to run
     missing = sorted((k for k in alone if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
     cache = cache_for(device) if missing else None
-    if cache is not None:
-        known = cache.read()
-        _measured.update({key: known[key_of(key)] for key in missing if key_of(key) in known})
-        missing = [key for key in missing if key not in _measured]
     found: dict[str, Measured] = {}
     began = time.perf_counter()
+    if cache is not None:
+        known, again = _known(alike, missing, cache, device)
+        found.update(again)
+        _measured.update({**known, **again})
+        missing = [key for key in missing if key not in _measured]
     with undisturbed(device):
         for key in missing:
             if time.perf_counter() - began > limit_s:
@@ -213,6 +215,18 @@ def _profile(
     if cache is not None:
         cache.add(found)
     return {key: _measured[key] for key in alike if key in _measured}
+
+
+def _known(
+    alike: Mapping[str, list[fx.Node]], missing: Iterable[str], cache: CostCache, device: torch.device
+) -> Believed:
+    """What ``cache`` holds of what is ``missing``, as far as it is believed."""
+    read = cache.read()
+    known = {key: read[key_of(key)] for key in missing if key_of(key) in read}
+    if not cache.is_shared:
+        return Believed(known, {})
+    with undisturbed(device):
+        return believed(known, lambda key: _attempt(alike[key][0], device))
 
 
 def _scratch_bytes(node: fx.Node, device: torch.device) -> int:

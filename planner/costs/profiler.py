@@ -1,9 +1,9 @@
 """What an op takes when it runs: seconds and scratch bytes, measured on the device at hand.
 
-One signature (target, shapes, strides, types, other arguments) is measured once per process, and on
-CUDA once per device (:mod:`planner.costs.cache`): on operands made from its fake inputs, after a first
-call, the median of many.  Only one op's operands exist at a time, so a model that does not fit can be
-priced, and random states are left as they were.
+One signature (target, shapes, strides, types, other arguments) is measured once per device, and kept on disk
+(:mod:`planner.costs.cache`; of a CPU some are measured again in each process): on operands made from its fake
+inputs, after a first call, the median of many.  Only one op's operands exist at a time, so a model that does
+not fit can be priced, and random states are left as they were.
 
 In a step an op seldom finds its operands in cache.  On CUDA several sets of them take turns, together
 twice the second-level cache where ``_SETS_BYTES`` allow; on a CPU other memory is written in between.
