@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import fx
 
 from planner._compat import is_out_of_memory
 from planner.costs.believed import Believed, believed
-from planner.costs.cache import CostCache, Measured, cache_for, key_of
+from planner.costs.cache import Measured, cache_for, key_of
 from planner.costs.profiler import device_for, measure, signature_of, undisturbed
 from planner.costs.roofline import (
     is_view,
@@ -106,8 +107,8 @@ def costs_of(
     """What each of ``nodes`` costs on ``device``.
 
     ``nodes``    of one graph, with fake tensors in ``meta["val"]``, their inputs too.
-    ``source``   "profile", "roofline", or "auto": profile on CUDA; on a CPU only if three calls of each
-                 distinct op are expected to take less than ``limit_s``.
+    ``source``   "profile", "roofline", or "auto": profile on CUDA; on a CPU only if all was before, or three
+                 calls of each distinct op are expected to take less than ``limit_s``.
     ``device``   default: the first CUDA device among the nodes' tensors, else the first device.
     ``rates``    for the roofline; default ``device_for(device)``.
     ``limit_s``  about how long a profile may take.  Ops with the largest share of the step come first;
@@ -120,29 +121,24 @@ def costs_of(
         raise ValueError(f"costs must be 'auto', 'profile' or 'roofline', not {source!r}")
     nodes = list(nodes)
     device = device or _device_of(nodes)
-    rates = rates or device_for(device)
     alike: dict[str, list[fx.Node]] = {}
     for node in nodes:
         if not is_view(node):
             alike.setdefault(signature_of(node, device), []).append(node)
-    expected_s = {key: roofline_seconds(group[0], rates) for key, group in alike.items()}
+    expected = _Expected(alike, device, rates)
+    measured = {} if source == "roofline" else _recalled(alike, device)
     if source == "auto":
-        quick = device.type == "cuda" or 3 * math.fsum(expected_s.values()) < limit_s
+        at_once = device.type == "cuda" or (rates is None and measured.keys() >= {*_alone(alike)})
+        quick = at_once or 3 * math.fsum(expected.seconds.values()) < limit_s
         source = "profile" if quick else "roofline"
-
-    measured: Mapping[str, Measured] = {}
-    scale = 1.0
-    if source == "profile":
-        measured = _profile(alike, expected_s, device, limit_s)
-        if measured:
-            scale = math.fsum(m.seconds for m in measured.values()) / math.fsum(
-                expected_s[k] for k in measured
-            )
+    measured = _profile(alike, measured, expected, device, limit_s) if source == "profile" else {}
 
     seconds = {node.name: 0.0 for node in nodes}
     workspace_bytes, flops = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for key, group in alike.items():
-        cost = measured.get(key) or Measured(expected_s[key] * scale, _scratch_bytes(group[0], device))
+        cost = measured.get(key) or Measured(
+            expected.seconds[key] * expected.scale(measured), _scratch_bytes(group[0], device)
+        )
         flops_each = node_flops(group[0])
         for node in group:
             seconds[node.name] = cost.seconds
@@ -153,7 +149,7 @@ def costs_of(
         workspace_bytes,
         flops,
         source,
-        _device_name(device) if source == "profile" else rates.name,
+        _device_name(device) if source == "profile" else expected.rates.name,
         signatures=len(alike),
         estimated=len(alike) - len(measured) if source == "profile" else 0,
     )
@@ -186,23 +182,58 @@ def _prefixed(by_node: Mapping[str, T]) -> dict[str, T]:
     return {f"loss/{name}": cost for name, cost in by_node.items()}
 
 
+class _Expected:
+    """What a roofline says of each signature; the device's rates are measured when it is first asked."""
+
+    def __init__(
+        self, alike: Mapping[str, list[fx.Node]], device: torch.device, rates: Device | None
+    ) -> None:
+        self._alike, self._device, self._rates = alike, device, rates
+
+    @cached_property
+    def rates(self) -> Device:
+        return self._rates or device_for(self._device)
+
+    @cached_property
+    def seconds(self) -> Mapping[str, float]:
+        return {key: roofline_seconds(group[0], self.rates) for key, group in self._alike.items()}
+
+    def scale(self, measured: Mapping[str, Measured]) -> float:
+        """How many times as long as expected the ``measured`` ops take, all in all."""
+        if not measured:
+            return 1.0
+        return math.fsum(m.seconds for m in measured.values()) / math.fsum(self.seconds[k] for k in measured)
+
+
+def _recalled(alike: Mapping[str, list[fx.Node]], device: torch.device) -> dict[str, Measured]:
+    """What this process measured before, or another one that is believed, by signature."""
+    unknown = [key for key in alike if key not in _measured]
+    cache = cache_for(device) if unknown else None
+    if cache is not None:
+        read = cache.read()
+        found = Believed({key: read[key_of(key)] for key in unknown if key_of(key) in read}, {})
+        if cache.is_shared:
+            with undisturbed(device):
+                found = believed(found.kept, lambda key: _attempt(alike[key][0], device))
+        _measured.update({**found.kept, **found.again})
+        cache.add(found.again)
+    return {key: _measured[key] for key in alike if key in _measured}
+
+
 def _profile(
     alike: Mapping[str, list[fx.Node]],
-    expected_s: Mapping[str, float],
+    recalled: Mapping[str, Measured],
+    expected: _Expected,
     device: torch.device,
     limit_s: float,
 ) -> dict[str, Measured]:
     """Measured costs by signature, the largest shares of the step first; what is left out has none."""
-    alone = {k: of for k, of in alike.items() if not talks(of[0])}  # no rank measures what all have to run
-    missing = sorted((k for k in alone if k not in _measured), key=lambda k: -expected_s[k] * len(alike[k]))
-    cache = cache_for(device) if missing else None
+    missing = [key for key in _alone(alike) if key not in recalled]
+    if not missing:
+        return dict(recalled)
+    missing.sort(key=lambda key: -expected.seconds[key] * len(alike[key]))
     found: dict[str, Measured] = {}
     began = time.perf_counter()
-    if cache is not None:
-        known, again = _known(alike, missing, cache, device)
-        found.update(again)
-        _measured.update({**known, **again})
-        missing = [key for key in missing if key not in _measured]
     with undisturbed(device):
         for key in missing:
             if time.perf_counter() - began > limit_s:
@@ -212,21 +243,15 @@ def _profile(
             if cost is not None:
                 found[key] = cost
     _measured.update(found)
+    cache = cache_for(device)
     if cache is not None:
         cache.add(found)
-    return {key: _measured[key] for key in alike if key in _measured}
+    return {**recalled, **found}
 
 
-def _known(
-    alike: Mapping[str, list[fx.Node]], missing: Iterable[str], cache: CostCache, device: torch.device
-) -> Believed:
-    """What ``cache`` holds of what is ``missing``, as far as it is believed."""
-    read = cache.read()
-    known = {key: read[key_of(key)] for key in missing if key_of(key) in read}
-    if not cache.is_shared:
-        return Believed(known, {})
-    with undisturbed(device):
-        return believed(known, lambda key: _attempt(alike[key][0], device))
+def _alone(alike: Mapping[str, list[fx.Node]]) -> list[str]:
+    """The signatures that one process can measure: what all ranks have to run is none of them."""
+    return [key for key, group in alike.items() if not talks(group[0])]
 
 
 def _scratch_bytes(node: fx.Node, device: torch.device) -> int:

@@ -48,9 +48,9 @@ __all__ = ["KeptSchedule", "Recalled", "never_rising"]
 log = logging.getLogger(__name__)
 
 _FORMAT, _VERSION = "rematplan.schedule", 2
-WORTH_S = 1.0  # of search; what takes less is searched for again
+WORTH_S = 0.1  # of search; what takes less is searched for again
 LOOSER = 0.005  # of the step's seconds
-MOST = 256  # files; of a large model each has some 100 kB
+MOST = 512  # files; of a large model each has some 100 kB
 
 
 class Recalled(NamedTuple):
