@@ -21,7 +21,7 @@ from planner.devices.state import warn_of_little_memory
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.frontier import Frontier
 from planner.memory.optimizer_state import OptimizerLike
-from planner.memory.resident import budget_bytes_of
+from planner.memory.resident import budget_bytes_of, budgets_bytes_of
 from planner.options import (
     BackendMode,
     CaptureMode,
@@ -32,6 +32,7 @@ from planner.options import (
     OutputsMode,
     RecomputeMode,
     Search,
+    check_count,
 )
 from planner.plan import Plan
 from planner.progress import Progress
@@ -339,9 +340,8 @@ def frontier(
         optimizer=optimizer, costs=costs, outputs="held" if outputs == "auto" else outputs,
         gradients=gradients, capture=capture, chunk_loss=chunk_loss,
     )  # fmt: skip
-    budgets = None if budgets_gb is None else [budget_bytes_of(b) for b in budgets_gb]
-    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-        raise ValueError(f"points must be a whole number from 1 up, not {points!r}")
+    budgets = budgets_bytes_of(budgets_gb)
+    check_count("points", points)
     with request.reporting() as request:
         step = request.step()
         if budgets is not None or isinstance(step, JoinedStep):

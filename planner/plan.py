@@ -20,12 +20,14 @@ from torch import nn
 from planner.capture.module import unwrapped
 from planner.capture.outputs import LossFn
 from planner.errors import PlannerError
-from planner.options import Search
+from planner.measure.step import tensors_in
+from planner.options import Search, check_count, check_function, check_model
 from planner.plans import serialize
 from planner.plans.frontier_data import FrontierData, Peers
 from planner.plans.plan_data import Decision, Placement, PlanData
 from planner.plans.within_budget import WithinBudget
 from planner.regions.forward import apply_plan
+from planner.regions.observe import without_memory
 from planner.runtime.apply import CheckpointedModule, applied, restored
 from planner.runtime.build import executable, recaptured
 from planner.runtime.held_outputs import HeldOutputs
@@ -189,6 +191,7 @@ class Plan(PlanData):
         ``peers``: other ways to train the same step, name -> (peak in bytes, overhead as a share of step
         time).
         """
+        check_count("points", points)
         if self._origin is None:
             raise PlannerError(
                 "a plan read from a file has no graph to solve again; call planner.frontier on the model"
@@ -233,7 +236,7 @@ class Plan(PlanData):
         device than the model's.
         """
         self._refuse_elsewhere()
-        model = self._model(model)
+        model = self._model(model, "rewrite")
         return CheckpointedModule(model, self.executable(model), self.watch())
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
@@ -243,7 +246,7 @@ class Plan(PlanData):
         where that makes a difference.  Raises as :meth:`rewrite`.
         """
         self._refuse_elsewhere()
-        model, origin = self._model(model), self._origin
+        model, origin = self._model(model, "apply"), self._origin
         self._refuse_compiled_from_file()
         if origin is not None:
             return origin.applied(self, model)
@@ -253,7 +256,7 @@ class Plan(PlanData):
 
     def restore(self, model: nn.Module | None = None) -> nn.Module:
         """Undo ``apply``, whichever plan was applied; a no-op if none was.  Returns the model."""
-        return restored(self._model(model))
+        return restored(self._model(model, "restore"))
 
     def verify(
         self,
@@ -266,11 +269,20 @@ class Plan(PlanData):
         """Run the step with and without the plan and compare: outputs, gradients, buffers, peak, FLOPs.
 
         ``inputs`` and ``loss_fn`` default to those of the plan; a plan from a file knows neither, and one of
-        :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, or if
-        gradients are not None.
+        :func:`planner.enable` knows no inputs.  Raises ``PlannerError`` if no inputs are given then, if model
+        or inputs have no memory, or if gradients are not None.
         """
         self._refuse_elsewhere()
-        model, origin = self._model(model), self._origin
+        model, origin = self._model(model, "verify"), self._origin
+        check_function("loss_fn", loss_fn)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number, not {seed!r}")
+        hollow = without_memory(model, tensors_in(inputs))
+        if hollow:
+            raise PlannerError(
+                f"verify runs a step of {type(model).__name__}, for which {hollow}: pass a model and inputs "
+                "that are real, verify(model, inputs)"
+            )
         self._refuse_compiled_from_file()
         if origin is not None:
             loss_fn = origin.loss_fn if loss_fn is None else loss_fn
@@ -303,12 +315,16 @@ class Plan(PlanData):
         """Sees that the outputs that are planned for so are let go of."""
         return HeldOutputs("released") if self.released else None
 
-    def _model(self, model: nn.Module | None) -> nn.Module:
+    def _model(self, model: nn.Module | None, verb: str) -> nn.Module:
         if model is not None:
+            check_model(model)
             model = unwrapped(model)
             return model.original if isinstance(model, CheckpointedModule) else model
         if self._origin is None:
-            raise PlannerError("this plan was read from a file and knows no model; pass the model it is for")
+            raise PlannerError(
+                f"this plan was read from a file and knows no model: pass the one that it is for, "
+                f"plan.{verb}(model)"
+            )
         return self._origin.model
 
     def executable(self, model: nn.Module | None = None) -> ExecutableStep:
@@ -330,7 +346,10 @@ class Plan(PlanData):
             elif model is not None:
                 programs.made = executable(self, *recaptured(self, model))
             else:
-                raise PlannerError("this plan was read from a file; pass the model it is for")
+                raise PlannerError(
+                    "this plan was read from a file, without its graph: plan.executable(model) captures the "
+                    "model that it is for, and plan.code is there from then on"
+                )
         return programs.made
 
 

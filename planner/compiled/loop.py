@@ -94,7 +94,7 @@ class Inductor:
     ) -> None:
         self.budget_bytes, self.optimizer, self.costs, self.search = budget_bytes, optimizer, costs, search
         self.recompute = recompute
-        check_options(self)
+        check_options(self, finds=True)
         self.plan: Plan | None = None
         self._session: CompiledSession | None = None
 
@@ -141,7 +141,6 @@ def inductor(
     or ``ValueError`` for those that make no sense; a step whose budget cannot be met raises
     ``InfeasibleBudgetError``.
     """
-    Target.of(costs, torch.device("cpu"))
     search = Search(solver, time_limit_s)
     return Inductor(budget_bytes_of(budget_gb), optimizer, costs, search, recompute)
 

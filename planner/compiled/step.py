@@ -388,6 +388,12 @@ def compiled_step(
             "block.compile(backend=planner.inductor(budget_gb)) for each block"
         )
     model, target, given = taken_in(model, inputs, costs)
+    hollow = without_memory(model, given.tensors())
+    if hollow:
+        raise PlannerError(
+            f"backend='inductor' compiles and runs steps of {type(model).__name__}, for which {hollow}: take "
+            "real tensors, or backend='eager', which plans without running"
+        )
     if target.elsewhere:
         raise PlannerError(
             f"what is compiled is planned for the device that it is compiled on, {target.here}, not for the "

@@ -21,7 +21,7 @@ from planner.capture.as_eager.cuda_attention import CudaAttention
 from planner.costs.op_costs import Costs, graph_costs
 from planner.costs.profiler import device_for
 from planner.costs.translation import Translation, translated
-from planner.devices.rates import DEVICES, Device, device_named
+from planner.devices.rates import Device, device_named
 from planner.devices.state import (
     DeviceMemory,
     allocation_grain,
@@ -32,6 +32,7 @@ from planner.devices.state import (
 )
 from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of
+from planner.options import check_costs
 
 __all__ = ["CostSource", "Target", "target_for"]
 
@@ -55,15 +56,11 @@ class Target:
     @classmethod
     def of(cls, costs: CostSource, here: torch.device) -> Target:
         """What a ``costs`` argument means for a model on ``here``; ``ValueError`` if nothing."""
+        check_costs(costs)
         for source in get_args(_Source):
             if costs == source:
                 return cls(source, here)
-        named = device_named(costs) if isinstance(costs, str) else None
-        if named is None:
-            names = ", ".join(repr(d.name) for d in DEVICES.values() if d.capability is not None)
-            raise ValueError(
-                f"costs must be 'auto', 'profile', 'roofline' or a device's name ({names}), not {costs!r}"
-            )
+        named = device_named(costs)
         return cls("roofline", here, named)
 
     @property

@@ -14,6 +14,7 @@ LOMO (https://arxiv.org/abs/2306.09782) is the same with an optimizer that keeps
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from planner._compat import is_fully_sharded, is_scaling, is_spread, post_accumu
 from planner.alive import instances_of, kinds_of
 from planner.errors import PlannerError
 from planner.memory.live_optimizers import bytes_of_each, optimizers_holding
+from planner.options import check_model
 
 __all__ = ["InBackward", "OptimizerInBackward", "in_backward", "optimizer_in_backward"]
 
@@ -168,7 +170,10 @@ def optimizer_in_backward(
     whose parameters step in the backward already, or one with gradients left over; ``TypeError`` for what
     makes no optimizer.
     """
-    if not callable(make_optimizer):
+    check_model(model)
+    made_by = make_optimizer.func if isinstance(make_optimizer, functools.partial) else make_optimizer
+    is_other_class = isinstance(made_by, type) and not issubclass(made_by, Optimizer)
+    if not callable(make_optimizer) or is_other_class or isinstance(made_by, nn.Module):
         raise TypeError(
             f"make_optimizer is {make_optimizer!r}; want what makes an optimizer of a list of parameters: "
             "torch.optim.AdamW, or functools.partial(torch.optim.AdamW, lr=1e-4)"

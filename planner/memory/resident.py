@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,27 +34,43 @@ __all__ = [
     "Resident",
     "bucket_bytes",
     "budget_bytes_of",
+    "budgets_bytes_of",
     "resident_of",
 ]
 
 GB = 10**9
 
 
-def budget_bytes_of(budget_gb: float) -> int:
-    """Bytes of a budget in GB of 10**9 bytes.
+def budget_bytes_of(budget_gb: float, name: str = "budget_gb") -> int:
+    """Bytes of a budget in GB of 10**9 bytes; ``name``: of the option, in errors.
 
     Raises TypeError for anything but a real number (bool included), ValueError for zero, negative
     and non-finite ones.
     """
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, numbers.Real):
-        raise TypeError(f"budget_gb must be a number of gigabytes such as 8 or 0.5, got {budget_gb!r}")
+        raise TypeError(f"{name} must be a number of gigabytes such as 8 or 0.5, got {budget_gb!r}")
     if not math.isfinite(budget_gb):
-        raise ValueError(f"budget_gb must be finite, got {budget_gb}: pass the gigabytes the step may take")
+        raise ValueError(f"{name} must be finite, got {budget_gb}: pass the gigabytes the step may take")
     if budget_gb <= 0:
-        raise ValueError(f"budget_gb must be positive, got {budget_gb}: pass the gigabytes the step may take")
+        raise ValueError(f"{name} must be positive, got {budget_gb}: pass the gigabytes the step may take")
     found = round(float(budget_gb) * GB)
     if found == 0:
-        raise ValueError(f"budget_gb={budget_gb} is less than a byte: it is in GB of 10**9 bytes")
+        raise ValueError(f"{name}={budget_gb} is less than a byte: it is in GB of 10**9 bytes")
+    return found
+
+
+def budgets_bytes_of(budgets_gb: Iterable[float] | None) -> list[int] | None:
+    """The same of several, as the option ``budgets_gb`` has them; of ``None`` that."""
+    if budgets_gb is None:
+        return None
+    if isinstance(budgets_gb, str | Mapping) or not isinstance(budgets_gb, Iterable):
+        raise TypeError(f"budgets_gb must be numbers of gigabytes such as [4, 8], got {budgets_gb!r}")
+    found = [budget_bytes_of(budget, f"budgets_gb[{i}]") for i, budget in enumerate(budgets_gb)]
+    if not found:
+        raise ValueError(
+            "budgets_gb is empty: pass budgets such as [4, 8], or None for as many as points says, from the "
+            "least up"
+        )
     return found
 
 

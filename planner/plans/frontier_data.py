@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
+from planner.memory.resident import budget_bytes_of
 from planner.units import ByteUnit, bytes_text
 
 __all__ = ["FrontierData", "FrontierPoint", "Peers"]
@@ -74,10 +75,10 @@ class FrontierData:
     def overhead_at(self, budget_gb: float) -> float | None:
         """Overhead at a budget in GB, on the line between the solved ones; ``None`` below the least of them.
 
-        Above the last budget it is what it is there: a plan for less memory also serves more.
+        Raises as :func:`planner.memory.resident.budget_bytes_of`.  Above the last budget it is what it is there: a plan for less memory also serves more.
         """
         solved = [p for p in self.points if p.overhead is not None]
-        budget_bytes = budget_gb * 10**9
+        budget_bytes = budget_bytes_of(budget_gb)
         if not solved or budget_bytes < solved[0].budget_bytes:
             return None
         for a, b in pairwise(solved):
@@ -99,6 +100,7 @@ class FrontierData:
             return "no budget of these has a plan"
         start_gb = solved[0].budget_bytes / 10**9 if budget_gb is None else budget_gb
         more_gb = self._step_bytes(solved) / 10**9 if more_gb is None else more_gb
+        budget_bytes_of(more_gb, "more_gb")
         before, after = self.overhead_at(start_gb), self.overhead_at(start_gb + more_gb)
         start, more = bytes_text(start_gb * 10**9), bytes_text(more_gb * 10**9)
         if before is None or after is None:

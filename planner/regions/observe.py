@@ -149,12 +149,19 @@ class _WritesUndone(TorchDispatchMode):
                     self._there[key].copy_(was)
 
 
+def without_memory(model: nn.Module, inputs: Iterable[torch.Tensor]) -> str:
+    """That ``model`` or the batch has no memory, in words; empty where a step can be run."""
+    for where, tensors in (("the model", held(model, None)), ("the batch", inputs)):
+        hollow = next((t for t in tensors if t.is_meta or isinstance(t, FakeTensor)), None)
+        if hollow is not None:
+            return f"{where} has no memory ({'on the meta device' if hollow.is_meta else 'fake tensors'})"
+    return ""
+
+
 def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:
-    name = type(model).__name__
-    for where, tensors in (("the model", held(model, None)), ("the batch", inputs.tensors())):
-        if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
-            raise NotInRegions(
-                f"{name} cannot be captured as one graph, and planning it in regions runs a step, for which "
-                f"{where} has no memory: give it real tensors (model.to_empty(device=...), then weights), "
-                "or plan a part of it that is one graph"
-            )
+    hollow = without_memory(model, inputs.tensors())
+    if hollow:
+        raise NotInRegions(
+            f"planning {type(model).__name__} in regions runs a step, for which {hollow}: take real tensors, "
+            "for a model by model.to_empty(device=...) and then weights, or plan a part of it that is one graph"
+        )

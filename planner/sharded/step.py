@@ -22,7 +22,7 @@ from planner.memory.execution import Execution
 from planner.memory.optimizer_state import OptimizerBytes, OptimizerLike, optimizer_state_bytes
 from planner.memory.resident import Resident, budget_bytes_of
 from planner.memory.static import StaticMemory
-from planner.options import Search
+from planner.options import Search, check_model, check_optimizer
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.regions.cut.region import recomputing_all
@@ -135,6 +135,11 @@ def sharded_step(
 
     One block of each kind is captured.  Raises ``PlannerError`` for a model that is no stack of blocks.
     """
+    check_model(model)
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding must be a planner.sharded.Sharding, not {sharding!r}")
+    check_optimizer(optimizer)
+    search = Search(time_limit_s=time_limit_s)
     if isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer holds parameters of one device: pass its class, or functools.partial of it with its "
@@ -163,7 +168,7 @@ def sharded_step(
         joined.costs,
         memory,
         target,
-        least_limit_s=time_limit_s,
+        least_limit_s=search.time_limit_s,
         why=str(sharding),
         sharding=sharding,
     )

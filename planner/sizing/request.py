@@ -42,10 +42,14 @@ class BatchRequest(StepRequest):
             )
         self._check_sizes()
         self._check_overhead()
-        self._check_loss()
         super().__post_init__()
-        if self.has_loss:
-            refuse_chunks(self.chunk_loss, self.loss_fn or self.make_loss, None, self.capture == "regions")
+
+    def _refuse_together(self) -> None:
+        if self.loss_fn is not None and self.make_loss is not None:
+            raise ValueError(
+                "pass loss_fn, for outputs of any size, or make_loss, which makes it by size; not both"
+            )
+        refuse_chunks(self.chunk_loss, self.loss_fn or self.make_loss, None, self.capture == "regions")
 
     def _check_sizes(self) -> None:
         for name, size in (("low", self.low), ("high", self.high)):
@@ -66,15 +70,6 @@ class BatchRequest(StepRequest):
             raise ValueError(
                 f"at_most_overhead must be 0 or more of the step's time (0.2 is a fifth), not {share}"
             )
-
-    def _check_loss(self) -> None:
-        if self.loss_fn is not None and self.make_loss is not None:
-            raise ValueError(
-                "pass loss_fn, for outputs of any size, or make_loss, which makes it by size; not both"
-            )
-        for name, function in (("loss_fn", self.loss_fn), ("make_loss", self.make_loss)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be a function, not {function!r}")
 
     @property
     def has_loss(self) -> bool:

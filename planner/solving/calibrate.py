@@ -18,7 +18,7 @@ optimizer's own step is predicted, not measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from planner._compat import FakeTensor, is_out_of_memory
+from planner.costs.target import Target
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
 from planner.graph.consumed import taken_of
@@ -38,7 +39,7 @@ from planner.plans.plan_data import Calibration, Round
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
-__all__ = ["Meter", "StepBytes", "calibrated", "measured_bytes"]
+__all__ = ["Meter", "StepBytes", "calibrated", "measured_bytes", "refuse_unreal"]
 
 ROUNDS = 5
 
@@ -96,7 +97,7 @@ def calibrated(
     """
     search = search or Search()
     tell = search.tell
-    _refuse_unreal(step)
+    refuse_unreal(step.model, step.joint.inputs.tensors(), step.target)
     found: list[Round] = []
     while True:
         try:
@@ -122,14 +123,15 @@ def calibrated(
         step = step.with_margin(last.taken_bytes - last.predicted_bytes)
 
 
-def _refuse_unreal(step: PricedStep) -> None:
-    name = type(step.model).__name__
-    if step.target.elsewhere:
+def refuse_unreal(model: nn.Module, inputs: Iterable[torch.Tensor], target: Target) -> None:
+    """``PlannerError`` where no step of ``model`` can be measured here."""
+    name = type(model).__name__
+    if target.elsewhere:
         raise PlannerError(
-            f"calibrate=True measures a step on {step.target.here}, and the plan is for the "
-            f"{step.target.name}: calibrate where that is"
+            f"calibrate=True measures a step on {target.here}, and the plan is for the {target.name}: "
+            "calibrate where that is"
         )
-    tensors = [*step.model.parameters(), *step.model.buffers(), *step.joint.inputs.tensors()]
+    tensors = [*model.parameters(), *model.buffers(), *inputs]
     if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
         raise PlannerError(
             f"calibrate=True runs a step of {name}, but the model or its inputs have no memory (they are "

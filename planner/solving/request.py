@@ -11,7 +11,8 @@ from torch import nn
 
 from planner.capture.outputs import LossFn
 from planner.capture.sizes import Dims, Dynamic
-from planner.costs.target import CostSource
+from planner.costs.target import CostSource, target_for
+from planner.measure.step import tensors_in
 from planner.memory.optimizer_state import OptimizerLike
 from planner.options import (
     BackendMode,
@@ -23,8 +24,10 @@ from planner.options import (
     OutputsMode,
     RecomputeMode,
     Search,
+    check_model,
     check_options,
 )
+from planner.solving.calibrate import refuse_unreal
 from planner.solving.chunked import refuse_chunks
 from planner.solving.in_backward import stepping_in_backward
 from planner.solving.in_regions import JoinedStep, captured_as, step_in_regions
@@ -41,7 +44,8 @@ class StepRequest:
     ``dynamic``  also by tensor: which dimensions of each vary.
     ``search``   for plans that the step itself asks for, such as its least one; tells of the capture.
 
-    Raises ``ValueError`` for an option that has none of its values.
+    Raises ``TypeError`` or ``ValueError`` for an option that is none, ``PlannerError`` for a loss that is to
+    be computed in chunks where no step of that kind can.
     """
 
     model: nn.Module
@@ -58,9 +62,13 @@ class StepRequest:
     chunk_loss: ChunkLoss = False
 
     def __post_init__(self) -> None:
+        check_model(self.model)
         check_options(self)
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise TypeError(f"loss_fn must be a function of the model's outputs, not {self.loss_fn!r}")
+        self._refuse_together()
+
+    def _refuse_together(self) -> None:
+        """Options that make no sense together."""
+        refuse_chunks(self.chunk_loss, self.loss_fn, self.dynamic, self.capture == "regions")
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "inputs")}
@@ -116,8 +124,8 @@ class PlanRequest(StepRequest):
 
     ``budget_bytes``  for the whole step on the model's device.
 
-    Raises ``TypeError`` or ``ValueError`` for options that make no sense, alone or together, ``PlannerError``
-    for a loss that is to be computed in chunks where no step of that kind can.
+    Raises as :class:`StepRequest`, ``ValueError`` for options that make no sense together, and
+    ``PlannerError`` for a step that is to be measured and is not here.
     """
 
     budget_bytes: int
@@ -126,14 +134,13 @@ class PlanRequest(StepRequest):
     recompute: RecomputeMode = "fastest"
     order: OrderMode = "given"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.calibrate, bool):
-            raise TypeError(f"calibrate must be True or False, not {self.calibrate!r}")
-        if self.backend == "eager":
-            refuse_chunks(self.chunk_loss, self.loss_fn, self.dynamic, self.capture == "regions")
-        else:
+    def _refuse_together(self) -> None:
+        if self.backend == "inductor":
             self._refuse_with_inductor()
+        else:
+            super()._refuse_together()
+        if self.calibrate:
+            refuse_unreal(self.model, tensors_in(self.inputs), target_for(self.model, self.costs))
 
     def _refuse_with_inductor(self) -> None:
         given = {

@@ -27,6 +27,8 @@ from planner.options import (
     OnLarger,
     OutputsMode,
     RecomputeMode,
+    check_flag,
+    check_model,
 )
 from planner.plan import Plan
 from planner.progress import Progress
@@ -109,8 +111,8 @@ def enable(
     ``InfeasibleBudgetError`` when the first batch comes.
     """
     given = dict(locals())  # the options by their names
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    check_model(model)
+    check_flag("now", now)
     options = {name: given[name] for name in OPTIONS if name != "budget_gb" or budget_gb is not None}
     settings = Settings(None).changed(options)
     root = unwrapped(model)
@@ -146,6 +148,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def _switch_of(model: nn.Module) -> Switch | None:
+    check_model(model)
     found: Switch | None = vars(unwrapped(model)).get(_KEY)
     return found
 

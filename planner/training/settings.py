@@ -18,6 +18,7 @@ from planner.options import (
     OutputsMode,
     RecomputeMode,
     Search,
+    check_count,
     check_options,
 )
 
@@ -47,20 +48,19 @@ class Settings:
     chunk_loss: ChunkLoss = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self)
-        counts: dict[str, int | None] = {"max_plans": self.max_plans}
+        check_options(self, finds=True)
+        check_count("max_plans", self.max_plans)
         if self.calls_per_step is not None:
-            counts["calls_per_step"] = self.calls_per_step
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number from 1 up, not {count!r}")
+            check_count("calls_per_step", self.calls_per_step)
         if self.costs not in ("auto", "profile", "roofline"):
             raise ValueError(
                 f"costs must be 'auto', 'profile' or 'roofline' for a model that trains, not {self.costs!r}"
             )
-        if isinstance(self.optimizer, str) and self.optimizer != "find":
-            raise TypeError(
-                f"optimizer must be 'find', None, an optimizer, its class or bytes, got {self.optimizer!r}"
+        if self.loss_fn is not None and (self.backend == "inductor" or self.capture == "regions"):
+            way = "backend='inductor'" if self.backend == "inductor" else "capture='regions'"
+            raise ValueError(
+                f"loss_fn is not for {way}: the whole step is seen there as it runs, its loss too, so leave "
+                "loss_fn out"
             )
 
     def changed(self, options: dict[str, Any]) -> Settings:
