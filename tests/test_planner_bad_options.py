@@ -1,8 +1,7 @@
-"""Every option of every public function: what makes no sense is refused by its name, before the model runs."""
+"""Every option of every public function: what makes no sense is refused by its name, before a model runs."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import planner
-from planner.measure import step_peak
 
 
 class Ran(BaseException):
@@ -72,7 +70,7 @@ BAD: Mapping[str, tuple[Any, ...]] = {
 }
 FREE = {"inputs", "path"}  # any object may be a batch: the forward tells; a path is the file system's
 
-GIVEN: Mapping[str, Any] = {"budget_gb": 1.0, "inputs": (X,), "make_batch": lambda n: (X,)}
+GIVEN: Mapping[str, Any] = {"budget_gb": 1.0, "inputs": (X,), "make_batch": lambda n: (torch.ones(n, 4),)}
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "plan": planner.plan,

@@ -34,7 +34,7 @@ from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.regions.join import join
 from planner.regions.joined import RecordedStep, parts
-from planner.regions.observe import apart
+from planner.regions.observe import apart, without_memory
 from planner.regions.record import Record
 from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored

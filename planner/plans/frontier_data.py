@@ -75,7 +75,8 @@ class FrontierData:
     def overhead_at(self, budget_gb: float) -> float | None:
         """Overhead at a budget in GB, on the line between the solved ones; ``None`` below the least of them.
 
-        Raises as :func:`planner.memory.resident.budget_bytes_of`.  Above the last budget it is what it is there: a plan for less memory also serves more.
+        Raises as :func:`planner.memory.resident.budget_bytes_of`.  Above the last budget it is what it is
+        there: a plan for less memory also serves more.
         """
         solved = [p for p in self.points if p.overhead is not None]
         budget_bytes = budget_bytes_of(budget_gb)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -163,5 +163,6 @@ def _refuse_unreal(model: nn.Module, inputs: Inputs) -> None:
     if hollow:
         raise NotInRegions(
             f"planning {type(model).__name__} in regions runs a step, for which {hollow}: take real tensors, "
-            "for a model by model.to_empty(device=...) and then weights, or plan a part of it that is one graph"
+            "for a model by model.to_empty(device=...) and then weights, or plan a part of it that is one "
+            "graph"
         )
