@@ -266,3 +266,41 @@ def test_what_does_not_go_with_it_is_refused() -> None:
     model.requires_grad_(False)
     with pytest.raises(PlannerError, match="nothing to step"):
         planner.optimizer_in_backward(model, MAKES["sgd"])
+
+
+def test_a_layer_that_is_thawed_is_told_unless_another_optimizer_holds_it() -> None:
+    net = Net()
+    net.wide[1].weight.requires_grad_(False)  # type: ignore[union-attr]
+    own = planner.optimizer_in_backward(net, functools.partial(SGD, lr=0.1))
+    net(IDS, IDS).backward()
+    thawed = net.get_parameter("wide.1.weight").requires_grad_(True)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(PlannerError, match=r"wide\.1\.weight among them, were frozen .*\.remove\(\) and"):
+        net(IDS, IDS).backward()
+    assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+    net.zero_grad()
+    beside = SGD([thawed], lr=0.1)
+    net(IDS, IDS).backward()
+    assert thawed.grad is not None and net.last.weight.grad is None
+    beside.step()
+    own.remove()
+    net.zero_grad()
+    planner.optimizer_in_backward(net, functools.partial(SGD, lr=0.1))
+    net(IDS, IDS).backward()
+    assert thawed.grad is None
+
+
+def test_accumulation_by_accelerate_is_refused_at_its_first_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import GradientState
+
+    net = Net()
+    planner.optimizer_in_backward(net, functools.partial(SGD, lr=0.1))
+    before = net.last.weight.detach().clone()
+    monkeypatch.setattr(GradientState(), "sync_gradients", False)
+    with pytest.raises(PlannerError, match="gradient_accumulation_steps=1 with a larger batch"):
+        net(IDS, IDS).backward()
+    assert torch.equal(net.last.weight, before)
+    monkeypatch.undo()
+    net.zero_grad()
+    net(IDS, IDS).backward()
+    assert not torch.equal(net.last.weight, before)

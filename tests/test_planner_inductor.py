@@ -608,6 +608,13 @@ class Joined(nn.Module):
         return y.square().mean(), n * WIDTH
 
 
+def test_a_mode_of_torchs_own_backends_is_refused_with_what_to_set_instead() -> None:
+    model = nn.Linear(WIDTH, WIDTH)
+    call = torch.compile(model, backend=planner.inductor(1.0, costs="roofline"), mode="max-autotune")
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"no mode='max-autotune'.*config\.max"):
+        call(batch())
+
+
 def test_each_size_of_a_graph_with_symbols_is_planned(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,8 +98,17 @@ class Inductor:
         self.plan: Plan | None = None
         self._session: CompiledSession | None = None
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile one of Dynamo's graphs."""
+    def __call__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Any = None
+    ) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs.  ``TypeError`` for torch.compile's ``mode=`` and ``options=``."""
+        if mode is not None or options is not None:
+            given = f"mode={mode!r}" if options is None else f"options={options!r}"
+            raise TypeError(
+                f"planner.inductor takes no {given}: torch.compile has these for its own backends alone. Set "
+                "them for inductor itself, before the first call: torch._inductor.config.max_autotune = True. "
+                "CUDA graphs (mode='reduce-overhead') hold memory that no plan counts; leave them off"
+            )
         if self._session is None:
             device = next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
             target = Target.of(self.costs, device)

@@ -4,9 +4,11 @@ Gradients of a whole model never exist together.  :func:`optimizer_in_backward` 
 that has done so itself is recognised by what it must have: a hook on a parameter
 (``register_post_accumulate_grad_hook``) and a live optimizer that holds this one parameter and no other.
 
-What does not go with it: gradients accumulated over several backwards (each backward steps), clipping by the
-norm of all gradients (they are never there together), and ``GradScaler`` (the step would see scaled
-gradients).  Under ``DistributedDataParallel`` the hook would see the gradient of one rank.
+What does not go with it: gradients accumulated over several backwards (each backward steps; refused where
+accelerate says that it does so), clipping by the norm of all gradients (they are never there together), and
+``GradScaler`` (the step would see scaled gradients).  A parameter that is thawed later has no optimizer, and
+is told unless another one holds it.  Under ``DistributedDataParallel`` the hook would see the gradient of one
+rank.
 
 The idiom is torch's (https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial);
 LOMO (https://arxiv.org/abs/2306.09782) is the same with an optimizer that keeps no state.
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from planner._compat import is_fully_sharded, is_scaling, is_spread, post_accumulate_hooks
+from planner._compat import (
+    current_backward,
+    is_fully_sharded,
+    is_scaling,
+    is_spread,
+    post_accumulate_hooks,
+)
 from planner.alive import instances_of, kinds_of
 from planner.errors import PlannerError
 from planner.memory.live_optimizers import bytes_of_each, optimizers_holding
@@ -94,11 +104,13 @@ class OptimizerInBackward:
     """The optimizers of the parameters of one model, each stepped by the backward.
 
     ``optimizers``  by the parameter's name.  Schedulers of the learning rate are made of each.
+    ``frozen``      the parameters that had none to get, by name.
     """
 
-    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+    def __init__(self, optimizers: Mapping[str, Optimizer], frozen: Mapping[str, nn.Parameter]) -> None:
         self.optimizers = dict(optimizers)
-        self._steps, self._look_at = 0, 1
+        self._frozen = {name: weakref.ref(parameter) for name, parameter in frozen.items()}
+        self._steps, self._look_at, self._backward = 0, 1, -1
         self._handles = [
             optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(_Step(optimizer, self))
             for optimizer in self.optimizers.values()
@@ -132,10 +144,15 @@ class OptimizerInBackward:
         return f"OptimizerInBackward({len(self.optimizers)} parameters, {', '.join(kinds)})"
 
     def _about_to_step(self) -> None:
-        """``PlannerError`` where gradients are scaled: looked for at the 1st, 2nd, 4th ... parameter's step.
+        """``PlannerError`` where gradients are accumulated or scaled, or a parameter has been thawed.
 
-        To look is to ask all objects that there are.
+        The first and the last are asked once a backward; scaling at the 1st, 2nd, 4th ... parameter's step,
+        for to look is to ask all objects that there are.
         """
+        if (backward := current_backward()) != self._backward:
+            self._backward = backward
+            _refuse_accumulated()
+            self._refuse_thawed()
         self._steps += 1
         if self._steps < self._look_at:
             return
@@ -148,6 +165,35 @@ class OptimizerInBackward:
                 ".remove() and step after the backward"
             )
         self._look_at *= 2
+
+    def _refuse_thawed(self) -> None:
+        there = {name: found for name, of in self._frozen.items() if (found := of()) is not None}
+        thawed = {name: parameter for name, parameter in there.items() if parameter.requires_grad}
+        if not thawed:
+            return
+        others = optimizers_holding({id(parameter) for parameter in thawed.values()})
+        held = {id(p) for of in others for group in of.param_groups for p in group["params"]}
+        bare = [name for name, parameter in thawed.items() if id(parameter) not in held]
+        if bare:
+            raise PlannerError(
+                f"{len(bare)} parameters, {bare[0]} among them, were frozen when optimizer_in_backward was "
+                "called and train now, with no optimizer that holds them: they would never change. Call "
+                ".remove() and optimizer_in_backward again, or give them an optimizer of their own. No step "
+                "of this backward was taken"
+            )
+        for name in thawed:  # another optimizer's from here on
+            del self._frozen[name]
+
+
+def _refuse_accumulated() -> None:
+    """``PlannerError`` inside accelerate's (so a Trainer's) accumulation of gradients."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    if state is not None and not getattr(state, "_shared_state", {}).get("sync_gradients", True):
+        raise PlannerError(
+            "gradients are accumulated over several backwards (gradient_accumulation_steps), and with the "
+            "optimizer in the backward each of them would step: this step was not taken. Set "
+            "gradient_accumulation_steps=1 with a larger batch, or call .remove() and step after the backward"
+        )
 
 
 def optimizer_in_backward(
@@ -163,8 +209,9 @@ def optimizer_in_backward(
     the optimizers' state throughout.  Optimizers that look at one parameter at a time (AdamW, SGD, Adafactor)
     train as they would after the backward.
 
-    Not to be had with it: gradients accumulated over several backwards, clipping by the norm of all
-    gradients, ``GradScaler`` (the first step says so), ``DistributedDataParallel`` and FSDP2.
+    Not to be had with it: gradients accumulated over several backwards (where accelerate does so, the first
+    step says so), clipping by the norm of all gradients, ``GradScaler`` (the first step says so),
+    ``DistributedDataParallel`` and FSDP2.  A parameter that is thawed later wants another call, and is told.
 
     Raises ``PlannerError`` for a model whose gradients come from several ranks, one that trains nothing, one
     whose parameters step in the backward already, or one with gradients left over; ``TypeError`` for what
@@ -180,6 +227,7 @@ def optimizer_in_backward(
         )
     _refuse(model)
     optimizers: dict[str, Optimizer] = {}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             made = make_optimizer([parameter])
@@ -197,7 +245,7 @@ def optimizer_in_backward(
                     "take an optimizer whose step() needs nothing, AdamW say, or step after the backward"
                 )
             optimizers[name] = made
-    return OptimizerInBackward(optimizers)
+    return OptimizerInBackward(optimizers, frozen)
 
 
 def _wants_closure(optimizer: Optimizer) -> bool:
