@@ -106,7 +106,7 @@ class Inductor:
             given = f"mode={mode!r}" if options is None else f"options={options!r}"
             raise TypeError(
                 f"planner.inductor takes no {given}: torch.compile has these for its own backends alone. Set "
-                "them for inductor itself, before the first call: torch._inductor.config.max_autotune = True. "
+                "them for inductor itself, before a call: torch._inductor.config.max_autotune = True. "
                 "CUDA graphs (mode='reduce-overhead') hold memory that no plan counts; leave them off"
             )
         if self._session is None:
