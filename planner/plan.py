@@ -322,7 +322,7 @@ class Plan(PlanData):
             return model.original if isinstance(model, CheckpointedModule) else model
         if self._origin is None:
             raise PlannerError(
-                f"this plan was read from a file and knows no model: pass the one that it is for, "
+                "this plan was read from a file and knows no model: pass the model it is for, "
                 f"plan.{verb}(model)"
             )
         return self._origin.model

@@ -201,7 +201,7 @@ def test_any_mapping_is_a_set_of_keywords() -> None:
 
 
 def test_no_module() -> None:
-    with pytest.raises(TypeError, match=r"model is a function, want a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not <function"):
         quick(lambda x: x, inputs=(X,))  # type: ignore[arg-type]
 
 

@@ -558,6 +558,34 @@ def test_a_batch_that_comes_once_leaves_the_others_planned(caplog: pytest.LogCap
     assert peaks[0] == 0 and peaks[1] > peaks[4] > 0  # planned when the next step begins
 
 
+@pytest.mark.parametrize("casts", [False, True])
+def test_steps_that_alternate_have_a_plan_each(casts: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One that adds to gradients holds these too; with autocast there are other graphs."""
+    model, x = Wide(), batch()
+    call, _ = enabled(model, 1.0)
+    there = sum(t.nbytes for t in (*model.parameters(), x))
+
+    def step(k: int) -> None:
+        if casts or k % 2 == 0:
+            model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts and k % 2 == 1):
+            scores = call(x)
+        scores.float().square().mean().backward()
+
+    with caplog.at_level("INFO", "planner"):
+        for k in range(8):
+            step(k)
+    assert sum("a step is seen" in record.message for record in caplog.records) == 2
+    peaks = {}
+    for k in (0, 1):
+        held = 0 if casts or k == 0 else sum(p.nbytes for p in model.parameters())
+        if casts or k == 0:
+            model.zero_grad()
+        peaks[k] = there + held + planner.measure.allocated_peak(lambda k=k: step(k))
+    planned = [record.args[0].peak_bytes for record in caplog.records if "planned in" in record.message]  # type: ignore
+    assert all(0.97 * p <= peaks[k] <= p for k, p in enumerate(planned)) and len(planned) == 2
+
+
 def test_a_graph_that_two_kinds_of_steps_share_runs_in_each_as_planned_for_it() -> None:
     model, x = Forked(), batch()
     there = sum(t.nbytes for t in (*model.parameters(), x))

@@ -445,7 +445,7 @@ def test_pickle_says_what_to_save_instead(rewritten: bool) -> None:
     with pytest.raises(PlannerError, match=r"cannot be pickled.*state_dict.*plan\.save"):
         pickle.dumps(used)
     plan.restore()
-    pickle.loads(pickle.dumps(plan._model(None)))
+    pickle.loads(pickle.dumps(plan._model(None, "restore")))
 
 
 @pytest.mark.parametrize("rewritten", [False, True])

@@ -1,13 +1,14 @@
 """Which kinds of steps a training loop has, what each runs, and whether one is under way.
 
-A step's kind is what its first call is given: shapes and dtypes.  Each is seen once, and again when a graph
-came in it that has no plan.  A graph that two kinds share runs in each as that one's plan says.
+A step's kind is what its first call is given, shapes and dtypes, what autocast does, and whether it finds
+gradients, to which it adds.  Each is seen once, and again when a graph came in it that has no plan.  A graph
+that two kinds share runs in each as that one's plan says.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,17 @@ Kind = Hashable
 MOST_CALLS = 256  # of a step: there is no end to one that has no backward
 
 
-def kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
-    """Shapes and dtypes of the tensors in them."""
+TRIES = 3  # steps that are seen for a graph that has come in one: it may come in each second or third alone
+
+
+def kind_of(
+    args: Sequence[Any], kwargs: Mapping[str, Any], parameters: Iterable[torch.Tensor], device: torch.device
+) -> Kind:
+    """Of a step of these ``parameters`` that begins now."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
-    return tuple((x.shape, x.dtype) for x in leaves if isinstance(x, torch.Tensor))
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    adds = any(parameter.grad is not None for parameter in parameters)
+    return autocast, adds, *((x.shape, x.dtype) for x in leaves if isinstance(x, torch.Tensor))
 
 
 class Kinds:
@@ -36,31 +44,38 @@ class Kinds:
     def __init__(self, most: int) -> None:
         self.most = most
         self.now: Kind = None  # of the step that runs
-        self._is_to_see: dict[Kind, bool] = {}
+        self._to_see: dict[Kind, int] = {}  # steps of it that are to be
         self._plans: dict[Kind, dict[int, Own]] = {}
 
     def begins(self, kind: Kind) -> Mapping[int, Own]:
         """A step of this kind does: what graphs run in it, by their numbers."""
-        if kind not in self._is_to_see:
-            before = self._is_to_see.pop(
-                None, False
-            )  # a graph had no plan before anything was known of kinds
-            self._is_to_see[kind] = before or len(self._is_to_see) < self.most
+        if kind not in self._to_see:
+            before = self._to_see.pop(None, 0)  # a graph had no plan before anything was known of kinds
+            self._to_see[kind] = int(before > 0 or len(self._to_see) < self.most)
         self.now = kind
         return self._plans.get(kind, {})
 
     @property
     def is_to_see(self) -> bool:
         """Whether the step that begins is."""
-        return self._is_to_see.get(self.now, False)
+        return self._to_see.get(self.now, 0) > 0
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether its kind has a plan."""
+        return self.now in self._plans
 
     def lacks(self) -> None:
         """A graph without a plan has come in it."""
-        self._is_to_see[self.now] = True
+        self._to_see[self.now] = TRIES
 
-    def seen(self, plans: Mapping[int, Own]) -> None:
-        """A step of this kind was, and planned so."""
-        self._is_to_see[self.now] = False
+    def seen(self) -> None:
+        """A step of this kind was, and there is nothing to plan in it."""
+        self._to_see[self.now] -= 1
+
+    def planned(self, plans: Mapping[int, Own]) -> None:
+        """A step of this kind was seen, and planned so."""
+        self._to_see[self.now] = 0
         self._plans.setdefault(self.now, {}).update(plans)
 
     def owns(self, number: int) -> list[Own]:

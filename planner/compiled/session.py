@@ -309,7 +309,8 @@ class CompiledSession:
             except Exception:
                 self._refused = None  # all have heard
                 raise
-        self._between_steps(kind_of(args, kwargs))
+        parameters = self.parameters.values() if self.model is None else self.model.parameters()
+        self._between_steps(kind_of(args, kwargs, parameters, self.target.here))
         if self.is_sharded:
             self._note_sharding()
 
@@ -360,8 +361,9 @@ class CompiledSession:
         them is compiled as torch would.
         """
         assert self.plan is not None
-        if all(call.piece.planned is not None or call.piece.why for call in self.calls):
-            self.kinds.seen({})
+        known = all(call.piece.planned is not None or call.piece.why for call in self.calls)
+        if not self.calls or (known and self.kinds.is_planned):
+            self.kinds.seen()
             self.calls, self.recorder = [], None
             return
         try:
@@ -432,7 +434,7 @@ class CompiledSession:
             if known is None or len(own.steps) > len(known.steps):
                 wanted[call.piece.number] = own
         self.is_closed = self.plan is None
-        self.kinds.seen(wanted)
+        self.kinds.planned(wanted)
         for number, own in wanted.items():
             self.pieces[number].planned = own
             self.pieces[number].forget(self.kinds.owns(number))

@@ -56,12 +56,6 @@ class Settings:
             raise ValueError(
                 f"costs must be 'auto', 'profile' or 'roofline' for a model that trains, not {self.costs!r}"
             )
-        if self.loss_fn is not None and (self.backend == "inductor" or self.capture == "regions"):
-            way = "backend='inductor'" if self.backend == "inductor" else "capture='regions'"
-            raise ValueError(
-                f"loss_fn is not for {way}: the whole step is seen there as it runs, its loss too, so leave "
-                "loss_fn out"
-            )
 
     def changed(self, options: dict[str, Any]) -> Settings:
         """The same but for ``options``, named as the arguments of :func:`planner.enable` are.
