@@ -77,7 +77,8 @@ def enable(
                    Parameters, gradients and optimizer state are those of ``model``; what is planned is
                    ``model``, or the transformer inside a sentence-transformers model.
     ``loss_fn``    ``loss_fn(outputs) -> scalar`` if the loss is outside the model and takes memory worth
-                   planning for.  It is traced when a plan is made, and never run in training.
+                   planning for.  It is traced when a plan is made, and never run in training.  In regions
+                   and compiled the whole step is seen as it runs, its loss too, and this is not asked.
     ``optimizer``  "find": whatever optimizer holds the parameters when a plan is made; else as for
                    :func:`planner.plan`.
     ``on_larger``  what happens when a batch is larger than the largest planned for: "replan", or "raise"
