@@ -170,10 +170,15 @@ def test_the_summary_is_that_of_a_run(printed: list[str]) -> None:
         rf"on ({NUMBER})\n  costs",
         rf"optimizer state +({NUMBER} MB)",
         rf"parameters +({NUMBER} MB)",
-        rf"({NUMBER}) values: ",
         rf"({NUMBER}) ops in ",
     ):
         assert the(pattern, now) == the(pattern, quoted)
+    for text in (quoted, now):  # how many there are hangs on the plan: a seed is one where it is kept
+        values, kept, again, freed = (
+            int(the(pattern, text))
+            for pattern in (r"(\d+) values: ", r"(\d+) kept, ", r"(\d+) recomputed, ", r"(\d+) freed; ")
+        )
+        assert values == kept + again + freed
     assert [line for line in masked(now) if line.endswith(":")][1:] == ["Where it is decided:"]
 
 
