@@ -211,7 +211,7 @@ def test_a_step_that_breaks_leaves_the_model_as_it_was(step: PricedStep, error: 
 def test_a_model_without_memory_cannot_be_measured() -> None:
     with FakeTensorMode():
         model, x = nn.Linear(4, 4), torch.ones(2, 4)
-    with pytest.raises(PlannerError, match="have no memory"):
+    with pytest.raises(PlannerError, match="has no memory"):
         planner.plan(model, 1.0, (x,), costs="roofline", calibrate=True)
 
 

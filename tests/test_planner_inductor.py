@@ -459,6 +459,19 @@ class Wide(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+class Head(nn.Module):
+    """The mean of what a layer says of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Linear(16 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A number."""
+        return self.inner(x).sigmoid().mean()  # type: ignore[no-any-return]
+
+
 def by_itself(model: nn.Module, budget_gb: float) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """Compiled whole: what to call, and the plan."""
     backend = planner.inductor(budget_gb, optimizer=None, costs="roofline", time_limit_s=1.0)
@@ -534,6 +547,103 @@ class Forked(nn.Module):
             if len(y) > 1
             else self.last(x).square().mean()
         )
+
+
+@pytest.mark.parametrize("way", [by_itself, enabled])
+def test_a_call_that_never_has_a_backward_does_not_keep_a_step_from_its_plan(
+    way: Callable[[nn.Module, float], tuple[Callable[..., Any], Callable[[], Any]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two models in turns: what one makes is detached for the other, and made again for itself."""
+    maker, judge, x = Wide(), Head(), batch()
+    (make, plan), (judged, _) = way(maker, 1.0), way(judge, 1.0)
+
+    def step() -> None:
+        maker.zero_grad()
+        judge.zero_grad()
+        made = make(x)
+        judged(made.detach()).backward()
+        del made
+        judge.zero_grad()
+        judged(make(x)).backward()
+
+    with caplog.at_level("INFO", "planner"):
+        for _ in range(6):
+            step()
+        told = len(caplog.records)
+        step()
+    assert plan() is not None and len(caplog.records) == told
+    assert not any(record.levelname == "WARNING" for record in caplog.records)
+
+
+@pytest.mark.parametrize("way", [by_itself, enabled])
+def test_a_forward_without_a_backward_is_looked_at_a_few_times_alone(
+    way: Callable[[nn.Module, float], tuple[Callable[..., Any], Callable[[], Any]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An evaluation that leaves gradients on."""
+    model, x = Wide(), batch()
+    (call, plan), told = way(model, 1.0), 0
+    with caplog.at_level("INFO", "planner"):
+        for k in range(12):
+            told = len(caplog.records) if k == 10 else told
+            model.zero_grad()
+            call(x).square().mean().backward()
+            call(x[:40])
+    assert plan() is not None and len(caplog.records) == told
+    assert sum("3 steps were seen, and no backward came" in r.message for r in caplog.records) == 1
+
+
+class _Sums(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Words, and whether they are many."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (32,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": (ids.sum() > 32 * 32).long()}
+
+
+@pytest.mark.nightly  # compiles C++ twice
+def test_the_trainer_compiles_within_a_budget_below_what_it_would_take(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    config = BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
+    )
+
+    def trained(folder: Path, budget_gb: float) -> tuple[Any, list[int]]:
+        torch.manual_seed(0)
+        model, peaks = BertForSequenceClassification(config), []
+        planner.enable(model, budget_gb, backend="inductor", costs="roofline", time_limit_s=2.0)
+
+        class Metered(Trainer):
+            def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if self.state.global_step < 4:
+                    return super().training_step(*args, **kwargs)
+                batch, losses = args[1].values(), list[torch.Tensor]()
+                state = [t for of in self.optimizer.state.values() for t in of.values()]
+                tensors = (*model.parameters(), *model.buffers(), *batch, *state)
+                there = sum(t.nbytes for t in tensors)
+                run = functools.partial(super().training_step, *args, **kwargs)
+                peaks.append(there + planner.measure.allocated_peak(lambda: losses.append(run())))
+                return losses[0]
+
+        settings = TrainingArguments(
+            str(folder), per_device_train_batch_size=8, max_steps=6, torch_compile=True, use_cpu=True,
+            gradient_checkpointing=True, report_to=[], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True,
+        )  # fmt: skip
+        Metered(model=model, args=settings, train_dataset=_Sums()).train()
+        plan = planner.plan_of(model)
+        assert plan is not None and len(peaks) == 2
+        return plan, peaks
+
+    free, _ = trained(tmp_path / "free", 1.0)
+    plan, peaks = trained(tmp_path / "tight", 0.8 * free.peak_bytes / 1e9)
+    assert plan.overhead > 0 and plan.peak_bytes <= plan.budget_bytes
+    assert all(0.97 * plan.peak_bytes <= peak <= plan.peak_bytes for peak in peaks)
 
 
 def test_a_batch_that_comes_once_leaves_the_others_planned(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,9 +21,7 @@ __all__ = ["Kind", "Kinds", "UnderWay", "kind_of"]
 Kind = Hashable
 
 MOST_CALLS = 256  # of a step: there is no end to one that has no backward
-
-
-TRIES = 3  # steps that are seen for a graph that has come in one: it may come in each second or third alone
+LOOKS = 3  # steps of a kind that are seen for a graph of it: it may come in each second or third alone
 
 
 def kind_of(
@@ -67,7 +65,7 @@ class Kinds:
 
     def lacks(self) -> None:
         """A graph without a plan has come in it."""
-        self._to_see[self.now] = TRIES
+        self._to_see[self.now] = LOOKS
 
     def seen(self) -> None:
         """A step of this kind was, and there is nothing to plan in it."""

@@ -238,8 +238,9 @@ class CompiledSession:
             if isinstance(x, torch.Tensor) and seen.piece.given[i] not in seen.renamed:
                 self._note(seen.gives, ("gradient", i), x)
         recorder.leave()
-        if all(call.is_through for call in self.calls):
-            _compat.after_backward(recorder.finish)
+        # others may yet have a backward, or none ever (what a discriminator is shown is detached)
+        is_over = all(call.is_through for call in self.calls)
+        _compat.after_backward(recorder.finish if is_over else recorder.close)
 
     # -- in a training loop ------------------------------------------------------------------------
 
@@ -379,6 +380,8 @@ class CompiledSession:
                     "budget does not hold: %d steps were seen, and %s",
                     self._tries, error,
                 )  # fmt: skip
+                self.kinds.planned({})
+                self._tries = 0
         except Exception as error:
             if self.company is None:
                 raise

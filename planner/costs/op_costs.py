@@ -136,10 +136,9 @@ def costs_of(
 
     seconds = {node.name: 0.0 for node in nodes}
     workspace_bytes, flops = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
+    scale = expected.scale(measured) if alike.keys() - measured.keys() else 1.0
     for key, group in alike.items():
-        cost = measured.get(key) or Measured(
-            expected.seconds[key] * expected.scale(measured), _scratch_bytes(group[0], device)
-        )
+        cost = measured.get(key) or Measured(expected.seconds[key] * scale, _scratch_bytes(group[0], device))
         flops_each = node_flops(group[0])
         for node in group:
             seconds[node.name] = cost.seconds

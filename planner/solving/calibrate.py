@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from planner._compat import FakeTensor, is_out_of_memory
+from planner._compat import is_out_of_memory
 from planner.costs.target import Target
 from planner.devices.state import memory_of
 from planner.errors import InfeasibleBudgetError, PlannerError
@@ -36,6 +36,7 @@ from planner.measure.step import device_of, dropping, tensors_in, undone
 from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import Calibration, Round
+from planner.regions.observe import without_memory
 from planner.solving.priced import PricedStep
 from planner.units import bytes_text
 
@@ -125,17 +126,16 @@ def calibrated(
 
 def refuse_unreal(model: nn.Module, inputs: Iterable[torch.Tensor], target: Target) -> None:
     """``PlannerError`` where no step of ``model`` can be measured here."""
-    name = type(model).__name__
     if target.elsewhere:
         raise PlannerError(
             f"calibrate=True measures a step on {target.here}, and the plan is for the {target.name}: "
             "calibrate where that is"
         )
-    tensors = [*model.parameters(), *model.buffers(), *inputs]
-    if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors):
+    hollow = without_memory(model, inputs)
+    if hollow:
         raise PlannerError(
-            f"calibrate=True runs a step of {name}, but the model or its inputs have no memory (they are "
-            "fake tensors); give it real ones, or plan without calibrating"
+            f"calibrate=True runs a step of {type(model).__name__}, for which {hollow}: give it real "
+            "tensors, or plan without calibrating"
         )
 
 
