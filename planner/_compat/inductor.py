@@ -62,12 +62,15 @@ _LIBRARY = {
 }  # fmt: skip
 
 
-def _as_written(*, is_backward: bool) -> dict[str, Any]:
+def _as_written(*, is_backward: bool, sparing: bool) -> dict[str, Any]:
     """Settings under which kernels run in the order in which a graph calls them, a backward's on operands
     that are laid out as it says.
+
+    ``sparing``  what is dead is freed, rather than held for the next result of its size.
     """
     order: dict[str, Any] = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
-    return order | {"layout_optimization": False} if is_backward else order
+    order |= {"layout_optimization": False} if is_backward else {}
+    return order | {"allow_buffer_reuse": False} if sparing else order
 
 
 # What is written into its readers, beside what torch tags as pointwise.
@@ -217,10 +220,13 @@ def _partitioner() -> Any:
 
 
 @functools.cache
-def _choices() -> Any:
+def _choices(*, sparing: bool) -> Any:
     """What decides which loops become one: those between the same two calls of libraries' kernels.
 
     Inductor otherwise joins whatever reads the same, and what is made again late would be made early.
+
+    ``sparing``  only a loop and one that reads what it makes: of two that read the same, the first's operands
+                 are gone before the second's results are there.
     """
     from torch._inductor.choices import InductorChoices  # 2.6+
 
@@ -238,7 +244,41 @@ def _choices() -> Any:
                 return False
             return bool(InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score))
 
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            joins = InductorChoices.can_fuse_horizontal
+            return not sparing and bool(joins(scheduler, node1, node2, shared_data_score))
+
     return BetweenKernels()
+
+
+def _return_as_given(gm: fx.GraphModule) -> None:
+    """Let inductor return arguments that ``gm`` returns as they are.
+
+    A weight that a convolution reads with its channels last is otherwise returned as that copy, which is held
+    until the backward then, beside the weight.  What a user sees is not laid out anew; 2.9+.
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    returned = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+    given = {i for i, n in enumerate(returned) if isinstance(n, fx.Node) and n.op == "placeholder"}
+    seen = output.meta.get("user_visible_output_idxs", ())
+    output.meta["user_visible_output_idxs"] = sorted({*seen, *given})
+
+
+@contextlib.contextmanager
+def _loops_apart(apart: bool) -> Iterator[None]:
+    """On a CPU each loop is a function of its own; otherwise all between two calls are one, and what the last
+    of them makes has memory before the first begins.  Process-global, put back; 2.2+.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+
+    before = CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+    if apart:
+        CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = 0
+    try:
+        yield
+    finally:
+        CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
 
 
 def compile_split(
@@ -249,20 +289,23 @@ def compile_split(
     key: str | None = None,
     inner: Callable[..., Any] | None = None,
     as_written: bool = True,
+    sparing: bool = False,
 ) -> Callable[..., Any]:
     """``gm`` compiled by inductor, its joint graph split by ``split``; 2.9+.
 
     ``key``         what its answers depend on, for the caches of compiled code; ``None``: nothing is cached.
     ``inner``       compiles each half instead of inductor's code generator: (graph module, inputs, settings).
     ``as_written``  calls of libraries run in the order of the halves, and loops stay between them.
+    ``sparing``     loops that only read the same stay apart too, and what is dead is freed at once.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.virtualized import V
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        settings = _as_written(is_backward=bool(kwargs.get("is_backward")))
-        with V.set_choices_handler(_choices()), config.patch(settings):
+        settings = _as_written(is_backward=bool(kwargs.get("is_backward")), sparing=sparing)
+        _return_as_given(args[0])
+        with V.set_choices_handler(_choices(sparing=sparing)), config.patch(settings), _loops_apart(sparing):
             return compile_fx_inner(*args, **kwargs)
 
     own = copy_of(gm)
@@ -495,11 +538,12 @@ def lowered(
     visible: Sequence[int],
     donated: Sequence[int] = (),
     as_written: bool = True,
+    sparing: bool = False,
 ) -> Lowered:
     """``gm``, which is used up, as inductor would compile it; 2.9+.
 
     ``visible``     positions of outputs that the user sees; ``donated`` of inputs that it may write over.
-    ``as_written``  as for :func:`compile_split`.
+    ``as_written``, ``sparing``  as for :func:`compile_split`.
     """
     from torch._guards import TracingContext, detect_fake_mode, tracing
 
@@ -512,6 +556,8 @@ def lowered(
     fake_mode = detect_fake_mode(inputs)
     (output,) = gm.graph.find_nodes(op="output")
     output.meta["user_visible_output_idxs"] = list(visible)
+    if as_written:
+        _return_as_given(gm)
     context = TracingContext(fake_mode)
     context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated))  # type: ignore[assignment]
     c.view_to_reshape(gm)
@@ -520,8 +566,9 @@ def lowered(
         V.set_fake_mode(fake_mode),
         tracing(context),
         DebugContext(),
-        V.set_choices_handler(_choices()) if as_written else contextlib.nullcontext(),
-        c.config.patch(_as_written(is_backward=is_backward) if as_written else {}),
+        V.set_choices_handler(_choices(sparing=sparing)) if as_written else contextlib.nullcontext(),
+        _loops_apart(sparing),
+        c.config.patch(_as_written(is_backward=is_backward, sparing=sparing) if as_written else {}),
         c.config.patch(
             {"cpp.simdlen": 1}
         ),  # loops that nobody runs: not in vectors, which take long to write

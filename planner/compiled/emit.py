@@ -107,8 +107,7 @@ class _Writer:
             if part.target is operator.getitem:
                 self.now[part] = new = self.graph.node_copy(part, dict.fromkeys([op.node], made).__getitem__)
                 new.meta = dict(part.meta)
-        is_again = bool(self.early) and op.phase == "forward"
-        if is_again and isinstance(meta.value(op.node), torch.Tensor) and _compat.is_fused(op.node):
+        if self.early and isinstance(meta.value(op.node), torch.Tensor) and _compat.is_fused(op.node):
             made.meta[_compat.IS_REALIZED] = True
         if not op.outputs:
             self.now[op.node] = made

@@ -6,7 +6,8 @@ would come of other kernels, with other bits, and some of these take much more s
 for what takes 45 kB in rows.  So the backward is compiled without that, and what it needs is written into it:
 
 * operands of a convolution that is made again are laid out as the forward lays them out;
-* those of a convolution's gradient on a CPU are put in rows where that takes less, the copies counted.
+* so is the weight of a convolution's gradient, for the kernel and the bits of ``torch.compile``; or, where
+  memory is spared, all its operands on a CPU are in rows where that takes less, the copies counted.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ __all__ = ["lay_out"]
 aten = torch.ops.aten
 
 
-def lay_out(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
-    """Write layouts into ``backward``."""
+def lay_out(forward: fx.GraphModule, backward: fx.GraphModule, *, sparing: bool) -> None:
+    """Write layouts into ``backward``; ``sparing``: gradients in rows where that takes less memory."""
     last = _compat.has_channels_last(forward)
     again = backward.graph.find_nodes(op="call_function", target=aten.convolution.default)
     for node in again if last else ():
@@ -31,11 +32,18 @@ def lay_out(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
             _given(node, node.args[:2], torch.channels_last)
     gradients = backward.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     for node in gradients:
-        if _is_cheaper_in_rows(node):
+        if sparing and _is_cheaper_in_rows(node):
             _given(node, node.args[:2], torch.contiguous_format)
+        elif last and _weight(node).dim() == 4:
+            _given(node, node.args[2:3], torch.channels_last)
     for node in backward.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default  # of what lies otherwise now; inductor does so too
     backward.recompile()
+
+
+def _weight(node: fx.Node) -> torch.Tensor:
+    weight: torch.Tensor = node.args[2].meta["val"]  # type: ignore[union-attr]
+    return weight
 
 
 def _is_cheaper_in_rows(node: fx.Node) -> bool:
@@ -44,7 +52,7 @@ def _is_cheaper_in_rows(node: fx.Node) -> bool:
         return False
     rows, last = scratch_bytes([in_layout(node, channels_last=way) for way in (False, True)])
     copies_bytes = sum(n.meta["val"].nbytes for n in node.args[:2] if isinstance(n, fx.Node))
-    return rows + copies_bytes < last
+    return rows + copies_bytes < last + _weight(node).nbytes
 
 
 def _given(node: fx.Node, operands: tuple[object, ...], layout: torch.memory_format) -> None:

@@ -33,7 +33,7 @@ __all__ = ["Own", "Piece"]
 
 log = logging.getLogger(__name__)
 
-FORM = 2  # of what is written for a schedule: another for the same schedule is another entry of the caches
+FORM = 3  # of what is written for a schedule: another for the same schedule is another entry of the caches
 
 KEPT = 8  # plans whose code is kept, should they come back
 SEEN_S = 1.0  # of search for the schedule of a step that is seen
@@ -46,11 +46,15 @@ class Own:
     ``steps``   positions in its ops, ``turn`` of them in the forward.
     ``torchs``  the ``activation_memory_budget`` for which torch itself splits its graph so: it is then
                 compiled as torch compiles it.  ``None``: it is compiled as ``steps`` say.
+    ``sparing`` in code that takes less memory and more time: loops that only read the same are not joined,
+                what is dead is not held for the next result of its size, and gradients of convolutions are
+                in rows where that takes less, by other kernels than torch's.
     """
 
     steps: tuple[int, ...]
     turn: int
     torchs: float | None = None
+    sparing: bool = False
 
 
 class Piece:
@@ -147,7 +151,7 @@ class Piece:
             self.step = self._step_of(_compat.copy_of(joint), forwards)
             self.costs = costs_of_fused(self.step, self.target)
             self.seen_as = self._least() if self.seen_low else self.keep_all
-            return _split(self.written(self.seen_as))
+            return _split(self.written(self.seen_as), sparing=self.seen_low)
         except PlannerError as error:
             self.step, self.why = None, str(error)
             return _compat.torchs_split(joint, forwards, static)
@@ -260,11 +264,12 @@ class Piece:
                 )
             if own.torchs is not None:
                 return _compat.torchs_partition(joint, forwards, own.torchs, static)
-            return _split(write(step, own.steps, own.turn))
+            return _split(write(step, own.steps, own.turn), sparing=own.sparing)
 
         return _compat.compile_split(
-            self.gm, self.inputs, split, key=self.key_of(own), as_written=own.torchs is None
-        )
+            self.gm, self.inputs, split, key=self.key_of(own),
+            as_written=own.torchs is None, sparing=own.sparing,
+        )  # fmt: skip
 
     def key_of(self, own: Own) -> str:
         """What a schedule adds to the keys of inductor's caches."""
@@ -290,7 +295,7 @@ class Piece:
         """The forward and the backward that are compiled of it."""
         assert self.step is not None
         if own.torchs is None:
-            return _split(self.written(own))
+            return _split(self.written(own), sparing=own.sparing)
         return self._partitions.pop(own.torchs, None) or self._partition(own.torchs)
 
     def _partition(self, budget: float) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -308,8 +313,9 @@ class Piece:
             assert self.step is not None
             halves = self.halves(own)
             self._played[key] = _played(
-                *halves, self.step.forwards, going, self.libraries, as_written=own.torchs is None
-            )
+                *halves, self.step.forwards, going, self.libraries,
+                as_written=own.torchs is None, sparing=own.sparing,
+            )  # fmt: skip
         return self._played[key]
 
 
@@ -323,9 +329,9 @@ class Hears(Protocol):
         """It has run, and made a gradient or None for each input."""
 
 
-def _split(written: Written) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _split(written: Written, *, sparing: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
     halves = written.split()
-    lay_out(*halves)
+    lay_out(*halves, sparing=sparing)
     return halves
 
 
@@ -389,12 +395,14 @@ def _played(
     libraries: frozenset[str],
     *,
     as_written: bool,
+    sparing: bool,
 ) -> tuple[Played, Played]:
     held = _held_elsewhere(forward, forwards)
     (output,) = forward.graph.find_nodes(op="output")
     names = [n.name if isinstance(n, fx.Node) else "" for n in output.args[0]]
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
-    code = _compat.lowered(forward, is_backward=False, visible=range(forwards), as_written=as_written)
+    how = {"as_written": as_written, "sparing": sparing}
+    code = _compat.lowered(forward, is_backward=False, visible=range(forwards), **how)
     first = play(code, given, range(len(given)), libraries)
     saved = {n: made for n, made in zip(names[forwards:], first.results[forwards:], strict=True) if made}
     nodes = backward.graph.find_nodes(op="placeholder")
@@ -406,9 +414,7 @@ def _played(
     visible = [i for i, x in enumerate(output.args[0]) if isinstance(x, fx.Node)]
     given = [n.meta["val"] for n in nodes]
     donated = [i for i in own if nodes[i].name not in held]
-    code = _compat.lowered(
-        backward, is_backward=True, visible=visible, donated=donated, as_written=as_written
-    )
+    code = _compat.lowered(backward, is_backward=True, visible=visible, donated=donated, **how)
     tangents = [i for i, n in enumerate(nodes) if n.name.startswith("tangents")]
     freed = own | {i for k, i in enumerate(tangents) if k in going}
     return first, play(code, given, [i for i in range(len(given)) if i not in freed], libraries)

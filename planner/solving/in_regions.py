@@ -115,8 +115,12 @@ class JoinedStep(BudgetedStep):
 
     def parts(self, plan: Plan) -> list[tuple[list[int], int]]:
         """What each call runs of a plan for this step: positions in its own graph, and its turn."""
+        return parts(self.joined, self.positions(plan))
+
+    def positions(self, plan: PlanData) -> list[int]:
+        """Op positions in the order in which a plan for this step runs them."""
         position = {op.name: i for i, op in enumerate(self.graph.ops)}
-        return parts(self.joined, [position[name] for name in plan.sequence])
+        return [position[name] for name in plan.sequence]
 
     def schedule_of(self, plan: PlanData) -> Schedule | None:
         """That of a plan made for other sizes, or by another process, if it runs the same ops of regions."""
@@ -130,7 +134,7 @@ class JoinedStep(BudgetedStep):
         schedule = self.schedule_of(received)
         if received.fingerprint != self.captured.fingerprint or schedule is None:
             return None
-        ran, total = self.execution_as(received, schedule), self.problem.total_seconds
+        ran, total = self.execution_as(received, schedule, budget_bytes), self.problem.total_seconds
         if ran.peak_bytes > budget_bytes:
             return None
         seconds = total + ran.timeline.recompute_seconds
@@ -149,8 +153,8 @@ class JoinedStep(BudgetedStep):
             )
         )
 
-    def execution_as(self, received: PlanData, schedule: Schedule) -> Execution:
-        """What running ``schedule``, that of ``received``, takes here."""
+    def execution_as(self, received: PlanData, schedule: Schedule, budget_bytes: int) -> Execution:
+        """What running ``schedule``, that of ``received``, takes here in a budget."""
         return self.execution_of(schedule)
 
     def _least_share(self, received: PlanData) -> float:
