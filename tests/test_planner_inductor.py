@@ -319,6 +319,59 @@ def test_convolutions_take_what_was_predicted_in_the_layout_that_inductor_choose
     assert max(step.costs.workspace_bytes.values()) < 100_000
 
 
+class Wide3x3(nn.Module):
+    """Convolutions with weights that are larger than their pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pictures to a number."""
+        return torch.relu(self.second(torch.relu(self.first(x)))).square().mean()
+
+
+def test_a_weight_is_not_kept_a_second_time_in_another_layout() -> None:
+    """``torch.compile`` itself does that (findings/compiled_keeps_weights_twice.sh)."""
+    model, inputs = Wide3x3(), (torch.randn(1, 16, 4, 4),)
+    step = compiled_step(model, inputs, costs="roofline", search=Search(time_limit_s=0.5))
+    piece = step.calls[0].piece
+    weights_bytes = model.first.weight.nbytes + model.second.weight.nbytes
+    ours, theirs = (piece.played(own)[0].left_bytes for own in (piece.keep_all, piece.torchs(1.0)))
+    assert theirs > weights_bytes
+    assert ours < 0.5 * weights_bytes
+
+
+def test_code_that_spares_memory_takes_what_was_predicted_and_computes_the_same() -> None:
+    model, x = Net(3), batch()
+    step = compiled_step(model, (x,), costs="roofline", search=Search(time_limit_s=0.5))
+    plan = step.plan_of(step.least)
+    (own,) = step._owns_of(plan)
+    plain, spared = (dataclasses.replace(own, sparing=sparing) for sparing in (False, True))
+    assert own == spared  # whose peak is the least
+    plan.apply()
+    assert step.forward is not None
+    run = step.forward
+    measured, gradients = {}, {}
+    for code in (plain, spared):
+        step.owner.follow([code])
+
+        def one_step() -> None:
+            run(x).backward()
+
+        torch.manual_seed(0)
+        one_step()
+        gradients[code] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        measured[code] = planner.measure.allocated_peak(one_step)
+        model.zero_grad()
+    assert measured[spared] < measured[plain]
+    assert measured[spared] == pytest.approx(plan.peak_bytes - step.memory.total_bytes, rel=0.01)
+    for name, gradient in gradients[plain].items():
+        torch.testing.assert_close(gradients[spared][name], gradient, rtol=1e-5, atol=1e-7)
+
+
 class Masks(nn.Module):
     """Two masks for the backward alone: of what a product reads there too, and of what nothing else does."""
 

@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 4  # targets that are tried at least: playing each takes seconds
 NEAR = 0.01  # of the budget: so much that is left is not worth another round
+MUCH = 0.5  # of a step's seconds, a forward and a half: the least plan, which takes a search, may be faster
+LITTLE = 0.1  # of a step's seconds: who recomputes more looks whether a higher target's code fits too
+PROBE = 0.04  # of the budget: so much higher, since code may take less than what is simulated
 ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
 
 SPARING = 0.02  # of a step's seconds, what sparing code takes more: up to 2 % of large ops
@@ -190,16 +193,16 @@ class CompiledStep(JoinedStep):
         best = self._by_torch(budget_bytes, self._without_s)
         if best is None:
             best = self._searched(budget_bytes, search)
+            known = self._answers.copy()
             spared_s = SPARING * self.problem.total_seconds
             if best is None or best.seconds > self.problem.total_seconds + spared_s:
                 spared = self._searched(budget_bytes, search, sparing=True)
                 if spared is not None and (best is None or spared.seconds + spared_s < best.seconds):
                     best = spared
-            if best is None and (least := super().least).peak_bytes <= budget_bytes:
-                best = self._in_budget(least, budget_bytes)
-            known = [a for a in self._answers if a.peak_bytes <= budget_bytes]  # what serves less serves more
-            for answer in known:
-                if best is None or answer.seconds < best.seconds:
+            if best is None or best.seconds > (1 + MUCH) * self.problem.total_seconds:
+                known.append(super().least)
+            for answer in known:  # what serves less serves more
+                if answer.peak_bytes <= budget_bytes and (best is None or answer.seconds < best.seconds):
                     best = self._in_budget(answer, budget_bytes)
             most_s = math.inf if best is None else best.seconds + ENOUGH * self.problem.total_seconds
             best = self._by_torch(budget_bytes, most_s) or best
@@ -265,12 +268,14 @@ class CompiledStep(JoinedStep):
         most = simulate(self.problem, Schedule.keep_all(self.problem)).peak_bytes
         # At ``low`` a schedule fits, or the solvers find none; at ``high`` they find one that does not fit.
         target, low, high = budget_bytes, 0, 2 * most
+        step = int(PROBE * budget_bytes) // 2
         began = time.perf_counter()
         for turn in itertools.count(1):
             found = self._solved(min(target, most), search, methods)
             if found is None:
                 low = max(low, target)
-                target = (low + min(high, most)) // 2
+                step = min(2 * step, (high - low) // 2)
+                target = low + step
             else:
                 ran = self._execution(self.steps_of(found.schedule), None, sparing=sparing)
                 over = ran.peak_bytes - budget_bytes
@@ -280,10 +285,10 @@ class CompiledStep(JoinedStep):
                         best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
                                       found.solve_seconds)  # fmt: skip
                     low = max(low, target)
-                    is_enough = found.peak_bytes >= most or found.seconds <= total * (1 + ENOUGH)
-                    if is_enough or -over <= NEAR * budget_bytes:
+                    is_near = -over <= NEAR * budget_bytes and found.seconds <= total * (1 + LITTLE)
+                    if is_near or found.peak_bytes >= most or found.seconds <= total * (1 + ENOUGH):
                         break
-                    target = min(target - over, (low + high) // 2)
+                    target = min(target + max(-over, int(PROBE * budget_bytes)), (low + high) // 2)
                 else:
                     high = min(high, found.peak_bytes)
                     target = high - max(over, most // 100)
