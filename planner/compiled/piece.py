@@ -401,7 +401,7 @@ def _played(
     (output,) = forward.graph.find_nodes(op="output")
     names = [n.name if isinstance(n, fx.Node) else "" for n in output.args[0]]
     given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
-    how = {"as_written": as_written, "sparing": sparing}
+    how: dict[str, Any] = {"as_written": as_written, "sparing": sparing}
     code = _compat.lowered(forward, is_backward=False, visible=range(forwards), **how)
     first = play(code, given, range(len(given)), libraries)
     saved = {n: made for n, made in zip(names[forwards:], first.results[forwards:], strict=True) if made}

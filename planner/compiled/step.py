@@ -120,6 +120,7 @@ class CompiledStep(JoinedStep):
     def _in_budget(self, answer: Answer, budget_bytes: int) -> Answer:
         """``answer``, which was found for another budget, as it runs in this one."""
         ran = answer.execution
+        assert ran is not None
         if not answer.solver.startswith(BY_TORCH):
             ran, _ = self._within(ran.timeline.steps.tolist(), budget_bytes)
         return dataclasses.replace(answer, budget_bytes=budget_bytes, execution=ran)
