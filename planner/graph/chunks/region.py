@@ -19,7 +19,7 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.errors import PlannerError
-from planner.graph.chunks.rules import SOFTMAXES, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
+from planner.graph.chunks.rules import MARKS, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
 from planner.graph.draft import Draft
 from planner.graph.nodes import is_mutation, is_random
 
@@ -35,7 +35,12 @@ MATTERS = 8  # products smaller than this part of the largest one stay whole
 
 
 class NotInRows(PlannerError):
-    """The loss of a step cannot be computed in chunks; names the call in the way."""
+    """The loss of a step cannot be computed in chunks; names the call in the way.
+
+    ``is_loss``  whether that call is behind scores that a loss reads, or is such a one.
+    """
+
+    is_loss = False
 
 
 @dataclass(eq=False)
@@ -115,7 +120,7 @@ def regions_of(draft: Draft) -> list[Region]:
         if region is not None and not any(region.calls.keys() & other.calls.keys() for other in found):
             found.append(region)
     if not found and why:
-        raise why[0]
+        raise next((error for error in why if error.is_loss), why[0])
     if not found:
         raise NotInRows(
             "the step has no product of matrices that a softmax over its columns follows, so there is no "
@@ -153,8 +158,9 @@ def _region(draft: Draft, head: fx.Node) -> Region | None:
         if call.rows is not None and not call.is_end:
             region.carried[node] = call.rows
     if blocked is not None:
+        blocked.is_loss |= any(node.target in MARKS for node in region.calls)
         raise blocked
-    if not any(node.target in SOFTMAXES for node in region.calls):
+    if not any(node.target in MARKS for node in region.calls):
         return None
     _take_in(region)
     order = {n: i for i, n in enumerate(calls)}
@@ -248,13 +254,15 @@ def _leaves_whole(draft: Draft, region: Region) -> None:
 
 def _blocked(node: fx.Node, wide: fx.Node, region: Region) -> NotInRows:
     where = meta.module(node) or "the model itself"
-    return NotInRows(
+    error = NotInRows(
         f"{node.name} ({node.target}) in {where} reads {wide.name}, {_sizes(wide)}, and does not work on "
         f"each of its {region.count} rows by itself, so the loss behind {region.head.name} cannot be "
         "computed in chunks. "
         "Write it with log_softmax, logsumexp, gather, cross_entropy and pointwise ops, or plan with "
         "chunk_loss=False"
     )
+    error.is_loss = node.target in MARKS
+    return error
 
 
 def _sizes(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ dims were; a rule says how the call is then made.  What has no rule is not split
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -17,10 +18,12 @@ import torch
 from torch import fx
 
 from planner.capture import meta
+from planner.graph import kernels
 from planner.graph.nodes import argument
 
 __all__ = [
     "FACTORIES",
+    "MARKS",
     "SOFTMAXES",
     "InRows",
     "Rows",
@@ -79,7 +82,7 @@ def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _pointwise
-    if rule is None or not isinstance(meta.value(node), torch.Tensor):
+    if rule is None or not isinstance(meta.value(node), (torch.Tensor, tuple)):
         return None
     return rule(node, carried, count)
 
@@ -237,6 +240,24 @@ def _new(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return InRows(Rows(lead), lambda n: (node.args[0], (n, *rest), *node.args[2:]))
 
 
+def _logsigmoid(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """With what its backward reads, which CUDA's kernel leaves empty."""
+    own = carried(_first(node))
+    return None if own is None or own.turned else InRows(own, lambda n: node.args)
+
+
+def _part(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    own = carried(_first(node))
+    return None if own is None else InRows(own, lambda n: node.args)
+
+
+def _logsigmoid_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    found = _aligned(node, carried, node.args[:2])
+    if found is None or carried(node.args[2]) is None:  # type: ignore[arg-type]
+        return None
+    return InRows(found[0], lambda n: node.args, found[1])
+
+
 # -- along the vocabulary -------------------------------------------------------------------------
 
 
@@ -331,9 +352,22 @@ def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
         return None
     rest = len(_shape(x)) - own.lead
     over = sorted(int(d) % (own.lead + rest) for d in dims)
-    if over != list(range(own.lead)) or not rest:
+    if not rest or over not in (list(range(own.lead)), list(range(own.lead + rest))):
         return None
-    return InRows(None, lambda n: (x, [0], *node.args[2:]))
+    new = list(range(1 + len(over) - own.lead))
+    return InRows(None, lambda n: (x, new, *node.args[2:]))
+
+
+def _largest(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Along what a row has, or of each column the largest."""
+    return _of_one_dim(node, carried, count) or _of_columns(node, carried)
+
+
+def _of_columns(node: fx.Node, carried: Carried, count: int = 0) -> InRows | None:
+    """A number of each column of a matrix."""
+    x = _first(node)
+    columns = carried(x) == Rows() and len(_shape(x)) == 2 and len(_shape(node)) == 1
+    return InRows(None, lambda n: node.args) if columns else None
 
 
 def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -344,7 +378,7 @@ def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 _OF_ONE_DIM = (
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor,
-    aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default, aten.amax.default,
+    aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default,
     aten.amin.default, aten.mean.dim, aten.argmax.default,
 )  # fmt: skip
 _BY_INDEX = (
@@ -374,6 +408,11 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.mm.default: _product,
         aten.sum.dim_IntList: _sum,
         aten.sum.default: _sum_of_all,
+        aten.amax.default: _largest,
+        aten.log_sigmoid_forward.default: _logsigmoid,
+        aten.log_sigmoid_backward.default: _logsigmoid_backward,
+        operator.getitem: _part,
+        kernels.log_sum_below: _of_columns,
         **dict.fromkeys(_OF_ONE_DIM, _of_one_dim),
         **dict.fromkeys(_BY_INDEX, _by_index),
         **dict.fromkeys(_LIKE, _like),
@@ -395,8 +434,10 @@ _KEEP_ZEROS = frozenset(
     }
 )
 
-# A loss over scores has one of these; without, nothing is gained by rows.
 SOFTMAXES = frozenset({aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default})
+
+# A loss over scores has one of these; without, nothing is gained by rows.
+MARKS = SOFTMAXES | {aten.log_sigmoid_forward.default, kernels.log_sum_below}
 
 # Ops that make a tensor of given sizes out of nothing, and where those stand among their arguments.
 FACTORIES: Mapping[Any, int] = MappingProxyType(
