@@ -93,6 +93,22 @@ def _is_scores(node: fx.Node) -> bool:
     return False
 
 
+def _leads_to_turned(node: fx.Node) -> bool:
+    """Whether it is pointwise, and pointwise calls lead to it from a matrix that was turned."""
+    if not _is_pointwise(node):
+        return False
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if _turns(node):
+            return True
+        if _is_pointwise(node) and _is_matrix(node):
+            read = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(read)
+            stack += read
+    return False
+
+
 def _is_matrix(node: fx.Node) -> bool:
     value = meta.value(node)
     return isinstance(value, torch.Tensor) and value.dim() == 2 and 1 not in value.shape
@@ -131,7 +147,7 @@ class _Writer:
         first = node.args[0] if node.args else None
         if _turns(node) and first in self.known:
             self.draft.replace(node, self.known[first])  # type: ignore[index]
-        elif _is_pointwise(node) and any(n in self.known for n in node.all_input_nodes):
+        elif node not in self.known and _is_pointwise(node) and any(n in self.known for n in node.all_input_nodes):
             self._pointwise(node)
 
     # -- scores ----------------------------------------------------------------------------------
@@ -140,6 +156,11 @@ class _Writer:
         """What is turned, as rows; ``None`` where it is no such thing."""
         if node in self.known:
             return self.known[node]
+        if isinstance(node, fx.Node) and _leads_to_turned(node):  # casts and caps of what was turned
+            for n in node.all_input_nodes:
+                self.back(n)
+            self._pointwise(node)
+            return self.known.get(node)
         return node.args[0] if _turns(node) else None  # type: ignore[return-value]
 
     def _along_columns(self, node: fx.Node, dim: Any) -> fx.Node | None:
@@ -385,8 +406,11 @@ class _Writer:
     # -- other calls -----------------------------------------------------------------------------
 
     def summed(self, node: fx.Node) -> bool:
-        """Along columns."""
+        """Along columns, or of all."""
         logs = self.known.get(node.args[0])  # type: ignore[arg-type]
+        if logs is not None and node.target is aten.sum.default:
+            self.draft.replace(node, self.call(node.target, logs, **node.kwargs))
+            return True
         if logs is None or [d % 2 for d in node.args[1]] != [1]:  # type: ignore[union-attr]
             return False
         self.draft.replace(node, self._shaped(self.call(aten.sum.dim_IntList, logs, [0]), node))
@@ -454,6 +478,7 @@ _RULES: Mapping[Any, Any] = MappingProxyType(
         aten.diagonal_copy.default: _Writer.diagonal,
         aten.diagonal_backward.default: _Writer.diagonal_backward,
         aten.eye.default: _Writer.eye,
+        aten.sum.default: _Writer.summed,
         aten.sum.dim_IntList: _Writer.summed,
     }
 )
