@@ -49,8 +49,7 @@ def by_rows(draft: Draft) -> None:
     for node in list(draft.graph.nodes):
         if node.op == "call_function" and isinstance(meta.value(node), (torch.Tensor, tuple, list)):
             writer.visit(node)
-    if writer.numbers or writer.picks:
-        draft.sweep()
+    draft.sweep()
 
 
 def made_whole(draft: Draft) -> None:
@@ -117,6 +116,17 @@ def _is_matrix(node: fx.Node) -> bool:
 def _is_pointwise(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target in (aten._to_copy.default, aten.clone.default)
+
+
+def _is_one_of_each_row(where: Any, shape: tuple[int, ...]) -> bool:
+    """Whether two indices of a matrix are the numbers of its rows, in order, and as many of columns."""
+    if len(where) != 2 or len(shape) != 2 or not all(isinstance(n, fx.Node) for n in where):
+        return False
+    rows, columns = where
+    given = rows.args if rows.target is not aten.arange.default else (0, *rows.args)
+    counts = rows.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    every = counts and given in ((0, shape[0]), (0, shape[0], 1))
+    return every and _shape(columns) == (shape[0],) and not meta.tensor(columns).is_floating_point()
 
 
 class _Writer:
@@ -394,6 +404,27 @@ class _Writer:
         self.draft.replace(node, self._at(self.call(aten.view.default, node.args[0], [1, -1]), elsewhere))
         return True
 
+    def indexed(self, node: fx.Node) -> bool:
+        """One of each row, by a number for every row beside their own: what ``gather`` takes."""
+        x, where = node.args[:2]
+        if not isinstance(x, fx.Node) or not _is_one_of_each_row(where, _shape(x)) or not _is_scores(x):
+            return False
+        column = self.call(aten.unsqueeze.default, where[1], 1)  # type: ignore[index]
+        self.draft.replace(node, self.call(aten.squeeze.dim, self.call(aten.gather.default, x, 1, column), 1))
+        return True
+
+    def index_put(self, node: fx.Node) -> bool:
+        """Its gradient, or a number written over one of each row."""
+        x, where, values, *adds = node.args
+        if not _is_one_of_each_row(where, _shape(node)) or _shape(node) not in self.shapes:
+            return False
+        column = self.call(aten.unsqueeze.default, where[1], 1)  # type: ignore[index]
+        each = values if _shape(values) else self.call(aten.expand.default, values, [_shape(node)[0]])
+        each = self.call(aten.unsqueeze.default, each, 1)
+        target = aten.scatter_add.default if adds and adds[0] else aten.scatter.src
+        self.draft.replace(node, self.call(target, x, 1, column, each))
+        return True
+
     def eye(self, node: fx.Node) -> bool:
         """As large as scores, which it is for: where rows meet columns, so that it is made row by row."""
         shape = _shape(node)
@@ -478,6 +509,8 @@ _RULES: Mapping[Any, Any] = MappingProxyType(
         aten.diagonal_copy.default: _Writer.diagonal,
         aten.diagonal_backward.default: _Writer.diagonal_backward,
         aten.eye.default: _Writer.eye,
+        aten.index.Tensor: _Writer.indexed,
+        aten.index_put.default: _Writer.index_put,
         aten.sum.default: _Writer.summed,
         aten.sum.dim_IntList: _Writer.summed,
     }

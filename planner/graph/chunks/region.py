@@ -38,9 +38,11 @@ class NotInRows(PlannerError):
     """The loss of a step cannot be computed in chunks; names the call in the way.
 
     ``is_loss``  whether that call is behind scores that a loss reads, or is such a one.
+    ``at``       the place of the product it is behind: a loss is behind the last.
     """
 
     is_loss = False
+    at = 0
 
 
 @dataclass(eq=False)
@@ -105,6 +107,7 @@ def regions_of(draft: Draft) -> list[Region]:
     for node in draft.graph.nodes:
         if node in tangents or any(n in later for n in node.all_input_nodes):
             later.add(node)
+    order = {n: i for i, n in enumerate(draft.graph.nodes)}
     heads = [n for n in draft.graph.nodes if n.target in HEADS and n not in later]
     heads.sort(key=lambda n: -meta.tensor(n).numel())
     found: list[Region] = []
@@ -115,12 +118,13 @@ def regions_of(draft: Draft) -> list[Region]:
         try:
             region = _region(draft, head)
         except NotInRows as error:
+            error.at = order[head]
             why.append(error)
             continue
         if region is not None and not any(region.calls.keys() & other.calls.keys() for other in found):
             found.append(region)
     if not found and why:
-        raise next((error for error in why if error.is_loss), why[0])
+        raise max(why, key=lambda error: (error.is_loss, error.at))
     if not found:
         raise NotInRows(
             "the step has no product of matrices that a softmax over its columns follows, so there is no "

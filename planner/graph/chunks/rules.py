@@ -289,6 +289,18 @@ def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return InRows(own, lambda n: (node.args[0], moved, *node.args[2:]), sliced)
 
 
+def _cat(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Side by side, what each row has."""
+    parts, *given = node.args
+    found = _aligned(node, carried, parts)  # type: ignore[arg-type]
+    dim = given[0] if given else 0
+    if found is None or not isinstance(dim, int):
+        return None
+    own, sliced = found
+    moved = dim % len(_shape(node)) - own.lead + 1
+    return InRows(own, lambda n: (parts, moved), sliced) if moved > 0 else None
+
+
 def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """The gradient of a part of what each row has: ``(gradient, sizes, dim, ...)``."""
     x, made, dim = _first(node), _shape(node), node.args[2]
@@ -400,6 +412,7 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.masked_fill.Tensor: _pointwise,
         aten.new_zeros.default: _new,
         aten.new_full.default: _new,
+        aten.cat.default: _cat,
         aten.select_backward.default: _put_back,
         aten.slice_backward.default: _put_back,
         aten._log_softmax_backward_data.default: _softmax_backward,
