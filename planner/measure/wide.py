@@ -96,11 +96,10 @@ class Errors:
     """How far two steps are from the same in float64.
 
     Each the largest, over the loss and the gradients, of max|g - g64| / max|g64|; of a gradient that is zero
-    but for rounding (a bias before a softmax), or smaller than a rounding of the largest one there is, relative
-    to that.  ``worst``: the one of
-    which the second step's share over the first one's, ``share``, is largest.  Errors below what a sum of so
-    many rounded terms is expected to have count as that (:func:`expected`).  ``loss_ulps``: between the two
-    losses, in units in the last place of the first.
+    but for rounding (a bias before a softmax), or smaller than a rounding of the largest one there is,
+    relative to that.  ``worst``: the one of which the second step's share over the first one's, ``share``, is
+    largest.  Errors below what a sum of so many rounded terms is expected to have count as that
+    (:func:`expected`).  ``loss_ulps``: between the two losses, in units in the last place of the first.
     """
 
     eager: float

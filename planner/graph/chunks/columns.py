@@ -57,10 +57,14 @@ def made_whole(draft: Draft) -> None:
     for node in [n for n in draft.graph.nodes if n.target is kernels.log_sum_below]:
         writer = _Writer(draft)
         writer.here = node
-        below = writer.call(aten.sub.Tensor, *node.args)
+        below = writer.call(aten.sub.Tensor, *_args(node))
         total = writer.call(aten.sum.dim_IntList, writer.call(aten.exp.default, below), [0])
         draft.replace(node, writer.call(aten.log.default, total))
         draft.graph.erase_node(node)
+
+
+def _args(node: fx.Node) -> Any:
+    return node.args
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -69,13 +73,13 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 def _turns(node: Any) -> bool:
     """Whether it turns a matrix."""
-    if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
+    if not isinstance(node, fx.Node) or not _args(node) or not isinstance(_args(node)[0], fx.Node):
         return False
-    if not isinstance(meta.value(node.args[0]), torch.Tensor) or len(_shape(node.args[0])) != 2:
+    if not isinstance(meta.value(_args(node)[0]), torch.Tensor) or len(_shape(_args(node)[0])) != 2:
         return False
     if node.target is aten.permute.default:
-        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[union-attr]
-    turns = node.target is aten.transpose.int and {d % 2 for d in node.args[1:]} == {0, 1}  # type: ignore
+        return [d % 2 for d in _args(node)[1]] == [1, 0]
+    turns = node.target is aten.transpose.int and {d % 2 for d in _args(node)[1:]} == {0, 1}
     return turns or node.target is aten.t.default
 
 
@@ -154,11 +158,17 @@ class _Writer:
         rule = _RULES.get(node.target)
         if rule is not None and rule(self, node):
             return
-        first = node.args[0] if node.args else None
+        first = _args(node)[0] if _args(node) else None
         if _turns(node) and first in self.known:
-            self.draft.replace(node, self.known[first])  # type: ignore[index]
-        elif node not in self.known and _is_pointwise(node) and any(n in self.known for n in node.all_input_nodes):
+            self.draft.replace(node, self.known[first])
+        elif (
+            node not in self.known and _is_pointwise(node) and any(map(self._is_turned, node.all_input_nodes))
+        ):
             self._pointwise(node)
+
+    def _is_turned(self, node: fx.Node) -> bool:
+        """Whether it is restated, or are scores whose columns are read, turned."""
+        return node in self.known or (_turns(node) and _args(node)[0] in self.numbers)
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -171,11 +181,11 @@ class _Writer:
                 self.back(n)
             self._pointwise(node)
             return self.known.get(node)
-        return node.args[0] if _turns(node) else None  # type: ignore[return-value]
+        return _args(node)[0] if _turns(node) else None
 
     def _along_columns(self, node: fx.Node, dim: Any) -> fx.Node | None:
         """The scores along whose columns a reduction of ``node`` over ``dim`` goes."""
-        x = node.args[0]
+        x = _args(node)[0]
         if not isinstance(dim, int) or len(_shape(x)) != 2:
             return None
         scores = self.back(x) if dim % 2 == 1 else x
@@ -196,14 +206,14 @@ class _Writer:
         return self.numbers[scores]
 
     def log_softmax(self, node: fx.Node) -> bool:
-        dim = node.args[1]
+        dim = _args(node)[1]
         scores = self._along_columns(node, dim)
         if scores is None:
             return False
         parts = self._numbers(scores)
         made = self._as(self._below(*parts), node)
         self.parts[made] = parts
-        if dim % 2 == 1:  # type: ignore[operator]
+        if dim % 2 == 1:
             self.known[node] = made
         else:
             self.draft.replace(node, made)
@@ -214,8 +224,8 @@ class _Writer:
         return self.call(aten.sub.Tensor, self.call(aten.sub.Tensor, scores, top), log_sum)
 
     def logsumexp(self, node: fx.Node) -> bool:
-        dims = node.args[1]
-        scores = self._along_columns(node, dims[0]) if len(dims) == 1 else None  # type: ignore
+        dims = _args(node)[1]
+        scores = self._along_columns(node, dims[0]) if len(dims) == 1 else None
         if scores is None:
             return False
         _, top, log_sum = self._numbers(scores)
@@ -224,9 +234,9 @@ class _Writer:
         return True
 
     def log_softmax_backward(self, node: fx.Node) -> bool:
-        gradient, logs, dim = node.args[:3]
+        gradient, logs, dim = _args(node)[:3]
         turned = isinstance(dim, int) and dim % 2 == 1
-        logs = self.known.get(logs) if turned else logs  # type: ignore[arg-type]
+        logs = self.known.get(logs) if turned else logs
         if logs not in self.parts:
             return False
         gradient = self._turned(gradient) if turned else gradient
@@ -243,22 +253,22 @@ class _Writer:
         return True
 
     def softmax(self, node: fx.Node) -> bool:
-        dim = node.args[1]
+        dim = _args(node)[1]
         scores = self._along_columns(node, dim)
         if scores is None:
             return False
         made = self._as(self.call(aten.exp.default, self._below(*self._numbers(scores))), node)
         self.shares.add(made)
-        if dim % 2 == 1:  # type: ignore[operator]
+        if dim % 2 == 1:
             self.known[node] = made
         else:
             self.draft.replace(node, made)
         return True
 
     def softmax_backward(self, node: fx.Node) -> bool:
-        gradient, made, dim = node.args[:3]
+        gradient, made, dim = _args(node)[:3]
         turned = isinstance(dim, int) and dim % 2 == 1
-        made = self.known.get(made) if turned else made  # type: ignore[arg-type]
+        made = self.known.get(made) if turned else made
         gradient = self._turned(gradient) if turned else gradient
         if made not in self.shares or gradient is None:
             return False
@@ -285,7 +295,10 @@ class _Writer:
             missing = self.call(aten.eq.Scalar, labels, ignored)
             at = self.call(aten.masked_fill.Scalar, labels, missing, 0)
             at = self.call(aten.index_select.default, rows, 0, at)
-            row, column = (self.call(aten.view.default, rows, [-1, 1]), self.call(aten.view.default, at, [1, -1]))
+            row, column = (
+                self.call(aten.view.default, rows, [-1, 1]),
+                self.call(aten.view.default, at, [1, -1]),
+            )
             zeros = self.call(aten.zeros_like.default, labels)
             none = self.call(aten.masked_fill.Scalar, zeros, missing, NO_LABEL)
             self.picks[key] = self.call(aten.ne.Tensor, row, column), none
@@ -300,8 +313,8 @@ class _Writer:
         return self._as(made, logs)
 
     def likelihoods(self, node: fx.Node) -> bool:
-        x, labels, weight, reduction, ignored = node.args
-        logs = self.known.get(x)  # type: ignore[arg-type]
+        x, labels, weight, reduction, ignored = _args(node)
+        logs = self.known.get(x)
         if logs not in self.parts or not isinstance(labels, fx.Node):
             return False
         elsewhere, none = self._pick(labels, ignored, _shape(logs))
@@ -311,11 +324,11 @@ class _Writer:
             else:
                 picked = self._picked(logs, elsewhere)
             made = self._likelihoods_of(picked, none, self._weights(weight, labels, ignored), reduction)
-            self.draft.replace(user, made[user.args[1]])  # type: ignore[index]
+            self.draft.replace(user, made[int(_args(user)[1])])
         return True
 
     def _likelihoods_of(self, picked: fx.Node, none: fx.Node, weights: Any, reduction: Any) -> list[fx.Node]:
-        """``nll_loss`` of what was picked: by its own kernel, but for weights, of which it wants one a class."""
+        """``nll_loss`` of what was picked: by its own kernel, but for weights: it wants one a class."""
         if weights is None:
             column = self.call(aten.view.default, picked, [-1, 1])
             made = self.call(aten.nll_loss_forward.default, column, none, None, reduction, NO_LABEL)
@@ -341,8 +354,8 @@ class _Writer:
         return self.call(aten.zeros.default, [value.shape[1]], dtype=value.dtype, device=value.device)
 
     def likelihoods_backward(self, node: fx.Node) -> bool:
-        gradient, x, labels, weight, reduction, ignored, total = node.args
-        logs = self.known.get(x)  # type: ignore[arg-type]
+        gradient, x, labels, weight, reduction, ignored, total = _args(node)
+        logs = self.known.get(x)
         if logs not in self.parts or not isinstance(labels, fx.Node):
             return False
         elsewhere, none = self._pick(labels, ignored, _shape(logs))
@@ -381,10 +394,10 @@ class _Writer:
         return self.picks[key][0]
 
     def diagonal(self, node: fx.Node) -> bool:
-        x = node.args[0]
-        if node.args[1:] not in ((), (0,), (0, 0, 1)) or not (x in self.known or _is_scores(x)):
+        x = _args(node)[0]
+        if _args(node)[1:] not in ((), (0,), (0, 0, 1)) or not (x in self.known or _is_scores(x)):
             return False
-        x = self.known.get(x, x)  # type: ignore[arg-type]
+        x = self.known.get(x, x)
         elsewhere = self._off_diagonal(x)
         if elsewhere is None:
             return False
@@ -397,28 +410,28 @@ class _Writer:
         return True
 
     def diagonal_backward(self, node: fx.Node) -> bool:
-        if node.args[2:] != (0, 0, 1) or (None, _shape(node)) not in self.picks:
+        if _args(node)[2:] != (0, 0, 1) or (None, _shape(node)) not in self.picks:
             return False
         elsewhere = self._off_diagonal(node)
         assert elsewhere is not None
-        self.draft.replace(node, self._at(self.call(aten.view.default, node.args[0], [1, -1]), elsewhere))
+        self.draft.replace(node, self._at(self.call(aten.view.default, _args(node)[0], [1, -1]), elsewhere))
         return True
 
     def indexed(self, node: fx.Node) -> bool:
         """One of each row, by a number for every row beside their own: what ``gather`` takes."""
-        x, where = node.args[:2]
+        x, where = _args(node)[:2]
         if not isinstance(x, fx.Node) or not _is_one_of_each_row(where, _shape(x)) or not _is_scores(x):
             return False
-        column = self.call(aten.unsqueeze.default, where[1], 1)  # type: ignore[index]
+        column = self.call(aten.unsqueeze.default, where[1], 1)
         self.draft.replace(node, self.call(aten.squeeze.dim, self.call(aten.gather.default, x, 1, column), 1))
         return True
 
     def index_put(self, node: fx.Node) -> bool:
         """Its gradient, or a number written over one of each row."""
-        x, where, values, *adds = node.args
+        x, where, values, *adds = _args(node)
         if not _is_one_of_each_row(where, _shape(node)) or _shape(node) not in self.shapes:
             return False
-        column = self.call(aten.unsqueeze.default, where[1], 1)  # type: ignore[index]
+        column = self.call(aten.unsqueeze.default, where[1], 1)
         each = values if _shape(values) else self.call(aten.expand.default, values, [_shape(node)[0]])
         each = self.call(aten.unsqueeze.default, each, 1)
         target = aten.scatter_add.default if adds and adds[0] else aten.scatter.src
@@ -438,11 +451,11 @@ class _Writer:
 
     def summed(self, node: fx.Node) -> bool:
         """Along columns, or of all."""
-        logs = self.known.get(node.args[0])  # type: ignore[arg-type]
+        logs = self.known.get(_args(node)[0])
         if logs is not None and node.target is aten.sum.default:
             self.draft.replace(node, self.call(node.target, logs, **node.kwargs))
             return True
-        if logs is None or [d % 2 for d in node.args[1]] != [1]:  # type: ignore[union-attr]
+        if logs is None or [d % 2 for d in _args(node)[1]] != [1]:
             return False
         self.draft.replace(node, self._shaped(self.call(aten.sum.dim_IntList, logs, [0]), node))
         return True
@@ -453,8 +466,8 @@ class _Writer:
             return None
         if (made := self.back(node)) is not None:
             return made
-        if node.target is aten.expand.default and _shape(node.args[0]) == (_shape(node)[0], 1):
-            each = self.call(aten.t.default, node.args[0])
+        if node.target is aten.expand.default and _shape(_args(node)[0]) == (_shape(node)[0], 1):
+            each = self.call(aten.t.default, _args(node)[0])
             made = self.call(aten.expand.default, each, list(reversed(_shape(node))))
             self.sums[made] = self.call(aten.mul.Tensor, each, _shape(node)[1])
             return made
@@ -467,20 +480,24 @@ class _Writer:
             if turned is None:
                 return
             made[n] = turned
-        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+        args, kwargs = fx.map_arg((_args(node), node.kwargs), made.__getitem__)
         new = self.known[node] = self.call(node.target, *args, **kwargs)
         if node.target in _LINEAR and not node.kwargs and all(n in self.sums for n in made.values()):
-            self.sums[new] = self.call(node.target, *(self.sums[made[n]] for n in node.args))  # type: ignore
+            self.sums[new] = self.call(node.target, *(self.sums[made[n]] for n in _args(node)))
 
     # -- calls -----------------------------------------------------------------------------------
 
     def _as(self, made: fx.Node, like: fx.Node) -> fx.Node:
         """In the type of ``like``."""
         dtype = meta.tensor(like).dtype
-        return made if meta.tensor(made).dtype == dtype else self.call(aten._to_copy.default, made, dtype=dtype)
+        return (
+            made if meta.tensor(made).dtype == dtype else self.call(aten._to_copy.default, made, dtype=dtype)
+        )
 
     def _shaped(self, made: fx.Node, like: fx.Node) -> fx.Node:
-        return made if _shape(made) == _shape(like) else self.call(aten.view.default, made, list(_shape(like)))
+        return (
+            made if _shape(made) == _shape(like) else self.call(aten.view.default, made, list(_shape(like)))
+        )
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A further call, before the one that is looked at, which does a part of its work."""
@@ -489,7 +506,7 @@ class _Writer:
         with self.graph.inserting_before(self.here):
             node = self.graph.create_node("call_function", target, args, kwargs, name=f"{name}_by_columns")
         values, named = fx.map_arg((args, kwargs), meta.value)
-        fake = next((meta.value(n) for n in (*node.all_input_nodes, self.here)), None)
+        fake = meta.value(next(iter(node.all_input_nodes), self.here))
         fake = fake[0] if isinstance(fake, (tuple, list)) else fake
         with _compat.fake_mode_of(fake), torch.no_grad():
             meta.describe(node, target(*values, **named), self.here)

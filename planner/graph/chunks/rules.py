@@ -27,6 +27,7 @@ __all__ = [
     "SOFTMAXES",
     "InRows",
     "Rows",
+    "averages",
     "factory_of",
     "in_padded_rows",
     "in_rows",
@@ -190,13 +191,13 @@ def _expand(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return InRows(own, lambda n: (x, (n, *made[own.lead :])))
 
 
-def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    """Ops whose second argument is a dim, or several, behind the rows: views, softmax, reductions."""
+def _along(node: fx.Node, carried: Carried, at: int, default: Any = None) -> InRows | None:
+    """Of a call whose argument ``at`` is a dim, or several, that are all behind the rows."""
     x = _first(node)
     own = carried(x)
-    if own is None or own.turned or len(node.args) < 2:
+    given = node.args[at] if len(node.args) > at else default
+    if own is None or own.turned or given is None:
         return None
-    given = node.args[1]
     dims: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     size = len(_shape(x)) + (node.target is aten.unsqueeze.default)
     if not dims or not all(isinstance(d, int) for d in dims):
@@ -206,7 +207,17 @@ def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
         return None
     moved = [d - own.lead + 1 for d in dims]
     new = moved if isinstance(given, (list, tuple)) else moved[0]
-    return InRows(own, lambda n: (x, new, *node.args[2:]))
+    return InRows(own, lambda n: (x, *node.args[1:at], new, *node.args[at + 1 :]))
+
+
+def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Ops whose second argument is a dim, or several, behind the rows: views, softmax, reductions."""
+    return _along(node, carried, 1)
+
+
+def _of_third(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """The same of the third argument; ``topk`` is along the last dim where none is given."""
+    return _along(node, carried, 2, -1 if node.target is aten.topk.default else None)
 
 
 # -- pointwise ------------------------------------------------------------------------------------
@@ -382,6 +393,21 @@ def _of_columns(node: fx.Node, carried: Carried, count: int = 0) -> InRows | Non
     return InRows(None, lambda n: node.args) if columns else None
 
 
+def _binary(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """``binary_cross_entropy_with_logits``: of each score, or their sum: a mean is made of it last."""
+    made, own = _shape(_first(node)), carried(_first(node))
+    others = [n for n in node.all_input_nodes if carried(n) is None]
+    if own is None or own.turned or any(carried(n) not in (own, None) for n in node.all_input_nodes):
+        return None
+    found = _met(others, made, own.lead)
+    if found is None:
+        return None
+    if argument(node, "reduction") == 0:
+        return InRows(own, lambda n: node.args, *found)
+    given = [*node.args, None, None][:4]
+    return InRows(None, lambda n: (*given, 2), *found)
+
+
 def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     own = carried(_first(node))
     wide = own is not None and len(_shape(_first(node))) > own.lead
@@ -421,6 +447,12 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.mm.default: _product,
         aten.sum.dim_IntList: _sum,
         aten.sum.default: _sum_of_all,
+        aten.mean.default: _sum_of_all,
+        aten.binary_cross_entropy_with_logits.default: _binary,
+        aten.max.dim: _of_one_dim,
+        aten.min.dim: _of_one_dim,
+        aten.topk.default: _of_third,
+        aten.linalg_vector_norm.default: _of_third,
         aten.amax.default: _largest,
         aten.log_sigmoid_forward.default: _logsigmoid,
         aten.log_sigmoid_backward.default: _logsigmoid_backward,
@@ -450,7 +482,11 @@ _KEEP_ZEROS = frozenset(
 SOFTMAXES = frozenset({aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default})
 
 # A loss over scores has one of these; without, nothing is gained by rows.
-MARKS = SOFTMAXES | {aten.log_sigmoid_forward.default, kernels.log_sum_below}
+MARKS = SOFTMAXES | {
+    aten.log_sigmoid_forward.default,
+    aten.binary_cross_entropy_with_logits.default,
+    kernels.log_sum_below,
+}
 
 # Ops that make a tensor of given sizes out of nothing, and where those stand among their arguments.
 FACTORIES: Mapping[Any, int] = MappingProxyType(
@@ -462,6 +498,13 @@ FACTORIES: Mapping[Any, int] = MappingProxyType(
         aten.new_full.default: 1,
     }
 )
+
+
+def averages(node: fx.Node) -> bool:
+    """Whether it is a mean over all rows, of which rows by themselves make the sum."""
+    if node.target is aten.binary_cross_entropy_with_logits.default:
+        return argument(node, "reduction") == 1
+    return node.target is aten.mean.default
 
 
 def factory_of(node: fx.Node, rows: int, lead: int) -> tuple[Any, ...] | None:

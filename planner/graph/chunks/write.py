@@ -34,12 +34,12 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
-from planner.graph.chunks.columns import by_rows, made_whole
 from planner.graph.chunks.chunked import Chunked, Form
+from planner.graph.chunks.columns import by_rows, made_whole
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.passes import Pass, passes_of
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
-from planner.graph.chunks.rules import Rows, factory_of, rows_last
+from planner.graph.chunks.rules import Rows, averages, factory_of, rows_last
 from planner.graph.chunks.turned import turned_back
 from planner.graph.draft import Did, Draft
 from planner.graph.nodes import is_mutation, is_random
@@ -287,7 +287,7 @@ class _Writer:
             self._scale()
 
     def _forget(self, part: Pass) -> None:
-        """What the pass makes from the product on, so that nothing of a chunk is kept from one to the next."""
+        """What the pass makes from the product on: nothing of a chunk is kept from one to the next."""
         if part.anew:
             self.rows.clear()
             for env in self.env:
@@ -338,7 +338,11 @@ class _Writer:
         if node.target is aten.mm.default and total is not None and not _is_narrow(node):
             self.whole[node] = self.call(aten.addmm.default, (total, *args), kwargs, node)
             return
-        part = self.call(node.target, args, kwargs, node)
+        target = node.target
+        if target is aten.mean.default:  # made of the sum at the end; in float32, as the kernel adds it up
+            target = aten.sum.default
+            kwargs = {"dtype": torch.promote_types(meta.tensor(node).dtype, torch.float32), **kwargs}
+        part = self.call(target, args, kwargs, node)
         if total is not None:
             self.whole[node] = self.call(kernels.sum_with, (total, part), {}, node)
         elif _is_narrow(node):
@@ -351,13 +355,17 @@ class _Writer:
         if node.target is aten.amax.default:
             top = self.call(node.target, args, {}, node)
             before = self.whole.get(node)
-            self.whole[node] = top if before is None else self.call(aten.maximum.default, (before, top), {}, node)
+            self.whole[node] = (
+                top if before is None else self.call(aten.maximum.default, (before, top), {}, node)
+            )
             return
         lowest = node.args[1]  # of the largest scores, those that are none
         assert isinstance(lowest, fx.Node)
         top = self.call(lowest.target, (self.whole[lowest.args[0]], *lowest.args[1:]), {}, node)  # type: ignore
         below = self.call(aten.sub.Tensor, (args[0], top), {}, node)
-        part = self.call(aten.sum.dim_IntList, (self.call(aten.exp.default, (below,), {}, node), [0]), {}, node)
+        part = self.call(
+            aten.sum.dim_IntList, (self.call(aten.exp.default, (below,), {}, node), [0]), {}, node
+        )
         if node in self.whole:
             fallen = self.call(aten.sub.Tensor, (self.tops[node], top), {}, node)
             total = self.call(aten.exp.default, (fallen,), {}, node)
@@ -373,6 +381,12 @@ class _Writer:
                 self.whole[node] = self._among_zeros(node)
         elif node.target is kernels.log_sum_below:
             self.whole[node] = self.call(aten.log.default, (self.whole[node],), {}, node)
+        elif averages(node):
+            count = meta.tensor(node.args[0]).numel()  # type: ignore[arg-type]
+            mean = self.call(aten.div.Tensor, (self.whole[node], count), {}, node)
+            same = meta.tensor(mean).dtype == meta.tensor(node).dtype
+            kwargs = {"dtype": meta.tensor(node).dtype}
+            self.whole[node] = mean if same else self.call(aten._to_copy.default, (mean,), kwargs, node)
         elif _is_narrow(node) and node.target is not aten.amax.default:
             kwargs = {"dtype": meta.tensor(node).dtype}
             self.whole[node] = self.call(aten._to_copy.default, (self.whole[node],), kwargs, node)
