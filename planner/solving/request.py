@@ -151,6 +151,14 @@ class PlanRequest(StepRequest):
             "chunk_loss": self.chunk_loss not in ("auto", False),
             "order": self.order != "given",
         }
+        if given.pop("chunk_loss"):
+            raise ValueError(
+                "chunk_loss is not for backend='inductor': chunks that follow each other are read as one graph, "
+                "whose loops inductor joins across them, and a model that returns its logits is given a "
+                "gradient of them, as large, with every backward. Plan the step with backend='eager', or "
+                "without chunk_loss; a compiled module that returns only its loss is cut by torch itself under "
+                "torch._inductor.config.auto_chunker.enable, without a budget"
+            )
         for name, is_given in given.items():
             if is_given:
                 raise ValueError(

@@ -162,15 +162,21 @@ def _region(draft: Draft, head: fx.Node) -> Region | None:
         if call.rows is not None and not call.is_end:
             region.carried[node] = call.rows
     if blocked is not None:
-        blocked.is_loss |= any(node.target in MARKS for node in region.calls)
+        blocked.is_loss |= _is_loss(region)
         raise blocked
-    if not any(node.target in MARKS for node in region.calls):
+    if not _is_loss(region):
         return None
     _take_in(region)
     order = {n: i for i, n in enumerate(calls)}
     region.calls = dict(sorted(region.calls.items(), key=lambda item: order[item[0]]))
     _leaves_whole(draft, region)
     return region
+
+
+def _is_loss(region: Region) -> bool:
+    """Whether it has one of the calls that losses have; or their parts, as compilers write them."""
+    called = {node.target for node in region.calls}
+    return bool(called & MARKS) or {aten.exp.default, aten.log.default, aten.sum.dim_IntList} <= called
 
 
 def _take_in(region: Region) -> None:
@@ -180,14 +186,32 @@ def _take_in(region: Region) -> None:
         _, call = waiting.pop()
         for other, lead in call.sliced.items():
             wide = region.is_wide(other) and other.op == "call_function" and not call.padded
-            alone = all(user in region.calls for user in other.users)
-            if not wide or not alone or lead < 1 or other in region.calls or is_random(other):
+            if not wide or lead < 1 or other in region.calls or is_random(other):
                 continue
             made = of_others(other, lead, region.count)
-            if made is not None and made.rows is not None:
+            if made is not None and made.rows is not None and _read_alone(other, made.rows, region):
                 region.calls[other] = made
                 region.carried[other] = made.rows
                 waiting.append((other, made))
+
+
+def _read_alone(node: fx.Node, rows: Rows, region: Region) -> bool:
+    """Whether only the region reads ``node``, with what reads it beside: of each row its sum, say, which then
+    belongs to the region.
+    """
+    region.carried[node] = rows
+    beside: dict[fx.Node, InRows] = {}
+    for user in node.users:
+        if user not in region.calls:
+            call = _call(user, region) if user.op == "call_function" and not is_random(user) else None
+            if call is None or call.rows is None or region.is_wide(user):
+                del region.carried[node]
+                return False
+            beside[user] = call
+    for user, call in beside.items():
+        assert call.rows is not None
+        region.calls[user], region.carried[user] = call, call.rows
+    return True
 
 
 def _call(node: fx.Node, region: Region) -> InRows | None:

@@ -423,7 +423,7 @@ _BY_INDEX = (
     aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default
 )  # fmt: skip
 _LIKE = (
-    aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default,
+    torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default,
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
 )  # fmt: skip
 
@@ -434,6 +434,7 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.reshape.default: _view,
         aten.t.default: _turn,
         aten.transpose.int: _turn,
+        aten.permute.default: _turn,
         aten.expand.default: _expand,
         aten.masked_fill.Tensor: _pointwise,
         aten.new_zeros.default: _new,
