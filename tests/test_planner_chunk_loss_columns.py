@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch.nn import functional as F
 
 import planner
 from planner.graph.chunks.region import NotInRows
+from planner.measure.bits import StepRecord
 from planner.measure.peaks import step_peak
+from planner.measure.wide import errors_of
 from planner.solving.priced import PricedStep
 from tests.test_planner_chunk_loss import (
     SMALL,
@@ -292,6 +295,42 @@ def test_a_small_loss_of_pairs_beside_a_large_one_of_words() -> None:
     assert_exact(step, sums=2)
 
 
+def test_a_file_holds_a_loss_of_pairs(tmp_path: Path) -> None:
+    model, batch = seeded(lambda: Contrast(ways())), pairs()
+    planner.plan(model, 1, batch, costs="roofline", chunk_loss=3, solver="keep_all").save(tmp_path / "p.json")
+    report = planner.load(tmp_path / "p.json").verify(model, batch)
+    assert report.ok and report.peak_bytes == report.predicted_peak_bytes
+
+
+def test_gradients_are_scaled_and_added() -> None:
+    model, batch = seeded(lambda: Contrast(ways())), pairs()
+
+    def trained() -> list[Tensor]:
+        for share in (0.3, 0.7):
+            (model(*batch) * share).backward()
+        made = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return made
+
+    eager = trained()
+    planner.plan(model, 1, batch, costs="roofline", chunk_loss=3, time_limit_s=0.3).apply()
+    for ours, theirs in zip(trained(), eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_below_a_rounding_of_the_largest_is_judged_by_that() -> None:
+    """Of what is all rounding, one step may be three times as far as another, and neither is wrong."""
+
+    def record(small: float, middle: float) -> StepRecord:
+        gradients = {"a": torch.ones(4), "b": torch.full((4,), small), "c": torch.full((4,), middle)}
+        return StepRecord({}, gradients, {}, {}, torch.ones(()), "Tensor")
+
+    wide = record(1e-10, 1e-3)
+    assert errors_of(record(2e-10, 1e-3), record(4e-10, 1e-3), wide, 64).share <= 1
+    wrong = errors_of(record(2e-10, 1e-3), record(2e-10, 1.0001e-3), wide, 64)
+    assert wrong.share > 2 and wrong.worst == "c"
+
+
 # -- what else is read of logits, row by row ---------------------------------------------------------
 
 
@@ -308,7 +347,14 @@ def normalized(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(10 * F.normalize(z, dim=-1), y) + 1e-3 * z.max(-1).values.pow(2).mean()
 
 
-@pytest.mark.parametrize("loss", [entropy, binary, normalized])
+def written_out(z: Tensor, y: Tensor) -> Tensor:
+    """Without one call that losses have."""
+    seen = y != -100
+    logs = z - z.exp().sum(-1, keepdim=True).log()
+    return -(logs.gather(1, y.clamp(min=0)[:, None])[:, 0] * seen).sum() / seen.sum()
+
+
+@pytest.mark.parametrize("loss", [entropy, binary, normalized, written_out])
 def test_means_of_all_and_largest_scores(loss: Callable[..., Tensor]) -> None:
     assert_exact(in_chunks(seeded(lambda: Speaker(flat(loss))), tokens(), 3), sums=2)
 

@@ -153,11 +153,11 @@ class PlanRequest(StepRequest):
         }
         if given.pop("chunk_loss"):
             raise ValueError(
-                "chunk_loss is not for backend='inductor': chunks that follow each other are read as one graph, "
-                "whose loops inductor joins across them, and a model that returns its logits is given a "
-                "gradient of them, as large, with every backward. Plan the step with backend='eager', or "
-                "without chunk_loss; a compiled module that returns only its loss is cut by torch itself under "
-                "torch._inductor.config.auto_chunker.enable, without a budget"
+                "chunk_loss is not for backend='inductor': its chunks would be read as one graph, whose "
+                "loops inductor joins, and a model that returns its logits gets a gradient of them, as "
+                "large, in every backward. Plan with backend='eager', or without chunk_loss; a module that "
+                "returns only its loss is cut by torch itself, without a budget, under "
+                "torch._inductor.config.auto_chunker.enable"
             )
         for name, is_given in given.items():
             if is_given:

@@ -423,7 +423,7 @@ _BY_INDEX = (
     aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default
 )  # fmt: skip
 _LIKE = (
-    torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default,
+    aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default,
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
 )  # fmt: skip
 
