@@ -161,6 +161,76 @@ def test_losses_of_scores(name: str) -> None:
     assert_exact(step, ahead=True, sums=3)
 
 
+class Summed(Contrast):
+    """Scores by ``einsum``, which makes a product of batches of one of it."""
+
+    def scored(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.scale.exp() * torch.einsum("nc,mc->nm", a, b)
+
+
+class Queued(Contrast):
+    """As MoCo: one positive beside negatives from a queue."""
+
+    def __init__(self, loss: Scored) -> None:
+        super().__init__(loss)
+        self.register_buffer("queue", F.normalize(torch.randn(16, 200), dim=0))
+
+    def scored(self, a: Tensor, b: Tensor) -> Tensor:
+        queue = self.get_buffer("queue")
+        positive = torch.einsum("nc,nc->n", a, b.detach())[:, None]
+        return torch.cat([positive, torch.einsum("nc,ck->nk", a, queue)], 1) / 0.07
+
+
+class Supervised(Contrast):
+    """As SupCon: whatever is of the same kind is positive."""
+
+    def scored(self, a: Tensor, b: Tensor) -> Tensor:
+        z = torch.cat([a, b])
+        s = z @ z.T / 0.1
+        s = s - s.max(1, keepdim=True).values.detach()
+        kind = torch.arange(len(z)) % 7
+        others = 1 - torch.eye(len(z))
+        same = (kind[:, None] == kind[None]).float() * others
+        logs = s - (s.exp() * others).sum(1, keepdim=True).log()
+        return -((same * logs).sum(1) / same.sum(1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "rows", "columns"),
+    [
+        (Summed, ways(), PAIRS, PAIRS),
+        (Queued, lambda s, y: F.cross_entropy(s, torch.zeros_like(y)), PAIRS, 200),
+        (Supervised, lambda s, y: s, 2 * PAIRS, 2 * PAIRS),
+    ],
+)
+def test_ways_to_write_scores(make: type[Contrast], loss: Scored, rows: int, columns: int) -> None:
+    step = in_chunks(seeded(lambda: make(loss)), pairs(), 4)
+    assert [(of.rows, of.columns) for of in step.graph.chunked] == [(rows, columns)]
+    assert_never_whole(step, rows * columns)
+    assert_exact(step, ahead=True, sums=3)
+
+
+class Taught(Speaker):
+    """A teacher's logits beside a student's."""
+
+    def __init__(self) -> None:
+        super().__init__(cross())
+        self.teacher = Speaker(lambda z, y: z).requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        z = self.head(torch.tanh(self.embed(input_ids)))
+        with torch.no_grad():
+            taught = self.teacher(input_ids, labels)
+        apart = F.kl_div((z / 2).log_softmax(-1), (taught / 2).softmax(-1), reduction="batchmean")
+        return self.loss(z, labels) + apart
+
+
+def test_a_teachers_logits_are_made_with_the_students() -> None:
+    step = in_chunks(seeded(Taught), tokens(), 3)
+    assert_never_whole(step, 48 * WORDS)
+    assert_exact(step, ahead=True, sums=2)
+
+
 @pytest.mark.parametrize("make", [Narrow, More])
 def test_scores_of_other_kinds(make: type[Contrast]) -> None:
     along = (

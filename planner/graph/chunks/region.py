@@ -199,18 +199,24 @@ def _read_alone(node: fx.Node, rows: Rows, region: Region) -> bool:
     """Whether only the region reads ``node``, with what reads it beside: of each row its sum, say, which then
     belongs to the region.
     """
-    region.carried[node] = rows
     beside: dict[fx.Node, InRows] = {}
-    for user in node.users:
-        if user not in region.calls:
+    taken = {node: rows}
+    waiting = [node]
+    region.carried[node] = rows
+    while waiting:
+        for user in waiting.pop().users:
+            if user in region.calls or user in beside:
+                continue
             call = _call(user, region) if user.op == "call_function" and not is_random(user) else None
-            if call is None or call.rows is None or region.is_wide(user):
-                del region.carried[node]
+            if call is None or call.rows is None or call.is_end:
+                for one in taken:
+                    del region.carried[one]
                 return False
             beside[user] = call
-    for user, call in beside.items():
-        assert call.rows is not None
-        region.calls[user], region.carried[user] = call, call.rows
+            region.carried[user] = taken[user] = call.rows
+            if region.is_wide(user):
+                waiting.append(user)
+    region.calls.update(beside)
     return True
 
 

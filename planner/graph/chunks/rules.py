@@ -104,9 +104,28 @@ def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
     elif node.target is aten._to_copy.default or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         args = lambda n: node.args  # noqa: E731
     else:
-        return None
+        return _of_another_product(node, lead, count)
     found = _met(nodes, made, lead)
     return None if found is None else InRows(Rows(lead), args, *found)
+
+
+def _of_another_product(node: fx.Node, lead: int, count: int) -> InRows | None:
+    """The same of what a loss reads of other logits, a teacher's: their softmax, views, and the product."""
+    if node.target in (aten.mm.default, aten.addmm.default):
+        *bias, rows, _ = node.args
+        assert isinstance(rows, fx.Node)
+        every = not bias or (isinstance(bias[0], fx.Node) and len(_shape(bias[0])) == 1)
+        return InRows(Rows(), lambda n: node.args, {rows: 1}) if lead == 1 and every else None
+    size = math.prod(_shape(node))
+    wide = {
+        n: k
+        for n in node.all_input_nodes
+        if math.prod(_shape(n)) >= size and (k := lead_of(_shape(n), count))
+    }
+    found = in_rows(node, lambda n: Rows(wide[n]) if n in wide else None, count) if wide else None
+    if found is None or found.is_end or found.rows != Rows(lead):
+        return None
+    return replace(found, sliced={**found.sliced, **wide})
 
 
 def _met(

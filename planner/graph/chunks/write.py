@@ -38,6 +38,7 @@ from planner.graph.chunks.chunked import Chunked, Form
 from planner.graph.chunks.columns import by_rows, made_whole
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.passes import Pass, passes_of
+from planner.graph.chunks.products import of_matrices
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
 from planner.graph.chunks.rules import Rows, averages, factory_of, rows_last
 from planner.graph.chunks.turned import turned_back
@@ -65,6 +66,7 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
             "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, "
             "or with chunk_loss=False"
         )
+    of_matrices(draft)
     turned_back(draft)
     by_rows(draft)
     calls, feeds = 0, _feeds(draft)
