@@ -45,7 +45,7 @@ def _matrix(draft: Draft, node: Any, here: fx.Node) -> fx.Node:
     if node.target is aten.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}:
         return _call(draft, here, aten.t.default, _matrix(draft, node.args[0], here))
     if node.target is aten.view.default and list(_shape(node.args[0])) == sizes:
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     return _call(draft, here, aten.reshape.default, node, sizes)
 
 

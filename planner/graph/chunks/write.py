@@ -15,6 +15,9 @@ of them, and what is generated can be read.  The weight's gradient is added up b
 storage, where nobody reads the sum before (``GraphOp.reuses``); that of a weight of half precision in
 float32, since eager rounds once and a sum of rounded parts would as often as there are chunks.
 
+Where rows are read with numbers of all rows, as scores with those of their columns, the rows are gone through
+once more, from the product on: ahead that is one product again, and behind what a plan recomputes.
+
 The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows
 that lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
 
