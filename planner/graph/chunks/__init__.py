@@ -7,6 +7,7 @@ each call does with rows (:mod:`~planner.graph.chunks.rules`), never by a model'
 (:mod:`~planner.graph.chunks.write`), over the rows once or more often (:mod:`~planner.graph.chunks.passes`).
 What is no call on rows is first restated as one where it can be: products of einsum
 (:mod:`~planner.graph.chunks.products`), losses over the second dim (:mod:`~planner.graph.chunks.turned`), and
-softmaxes along columns (:mod:`~planner.graph.chunks.columns`).  So schedules, bytes, seconds and generated code of a chunked step are
-those of any other.  Raises :class:`~planner.graph.chunks.region.NotInRows`, which names the call in the way.
+softmaxes along columns (:mod:`~planner.graph.chunks.columns`).  So schedules, bytes, seconds and generated
+code of a chunked step are those of any other.  Raises :class:`~planner.graph.chunks.region.NotInRows`, which
+names the call in the way.
 """
