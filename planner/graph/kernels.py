@@ -26,6 +26,7 @@ __all__ = [
     "gradient_like",
     "gradient_scaled",
     "is_capturing",
+    "log_sum_below",
     "lstm_layer",
     "replay",
     "rng_state",
@@ -144,6 +145,11 @@ def sum_with(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def sum_over(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """:func:`sum_with` in the sum's own storage."""
     return total.add_(part)
+
+
+def log_sum_below(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the sum of ``exp(scores - top)`` along each column."""
+    return scores.sub(top).exp_().sum([0]).log_()
 
 
 def written(

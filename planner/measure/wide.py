@@ -24,7 +24,6 @@ from planner.measure.step import Batch
 
 __all__ = ["Errors", "errors_of", "expected", "recorded_draws", "step_in_float64"]
 
-ZERO = 1e-12  # share of the largest gradient below which float64 says that another is none
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,10 +96,10 @@ class Errors:
     """How far two steps are from the same in float64.
 
     Each the largest, over the loss and the gradients, of max|g - g64| / max|g64|; of a gradient that is zero
-    but for rounding (a bias before a softmax) relative to the largest one there is.  ``worst``: the one of
-    which the second step's share over the first one's, ``share``, is largest.  Errors below what a sum of so
-    many rounded terms is expected to have count as that (:func:`expected`).  ``loss_ulps``: between the two
-    losses, in units in the last place of the first.
+    but for rounding (a bias before a softmax), or smaller than a rounding of the largest one there is,
+    relative to that.  ``worst``: the one of which the second step's share over the first one's, ``share``, is
+    largest.  Errors below what a sum of so many rounded terms is expected to have count as that
+    (:func:`expected`).  ``loss_ulps``: between the two losses, in units in the last place of the first.
     """
 
     eager: float
@@ -143,7 +142,8 @@ def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord, terms: i
     most = [0.0, 0.0]
     worst, share = "", 0.0
     for name, size in sizes.items():
-        size = size if size > ZERO * largest else largest
+        sums = torch.promote_types(of[2][name].dtype, torch.float32)
+        size = size if size > torch.finfo(sums).eps * largest else largest
         if not size:
             continue
         far = [distance(side[name], of[0][name]) / size for side in of[1:]]

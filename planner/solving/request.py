@@ -151,6 +151,14 @@ class PlanRequest(StepRequest):
             "chunk_loss": self.chunk_loss not in ("auto", False),
             "order": self.order != "given",
         }
+        if given.pop("chunk_loss"):
+            raise ValueError(
+                "chunk_loss is not for backend='inductor': its chunks would be read as one graph, whose "
+                "loops inductor joins, and a model that returns its logits gets a gradient of them, as "
+                "large, in every backward. Plan with backend='eager', or without chunk_loss; a module that "
+                "returns only its loss is cut by torch itself, without a budget, under "
+                "torch._inductor.config.auto_chunker.enable"
+            )
         for name, is_given in given.items():
             if is_given:
                 raise ValueError(

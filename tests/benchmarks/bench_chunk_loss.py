@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.bench_chunk_loss [PART OF A NAME ...]
 
-GPT2's and Llama's shapes with vocabularies of 50257 and 128256, in a loop that reads ``model(**batch).loss``.
+GPT2's and Llama's shapes with vocabularies of 50257 and 128256, in a loop that reads ``model(**batch).loss``;
+and the loss of pairs in both directions, as CLIP's, of 4096 pairs of embeddings that are projected.
 For an H100, in bfloat16, on tensors without memory: the step whole, as eager runs it, and the plan with
 ``chunk_loss=True, outputs="unread"`` for a share of that peak; and the step with its loss
 whole and every block recomputed, beside the plan with the loss in chunks at that peak.
@@ -33,6 +34,8 @@ import torch
 import transformers as hf
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 from planner.errors import InfeasibleBudgetError
 from planner.memory.lifetimes import copies_of
@@ -52,6 +55,21 @@ ROUNDS = 4
 WORDS = (50257, 128256)
 
 
+class Pairs(nn.Module):
+    """Projections of two embeddings, and their loss in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.tensor(2.6592))
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> Any:
+        a, b = F.normalize(self.image(images)), F.normalize(self.text(texts))
+        scores, pairs = self.scale.exp() * (a @ b.T), torch.arange(len(a))
+        loss = (F.cross_entropy(scores, pairs) + F.cross_entropy(scores.T, pairs)) / 2
+        return CausalLMOutput(loss=loss)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, and a batch of so many sequences of so many tokens."""
@@ -64,6 +82,9 @@ class Case:
 
     def batch(self) -> dict[str, Any]:
         random = torch.Generator().manual_seed(0)
+        if self.build is Pairs:
+            images, texts = (torch.randn(self.words, 64, generator=random) for _ in range(2))
+            return {"images": images, "texts": texts}
         ids = torch.randint(0, self.words, (self.sequences, self.tokens), generator=random)
         return {"input_ids": ids, "labels": ids, "use_cache": False}
 
@@ -98,6 +119,7 @@ def _small() -> Iterator[Case]:
     for words in WORDS:
         yield Case(f"GPT2 small, {words}", partial(_gpt2, words, 64, 2, 4), 8, 128, words)
         yield Case(f"Llama small, {words}", partial(_llama, words, 64, 2, 4), 8, 128, words)
+    yield Case("pairs of 64, both ways", Pairs, 1, 4096, 4096)
 
 
 @dataclass(frozen=True)

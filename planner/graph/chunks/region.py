@@ -19,7 +19,7 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.errors import PlannerError
-from planner.graph.chunks.rules import SOFTMAXES, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
+from planner.graph.chunks.rules import MARKS, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
 from planner.graph.draft import Draft
 from planner.graph.nodes import is_mutation, is_random
 
@@ -35,7 +35,14 @@ MATTERS = 8  # products smaller than this part of the largest one stay whole
 
 
 class NotInRows(PlannerError):
-    """The loss of a step cannot be computed in chunks; names the call in the way."""
+    """The loss of a step cannot be computed in chunks; names the call in the way.
+
+    ``is_loss``  whether that call is behind scores that a loss reads, or is such a one.
+    ``at``       the place of the product it is behind: a loss is behind the last.
+    """
+
+    is_loss = False
+    at = 0
 
 
 @dataclass(eq=False)
@@ -100,6 +107,7 @@ def regions_of(draft: Draft) -> list[Region]:
     for node in draft.graph.nodes:
         if node in tangents or any(n in later for n in node.all_input_nodes):
             later.add(node)
+    order = {n: i for i, n in enumerate(draft.graph.nodes)}
     heads = [n for n in draft.graph.nodes if n.target in HEADS and n not in later]
     heads.sort(key=lambda n: -meta.tensor(n).numel())
     found: list[Region] = []
@@ -110,12 +118,13 @@ def regions_of(draft: Draft) -> list[Region]:
         try:
             region = _region(draft, head)
         except NotInRows as error:
+            error.at = order[head]
             why.append(error)
             continue
         if region is not None and not any(region.calls.keys() & other.calls.keys() for other in found):
             found.append(region)
     if not found and why:
-        raise why[0]
+        raise max(why, key=lambda error: (error.is_loss, error.at))
     if not found:
         raise NotInRows(
             "the step has no product of matrices that a softmax over its columns follows, so there is no "
@@ -153,14 +162,21 @@ def _region(draft: Draft, head: fx.Node) -> Region | None:
         if call.rows is not None and not call.is_end:
             region.carried[node] = call.rows
     if blocked is not None:
+        blocked.is_loss |= _is_loss(region)
         raise blocked
-    if not any(node.target in SOFTMAXES for node in region.calls):
+    if not _is_loss(region):
         return None
     _take_in(region)
     order = {n: i for i, n in enumerate(calls)}
     region.calls = dict(sorted(region.calls.items(), key=lambda item: order[item[0]]))
     _leaves_whole(draft, region)
     return region
+
+
+def _is_loss(region: Region) -> bool:
+    """Whether it has one of the calls that losses have; or their parts, as compilers write them."""
+    called = {node.target for node in region.calls}
+    return bool(called & MARKS) or {aten.exp.default, aten.log.default, aten.sum.dim_IntList} <= called
 
 
 def _take_in(region: Region) -> None:
@@ -170,14 +186,38 @@ def _take_in(region: Region) -> None:
         _, call = waiting.pop()
         for other, lead in call.sliced.items():
             wide = region.is_wide(other) and other.op == "call_function" and not call.padded
-            alone = all(user in region.calls for user in other.users)
-            if not wide or not alone or lead < 1 or other in region.calls or is_random(other):
+            if not wide or lead < 1 or other in region.calls or is_random(other):
                 continue
             made = of_others(other, lead, region.count)
-            if made is not None and made.rows is not None:
+            if made is not None and made.rows is not None and _read_alone(other, made.rows, region):
                 region.calls[other] = made
                 region.carried[other] = made.rows
                 waiting.append((other, made))
+
+
+def _read_alone(node: fx.Node, rows: Rows, region: Region) -> bool:
+    """Whether only the region reads ``node``, with what reads it beside: of each row its sum, say, which then
+    belongs to the region.
+    """
+    beside: dict[fx.Node, InRows] = {}
+    taken = {node: rows}
+    waiting = [node]
+    region.carried[node] = rows
+    while waiting:
+        for user in waiting.pop().users:
+            if user in region.calls or user in beside:
+                continue
+            call = _call(user, region) if user.op == "call_function" and not is_random(user) else None
+            if call is None or call.rows is None or call.is_end:
+                for one in taken:
+                    del region.carried[one]
+                return False
+            beside[user] = call
+            region.carried[user] = taken[user] = call.rows
+            if region.is_wide(user):
+                waiting.append(user)
+    region.calls.update(beside)
+    return True
 
 
 def _call(node: fx.Node, region: Region) -> InRows | None:
@@ -248,13 +288,15 @@ def _leaves_whole(draft: Draft, region: Region) -> None:
 
 def _blocked(node: fx.Node, wide: fx.Node, region: Region) -> NotInRows:
     where = meta.module(node) or "the model itself"
-    return NotInRows(
+    error = NotInRows(
         f"{node.name} ({node.target}) in {where} reads {wide.name}, {_sizes(wide)}, and does not work on "
         f"each of its {region.count} rows by itself, so the loss behind {region.head.name} cannot be "
         "computed in chunks. "
         "Write it with log_softmax, logsumexp, gather, cross_entropy and pointwise ops, or plan with "
         "chunk_loss=False"
     )
+    error.is_loss = node.target in MARKS
+    return error
 
 
 def _sizes(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ dims were; a rule says how the call is then made.  What has no rule is not split
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -17,13 +18,16 @@ import torch
 from torch import fx
 
 from planner.capture import meta
+from planner.graph import kernels
 from planner.graph.nodes import argument
 
 __all__ = [
     "FACTORIES",
+    "MARKS",
     "SOFTMAXES",
     "InRows",
     "Rows",
+    "averages",
     "factory_of",
     "in_padded_rows",
     "in_rows",
@@ -79,7 +83,7 @@ def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _pointwise
-    if rule is None or not isinstance(meta.value(node), torch.Tensor):
+    if rule is None or not isinstance(meta.value(node), (torch.Tensor, tuple)):
         return None
     return rule(node, carried, count)
 
@@ -100,9 +104,28 @@ def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
     elif node.target is aten._to_copy.default or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         args = lambda n: node.args  # noqa: E731
     else:
-        return None
+        return _of_another_product(node, lead, count)
     found = _met(nodes, made, lead)
     return None if found is None else InRows(Rows(lead), args, *found)
+
+
+def _of_another_product(node: fx.Node, lead: int, count: int) -> InRows | None:
+    """The same of what a loss reads of other logits, a teacher's: their softmax, views, and the product."""
+    if node.target in (aten.mm.default, aten.addmm.default):
+        *bias, rows, _ = node.args
+        assert isinstance(rows, fx.Node)
+        every = not bias or (isinstance(bias[0], fx.Node) and len(_shape(bias[0])) == 1)
+        return InRows(Rows(), lambda n: node.args, {rows: 1}) if lead == 1 and every else None
+    size = math.prod(_shape(node))
+    wide = {
+        n: k
+        for n in node.all_input_nodes
+        if math.prod(_shape(n)) >= size and (k := lead_of(_shape(n), count))
+    }
+    found = in_rows(node, lambda n: Rows(wide[n]) if n in wide else None, count) if wide else None
+    if found is None or found.is_end or found.rows != Rows(lead):
+        return None
+    return replace(found, sliced={**found.sliced, **wide})
 
 
 def _met(
@@ -187,13 +210,13 @@ def _expand(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return InRows(own, lambda n: (x, (n, *made[own.lead :])))
 
 
-def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    """Ops whose second argument is a dim, or several, behind the rows: views, softmax, reductions."""
+def _along(node: fx.Node, carried: Carried, at: int, default: Any = None) -> InRows | None:
+    """Of a call whose argument ``at`` is a dim, or several, that are all behind the rows."""
     x = _first(node)
     own = carried(x)
-    if own is None or own.turned or len(node.args) < 2:
+    given = node.args[at] if len(node.args) > at else default
+    if own is None or own.turned or given is None:
         return None
-    given = node.args[1]
     dims: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     size = len(_shape(x)) + (node.target is aten.unsqueeze.default)
     if not dims or not all(isinstance(d, int) for d in dims):
@@ -203,7 +226,17 @@ def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
         return None
     moved = [d - own.lead + 1 for d in dims]
     new = moved if isinstance(given, (list, tuple)) else moved[0]
-    return InRows(own, lambda n: (x, new, *node.args[2:]))
+    return InRows(own, lambda n: (x, *node.args[1:at], new, *node.args[at + 1 :]))
+
+
+def _of_one_dim(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Ops whose second argument is a dim, or several, behind the rows: views, softmax, reductions."""
+    return _along(node, carried, 1)
+
+
+def _of_third(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """The same of the third argument; ``topk`` is along the last dim where none is given."""
+    return _along(node, carried, 2, -1 if node.target is aten.topk.default else None)
 
 
 # -- pointwise ------------------------------------------------------------------------------------
@@ -237,6 +270,24 @@ def _new(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     return InRows(Rows(lead), lambda n: (node.args[0], (n, *rest), *node.args[2:]))
 
 
+def _logsigmoid(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """With what its backward reads, which CUDA's kernel leaves empty."""
+    own = carried(_first(node))
+    return None if own is None or own.turned else InRows(own, lambda n: node.args)
+
+
+def _part(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    own = carried(_first(node))
+    return None if own is None else InRows(own, lambda n: node.args)
+
+
+def _logsigmoid_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    found = _aligned(node, carried, node.args[:2])
+    if found is None or carried(node.args[2]) is None:  # type: ignore[arg-type]
+        return None
+    return InRows(found[0], lambda n: node.args, found[1])
+
+
 # -- along the vocabulary -------------------------------------------------------------------------
 
 
@@ -266,6 +317,18 @@ def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     if moved < 1:
         return None
     return InRows(own, lambda n: (node.args[0], moved, *node.args[2:]), sliced)
+
+
+def _cat(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Side by side, what each row has."""
+    parts, *given = node.args
+    found = _aligned(node, carried, parts)  # type: ignore[arg-type]
+    dim = given[0] if given else 0
+    if found is None or not isinstance(dim, int):
+        return None
+    own, sliced = found
+    moved = dim % len(_shape(node)) - own.lead + 1
+    return InRows(own, lambda n: (parts, moved), sliced) if moved > 0 else None
 
 
 def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -331,9 +394,37 @@ def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
         return None
     rest = len(_shape(x)) - own.lead
     over = sorted(int(d) % (own.lead + rest) for d in dims)
-    if over != list(range(own.lead)) or not rest:
+    if not rest or over not in (list(range(own.lead)), list(range(own.lead + rest))):
         return None
-    return InRows(None, lambda n: (x, [0], *node.args[2:]))
+    new = list(range(1 + len(over) - own.lead))
+    return InRows(None, lambda n: (x, new, *node.args[2:]))
+
+
+def _largest(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """Along what a row has, or of each column the largest."""
+    return _of_one_dim(node, carried, count) or _of_columns(node, carried)
+
+
+def _of_columns(node: fx.Node, carried: Carried, count: int = 0) -> InRows | None:
+    """A number of each column of a matrix."""
+    x = _first(node)
+    columns = carried(x) == Rows() and len(_shape(x)) == 2 and len(_shape(node)) == 1
+    return InRows(None, lambda n: node.args) if columns else None
+
+
+def _binary(node: fx.Node, carried: Carried, count: int) -> InRows | None:
+    """``binary_cross_entropy_with_logits``: of each score, or their sum: a mean is made of it last."""
+    made, own = _shape(_first(node)), carried(_first(node))
+    others = [n for n in node.all_input_nodes if carried(n) is None]
+    if own is None or own.turned or any(carried(n) not in (own, None) for n in node.all_input_nodes):
+        return None
+    found = _met(others, made, own.lead)
+    if found is None:
+        return None
+    if argument(node, "reduction") == 0:
+        return InRows(own, lambda n: node.args, *found)
+    given = [*node.args, None, None][:4]
+    return InRows(None, lambda n: (*given, 2), *found)
 
 
 def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -344,7 +435,7 @@ def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 _OF_ONE_DIM = (
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor,
-    aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default, aten.amax.default,
+    aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default,
     aten.amin.default, aten.mean.dim, aten.argmax.default,
 )  # fmt: skip
 _BY_INDEX = (
@@ -362,10 +453,12 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.reshape.default: _view,
         aten.t.default: _turn,
         aten.transpose.int: _turn,
+        aten.permute.default: _turn,
         aten.expand.default: _expand,
         aten.masked_fill.Tensor: _pointwise,
         aten.new_zeros.default: _new,
         aten.new_full.default: _new,
+        aten.cat.default: _cat,
         aten.select_backward.default: _put_back,
         aten.slice_backward.default: _put_back,
         aten._log_softmax_backward_data.default: _softmax_backward,
@@ -374,6 +467,17 @@ _RULES: Mapping[Any, Callable[[fx.Node, Carried, int], InRows | None]] = Mapping
         aten.mm.default: _product,
         aten.sum.dim_IntList: _sum,
         aten.sum.default: _sum_of_all,
+        aten.mean.default: _sum_of_all,
+        aten.binary_cross_entropy_with_logits.default: _binary,
+        aten.max.dim: _of_one_dim,
+        aten.min.dim: _of_one_dim,
+        aten.topk.default: _of_third,
+        aten.linalg_vector_norm.default: _of_third,
+        aten.amax.default: _largest,
+        aten.log_sigmoid_forward.default: _logsigmoid,
+        aten.log_sigmoid_backward.default: _logsigmoid_backward,
+        operator.getitem: _part,
+        kernels.log_sum_below: _of_columns,
         **dict.fromkeys(_OF_ONE_DIM, _of_one_dim),
         **dict.fromkeys(_BY_INDEX, _by_index),
         **dict.fromkeys(_LIKE, _like),
@@ -395,8 +499,14 @@ _KEEP_ZEROS = frozenset(
     }
 )
 
-# A loss over scores has one of these; without, nothing is gained by rows.
 SOFTMAXES = frozenset({aten._log_softmax.default, aten._softmax.default, aten.logsumexp.default})
+
+# A loss over scores has one of these; without, nothing is gained by rows.
+MARKS = SOFTMAXES | {
+    aten.log_sigmoid_forward.default,
+    aten.binary_cross_entropy_with_logits.default,
+    kernels.log_sum_below,
+}
 
 # Ops that make a tensor of given sizes out of nothing, and where those stand among their arguments.
 FACTORIES: Mapping[Any, int] = MappingProxyType(
@@ -408,6 +518,13 @@ FACTORIES: Mapping[Any, int] = MappingProxyType(
         aten.new_full.default: 1,
     }
 )
+
+
+def averages(node: fx.Node) -> bool:
+    """Whether it is a mean over all rows, of which rows by themselves make the sum."""
+    if node.target is aten.binary_cross_entropy_with_logits.default:
+        return argument(node, "reduction") == 1
+    return node.target is aten.mean.default
 
 
 def factory_of(node: fx.Node, rows: int, lead: int) -> tuple[Any, ...] | None:

@@ -15,6 +15,9 @@ of them, and what is generated can be read.  The weight's gradient is added up b
 storage, where nobody reads the sum before (``GraphOp.reuses``); that of a weight of half precision in
 float32, since eager rounds once and a sum of rounded parts would as often as there are chunks.
 
+Where rows are read with numbers of all rows, as scores with those of their columns, the rows are gone through
+once more, from the product on: ahead that is one product again, and behind what a plan recomputes.
+
 The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows
 that lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
 
@@ -35,9 +38,12 @@ from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.chunks.chunked import Chunked, Form
+from planner.graph.chunks.columns import by_rows, made_whole
 from planner.graph.chunks.ordering import reorder
+from planner.graph.chunks.passes import Pass, passes_of
+from planner.graph.chunks.products import of_matrices
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
-from planner.graph.chunks.rules import Rows, factory_of, rows_last
+from planner.graph.chunks.rules import Rows, averages, factory_of, rows_last
 from planner.graph.chunks.turned import turned_back
 from planner.graph.draft import Did, Draft
 from planner.graph.nodes import is_mutation, is_random
@@ -63,7 +69,9 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
             "sizes that vary cannot be cut into chunks that are known beforehand: plan with dynamic=False, "
             "or with chunk_loss=False"
         )
+    of_matrices(draft)
     turned_back(draft)
+    by_rows(draft)
     calls, feeds = 0, _feeds(draft)
     for region in regions_of(draft):
         if chunks > region.count:
@@ -72,6 +80,7 @@ def chunk_loss(draft: Draft, chunks: int) -> Did:
                 f"{region.count} chunks are the most there can be"
             )
         calls += _written(draft, region, chunks, feeds)
+    made_whole(draft)
     return {"losses": len(draft.chunked), "calls": calls}
 
 
@@ -150,6 +159,7 @@ class _Writer:
         self.weights: dict[fx.Node, fx.Node] = {}  # loss -> weight of each row
         self.counted: dict[fx.Node, fx.Node] = {}  # total weight -> the same, known ahead
         self.scaled: dict[fx.Node, fx.Node] = {}  # exit of the backward -> after the loss's gradient came
+        self.tops: dict[fx.Node, fx.Node] = {}  # sums below the largest of a column -> that, so far
         self.tangent: fx.Node | None = None
         self.numbers: fx.Node | None = None  # of the rows that are worked on, where some are not
 
@@ -168,6 +178,8 @@ class _Writer:
     def outside(self, node: fx.Node) -> fx.Node:
         """What is read of the rest of the step; ahead, of its backward, for a loss's gradient of one."""
         node = self.counted.get(node, node)
+        if node in self.region.calls and node in self.whole:  # an earlier pass's
+            return self.whole[node]
         if not self.ahead or node not in self.later:
             return node
         if node in self.region.calls or node in self.region.losses or is_random(node) or is_mutation(node):
@@ -257,36 +269,41 @@ class _Writer:
 
     def run(self) -> None:
         """Add all calls: ahead chunk by chunk, behind all chunks of the forward and then of the backward."""
-        calls = list(self.region.calls)
         for loss in self.region.losses:
             self._read_labels(loss)
         if self.ahead and not any(n in self.later for n in self.exits):
             raise _Barrier
-        parts = (
-            [calls] if self.ahead else [[n for n in calls if (n in self.later) == back] for back in (0, 1)]
-        )
-        for number, part in enumerate(parts):
+        for part in passes_of(self.region, self.exits, self.later, self.ahead):
+            self._forget(part)
+            losses = [n for n in self.region.losses if part.forward and n.args[0] in part.calls]
             for chunk in range(len(self.bounds)):
-                for node in part:
-                    self._row_call(node, chunk)
-                    for loss in self.region.losses:
+                for node in part.calls:
+                    self._row_call(node, chunk, node in part.wanted)
+                    for loss in losses:
                         if loss.args[0] is node:  # now, so that nothing keeps the logarithms for it
                             self._pick(loss, chunk)
-            if not number:
-                for loss in self.region.losses:
-                    self._sum_up(loss)
-            for node in part:
-                if node in self.exits:
+            for loss in losses:
+                self._sum_up(loss)
+            for node in part.calls:
+                if node in part.wanted:
                     self._join(node)
             self._close()
         if self.ahead:
             self._scale()
 
+    def _forget(self, part: Pass) -> None:
+        """What the pass makes from the product on: nothing of a chunk is kept from one to the next."""
+        if part.anew:
+            self.rows.clear()
+            for env in self.env:
+                for node in part.calls:
+                    env.pop(node, None)
+
     def _close(self) -> None:
         self.blocks.append(self.here)
         self.here = _Block()
 
-    def _row_call(self, node: fx.Node, chunk: int) -> None:
+    def _row_call(self, node: fx.Node, chunk: int, is_wanted: bool) -> None:
         region, env = self.region, self.env[chunk]
         if node is region.entry:
             env[node] = self._product(chunk)
@@ -316,14 +333,21 @@ class _Writer:
         args, kwargs = fx.map_arg((args, node.kwargs), operand)
         if how.rows is not None:
             env[node] = self.call(node.target, args, kwargs, node)
-            if node in self.exits:
+            if is_wanted:
                 self.pieces.setdefault(node, []).append(env[node])
             return
         total = self.whole.get(node)
+        if node.target in (aten.amax.default, kernels.log_sum_below):
+            self._of_columns(node, args)
+            return
         if node.target is aten.mm.default and total is not None and not _is_narrow(node):
             self.whole[node] = self.call(aten.addmm.default, (total, *args), kwargs, node)
             return
-        part = self.call(node.target, args, kwargs, node)
+        target = node.target
+        if target is aten.mean.default:  # made of the sum at the end; in float32, as the kernel adds it up
+            target = aten.sum.default
+            kwargs = {"dtype": torch.promote_types(meta.tensor(node).dtype, torch.float32), **kwargs}
+        part = self.call(target, args, kwargs, node)
         if total is not None:
             self.whole[node] = self.call(kernels.sum_with, (total, part), {}, node)
         elif _is_narrow(node):
@@ -331,13 +355,44 @@ class _Writer:
         else:
             self.whole[node] = part
 
+    def _of_columns(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """The largest so far of each column, or the sum below that, for which an earlier sum is rescaled."""
+        if node.target is aten.amax.default:
+            top = self.call(node.target, args, {}, node)
+            before = self.whole.get(node)
+            self.whole[node] = (
+                top if before is None else self.call(aten.maximum.default, (before, top), {}, node)
+            )
+            return
+        lowest = node.args[1]  # of the largest scores, those that are none
+        assert isinstance(lowest, fx.Node)
+        top = self.call(lowest.target, (self.whole[lowest.args[0]], *lowest.args[1:]), {}, node)  # type: ignore
+        below = self.call(aten.sub.Tensor, (args[0], top), {}, node)
+        part = self.call(
+            aten.sum.dim_IntList, (self.call(aten.exp.default, (below,), {}, node), [0]), {}, node
+        )
+        if node in self.whole:
+            fallen = self.call(aten.sub.Tensor, (self.tops[node], top), {}, node)
+            total = self.call(aten.exp.default, (fallen,), {}, node)
+            total = self.call(aten.mul.Tensor, (self.whole[node], total), {}, node)
+            part = self.call(kernels.sum_with, (total, part), {}, node)
+        self.whole[node], self.tops[node] = part, top
+
     def _join(self, node: fx.Node) -> None:
         """What is there of an exit in pieces, as one; laid out as the exit was."""
         if node in self.pieces:
             self.whole[node] = self.call(aten.cat.default, (self.pieces.pop(node),), {}, node)
             if self.region.calls[node].padded and self.region.count < self.region.total:
                 self.whole[node] = self._among_zeros(node)
-        elif _is_narrow(node):
+        elif node.target is kernels.log_sum_below:
+            self.whole[node] = self.call(aten.log.default, (self.whole[node],), {}, node)
+        elif averages(node):
+            count = meta.tensor(node.args[0]).numel()  # type: ignore[arg-type]
+            mean = self.call(aten.div.Tensor, (self.whole[node], count), {}, node)
+            same = meta.tensor(mean).dtype == meta.tensor(node).dtype
+            kwargs = {"dtype": meta.tensor(node).dtype}
+            self.whole[node] = mean if same else self.call(aten._to_copy.default, (mean,), kwargs, node)
+        elif _is_narrow(node) and node.target is not aten.amax.default:
             kwargs = {"dtype": meta.tensor(node).dtype}
             self.whole[node] = self.call(aten._to_copy.default, (self.whole[node],), kwargs, node)
         sizes = list(meta.tensor(node).shape)
