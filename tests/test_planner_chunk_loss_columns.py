@@ -399,6 +399,8 @@ def test_a_gradient_below_a_rounding_of_the_largest_is_judged_by_that() -> None:
     assert errors_of(record(2e-10, 1e-3), record(4e-10, 1e-3), wide, 64).share <= 1
     wrong = errors_of(record(2e-10, 1e-3), record(2e-10, 1.0001e-3), wide, 64)
     assert wrong.share > 2 and wrong.worst == "c"
+    right = record(1.0001e-10, 1e-3)  # as small, and eager has it
+    assert errors_of(right, record(2e-10, 1e-3), wide, 64).share > 2
 
 
 # -- what else is read of logits, row by row ---------------------------------------------------------

@@ -24,6 +24,7 @@ from planner.measure.step import Batch
 
 __all__ = ["Errors", "errors_of", "expected", "recorded_draws", "step_in_float64"]
 
+NO_DIGIT = 0.1  # of a number, an error that leaves it no decimal digit
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -95,11 +96,12 @@ def step_in_float64(
 class Errors:
     """How far two steps are from the same in float64.
 
-    Each the largest, over the loss and the gradients, of max|g - g64| / max|g64|; of a gradient that is zero
-    but for rounding (a bias before a softmax), or smaller than a rounding of the largest one there is,
-    relative to that.  ``worst``: the one of which the second step's share over the first one's, ``share``, is
-    largest.  Errors below what a sum of so many rounded terms is expected to have count as that
-    (:func:`expected`).  ``loss_ulps``: between the two losses, in units in the last place of the first.
+    Each the largest, over the loss and the gradients, of max|g - g64| / max|g64|; relative to the largest of
+    all where a gradient is zero but for rounding (a bias before a softmax): smaller than a rounding of that
+    one, and eager has no digit of it right.  ``worst``: the one of which the second step's share over the
+    first one's, ``share``, is largest.  Errors below what a sum of so many rounded terms is expected to have
+    count as that (:func:`expected`).  ``loss_ulps``: between the two losses, in units in the last place of
+    the first.
     """
 
     eager: float
@@ -142,11 +144,13 @@ def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord, terms: i
     most = [0.0, 0.0]
     worst, share = "", 0.0
     for name, size in sizes.items():
+        off = [distance(side[name], of[0][name]) for side in of[1:]]
         sums = torch.promote_types(of[2][name].dtype, torch.float32)
-        size = size if size > torch.finfo(sums).eps * largest else largest
+        if size <= torch.finfo(sums).eps * largest and off[0] >= NO_DIGIT * size:
+            size = largest
         if not size:
             continue
-        far = [distance(side[name], of[0][name]) / size for side in of[1:]]
+        far = [o / size for o in off]
         most = [max(pair) for pair in zip(most, far, strict=True)]
         floor = expected(of[2][name].dtype, terms)
         ratio = max(far[1], floor) / max(far[0], floor)
