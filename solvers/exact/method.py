@@ -137,7 +137,7 @@ def least_time_between(
 ) -> tuple[float, float]:
     """Seconds that no schedule within ``budget_bytes`` is below, and those of one; by CP-SAT alone.
 
-    The second is infinite where nothing that fits was found.  It judges :func:`solve`, whose bound is HiGHS's.
+    The second is infinite where nothing that fits was found.  Judges :func:`solve`, whose bound is HiGHS's.
     """
     found, bound = _cp_sat(AnyOrder(problem.relaxed), hint, budget_bytes, time_limit_s / 2, seed)
     plans = [hint, found]
