@@ -63,6 +63,8 @@ GREEDY_GAP = 1e-3
 # Above this many ops it comes last, unless nothing that is worth bettering fits yet.
 GREEDY_OPS = 2000
 CHAIN_SHARE = 0.4
+# Where they leave more than ``RESTART_GAP``, the staged program of few ops is asked for integers.
+INTEGRAL_SHARE = 0.3
 # Of what they leave, schedules a little above the budget are lowered to it for this share, the nearest
 # two and so many of the others.
 SHAVE_SHARE, MOST_SHAVED = 0.5, 4
@@ -225,6 +227,8 @@ class Methods:
                 programs.relaxations.offer_plans(run, first=1, last=FIRST_CUTS, seed=seed)
             if not run.done and (not run.fits or run.gap_s > CHAIN_GAP * run.total_s):
                 programs.chains.offer_plans(run, time_limit_s=CHAIN_SHARE * run.left_s, seed=seed)
+            if not run.done and (not run.fits or run.gap_s > RESTART_GAP * run.total_s):
+                programs.relaxations.offer_integral(run, time_limit_s=INTEGRAL_SHARE * run.left_s, seed=seed)
             self._lower(run, seed)
             # Relaxations that are far from a plan are the slowest to solve.
             if not run.done and run.fits and run.gap_s <= RESTART_GAP * run.total_s:

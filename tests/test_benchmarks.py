@@ -19,6 +19,7 @@ from planner.checks import zoo
 from solvers import Problem, Schedule, simulate
 from solvers.core.simulate import simulate_steps
 from tests.benchmarks import (
+    bench_bounds,
     bench_families,
     bench_packages,
     bench_solvers,
@@ -69,6 +70,25 @@ def test_layered_structure(ops: int) -> None:
 def test_layered_dags_repeat_themselves_and_differ_by_seed() -> None:
     one, two, other = (layered.layered_dag(80, seed) for seed in (3, 3, 4))
     assert nx.utils.graphs_equal(one, two) and not nx.utils.graphs_equal(one, other)
+
+
+# ---------------------------------------------------------------------------- bounds and the optimum
+
+
+def test_bounds_are_the_exact_optimum_of_small_graphs_and_never_above() -> None:
+    cases = [case for seed in range(0, 60, 4) if (case := bench_bounds.case(seed, 2.0))]
+    assert len(cases) > 10 and {case.truth for case in cases} == {"search"}
+    assert not bench_bounds.shortfalls(cases)
+    assert len(list(bench_bounds.table(cases))) == 4  # a head of two lines, the kind, and all
+
+
+def test_what_falls_short_of_the_optimum_is_said() -> None:
+    case = bench_bounds.Case(7, "chain", 30, 0.5, 10.0, 11.0, 11.0, "plan", 0.1)
+    open_, false = replace(case, bound_s=10.0, truth="open"), replace(case, bound_s=11.5)
+    assert case.equal and not case.broken and not bench_bounds.shortfalls([case])
+    assert open_.short_points == pytest.approx(10) and not open_.equal
+    assert "in 1 of 2, want 95%" in "".join(bench_bounds.shortfalls([case, open_]))
+    assert false.broken and bench_bounds.shortfalls([false])[0].startswith("false: seed 7")
 
 
 # -------------------------------------------------------------------------------- captured graphs

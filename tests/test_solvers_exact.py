@@ -49,6 +49,18 @@ def test_least_time_equals_brute_force(problem: Problem, passes: int, fraction: 
         assert solution.seconds == pytest.approx(any_order[0], rel=1e-9)
 
 
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.floats(0, 1))
+def test_the_judge_is_around_brute_force(problem: Problem, fraction: float) -> None:
+    low, _ = least_peak(problem)
+    keep_all = Schedule.keep_all(problem)
+    budget = max(1, round(low + fraction * (simulate(problem, keep_all).peak_bytes - low)))
+    truth = best_seconds(problem, budget)
+    assert truth is not None
+    below, above = checkmate.least_time_between(problem, budget, hint=keep_all, time_limit_s=10)
+    assert below <= truth[0] * (1 + 1e-9) and truth[0] <= above * (1 + 1e-9)
+
+
 @quick
 @given(problems(), st.sampled_from([1, 2]))
 def test_least_peak_equals_brute_force(problem: Problem, passes: int) -> None:

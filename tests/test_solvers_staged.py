@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -178,3 +179,37 @@ def test_graphs_without_a_backward_are_refused(turn: int | None) -> None:
     assert turn in (None, len(problem))
     with pytest.raises(ProblemError, match=r"random2: the staged program needs problem.turn and ops"):
         staged.solve(problem, keep_all_peak(problem))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_integral_answers_plan_where_no_rounding_fits(seed: int) -> None:
+    problem = random_training_graph(seed, layers=3, width=2)
+    low, _ = checkmate.minimum_peak(problem, time_limit_s=3)
+    budget = round(0.8 * simulate(problem, low).peak_bytes + 0.2 * keep_all_peak(problem))
+    run = Incumbent(problem, budget, deadline=time.perf_counter() + 20)
+    staged.Relaxations(problem).offer_integral(run, time_limit_s=3)
+    exact = checkmate.solve(problem, budget, time_limit_s=5)
+    # Stages of several ops hold what the later of them read, so its best may be another's second.
+    assert run.fits
+    assert simulate_steps(problem, run.steps).peak_bytes <= budget
+    assert exact.bound_seconds <= (run.total_s + run.recompute_s) * (1 + 1e-9)
+    assert run.recompute_s <= exact.recompute_seconds + 0.1 * problem.total_seconds
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_stages_are_halved_until_what_they_hold_fits(share: float) -> None:
+    problem = random_training_graph(1)
+    budget = bounds.peak_floor(problem).bytes * (1 + share) - problem.resident_bytes
+    program = staged._cut_to_fit(Facts.of_one_backward(problem), 8, budget)
+    ends = (*program.stages.first[1:], len(problem))
+    for g, (start, end) in enumerate(zip(program.stages.first, ends, strict=True)):
+        held = program.memory.base[program.offset[g + 1] : program.offset[g + 2]].max()
+        assert held <= budget or end - start == 1
+
+
+def test_without_a_time_limit_no_integers_are_asked_for() -> None:
+    problem = random_training_graph(0)
+    run = Incumbent(problem, bounds.peak_floor(problem).bytes)
+    before = run.steps
+    staged.Relaxations(problem).offer_integral(run, time_limit_s=math.inf)
+    assert run.steps == before
