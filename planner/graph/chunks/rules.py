@@ -116,6 +116,8 @@ def _of_another_product(node: fx.Node, lead: int, count: int) -> InRows | None:
         assert isinstance(rows, fx.Node)
         every = not bias or (isinstance(bias[0], fx.Node) and len(_shape(bias[0])) == 1)
         return InRows(Rows(), lambda n: node.args, {rows: 1}) if lead == 1 and every else None
+    if not all(isinstance(meta.value(n), torch.Tensor) for n in node.all_input_nodes):
+        return None  # one result of several
     size = math.prod(_shape(node))
     wide = {
         n: k
