@@ -292,6 +292,34 @@ def test_a_compiled_step_takes_what_was_predicted_and_computes_the_same() -> Non
     assert "forward" not in vars(model)
 
 
+class Half(Net):
+    """Under autocast, without dropout; a bias whose gradient is rounding alone, for a norm is behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.blocks.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of ``WIDTH`` to a number."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(self.norm(self.first(x.flatten(0, -2)))).float()
+
+
+def test_what_rounding_alone_makes_other_is_told_beside_float64() -> None:
+    step = compiled_step(Half(), (batch(),), costs="roofline", search=Search(time_limit_s=0.5))
+    plan = step.least_plan()
+    assert plan.overhead > 0
+    report = plan.verify()
+    assert not report.equal and report.errors is not None, str(report)
+    assert report.ok, str(report)
+    assert "torch.compile" in str(report) and "float64" in str(report)
+    off = dataclasses.replace(report, errors=dataclasses.replace(report.errors, share=2.1))
+    unknown = dataclasses.replace(report, errors=None, no_reference="it draws random numbers")
+    assert not off.ok and not unknown.ok
+    assert "it draws random numbers" in str(unknown)
+
+
 class Convolutions(nn.Module):
     """Two convolutions: inductor lays out what they make as it likes, and saves it so."""
 

@@ -23,6 +23,7 @@ from planner.compiled.judge import Played, play
 from planner.compiled.layouts import lay_out
 from planner.compiled.prices import costs_of_fused
 from planner.compiled.scratch import scratch_bytes
+from planner.compiled.verify import added_terms
 from planner.costs.op_costs import Costs
 from planner.costs.target import Target
 from planner.errors import PlannerError
@@ -129,6 +130,13 @@ class Piece:
         assert self.step is not None
         ops = self.step.graph.ops
         return frozenset(op.target for op in ops if op.node is not None and not _compat.is_lowered(op.node))
+
+    @property
+    def added_terms(self) -> int:
+        """How many one call of it adds up at most into one number."""
+        assert self.step is not None and self.costs is not None
+        ops, flops = self.step.graph.ops, self.costs.flops
+        return max([added_terms(op.node, flops[op.name]) for op in ops if op.node is not None], default=1)
 
     def peak_bytes(self, played: Played) -> int:
         """Of a half, with what libraries take while they run."""

@@ -390,7 +390,9 @@ class CompiledStep(JoinedStep):
     ) -> CompiledReport:
         """The compiled step with the plan beside ``torch.compile``'s without a budget."""
         given = self.captured.inputs if inputs is None else Inputs.of(model, inputs)
-        return verified(plan, model, given, loss_fn, seed, self.memory)
+        pieces = (call.piece for call in self.calls)
+        terms = max([piece.added_terms for piece in pieces], default=1)
+        return verified(plan, model, given, loss_fn, seed, self.memory, terms)
 
 
 def _torchs(plan: PlanData) -> float | None:

@@ -22,14 +22,10 @@ from planner.capture.outputs import LossFn
 from planner.measure.bits import StepRecord, distance, run_step
 from planner.measure.step import Batch
 
-__all__ = ["Errors", "errors_of", "expected", "recorded_draws", "step_in_float64"]
+__all__ = ["Errors", "against_float64", "errors_of", "expected", "recorded_draws", "step_in_float64"]
 
 NO_DIGIT = 0.1  # of a number, an error that leaves it no decimal digit
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _is_random(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 class _Record(TorchDispatchMode):
@@ -38,15 +34,33 @@ class _Record(TorchDispatchMode):
         self.draws: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _may_draw(func):
+            return func(*args, **(kwargs or {}))
+        before = _states(kwargs)
         made = func(*args, **(kwargs or {}))
-        if _is_random(func):
+        if all(map(torch.equal, before, _states(kwargs))):
+            self.draws.append(None)  # attention without dropout: it computes, and nothing else
+        else:
             self.draws.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), made))
         return made
 
 
+def _may_draw(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+def _states(kwargs: dict[str, Any] | None) -> list[Tensor]:
+    """Of the generators that a call may draw from."""
+    own = (kwargs or {}).get("generator")
+    if own is not None:
+        return [own.get_state()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+
 @contextmanager
 def recorded_draws() -> Iterator[list[Any]]:
-    """What random ops make within, in order: copies."""
+    """What calls of random ops make within, in order: copies; ``None`` of a call that drew nothing."""
     mode = _Record()
     with mode:
         yield mode.draws
@@ -63,12 +77,20 @@ class _Wide(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in _NARROW:
             kwargs["dtype"] = torch.float64
-        if _is_random(func):
-            drawn = pytree.tree_map_only(Tensor, _widened, next(self.draws))
-            return args[0].copy_(drawn) if writes_arguments(func) else drawn
+        drawn = next(self.draws) if _may_draw(func) else None
+        if drawn is not None:
+            return _drawn(func, args, pytree.tree_map_only(Tensor, _widened, drawn))
         if not writes_arguments(func):  # a constant that belongs to no module is as narrow as it was
             args, kwargs = pytree.tree_map_only(Tensor, _widened, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _drawn(func: Any, args: Any, made: Any) -> Any:
+    """What ``func`` makes of ``args`` where it drew what it drew when it made ``made``."""
+    if func is torch.ops.aten.native_dropout.default:  # whose result is rounded, and its mask is what it drew
+        kept = made[1]
+        return args[0] * kept / max(1 - args[1], torch.finfo(torch.float64).tiny), kept
+    return args[0].copy_(made) if writes_arguments(func) else made
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -110,13 +132,21 @@ class Errors:
     share: float
     loss_ulps: float
 
-    def __str__(self) -> str:
+    @property
+    def rounding_alone(self) -> bool:
+        """All are at most twice as far away as the first step's, or as rounding is expected to make them."""
+        return self.share <= 2
+
+    def beside(self, first: str) -> str:
+        """In words, where the first of the two steps is ``first``."""
         return (
-            f"from float64 it is up to {self.planned:.2e} away, eager {self.eager:.2e}; at most "
-            f"{self.share:.2f} "
-            f"times as far as eager or what rounding is expected to make ({self.worst}); the loss differs by "
-            f"{self.loss_ulps:.3g} ulp"
+            f"from float64 it is up to {self.planned:.2e} away, {first} {self.eager:.2e}; at most "
+            f"{self.share:.2f} times as far as {first} or what rounding is expected to make ({self.worst}); "
+            f"the loss differs by {self.loss_ulps:.3g} ulp"
         )
+
+    def __str__(self) -> str:
+        return self.beside("eager")
 
 
 def expected(dtype: torch.dtype, terms: int) -> float:
@@ -128,6 +158,25 @@ def expected(dtype: torch.dtype, terms: int) -> float:
     """
     own, sums = (torch.finfo(d).eps / 2 for d in (dtype, torch.promote_types(dtype, torch.float32)))
     return own + math.sqrt(terms) * sums
+
+
+def against_float64(
+    model: nn.Module,
+    inputs: Batch,
+    records: tuple[StepRecord, StepRecord],
+    draws: list[Any],
+    terms: int,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> tuple[Errors | None, str]:
+    """How far two runs are from the same in float64, as :func:`errors_of`; else why that cannot be said."""
+    try:
+        wide = step_in_float64(model, inputs, draws, loss_fn=loss_fn, seed=seed)
+    except (RuntimeError, TypeError, ValueError, StopIteration, NotImplementedError) as error:
+        why = str(error).splitlines()[0] if str(error) else "no more draws"
+        return None, f"{type(error).__name__}: {why}"
+    return errors_of(*records, wide, terms), ""
 
 
 def errors_of(eager: StepRecord, planned: StepRecord, wide: StepRecord, terms: int) -> Errors:
