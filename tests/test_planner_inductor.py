@@ -16,6 +16,7 @@ from torch import nn
 
 import planner
 from planner import _compat
+from planner.compiled.coded import Form
 from planner.compiled.emit import Written
 from planner.compiled.piece import Own, Piece
 from planner.compiled.prices import costs_of_fused
@@ -34,7 +35,7 @@ WIDTH = 32
 @pytest.fixture(autouse=True)
 def _two_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of torch's partitions takes a while to be made and to be judged."""
-    monkeypatch.setattr("planner.compiled.step.SHARES", (1.0, 0.5))
+    monkeypatch.setattr("planner.compiled.coded.SHARES", (1.0, 0.5))
 
 
 class Block(nn.Module):
@@ -375,7 +376,7 @@ def test_code_that_spares_memory_takes_what_was_predicted_and_computes_the_same(
     model, x = Net(3), batch()
     step = compiled_step(model, (x,), costs="roofline", search=Search(time_limit_s=0.5))
     plan = step.plan_of(step.least)
-    (own,) = step._owns_of(plan)
+    (own,) = step.owns_of(plan)
     plain, spared = (dataclasses.replace(own, sparing=sparing) for sparing in (False, True))
     assert own == spared  # whose peak is the least
     plan.apply()
@@ -460,6 +461,40 @@ def test_a_convolution_made_again_leaves_gradients_their_layout() -> None:
     report = plan.verify()
     assert report.equal, str(report)
     assert report.peak_bytes == pytest.approx(report.predicted_peak_bytes, rel=0.01)
+
+
+def test_layouts_that_take_less_time_are_the_plans_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which take less is measured; here all grouped ones are taken to."""
+    monkeypatch.setattr("planner.compiled.layouts.CLEARLY", float("inf"))
+    step = compiled_step(
+        Depthwise(), (torch.randn(4, 3, 32, 32),), costs="profile", search=Search(time_limit_s=0.5)
+    )
+    (swift,) = step.swifter
+    assert step.graph.ops[swift].target == "aten.convolution_backward"
+    everything = list(range(len(step.problem)))
+    last = step.coded(everything, None, Form(last=frozenset([swift])))
+    rows = step.coded(everything, None, Form(sparing=True))
+    assert rows.peak_bytes < last.gradient_bytes[swift] <= last.peak_bytes
+    roomy, tight = step.plan_bytes(last.peak_bytes), step.plan_bytes(last.gradient_bytes[swift] - 1)
+    assert roomy.channels_last == (step.graph.ops[swift].name,) and tight.channels_last == ()
+    for plan in (roomy, tight):
+        report = plan.verify()
+        assert report.ok, str(report)
+        assert report.peak_bytes == report.predicted_peak_bytes
+        plan.save(tmp_path / "plan.json")
+        read = planner.load(tmp_path / "plan.json")
+        assert read.channels_last == plan.channels_last
+        assert step.owns_of(read) == step.owns_of(plan)
+    assert step.owns_of(roomy)[0].last and not step.owns_of(tight)[0].last
+
+
+def test_nothing_is_laid_out_anew_where_seconds_are_not_measured() -> None:
+    step = compiled_step(
+        Depthwise(), (torch.randn(4, 3, 32, 32),), costs="roofline", search=Search(time_limit_s=0.5)
+    )
+    assert step.swifter == {}
 
 
 def test_a_profile_that_is_at_work_goes_on_and_nothing_is_measured_in_it() -> None:

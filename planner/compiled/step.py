@@ -6,12 +6,10 @@ import dataclasses
 import itertools
 import logging
 import math
-import operator
 import time
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from torch import nn
 
 from planner import _compat
@@ -19,13 +17,12 @@ from planner.capture.inputs import Inputs
 from planner.capture.outputs import LossFn
 from planner.compiled.applied import CompiledForward
 from planner.compiled.bound import under
-from planner.compiled.piece import Own
+from planner.compiled.coded import AS_TORCH, BY_TORCH, ENOUGH, SPARING, CodedExecution, CodedStep, Form
 from planner.compiled.session import CompiledSession
 from planner.compiled.verify import CompiledReport, verified
 from planner.costs.target import CostSource
 from planner.errors import PlannerError
 from planner.measure.step import backward, device_of, held, passed_on, tangents_for
-from planner.memory.execution import Execution
 from planner.memory.optimizer_state import OptimizerLike
 from planner.memory.resident import Resident, resident_of
 from planner.memory.static import StaticMemory
@@ -33,13 +30,13 @@ from planner.options import Search
 from planner.plan import Plan
 from planner.plans.plan_data import PlanData
 from planner.regions.join import join
-from planner.regions.joined import RecordedStep, parts
+from planner.regions.joined import RecordedStep
 from planner.regions.observe import apart, without_memory
 from planner.regions.record import Record
 from planner.regions.recorder import Recorder
 from planner.runtime.apply import put, restored
 from planner.solving.fit import Answer
-from planner.solving.in_regions import JoinedStep, taken_in
+from planner.solving.in_regions import taken_in
 from solvers import InfeasibleError, Problem, Schedule, Solution, simulate, solve
 from solvers.bounds.lower_bounds import time_bound
 from solvers.core.facts import Facts
@@ -54,20 +51,12 @@ NEAR = 0.01  # of the budget: so much that is left is not worth another round
 MUCH = 0.5  # of a step's seconds, a forward and a half: the least plan, which takes a search, may be faster
 LITTLE = 0.1  # of a step's seconds: who recomputes more looks whether a higher target's code fits too
 PROBE = 0.04  # of the budget: so much higher, since code may take less than what is simulated
-ENOUGH = 1e-3  # of a step's seconds: less is not to be seen, nor worth another round
-
-SPARING = 0.02  # of a step's seconds, what sparing code takes more: up to 2 % of large ops
-
-# Memory budgets of torch's own partitions that are tried, and the solver's name in plans that are one.
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
-BY_TORCH = "torch's partition for "
 
 
 @dataclass(frozen=True, eq=False)
-class CompiledStep(JoinedStep):
+class CompiledStep(CodedStep):
     """A recorded step whose regions are the graphs that inductor compiles."""
 
-    graphs: CompiledSession | None = None  # that recorded it
     forward: CompiledForward | None = None  # likewise, where the step was run for that
 
     @classmethod
@@ -91,91 +80,13 @@ class CompiledStep(JoinedStep):
             loss_fn=loss_fn, least_limit_s=least_limit_s, calls=tuple(session.calls), graphs=session,
         )  # fmt: skip
 
-    @property
-    def owner(self) -> CompiledSession:
-        """Whose graphs they are."""
-        assert self.graphs is not None
-        return self.graphs
-
-    @cached_property
-    def baseline(self) -> Execution:
-        """The step as ``torch.compile`` runs it without a plan."""
-        for share, steps, _ in self.torchs:
-            if share == SHARES[0]:
-                return self._execution(steps, share)
-        return self._execution(list(range(len(self.problem))), None)
-
-    def execution(self, steps: list[int]) -> Execution:
-        """What running ``steps`` takes at least, each graph as inductor's code allocates."""
-        return self._within(steps, 0)[0]
-
-    def _within(self, steps: list[int], budget_bytes: int) -> tuple[Execution, bool]:
-        """What they take in a budget, and whether by sparing code (see :class:`Own`): where it must be."""
-        ran = self._execution(steps, None)
-        if ran.peak_bytes <= budget_bytes:
-            return ran, False
-        spared = self._execution(steps, None, sparing=True)
-        return (spared, True) if spared.peak_bytes < ran.peak_bytes else (ran, False)
-
     def _in_budget(self, answer: Answer, budget_bytes: int) -> Answer:
         """``answer``, which was found for another budget, as it runs in this one."""
         ran = answer.execution
         assert ran is not None
         if not answer.solver.startswith(BY_TORCH):
-            ran, _ = self._within(ran.timeline.steps.tolist(), budget_bytes)
+            ran = self.within(ran.timeline.steps.tolist(), budget_bytes)
         return dataclasses.replace(answer, budget_bytes=budget_bytes, execution=ran)
-
-    def _execution(self, steps: list[int], torchs: float | None, *, sparing: bool = False) -> Execution:
-        """The same, where ``torchs`` is not ``None`` of graphs that torch splits for that memory budget.
-
-        ``sparing``  see :class:`Own`.
-        """
-        ran = super().execution(steps)
-        live = ran.timeline.live_bytes
-        kept = ran.timeline.kept_bytes
-        slack = np.zeros(len(steps), dtype=np.int64)
-        by_event: dict[int, list[int]] = {}
-        for t, (_, event) in enumerate(self.joined.placed(steps)):
-            by_event.setdefault(event, []).append(t)
-        own = self._owns(steps, torchs, sparing=sparing)
-        more = 0  # what calls that wait for their backward hold beyond their stored values
-        of_call: dict[int, int] = {}
-        for event, what in enumerate(self.record.events):
-            places = by_event.get(event, [])
-            if what.call is None:
-                slack[places] = more
-                continue
-            if not places:
-                continue
-            piece = self.calls[what.call].piece
-            forward, backward = piece.played(own[what.call], self._going(what.call))
-            played = forward if what.kind == "forward" else backward
-            peak = piece.peak_bytes(played)
-            before = int(kept[places[0] - 1]) if places[0] else self.memory.total_bytes
-            top = before + more + peak
-            at = max(places, key=lambda t: int(live[t]))
-            for t in places:
-                slack[t] = min(more, top - int(live[t]))
-            slack[at] = top - int(live[at])
-            if what.kind == "forward":
-                of_call[what.call] = forward.left_bytes - (int(kept[places[-1]]) - before)
-                more += of_call[what.call]
-            else:
-                more -= of_call.pop(what.call, 0)
-        return Execution(ran.problem, ran.timeline, slack)
-
-    def _owns(self, steps: list[int], torchs: float | None, *, sparing: bool) -> list[Own]:
-        return [Own(tuple(own), turn, torchs, sparing) for own, turn in parts(self.joined, steps)]
-
-    def _going(self, number: int) -> frozenset[int]:
-        """Output gradients that were gone when the backward of a call had run: their maker let them go."""
-        call, at = self.record.calls[number], self.record.events_of(number)[1]
-        crossings = self.record.crossings
-        return frozenset(
-            int(key)
-            for (kind, key), k in call.crossings.items()
-            if kind == "tangent" and at is not None and crossings[k].died == at
-        )
 
     def plan_bytes(
         self, budget_bytes: int, search: Search | None = None, *, hint: PlanData | None = None
@@ -191,26 +102,35 @@ class CompiledStep(JoinedStep):
         search.tell.phase("solve", f"{len(self.problem)} ops")
         if budget_bytes < self.memory.optimizer_step_bytes:
             raise self.infeasible(budget_bytes)
-        best = self._by_torch(budget_bytes, self._without_s)
+        best = None if self.swifter else self._by_torch(budget_bytes, self.without_s)
         if best is None:
             best = self._searched(budget_bytes, search)
             known = self._answers.copy()
-            spared_s = SPARING * self.problem.total_seconds
-            if best is None or best.seconds > self.problem.total_seconds + spared_s:
-                spared = self._searched(budget_bytes, search, sparing=True)
-                if spared is not None and (best is None or spared.seconds + spared_s < best.seconds):
-                    best = spared
-            if best is None or best.seconds > (1 + MUCH) * self.problem.total_seconds:
+            total = self.problem.total_seconds
+            if self._total_s(best) > (1 + SPARING) * total:
+                best = self._faster(best, self._searched(budget_bytes, search, sparing=True))
+            if self._total_s(best) > (1 + MUCH) * total:
                 known.append(super().least)
             for answer in known:  # what serves less serves more
-                if answer.peak_bytes <= budget_bytes and (best is None or answer.seconds < best.seconds):
-                    best = self._in_budget(answer, budget_bytes)
-            most_s = math.inf if best is None else best.seconds + ENOUGH * self.problem.total_seconds
-            best = self._by_torch(budget_bytes, most_s) or best
+                if answer.peak_bytes <= budget_bytes and answer.seconds < self._total_s(best):
+                    best = self._faster(best, self._in_budget(answer, budget_bytes))
+            by_torch = self._by_torch(budget_bytes, self._total_s(best) + ENOUGH * total)
+            best = by_torch or best
         if best is None:
             raise self.infeasible(budget_bytes)
         self._answers.append(best)
         return self.plan_of(self._with_bound(best, search.time_limit_s / 4))
+
+    def _total_s(self, answer: Answer | None) -> float:
+        """Seconds of a step, what its code takes included; ``inf`` without one."""
+        if answer is None:
+            return math.inf
+        ran = answer.execution
+        return answer.seconds + self.slower_s(ran.form if isinstance(ran, CodedExecution) else AS_TORCH)
+
+    def _faster(self, one: Answer | None, other: Answer | None) -> Answer | None:
+        """The first where neither is."""
+        return other if self._total_s(other) < self._total_s(one) else one
 
     def _with_bound(self, answer: Answer, limit_s: float) -> Answer:
         """``answer`` with what is proved of its budget."""
@@ -233,22 +153,18 @@ class CompiledStep(JoinedStep):
         ways: list[tuple[str, float, float | None, list[int]]] = [
             (f"{BY_TORCH}{share:g}", seconds, share, steps)
             for share, steps, seconds in self.torchs
-            if self._left_bytes(share) < least.budget_bytes
+            if self.least_left_bytes(share) < least.budget_bytes
         ]
         everything = Schedule.keep_all(self.problem)
         if simulate(self.problem, everything).peak_bytes < least.budget_bytes:
             ways.append(("keep all", self.problem.total_seconds, None, everything.steps(self.problem)))
         for solver, seconds, share, steps in ways:
-            ran = self._execution(steps, share)
+            ran = self.coded(steps, share)
             need = max(ran.peak_bytes, self.memory.optimizer_step_bytes)
             if need < least.budget_bytes:
                 floor = min(least.floor_bytes, need)
                 least = Answer(need, ran, self.problem.total_seconds, floor, seconds, solver)
         return least
-
-    def _left_bytes(self, share: float) -> int:
-        """What is there when the backward begins, at least, of graphs that torch splits for a budget."""
-        return self.memory.total_bytes + sum(call.piece.left_bytes(share) for call in self.calls)
 
     @cached_property
     def _answers(self) -> list[Answer]:
@@ -278,13 +194,16 @@ class CompiledStep(JoinedStep):
                 step = min(2 * step, (high - low) // 2)
                 target = low + step
             else:
-                ran = self._execution(self.steps_of(found.schedule), None, sparing=sparing)
+                form = Form(sparing, frozenset(self.swifter))
+                ran = self.in_form(self.steps_of(found.schedule), budget_bytes, form)
                 over = ran.peak_bytes - budget_bytes
                 log.debug("target %d: simulated %d, code takes %d", target, found.peak_bytes, ran.peak_bytes)
                 if over <= 0:
-                    if best is None or found.seconds < best.seconds:
-                        best = Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
-                                      found.solve_seconds)  # fmt: skip
+                    best = self._faster(
+                        best,
+                        Answer(budget_bytes, ran, total, 0, max(total, found.seconds), found.solver,
+                               found.solve_seconds),
+                    )  # fmt: skip
                     low = max(low, target)
                     is_near = -over <= NEAR * budget_bytes and found.seconds <= total * (1 + LITTLE)
                     if is_near or found.peak_bytes >= most or found.seconds <= total * (1 + ENOUGH):
@@ -315,59 +234,27 @@ class CompiledStep(JoinedStep):
 
     # -- torch's own partitions --------------------------------------------------------------------
 
-    @cached_property
-    def torchs(self) -> tuple[tuple[float, list[int], float], ...]:
-        """Torch's own partitions for some memory budgets, steps and seconds of each, the fastest first."""
-        found = []
-        for share in SHARES:
-            try:
-                owns = [call.piece.torchs(share) for call in self.calls]
-            except PlannerError as error:
-                log.debug("%s", error)
-                continue
-            steps = self.joined.as_run({k: (own.steps, own.turn) for k, own in enumerate(owns)})
-            again = steps.copy()
-            for i in range(len(self.problem)):
-                again.remove(i)
-            more = math.fsum(self.problem.ops[i].again_s for i in again)
-            found.append((share, steps, self.problem.total_seconds + more))
-        return tuple(sorted(found, key=operator.itemgetter(2)))
-
-    @property
-    def _without_s(self) -> float:
-        """Seconds of the step without a plan: what torch makes again for nobody's budget is no overhead."""
-        by_torch = (seconds for share, _, seconds in self.torchs if share == SHARES[0])
-        return max(self.problem.total_seconds * (1 + ENOUGH), *by_torch, 0.0)
-
     def _by_torch(self, budget_bytes: int, most_s: float) -> Answer | None:
         """The fastest of torch's own partitions that fits and takes no more than ``most_s``, if one does."""
+        more_s = self.slower_s(AS_TORCH)
         for share, steps, seconds in self.torchs:
-            if seconds > most_s:
+            if seconds + more_s > most_s:
                 break
-            if self._left_bytes(share) > budget_bytes:
+            if self.least_left_bytes(share) > budget_bytes:
                 continue
-            ran = self._execution(steps, share)
+            ran = self.coded(steps, share)
             log.debug("torch's partition for %s: generated code takes %d", share, ran.peak_bytes)
             if ran.peak_bytes <= budget_bytes:
                 total = self.problem.total_seconds
                 return Answer(budget_bytes, ran, total, 0, seconds, f"{BY_TORCH}{share:g}")
         return None
 
-    def _owns_of(self, plan: Plan) -> list[Own]:
-        """What each call runs of a plan for this step."""
-        torchs = _torchs(plan)
-        steps = self.positions(plan)
-        sparing = torchs is None and self._within(steps, plan.budget_bytes)[1]
-        return self._owns(steps, torchs, sparing=sparing)
-
-    def execution_as(self, received: PlanData, schedule: Schedule, budget_bytes: int) -> Execution:
-        """What running ``schedule``, that of ``received``, takes here in a budget."""
-        steps, torchs = self.steps_of(schedule), _torchs(received)
-        return self._within(steps, budget_bytes)[0] if torchs is None else self._execution(steps, torchs)
-
     def plan_of(self, answer: Answer) -> Plan:
         """The plan that runs the schedule of ``answer``."""
-        return dataclasses.replace(super().plan_of(answer), backend="inductor")
+        ran, ops = answer.execution, self.graph.ops
+        last = sorted(ran.form.last) if isinstance(ran, CodedExecution) else ()
+        names = tuple(ops[i].name for i in last)
+        return dataclasses.replace(super().plan_of(answer), backend="inductor", channels_last=names)
 
     def applied(self, plan: Plan, model: nn.Module) -> nn.Module:
         """Make ``model`` train compiled, as ``plan`` says.  Raises ``PlannerError`` for another model."""
@@ -383,7 +270,7 @@ class CompiledStep(JoinedStep):
     def follow(self, plan: Plan) -> None:
         """Let the graphs run as ``plan`` says."""
         self.owner.calls = list(self.calls)
-        self.owner.follow(self._owns_of(plan))
+        self.owner.follow(self.owns_of(plan))
 
     def verified(
         self, plan: Plan, model: nn.Module, inputs: object, loss_fn: LossFn | None, seed: int
@@ -393,12 +280,6 @@ class CompiledStep(JoinedStep):
         pieces = (call.piece for call in self.calls)
         terms = max([piece.added_terms for piece in pieces], default=1)
         return verified(plan, model, given, loss_fn, seed, self.memory, terms)
-
-
-def _torchs(plan: PlanData) -> float | None:
-    """The memory budget that torch's partition was made for, of a plan that runs it."""
-    share = plan.solver.removeprefix(BY_TORCH)
-    return None if share == plan.solver else float(share)
 
 
 def compiled_step(

@@ -207,6 +207,8 @@ class PlanData:
     ``order``                of the backward: "given" by the trace, or "free", with gradients of weights as
                              soon as less is held for it.  Bound and floor are for this order.
     ``answers``              of the batch to what the forward asks of it, by which the step was captured.
+    ``channels_last``        ops of a compiled step whose operands its code lays out so: they take less time
+                             then, and more memory.
     ``known_minimum_bytes``  the least peak for which a plan was found, if it was looked for.
     ``inputs``               the batch planned for; of a plan from a file its structure and sizes.
     ``outline``              the step in outline, by which the plan is played through and explained; ``None``
@@ -262,6 +264,7 @@ class PlanData:
     whole_peak_bytes: int = 0
     order: OrderMode = "given"
     answers: tuple[bool, ...] = ()
+    channels_last: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.timeline) != len(self.sequence):

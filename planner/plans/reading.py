@@ -49,6 +49,7 @@ _SKIPPED = (
     "whole_peak_bytes",
     "order",
     "answers",
+    "channels_last",
     *TIMELINES,
 )
 PLAIN = tuple(f.name for f in dataclasses.fields(PlanData) if f.name not in _SKIPPED)
@@ -145,6 +146,7 @@ def _read(record: dict[str, Any]) -> PlanData:
         cuts=tuple(map(str, record.get("cuts", ()))),
         chunked=tuple(_chunked(of) for of in record.get("chunked", ())),
         answers=tuple(map(_truth, record.get("answers", ()))),
+        channels_last=tuple(map(str, record.get("channels_last", ()))),
         **_whole(record.get("whole", (0.0, 0, 0))),
         order=record.get("order", "given"),
         outline=_outline(record.get("outline"), plain["sequence"], arrays["timeline"], by_kind),

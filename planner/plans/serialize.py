@@ -65,6 +65,8 @@ def to_text(plan: PlanData) -> str:
         record["order"] = plan.order
     if plan.answers:
         record["answers"] = list(plan.answers)
+    if plan.channels_last:
+        record["channels_last"] = list(plan.channels_last)
     if plan.backend == "eager":  # as files of before there was another say
         del record["backend"]
     outline = plan.outline
