@@ -281,6 +281,41 @@ def _loops_apart(apart: bool) -> Iterator[None]:
         CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = before
 
 
+@contextlib.contextmanager
+def _gradients_as_given() -> Iterator[None]:
+    """Gradients of convolutions run on operands that lie as :func:`laid_out` says.
+
+    Inductor lays them out as the gradient of the weight lies, which for a convolution of each channel by
+    itself is in rows either way: 2.13+.  Before, they lie as the graph says.  Process-global, put back.
+    """
+    from torch._inductor import inductor_prims
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    conv = importlib.import_module("torch._inductor.kernel.conv")
+    op = aten.convolution_backward.default
+    as_is, before = getattr(conv, "aten_convolution_backward_fallback", None), lowerings.get(op)
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        operands = V.graph.current_node.args[:2]
+        given = [getattr(n, "target", None) is inductor_prims.force_stride_order for n in operands]
+        return (as_is if all(given) else before)(*args, **kwargs)  # type: ignore[misc]
+
+    if as_is is not None and before is not None:
+        lowerings[op] = lowering
+    try:
+        yield
+    finally:
+        if before is not None:
+            lowerings[op] = before
+
+
+@contextlib.contextmanager
+def _written(*, sparing: bool) -> Iterator[None]:
+    with _loops_apart(sparing), _gradients_as_given():
+        yield
+
+
 def compile_split(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -305,7 +340,8 @@ def compile_split(
     def compiled(*args: Any, **kwargs: Any) -> Any:
         settings = _as_written(is_backward=bool(kwargs.get("is_backward")), sparing=sparing)
         _return_as_given(args[0])
-        with V.set_choices_handler(_choices(sparing=sparing)), config.patch(settings), _loops_apart(sparing):
+        choices = _choices(sparing=sparing)
+        with V.set_choices_handler(choices), config.patch(settings), _written(sparing=sparing):
             return compile_fx_inner(*args, **kwargs)
 
     own = copy_of(gm)
@@ -567,7 +603,7 @@ def lowered(
         tracing(context),
         DebugContext(),
         V.set_choices_handler(_choices(sparing=sparing)) if as_written else contextlib.nullcontext(),
-        _loops_apart(sparing),
+        _written(sparing=sparing) if as_written else contextlib.nullcontext(),
         c.config.patch(_as_written(is_backward=is_backward, sparing=sparing) if as_written else {}),
         c.config.patch(
             {"cpp.simdlen": 1}

@@ -33,7 +33,7 @@ __all__ = ["Own", "Piece"]
 
 log = logging.getLogger(__name__)
 
-FORM = 3  # of what is written for a schedule: another for the same schedule is another entry of the caches
+FORM = 4  # of what is written for a schedule: another for the same schedule is another entry of the caches
 
 KEPT = 8  # plans whose code is kept, should they come back
 _GRADIENT = "aten.convolution_backward"
