@@ -164,8 +164,9 @@ class RegionsForward:
             session = self._begin((args, kwargs))
         if session.stage != "look" or session.calls:
             outputs = session.call(*args, **kwargs)
-            if session.foreseen_bytes > session.budget_bytes > 0:
-                self._tell_larger(session.foreseen_bytes)
+            foreseen_bytes = session.followed.foreseen_bytes
+            if foreseen_bytes > session.budget_bytes > 0:
+                self._tell_larger(foreseen_bytes)
             return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
@@ -263,7 +264,7 @@ class RegionsForward:
                 PATIENCE,
             )
         kept = session.runs
-        if session.is_seen and (session.stage == "record" or session.strayed):
+        if session.is_seen and (session.stage == "record" or session.followed.strayed):
             self._tell_over(session.counted_bytes)
         if session.loops.are_too_long:
             self._turn_loops()
