@@ -169,8 +169,8 @@ def capture(
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
     ``drops``: what it returns that no graph can carry, such as a cache, is not handed out.
-    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
-    state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.second_call`).
+    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random state;
+    but for numbers and strings that its first call corrects (:mod:`planner.capture.state.second_call`).
     While it traces it changes settings that are the whole process's (the tracer's registries, an environment
     variable that libraries read) and puts them back: captures of several threads wait for each other.
 
