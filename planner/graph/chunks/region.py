@@ -19,7 +19,8 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.errors import PlannerError
-from planner.graph.chunks.rules import MARKS, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
+from planner.graph.chunks.rows import InRows, Rows, lead_of
+from planner.graph.chunks.rules import MARKS, in_padded_rows, in_rows, of_others
 from planner.graph.draft import Draft
 from planner.graph.nodes import is_mutation, is_random
 
