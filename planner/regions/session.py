@@ -172,7 +172,7 @@ class Session(CutForward):
         return self.followed.plan if self.stage == "plan" else None
 
     def cut_anew(self) -> None:
-        """There are more regions than plans were made for."""
+        """A region was met after one was planned as the only one: every plan is dropped."""
         self.plans.forget()
 
     def run(self, region: Region, *args: Any) -> Any:

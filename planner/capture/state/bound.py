@@ -115,7 +115,7 @@ class Binder:
         _LOOKS[node.kind](self, now, node, path)
 
     def _written(self, now: Any, node: Node, path: str) -> None:
-        """What the forward itself writes there is as good as what stood there before."""
+        """A value that the forward writes itself: either what it writes or what stood there before."""
         if like_of(now) != node.value:
             self.value(now, node.parts[""], path)
 

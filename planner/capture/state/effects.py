@@ -74,7 +74,7 @@ class Effects:
         return tuple(dict.fromkeys([*(name for name, *_ in self.changed), *self.grown]))
 
     def again(self) -> None:
-        """Leave it all once more."""
+        """Leave on the modules what the forward had left there."""
         for held, key, hook in self.hooks:
             held[key] = hook
         for container, contents in self.left:
@@ -152,7 +152,7 @@ class Before:
         return any(p._version != version and id(p) not in self._copies for p, _, version in self._bound)
 
     def put_back(self) -> None:
-        """As it was."""
+        """The model as it was before the forward."""
         self._kept.put_back(Effects())
         with torch.no_grad():
             for parameter, data, _ in self._bound:

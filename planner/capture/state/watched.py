@@ -83,6 +83,8 @@ class Watched:
 
 
 class _Freezer:
+    """Writes down values as nodes, each object once."""
+
     def __init__(self, model: nn.Module, reads: Reads, written: Mapping[tuple[int, Any], Any]) -> None:
         self.reads, self.written = reads, written
         self.modules = {id(m): i for i, m in enumerate(model.modules())}

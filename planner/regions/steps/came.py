@@ -8,7 +8,7 @@ __all__ = ["Came"]
 
 
 class Came:
-    """By region, and by how often it had been called in the step before: the outputs that ever got one."""
+    """The outputs that ever got a gradient, by region and by how often that had been called in its step."""
 
     def __init__(self) -> None:
         self._of: dict[tuple[int, int], frozenset[int]] = {}

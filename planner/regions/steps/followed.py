@@ -68,7 +68,7 @@ class Followed:
 
     @property
     def exact(self) -> list[Kept]:
-        """Plans of as many calls as came."""
+        """The plans that the step may still be of, of just as many calls as came."""
         return [kept for kept in self._open if len(kept.places) == len(self._calls)]
 
     def place(self, call: Coming) -> Place | None:
