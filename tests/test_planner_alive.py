@@ -76,6 +76,21 @@ def test_all_objects_are_walked_for_what_a_program_hid_and_not_for_what_python_d
     assert found[0] == found[1] < found[2]
 
 
+def test_what_a_program_hid_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gc`` walks all of it to count it."""
+    counts: list[int] = []
+
+    def counted() -> int:
+        counts.append(4100)
+        return counts[-1]
+
+    monkeypatch.setattr(generators, "_hides", False)  # as other tests left it
+    monkeypatch.setattr(gc, "get_freeze_count", counted)
+    for _ in range(3):
+        list(_alive())
+    assert len(counts) == 1
+
+
 def _same(i: int) -> int:
     return i
 
