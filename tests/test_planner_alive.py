@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from planner.alive import instances_of, kinds_of, numbers_of
+from planner.capture.as_eager import generators
 from planner.capture.as_eager.generators import _alive, _numpy_instances
 from planner.memory.live_optimizers import optimizers_of
 
@@ -65,6 +66,7 @@ def test_all_objects_are_walked_for_what_a_program_hid_and_not_for_what_python_d
 
         with monkeypatch.context() as patch:
             patch.setattr(gc, "get_freeze_count", lambda: hidden)
+            patch.setattr(generators, "_hides", False)  # as other tests left it
             patch.setattr(gc, "get_referrers", counted)
             list(_alive())
         return len(calls)
@@ -72,6 +74,21 @@ def test_all_objects_are_walked_for_what_a_program_hid_and_not_for_what_python_d
     found = [walks(hidden) for hidden in (0, 375, 4100)]
     gc.freeze()
     assert found[0] == found[1] < found[2]
+
+
+def test_what_a_program_hid_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gc`` walks all of it to count it."""
+    counts: list[int] = []
+
+    def counted() -> int:
+        counts.append(4100)
+        return counts[-1]
+
+    monkeypatch.setattr(generators, "_hides", False)  # as other tests left it
+    monkeypatch.setattr(gc, "get_freeze_count", counted)
+    for _ in range(3):
+        list(_alive())
+    assert len(counts) == 1
 
 
 def _same(i: int) -> int:

@@ -19,7 +19,8 @@ from planner._compat import FakeTensorMode, tracing
 from planner.capture import meta
 from planner.capture.as_eager.recurrences import gru, lstm_gradients
 from planner.capture.joint_graph import capture
-from planner.capture.state.effects import attributes_kept, settled
+from planner.capture.state.effects import attributes_kept
+from planner.capture.state.second_call import settled
 from planner.errors import TraceError
 from planner.measure.flops import FLOP_FORMULAS
 from planner.options import Search

@@ -21,15 +21,10 @@ from planner.capture.as_eager.values import Values
 from planner.capture.module import original_forward
 from planner.capture.outputs import OutputTemplate, template_of
 from planner.capture.pieces import ReadsOf, reached_from
-from planner.capture.state.effects import (
-    Alike,
-    Effects,
-    OpsSeen,
-    attributes_kept,
-    others_kept,
-    tensors_kept,
-)
+from planner.capture.state.effects import Effects, attributes_kept
 from planner.capture.state.reads import Reads
+from planner.capture.state.second_call import Alike, OpsSeen
+from planner.capture.state.tensors import others_kept, tensors_kept
 from planner.errors import TraceError
 
 __all__ = ["FlatModel", "apart", "called", "exported", "module_paths"]

@@ -50,7 +50,8 @@ from planner.capture.printed import headed
 from planner.capture.refusals import checkpoints_itself, explained, refuse_unplannable
 from planner.capture.sizes import Dims, Sizes, fake_inputs
 from planner.capture.state.asked import Asked
-from planner.capture.state.effects import Effects, attributes_kept, settled
+from planner.capture.state.effects import Effects, attributes_kept
+from planner.capture.state.second_call import settled
 from planner.capture.state.watched import Watched, watched
 from planner.capture.step_checks import (
     refuse_formulas_of_values,
@@ -168,8 +169,8 @@ def capture(
     ``used``: which of the model's output tensors are differentiated, where that is known already.
     ``dims``: which dimensions of which input tensor are symbols; ``None``: none of any.
     ``drops``: what it returns that no graph can carry, such as a cache, is not handed out.
-    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random
-    state; but for numbers and strings that its first call corrects (:mod:`planner.capture.state.effects`).
+    No memory is allocated and nothing of the model changes: not its buffers, its flags, its random state;
+    but for numbers and strings that its first call corrects (:mod:`planner.capture.state.second_call`).
     While it traces it changes settings that are the whole process's (the tracer's registries, an environment
     variable that libraries read) and puts them back: captures of several threads wait for each other.
 

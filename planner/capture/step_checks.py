@@ -11,8 +11,9 @@ from planner._compat import pytree
 from planner.capture import meta
 from planner.capture.inputs import Inputs
 from planner.capture.on_fakes import on_fakes
-from planner.capture.state.effects import Alike, Effects, alike, is_cache, settle
+from planner.capture.state.effects import Effects
 from planner.capture.state.reads import Reads
+from planner.capture.state.second_call import Alike, alike, is_cache, settle
 from planner.capture.traced import Traced
 from planner.errors import TraceError
 

@@ -30,7 +30,7 @@ from planner.ranks.company import Company
 from planner.regions import record
 from planner.regions.cut.piece import with_homes
 from planner.regions.recorder import Recorder
-from planner.regions.seen import Step
+from planner.regions.steps.seen import Step
 from planner.regions.watching import Watch
 
 __all__ = ["CompiledSession"]

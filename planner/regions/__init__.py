@@ -10,6 +10,7 @@ In that order: ``cut_forward`` has the forward cut, ``cut/torn`` tears out of a 
 must run, ``cut/numbers`` what is computed of Python's numbers, ``cut/piece`` makes a module of the rest,
 ``cut/spread`` has of tensors that are spread over ranks what is here, ``cut/region`` captures it at each
 signature that it is called with, ``session`` runs the calls of a step and ``pending`` their backwards,
+``steps`` tells which plan the step is of and what gets gradients,
 ``recorder`` sees them run, ``record`` is what was seen, ``join`` makes one graph of it, ``joined`` is that,
 and parts its schedules again, ``observe`` runs a step as if it had not been, ``forward`` stands in for the
 model's.

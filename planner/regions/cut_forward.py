@@ -19,7 +19,7 @@ __all__ = ["CutForward"]
 
 
 class _Runs(nn.Module):
-    """Stands for a part of a graph that was torn."""
+    """What runs in the place of a part of a torn graph."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Runs(nn.Module):
 
 
 class CutForward(ABC):
-    """The forward of ``model``, whose graphs come by :meth:`run`.
+    """The forward of ``model``, cut by Dynamo: each call of one of its graphs goes through :meth:`run`.
 
     ``loops``    which of its functions Dynamo follows into their loops.
     ``regions``  its graphs, as they were met; ``is_torn``: of one of them eager runs a part.
@@ -48,7 +48,7 @@ class CutForward(ABC):
 
     @abstractmethod
     def cut_anew(self) -> None:
-        """There are more regions than those that were known to be all."""
+        """A region was met after one was planned as the only one: plans made so far are void."""
 
     def run_cut(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in regions."""
@@ -103,7 +103,7 @@ class CutForward(ABC):
 
     @property
     def left_to_eager(self) -> tuple[str, ...]:
-        """The same as text."""
+        """:attr:`eager_for` in words, a line for each reason."""
         return tuple(
             f"{'regions' if len(of) > 1 else 'region'} {', '.join(map(str, of))}: as eager runs it, for {why}"
             for why, of in self.eager_for.items()

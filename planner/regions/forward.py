@@ -51,12 +51,12 @@ TRIES_OF_NEW = 6  # likewise where each ran code that was not seen before
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """What is to be run from here on.
+    """A plan, as the steps from here on run it.
 
-    ``parts``      of each call of the recorded step.
+    ``parts``      the schedule of each call of the recorded step.
     ``over``       hears what planned steps took (CPU), and may say what to run instead.
-    ``plan``       that this is, for whoever asks.
-    ``foresight``  of steps at other sizes.
+    ``plan``       the plan itself, for whoever asks for it.
+    ``foresight``  what steps at other sizes would take.
     """
 
     parts: Parts
@@ -67,10 +67,10 @@ class Solved:
 
 @dataclass(eq=False)
 class _Counts:
-    """What steps of a plan were counted to take, and how many of them are yet to be.
+    """Bytes that steps of one plan were counted to take, and whether the next one is counted.
 
-    Where that differs from one to the next they are counted until as many have come since the largest as
-    before it, and one in ``SPARSE`` after that.
+    The first ``CHECKS`` are.  Where steps differ, ``DIFFERENT`` are at least, and more until as many came
+    since the largest as up to it; from then on one in ``SPARSE``.
     """
 
     taken: list[int] = field(default_factory=list)
@@ -164,8 +164,9 @@ class RegionsForward:
             session = self._begin((args, kwargs))
         if session.stage != "look" or session.calls:
             outputs = session.call(*args, **kwargs)
-            if session.foreseen_bytes > session.budget_bytes > 0:
-                self._tell_larger(session.foreseen_bytes)
+            foreseen_bytes = session.followed.foreseen_bytes
+            if foreseen_bytes > session.budget_bytes > 0:
+                self._tell_larger(foreseen_bytes)
             return outputs
         before = Before(self.model)
         outputs = session.call(*args, **kwargs)
@@ -263,7 +264,7 @@ class RegionsForward:
                 PATIENCE,
             )
         kept = session.runs
-        if session.is_seen and (session.stage == "record" or session.strayed):
+        if session.is_seen and (session.stage == "record" or session.followed.strayed):
             self._tell_over(session.counted_bytes)
         if session.loops.are_too_long:
             self._turn_loops()

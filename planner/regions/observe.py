@@ -17,8 +17,8 @@ from planner.capture.state.effects import attributes_kept
 from planner.errors import PlannerError
 from planner.measure.step import backward, device_of, held, passed_on, tangents_for, undone
 from planner.regions.recorder import Recorder
-from planner.regions.seen import Seen
 from planner.regions.session import Session
+from planner.regions.steps.seen import Seen
 
 __all__ = ["NotInRegions", "apart", "observe"]
 

@@ -62,12 +62,12 @@ class Pending(PendingCall):
         )
 
     def was_written(self, argument: Argument) -> None:
-        """The next step does not rely on it."""
+        """A buffer that the backward reads was written to: from the next step on eager runs the region."""
         self.region.is_eager = True
         self.region.why = self.region.why or f"the buffer {argument.key} is written to behind it"
 
     def begin(self, tangents: tuple[Any, ...]) -> None:
-        """The first of its nodes runs."""
+        """The backward of the call begins."""
         self.began = True
         self.session.backward_begins(self, tangents)
         super().begin(tangents)
@@ -75,13 +75,13 @@ class Pending(PendingCall):
     def run(
         self, index: int, held: Callable[[], tuple[torch.Tensor, ...]], tangents: tuple[Any, ...]
     ) -> list[Any]:
-        """One of its nodes."""
+        """Run the node ``index`` of the call in autograd's graph: one segment of its backward."""
         gradients = super().run(index, held, tangents)
         self.session.gave(self, index, gradients)
         return self._whole(index, gradients) if self.spread else gradients
 
     def leaves_of(self, index: int, given: Mapping[Argument, Any]) -> list[Any]:
-        """What the gradients of a node are of."""
+        """The tensors that the gradients of a node are for."""
         leaves = super().leaves_of(index, given)
         if not self.spread:
             return leaves

@@ -40,7 +40,7 @@ class _Longest:
 
 
 class Plans:
-    """By kind, those of one model.
+    """The plans of one model, by kind of step.
 
     ``name``   of the model's class, for words.
     ``sizes``  of recorded steps, by kind and shape.

@@ -21,7 +21,7 @@ from planner.costs.roofline import call_seconds
 from planner.devices.state import allocation_grain
 from planner.measure.meter import StorageMeter
 from planner.regions.record import Crossing, Event, Record, RegionCall, last_backwards
-from planner.regions.seen import Seen
+from planner.regions.steps.seen import Seen
 
 __all__ = ["Recorder", "record_of"]
 

@@ -8,12 +8,8 @@ no place yet by a schedule of its own that saves next to nothing
 Before there is a plan a step is *looked at*: which outputs get gradients, whether a backward is
 differentiated itself.  The next one is *recorded* (:class:`planner.regions.recorder.Recorder`), by what was
 learned.  Plans are for kinds of steps (what comes in, whether gradients are held); within a kind the calls
-themselves tell which plan a step is of: one for just these sizes, or for larger ones.
-
-A step that is of none *strays*.  What differs from a plan in sizes alone runs as that plan says where it
-would be within the budget so, by the sizes of its calls, else with next to nothing saved, whichever takes
-less.  Where a step takes another path, a call runs as one nearby of the same region is planned, as long as
-all of the step saves no more than the plan does.  The next step of its kind is recorded.
+themselves tell which plan a step is of, and what runs where it is of none
+(:mod:`planner.regions.steps.followed`): then the next one of its kind is recorded.
 """
 
 from __future__ import annotations
@@ -22,8 +18,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,7 +26,6 @@ from torch import nn
 
 from planner import _compat
 from planner.costs.target import Target
-from planner.graph.training_graph import TrainingGraph
 from planner.measure.step import device_of, tensors_in
 from planner.regions.cut.checkpointed import SMALL_BYTES
 from planner.regions.cut.region import Region, Variant
@@ -42,9 +36,11 @@ from planner.regions.pending import Pending
 from planner.regions.plans import Plans
 from planner.regions.record import Record
 from planner.regions.recorder import Recorder, record_of
-from planner.regions.seen import Seen, Step, tracked
+from planner.regions.steps.came import Came
+from planner.regions.steps.followed import Coming, Followed
+from planner.regions.steps.seen import Seen, Step, tracked
+from planner.regions.steps.within import Within
 from planner.regions.watching import Watch
-from planner.regions.within import Within
 from planner.rewrite.program import Argument
 from planner.runtime.forward import run_step
 from planner.runtime.output_sets import Start
@@ -63,7 +59,8 @@ class NewCode(ValueError):
 class Session(CutForward):
     """A model whose forward runs in regions.
 
-    ``stage``  what is done with the step that runs.
+    ``stage``     what is done with the step that runs.
+    ``followed``  the plan that this step is of, or has strayed from.
     """
 
     def __init__(
@@ -79,17 +76,11 @@ class Session(CutForward):
         self.stage: Stage = "look"
         self._locals = Locals()
         self.kind: Kind = ANY
-        self.strayed = False  # from what is planned
-        self.foreseen_bytes = 0  # that the step takes by the sizes of its calls, where these are no plan's
-        self._along: Kept | None = None  # the plan that the step has strayed from
-        self._is_beside = False  # whether it differs from that in sizes alone
         self.recorder: Recorder | None = None  # that has seen the step, or sees it
         self.calls: list[Seen] = []
         self.plans = Plans(type(model).__name__)
-        self._open: list[Kept] = []  # those that the step that runs may still be of
-        self._came: dict[tuple[int, int], frozenset[int]] = {}  # outputs that ever got gradients
-        self._full: set[tuple[int, int]] = set()  # where these are all that can
-        self._known_regions: set[int] = set()  # by number, those of which a call was seen to its end
+        self._came = Came()
+        self.followed = Followed((), self.calls, self._lightest)
         self._is_looked = False
         self._eager_before: frozenset[int] = frozenset()
         self._step = Step()
@@ -115,8 +106,7 @@ class Session(CutForward):
     @property
     def _is_whole(self) -> bool:
         """Whether one region is all of the forward, as far as is known."""
-        turns = {turn_of for _, turn_of in self._came}
-        return len(self.regions) == 1 and turns == {0} and not (self.is_torn or self.breaks)
+        return len(self.regions) == 1 and self._came.is_one_turn and not (self.is_torn or self.breaks)
 
     def with_loops_turned(self) -> Session:
         """The same model cut anew: in its loops too, or, where those are too long, not in them."""
@@ -145,10 +135,9 @@ class Session(CutForward):
 
     def begin(self, stage: Stage, kind: Kind = ANY) -> None:
         """A step begins."""
-        self._open = self.plans.serving(kind)
-        self.stage, self.kind, self.strayed = stage, kind, False
-        self._along, self.foreseen_bytes = None, 0
+        self.stage, self.kind = stage, kind
         self.calls, self._pending, self.recorder = [], [], None
+        self.followed = Followed(self.plans.serving(kind), self.calls, self._lightest)
         self._step, self._times, self._known, self._alive = Step(), Counter(), None, None
         self._closes = False
         self._eager_before = self.eager
@@ -180,10 +169,10 @@ class Session(CutForward):
     @property
     def runs(self) -> Kept | None:
         """The plan that the step is of so far."""
-        return self._open[0] if self.stage == "plan" and self._open and not self.strayed else None
+        return self.followed.plan if self.stage == "plan" else None
 
     def cut_anew(self) -> None:
-        """There are more regions than plans were made for."""
+        """A region was met after one was planned as the only one: every plan is dropped."""
         self.plans.forget()
 
     def run(self, region: Region, *args: Any) -> Any:
@@ -202,25 +191,29 @@ class Session(CutForward):
         self._last_turn = self._backwards
         turn_of = self._times[region.number]
         self._times[region.number] += 1
-        if self.stage == "look" or region.number not in self._known_regions:
+        if self.stage == "look" or not self._came.is_known(region.number):
             seen = Seen(self._step, number, region, turn_of, None, key, None)
             self.calls.append(seen)
             return self._looked_at(seen, whole)
         with _compat.modes_set_aside():
-            place = self._place(number, region, key, args)
-            used = self._used(region, turn_of) if place is None else place.used
+            used = self._came.outputs(region.number, turn_of) if self._is_looked else None
+            variant_for = functools.partial(self._variant, region, key, args)
+            coming = Coming(number, region, key, used, variant_for)
+            place = self.followed.place(coming) if self.stage == "plan" else None
+            used = used if place is None else place.used
             seen = Seen(self._step, number, region, turn_of, None, key, used)
             region.is_alone = self._is_whole
             if used is None or used:
-                variant = region.variants.get((key, used)) or region.variant(
-                    key, args, self._names, self.target, used
-                )
+                variant = region.variants.get((key, used)) or variant_for(used)
                 seen.variant = None if variant.captured is None else variant
         self.calls.append(seen)
         variant = seen.variant  # type: ignore[assignment]
         if variant is None:
             return self._plain(seen, whole)
         return self._run_planned(seen, variant, place, (whole, args, layouts))
+
+    def _variant(self, region: Region, key: Any, args: Sequence[Any], used: frozenset[int] | None) -> Variant:
+        return region.variant(key, args, self._names, self.target, used)
 
     def _run_planned(
         self, seen: Seen, variant: Variant, place: Place | None, of: tuple[Sequence[Any], Sequence[Any], Any]
@@ -299,7 +292,7 @@ class Session(CutForward):
         tensors = (x for x in args if tracked(x))
         seen.read = [(weakref.ref(x), x._version) for x in tensors]
         if self.stage == "plan":
-            self.strayed = True
+            self.followed.strayed = True
         region, is_first = seen.region, self.stage == "look"
         region.casts_of(args)
         outputs = region.checkpointed(
@@ -355,84 +348,6 @@ class Session(CutForward):
         seen.present = (seen.present or frozenset()) | {output}
         if seen.step is not self._step:
             self._learn(seen)
-
-    def _used(self, region: Region, turn_of: int) -> frozenset[int] | None:
-        """The outputs that are to be differentiated, as far as is known; ``None``: all that can."""
-        at = region.number, turn_of
-        return None if not self._is_looked or at in self._full else self._came.get(at)
-
-    def _place(self, number: int, region: Region, key: Any, args: Sequence[Any]) -> Place | None:
-        """What is planned for the call, by the first plan whose calls are those of this step so far."""
-        if self.stage != "plan":
-            return None
-        if self.strayed:
-            return self._astray(number, region, key, args)
-        near = [k for k in self._open if number < len(k.places) and k.places[number].region is region]
-        exact = [kept for kept in near if kept.places[number].key == key]
-        if exact:
-            self._open = exact
-            return exact[0].places[number]
-        for kept in near:
-            place = kept.places[number]
-            if place.variant is None:
-                self._open = near
-                return replace(place, key=key)
-            other = region.variant(key, args, self._names, self.target, place.used)
-            if place.serves(other):
-                self._open = [k for k in near if k.places[number].key == place.key]
-                return replace(place, key=key, variant=other)
-        self.strayed = True
-        self._along = next(iter((*near, *self._open)), None)
-        self._is_beside = bool(near)
-        return self._astray(number, region, key, args)
-
-    def _astray(self, number: int, region: Region, key: Any, args: Sequence[Any]) -> Place | None:
-        """What a call runs that no plan has a place for; ``None``: what saves next to nothing."""
-        along = self._along
-        like = None if along is None else along.near(number, region)
-        if along is None or like is None:
-            self._is_beside = False
-            return None
-        self._is_beside &= along.places[number : number + 1] == (like,)
-        if like.variant is None:
-            return replace(like, key=key) if self._is_beside else None
-        if like.used != self._used(region, self._times[region.number] - 1):
-            self._is_beside = False
-            return None
-        variant = region.variant(key, args, self._names, self.target, like.used)
-        if not like.variant.is_like(variant):
-            self._is_beside = False
-            return None
-        planned: Own = like.steps, like.turn
-        if self._is_beside and along.foresight is not None:
-            if not like.serves(variant):
-                light = self._lightest(variant)
-                peaks = [self._foreseen(along, number, variant, own) for own in (planned, light)]
-                self.foreseen_bytes = min(peaks)
-                if peaks[0] > along.foresight.budget_bytes and peaks[1] < peaks[0]:
-                    planned = light
-        else:
-            saved = sum(seen.variant.held_bytes(seen.steps, seen.turn) for seen in self.calls if seen.variant)
-            if saved + variant.held_bytes(*planned) > along.saved_bytes:
-                planned = self._lightest(variant)
-        return replace(like, key=key, variant=variant, steps=tuple(planned[0]), turn=planned[1], bounds=None)
-
-    def _foreseen(self, along: Kept, number: int, variant: Variant, own: Own) -> int:
-        """What a step takes whose calls so far differ from a plan in sizes alone, if the one that comes runs
-        ``own``, and those behind it are as planned.
-        """
-        assert along.foresight is not None and variant.captured is not None
-        calls: dict[int, tuple[TrainingGraph, Own]] = {
-            along.planned[n]: (graph, (seen.steps, seen.turn)) for n, graph, seen in self._graphs()
-        }
-        calls[along.planned[number]] = variant.captured.graph, own
-        return along.foresight.peak_of(calls)
-
-    def _graphs(self) -> Iterator[tuple[int, TrainingGraph, Seen]]:
-        """Of each call that is planned its number and its graph."""
-        for n, seen in enumerate(self.calls):
-            if seen.variant is not None and seen.variant.captured is not None:
-                yield n, seen.variant.captured.graph, seen
 
     def _takes(self, recorder: Recorder, seen: Seen, given: dict[Argument, Any]) -> None:
         for argument, value in given.items():
@@ -553,20 +468,13 @@ class Session(CutForward):
             self._note_plan()
 
     def _note_plan(self) -> None:
-        of, count = self.runs, len(self.calls)
-        exact = [kept for kept in self._open if len(kept.places) == count]
+        of, exact = self.runs, self.followed.exact
         self.plans.served(self.kind, exact if of is None else [*exact, of])
         if of is None or not exact:
-            self._note_larger()
+            sizes = self.followed.larger_sizes()
+            if sizes is not None:
+                self.plans.outgrew(self.kind, sizes)
             self.plans.want(self.kind, self.trained)
-
-    def _note_larger(self) -> None:
-        along = self._along
-        if along is None or along.foresight is None or not self._is_beside:
-            return
-        if len(self.calls) == len(along.places):
-            sizes = along.foresight.sizes_at({along.planned[n]: graph for n, graph, _ in self._graphs()})
-            self.plans.outgrew(self.kind, sizes)
 
     @property
     def trained(self) -> int:
@@ -626,16 +534,7 @@ class Session(CutForward):
     def _learn(self, seen: Seen) -> None:
         if seen.variant is None and seen.used is None and not seen.looked:
             return
-        at = seen.region.number, seen.turn_of
-        self._known_regions.add(seen.region.number)
-        known = self._came.get(at, frozenset())
-        came = known | (seen.present or frozenset())
-        if at in self._came and came == known:
-            return
-        self._came[at] = came
-        if came == seen.able:
-            self._full.add(at)
-        if seen.used is not None and not came <= seen.used:
+        if self._came.learn(seen):
             self.plans.want(self.kind, self.trained)
 
     def record(self) -> Record:

@@ -31,7 +31,7 @@ STEPS = 4  # metered in all
 
 
 class _Meter(StorageMeter):
-    """One that stops counting before it is taken off."""
+    """A meter that can stop counting before it can be taken off."""
 
     counts = True
 

@@ -62,7 +62,7 @@ class InRegions:
         self._restart()
 
     def change(self, settings: Settings) -> None:
-        """From the next step on."""
+        """Settings for the next step and those behind it."""
         if settings != self.settings:
             self.settings = settings
             self._restart()
@@ -86,7 +86,7 @@ class InRegions:
 
     @property
     def session(self) -> Session:
-        """That the steps run in."""
+        """The session that the steps run in."""
         return self._forward.session
 
     @property
@@ -101,7 +101,7 @@ class InRegions:
     # -- planning ----------------------------------------------------------------------------------
 
     def _state_bytes(self) -> int:
-        """Of the optimizer."""
+        """Bytes of the optimizer's state."""
         optimizer = self.settings.optimizer
         found = resident_in_training(self.root, None, optimizer, self.session.device)
         return found.optimizer_state_bytes
@@ -212,7 +212,7 @@ class InRegions:
         return plan
 
     def _depends(self, step: JoinedStep) -> dict[str, str]:
-        """What ranks with other plans may differ in."""
+        """What a plan depends on, by name: where ranks run different plans, one of these differs."""
         s, kind = self.settings, self.session.kind
         return {
             "budget": f"{s.budget_bytes} bytes",

@@ -90,7 +90,7 @@ class OnDemand:
         self._betterment = Betterment()
 
     def change(self, settings: Settings) -> None:
-        """From the next training call on; steps captured already are not captured again."""
+        """Settings for the next training call on; steps captured already are not captured again."""
         if settings == self.settings:
             return
         if settings.outputs != self.settings.outputs:

@@ -48,7 +48,7 @@ class KeptPlan(NamedTuple):
 
 
 class _Latest(Generic[Key, Kept]):
-    """Several of a kind under each key, the one last used first; at most so many in all."""
+    """Several values under each key, the one last used first; at most so many in all."""
 
     def __init__(self) -> None:
         self._by_key: OrderedDict[Key, list[Kept]] = OrderedDict()

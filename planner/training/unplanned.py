@@ -47,7 +47,7 @@ class Watcher(Protocol):
 
 
 class _Hook:
-    """Left alone by what refuses hooks on submodules: it computes nothing."""
+    """A hook that only looks on, so that checks that refuse hooks on submodules let it be."""
 
     only_watches = True
 
@@ -131,7 +131,7 @@ def remind(module: nn.Module, watcher: Watcher, model: nn.Module, budget_bytes: 
 
 
 def forget(module: nn.Module) -> None:
-    """It has nothing to say any more; also of a copy."""
+    """Take the reminder off ``module``; also off a copy."""
     hooks = module._forward_pre_hooks
     for key in [k for k, hook in hooks.items() if isinstance(hook, _Reminder)]:
         del hooks[key]

@@ -149,6 +149,16 @@ _found: weakref.WeakSet[random.Random] = (
 
 # Python 3.12 hides some hundred objects of its own as it starts; gc.freeze hides all there are, thousands.
 _ITS_OWN = 1000
+_hides = False  # whether more than those were ever hidden
+
+
+def _are_hidden() -> bool:
+    """Whether objects may be behind ``gc.freeze``.  Once some were, some are believed to be, which costs a
+    walk of what is not hidden: gc counts those that are one by one, and took more time for it than a trace.
+    """
+    global _hides
+    _hides = _hides or gc.get_freeze_count() > _ITS_OWN
+    return _hides
 
 
 def _alive() -> Iterator[_Source]:
@@ -159,7 +169,7 @@ def _alive() -> Iterator[_Source]:
     tracers = {id(x): x for x in vars(sys.modules.get("sympy.core.random", random)).values()}
     named = {id(_pythons())} | {key for key, x in tracers.items() if type(x) in pythons}
     numbers = numbers_of(pythons | numpys)  # in one walk, and most often there are no others
-    hidden = gc.get_freeze_count() > _ITS_OWN  # these may be; then any other counts
+    hidden = _are_hidden()  # these may be; then any other counts
     found = [x for x in _found if id(x) not in named]
     if hidden or sum(numbers[kind] for kind in pythons) != len(named) + len(found):
         found = [x for x in instances_of(pythons) if id(x) not in named]

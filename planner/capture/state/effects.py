@@ -1,13 +1,10 @@
-"""What a forward does to its modules besides computing: seen, put back, refused where it matters.
+"""What a forward leaves on its modules besides computing: seen, and put back.
 
-A captured graph computes outputs and new buffer values.  A forward that also stores tensors on its
-modules, or counts there, would be left without that by a planned step, and would keep fake tensors
-from the trace.  Caches of anything else (masks' keys, chosen functions) are put back and let pass, and so
-are caches of constant tensors, which the first call fills and later calls leave (a grid, a table of
-angles): the graph works them out at each step, see :func:`is_cache`.
-Numbers and strings that a first call corrects and later calls leave (Swin's windows at a small image, the
-kind of problem that labels are of) are corrected, as eager's first call would: see :func:`settled`.  A first
-call that runs other ops than those behind it is refused: see :func:`alike`.
+A captured graph computes outputs and new buffer values.  A forward that also stores tensors on its modules,
+or counts there, would be left without that by a planned step, and would keep fake tensors from the trace.
+:func:`attributes_kept` puts all of it back and says what there was; whether it matters is told by a second
+call (:mod:`~planner.capture.state.second_call`).  Caches of anything but tensors (masks' keys, chosen
+functions) are put back and let pass.
 
 Looked at are the attributes of modules and, deeper, lists, dicts, sets and plain objects that hang there or
 in ``others``.
@@ -19,36 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from planner._compat import STAND_INS, TorchDispatchMode, pytree, storage_key
 from planner.capture.as_eager.generators import global_sources
 from planner.capture.state.reads import OWN, Slot, is_plain_object
-from planner.errors import TraceError
 
-__all__ = [
-    "Alike",
-    "Before",
-    "Effects",
-    "Marks",
-    "OpsSeen",
-    "alike",
-    "attributes_kept",
-    "is_cache",
-    "others_kept",
-    "settle",
-    "settled",
-    "tensors_kept",
-]
+__all__ = ["Before", "Effects", "attributes_kept", "put"]
 
-_identity, _kind_of = id, type  # a capture replaces the builtins, for code outside torch
+_identity = id  # a capture replaces the builtins, for code outside torch
 
 _HOOKS = tuple(
     name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)
@@ -93,7 +74,7 @@ class Effects:
         return tuple(dict.fromkeys([*(name for name, *_ in self.changed), *self.grown]))
 
     def again(self) -> None:
-        """Leave it all once more."""
+        """Leave on the modules what the forward had left there."""
         for held, key, hook in self.hooks:
             held[key] = hook
         for container, contents in self.left:
@@ -103,182 +84,12 @@ class Effects:
                 _fill(container, contents)
 
 
-def _set(container: Any, key: Any, value: Any) -> None:
+def put(container: Any, key: Any, value: Any) -> None:
+    """Leave ``value`` in ``container``: a slot, or a dict or list under ``key``."""
     if isinstance(container, Slot):
         container.put(value)
     else:
         container[key] = value
-
-
-def settle(effects: Effects) -> None:
-    """Leave ``effects.changed`` on the modules."""
-    for _, container, key, _, now in effects.changed:
-        _set(container, key, now)
-
-
-def settled(
-    model: nn.Module,
-    effects: Effects,
-    call: Callable[[], object],
-    others: Iterable[tuple[str, Any]] = (),
-) -> bool:
-    """Leave ``effects.changed`` on the modules if another ``call`` leaves them as they are then."""
-    settle(effects)
-    stays = False
-    try:
-        with attributes_kept(model, others) as again:
-            call()
-        stays = not again.changed
-    finally:
-        if not stays:
-            for _, container, key, was, _ in effects.changed:
-                _set(container, key, was)
-    return stays
-
-
-class Alike(NamedTuple):
-    """What a second call has in common with the first: its ``ops``; not what goes on changing (``going``)."""
-
-    ops: bool
-    going: tuple[str, ...]
-
-
-def alike(
-    model: nn.Module,
-    call: Callable[[contextlib.AbstractContextManager[object]], object],
-    named: Mapping[str, torch.Tensor],
-    others: Iterable[tuple[str, Any]] = (),
-) -> Alike:
-    """Whether another ``call``, which finds what the first one left, runs the same ops on the same tensors.
-
-    ``call``   runs the forward within a context of dispatch; ``named``: the tensors that it is given.
-    """
-    others, ran = list(others), [_Ops(named), _Ops(named)]
-    remembers = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # a second call would find what the first one cast
-    try:
-        with attributes_kept(model, others) as first:
-            call(ran[0])
-        with attributes_kept(model, others):
-            first.again()
-            with attributes_kept(model, others) as second:
-                call(ran[1])
-    finally:
-        torch.set_autocast_cache_enabled(remembers)
-    return Alike(ran[0].seen == ran[1].seen, second.going)
-
-
-class OpsSeen:
-    """Ops with their arguments: tensors by name, or by the place of the op that made them.
-
-    What an op makes is not held on to: torch copies what it hands out where somebody else holds it.
-    """
-
-    def __init__(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.seen: list[tuple[Any, ...]] = []
-        self._named = list(named)  # kept, so that no identity comes again
-        self._names: dict[int, Any] = {_identity(t): name for name, t in self._named}
-
-    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """``func(*args, **kwargs)`` gave ``result``."""
-        given: list[Any] = [func]
-        self._name_all(args, given)
-        if kwargs:
-            given.extend(kwargs)
-            self._name_all(kwargs.values(), given)
-        self.seen.append(tuple(given))
-        # by class, where a stand-in that is none would be asked for its own
-        for k, made in enumerate(result if issubclass(_kind_of(result), (tuple, list)) else (result,)):
-            if isinstance(made, torch.Tensor) and self._name(made) is None:
-                vars(made)[_MADE] = self, len(self.seen), k
-
-    def _name(self, tensor: torch.Tensor) -> Any:
-        name = self._names.get(_identity(tensor))
-        if name is None:
-            by, *place = vars(tensor).get(_MADE, (None,))
-            return tuple(place) if by is self else None
-        return name
-
-    def _name_all(self, values: Iterable[Any], out: list[Any]) -> None:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                name = self._name(value)
-                out.append((tuple(value.shape), value.dtype) if name is None else name)
-            elif isinstance(value, (list, tuple)):
-                out.append(len(value))
-                self._name_all(value, out)
-            else:
-                out.append(_kind_of(value))
-                out.append(value if isinstance(value, (bool, int, float, str, torch.dtype)) else None)
-
-
-_MADE = "_planner_made"  # on a tensor: by which record, at which place
-
-
-class _Ops(TorchDispatchMode):
-    """Notes each op that runs."""
-
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._ops = OpsSeen(named.items())
-
-    @property
-    def seen(self) -> list[tuple[Any, ...]]:
-        return self._ops.seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace != "prim":  # questions, which fakes ask where they remember no answer
-            self._ops.note(func, args, kwargs, result)
-        return result
-
-
-def is_cache(
-    model: nn.Module,
-    call: Callable[[contextlib.AbstractContextManager[object]], object],
-    variable: Iterable[torch.Tensor],
-    others: Iterable[tuple[str, Any]] = (),
-) -> bool:
-    """Whether what ``call`` stores are constants, and another call leaves them: a cache.
-
-    ``call``      runs the forward within a context of dispatch.
-    ``variable``  the tensors that it is given: what is computed from those is no constant.
-    """
-    others, marks = list(others), Marks(variable)
-    with attributes_kept(model, others) as first:
-        call(marks)
-    if any(map(marks.has, first.tensors)):
-        return False
-    with attributes_kept(model, others):
-        first.again()
-        with attributes_kept(model, others) as second:
-            call(contextlib.nullcontext())
-    return not second.stored and not second.going
-
-
-class Marks(TorchDispatchMode):
-    """Marks what is computed from marked tensors, or drawn at random."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._marked: dict[Any, torch.Tensor] = {}  # kept, so that no storage is used again
-        self._mark(tensors)
-
-    def has(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` shares storage with something marked."""
-        return storage_key(tensor) in self._marked
-
-    def _mark(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._marked.update((storage_key(t), t) for t in tensors)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if torch.Tag.nondeterministic_seeded in func.tags or any(map(self.has, given)):
-            written = given if func._schema.is_mutable else []
-            made = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-            self._mark([*made, *written])
-        return result
 
 
 @contextlib.contextmanager
@@ -341,7 +152,7 @@ class Before:
         return any(p._version != version and id(p) not in self._copies for p, _, version in self._bound)
 
     def put_back(self) -> None:
-        """As it was."""
+        """The model as it was before the forward."""
         self._kept.put_back(Effects())
         with torch.no_grad():
             for parameter, data, _ in self._bound:
@@ -358,71 +169,6 @@ class Before:
         torch.set_rng_state(self._torch)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
-
-
-@contextlib.contextmanager
-def others_kept(model: nn.Module) -> Iterator[None]:
-    """Put tensors of modules that are no part of ``model`` back; ``TraceError`` if the forward replaced any.
-
-    A library's list of all its modules, say, which a call of one resets.  They would keep tensors of the
-    trace.  Those of modules that the forward itself made are its own affair.
-    """
-    own = {id(module) for module in model.modules()}
-    thread, write = threading.get_ident(), nn.Module.__setattr__
-    was: dict[tuple[int, str], tuple[nn.Module, str, torch.Tensor]] = {}
-
-    def __setattr__(module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor) and id(module) not in own and threading.get_ident() == thread:
-            before = getattr(module, name, None)
-            if isinstance(before, torch.Tensor) and not isinstance(before, STAND_INS):
-                was.setdefault((id(module), name), (module, name, before))
-        write(module, name, value)
-
-    type.__setattr__(nn.Module, "__setattr__", __setattr__)
-    try:
-        yield
-    finally:
-        type.__setattr__(nn.Module, "__setattr__", write)
-        for module, name, before in was.values():
-            write(module, name, before)
-    for module, name, _ in was.values():
-        raise TraceError(
-            f"the forward of {type(model).__name__} stores a tensor in {name} of a {type(module).__name__} "
-            "that is no part of it (of a library's list of all its modules, say); a planned step runs one "
-            "graph and would not. Do it outside forward"
-        )
-
-
-@contextlib.contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module's parameters and buffers back; ``TraceError`` if the forward registered another.
-
-    ``torch.func.functional_call`` puts them back itself, but leaves its own where a module has two names,
-    and knows nothing of buffers that the forward registers.
-    """
-    before = [
-        (path, m, dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set))
-        for path, m in model.named_modules()
-    ]
-    made: list[str] = []
-    try:
-        yield
-    finally:
-        for path, module, parameters, buffers, passing in before:
-            new = [k for k, b in module._buffers.items() if b is not None and buffers.get(k) is None]
-            made.extend(f"{path}.{key}" if path else key for key in new)
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-            for key in module._buffers.keys() - buffers.keys():
-                del module._buffers[key]
-            module._non_persistent_buffers_set.intersection_update(passing)
-            module._non_persistent_buffers_set.update(passing)
-    if made:
-        raise TraceError(
-            f"the forward of {type(model).__name__} registers the buffer {made[0]}; a planned step runs one "
-            "graph and would not. Register it in __init__; where it is a cache that the first call fills, "
-            "call the model once before planning"
-        )
 
 
 class _Kept:

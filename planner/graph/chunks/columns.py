@@ -35,15 +35,23 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.chunks.likelihoods import NO_LABEL
+from planner.graph.chunks.matrices import (
+    PRODUCTS,
+    args_of,
+    is_one_of_each_row,
+    is_pointwise,
+    is_scores,
+    leads_to_turned,
+    turns,
+)
+from planner.graph.chunks.rows import shape_of
 from planner.graph.draft import Draft
 
 __all__ = ["by_rows", "made_whole"]
 
 aten = torch.ops.aten
 
-NO_LABEL = -100
-
-_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 _LINEAR = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
 
@@ -61,80 +69,10 @@ def made_whole(draft: Draft) -> None:
     for node in [n for n in draft.graph.nodes if n.target is kernels.log_sum_below]:
         writer = _Writer(draft)
         writer.here = node
-        below = writer.call(aten.sub.Tensor, *_args(node))
+        below = writer.call(aten.sub.Tensor, *args_of(node))
         total = writer.call(aten.sum.dim_IntList, writer.call(aten.exp.default, below), [0])
         draft.replace(node, writer.call(aten.log.default, total))
         draft.graph.erase_node(node)
-
-
-def _args(node: fx.Node) -> Any:
-    return node.args
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(meta.tensor(node).shape)
-
-
-def _turns(node: Any) -> bool:
-    """Whether it turns a matrix."""
-    if not isinstance(node, fx.Node) or not _args(node) or not isinstance(_args(node)[0], fx.Node):
-        return False
-    if not isinstance(meta.value(_args(node)[0]), torch.Tensor) or len(_shape(_args(node)[0])) != 2:
-        return False
-    if node.target is aten.permute.default:
-        return [d % 2 for d in _args(node)[1]] == [1, 0]
-    turns = node.target is aten.transpose.int and {d % 2 for d in _args(node)[1:]} == {0, 1}
-    return turns or node.target is aten.t.default
-
-
-def _is_scores(node: fx.Node) -> bool:
-    """Whether it is a product of matrices, or what calls on matrices make of one."""
-    seen, stack = {node}, [node]
-    while stack:
-        node = stack.pop()
-        if node.target in _PRODUCTS:
-            return True
-        read = [n for n in node.all_input_nodes if _is_matrix(n) and n not in seen]
-        seen.update(read)
-        stack += read
-    return False
-
-
-def _leads_to_turned(node: fx.Node) -> bool:
-    """Whether it is pointwise, and pointwise calls lead to it from a matrix that was turned."""
-    if not _is_pointwise(node):
-        return False
-    seen, stack = {node}, [node]
-    while stack:
-        node = stack.pop()
-        if _turns(node):
-            return True
-        if _is_pointwise(node) and _is_matrix(node):
-            read = [n for n in node.all_input_nodes if n not in seen]
-            seen.update(read)
-            stack += read
-    return False
-
-
-def _is_matrix(node: fx.Node) -> bool:
-    value = meta.value(node)
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and 1 not in value.shape
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target in (aten._to_copy.default, aten.clone.default)
-
-
-def _is_one_of_each_row(where: Any, shape: tuple[int, ...]) -> bool:
-    """Whether two indices of a matrix are the numbers of its rows, in order, and as many of columns."""
-    if len(where) != 2 or len(shape) != 2 or not all(isinstance(n, fx.Node) for n in where):
-        return False
-    rows, columns = where
-    given = rows.args if rows.target is not aten.arange.default else (0, *rows.args)
-    counts = rows.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-    every = counts and given in ((0, shape[0]), (0, shape[0], 1))
-    return every and _shape(columns) == (shape[0],) and not meta.tensor(columns).is_floating_point()
 
 
 class _Writer:
@@ -155,24 +93,24 @@ class _Writer:
         self.numbers: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
         self.picks: dict[tuple[Any, ...], tuple[fx.Node, fx.Node]] = {}
         self.here: fx.Node | None = None
-        self.shapes = {_shape(n) for n in self.graph.nodes if n.target in _PRODUCTS}
+        self.shapes = {shape_of(n) for n in self.graph.nodes if n.target in PRODUCTS}
 
     def visit(self, node: fx.Node) -> None:
         self.here = node
         rule = _RULES.get(node.target)
         if rule is not None and rule(self, node):
             return
-        first = _args(node)[0] if _args(node) else None
-        if _turns(node) and first in self.known:
+        first = args_of(node)[0] if args_of(node) else None
+        if turns(node) and first in self.known:
             self.draft.replace(node, self.known[first])
         elif (
-            node not in self.known and _is_pointwise(node) and any(map(self._is_turned, node.all_input_nodes))
+            node not in self.known and is_pointwise(node) and any(map(self._is_turned, node.all_input_nodes))
         ):
             self._pointwise(node)
 
     def _is_turned(self, node: fx.Node) -> bool:
         """Whether it is restated, or are scores whose columns are read, turned."""
-        return node in self.known or (_turns(node) and _args(node)[0] in self.numbers)
+        return node in self.known or (turns(node) and args_of(node)[0] in self.numbers)
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -180,20 +118,20 @@ class _Writer:
         """What is turned, as rows; ``None`` where it is no such thing."""
         if node in self.known:
             return self.known[node]
-        if isinstance(node, fx.Node) and _leads_to_turned(node):  # casts and caps of what was turned
+        if isinstance(node, fx.Node) and leads_to_turned(node):  # casts and caps of what was turned
             for n in node.all_input_nodes:
                 self.back(n)
             self._pointwise(node)
             return self.known.get(node)
-        return _args(node)[0] if _turns(node) else None
+        return args_of(node)[0] if turns(node) else None
 
     def _along_columns(self, node: fx.Node, dim: Any) -> fx.Node | None:
         """The scores along whose columns a reduction of ``node`` over ``dim`` goes."""
-        x = _args(node)[0]
-        if not isinstance(dim, int) or len(_shape(x)) != 2:
+        x = args_of(node)[0]
+        if not isinstance(dim, int) or len(shape_of(x)) != 2:
             return None
         scores = self.back(x) if dim % 2 == 1 else x
-        return scores if isinstance(scores, fx.Node) and _is_scores(scores) else None
+        return scores if isinstance(scores, fx.Node) and is_scores(scores) else None
 
     def _numbers(self, scores: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Scores, in float32 at least; of each column the largest, and the logarithm of the sum below it.
@@ -210,7 +148,7 @@ class _Writer:
         return self.numbers[scores]
 
     def log_softmax(self, node: fx.Node) -> bool:
-        dim = _args(node)[1]
+        dim = args_of(node)[1]
         scores = self._along_columns(node, dim)
         if scores is None:
             return False
@@ -228,7 +166,7 @@ class _Writer:
         return self.call(aten.sub.Tensor, self.call(aten.sub.Tensor, scores, top), log_sum)
 
     def logsumexp(self, node: fx.Node) -> bool:
-        dims = _args(node)[1]
+        dims = args_of(node)[1]
         scores = self._along_columns(node, dims[0]) if len(dims) == 1 else None
         if scores is None:
             return False
@@ -238,7 +176,7 @@ class _Writer:
         return True
 
     def log_softmax_backward(self, node: fx.Node) -> bool:
-        gradient, logs, dim = _args(node)[:3]
+        gradient, logs, dim = args_of(node)[:3]
         turned = isinstance(dim, int) and dim % 2 == 1
         logs = self.known.get(logs) if turned else logs
         if logs not in self.parts:
@@ -257,7 +195,7 @@ class _Writer:
         return True
 
     def softmax(self, node: fx.Node) -> bool:
-        dim = _args(node)[1]
+        dim = args_of(node)[1]
         scores = self._along_columns(node, dim)
         if scores is None:
             return False
@@ -270,7 +208,7 @@ class _Writer:
         return True
 
     def softmax_backward(self, node: fx.Node) -> bool:
-        gradient, made, dim = _args(node)[:3]
+        gradient, made, dim = args_of(node)[:3]
         turned = isinstance(dim, int) and dim % 2 == 1
         made = self.known.get(made) if turned else made
         gradient = self._turned(gradient) if turned else gradient
@@ -317,18 +255,18 @@ class _Writer:
         return self._as(made, logs)
 
     def likelihoods(self, node: fx.Node) -> bool:
-        x, labels, weight, reduction, ignored = _args(node)
+        x, labels, weight, reduction, ignored = args_of(node)
         logs = self.known.get(x)
         if logs not in self.parts or not isinstance(labels, fx.Node):
             return False
-        elsewhere, none = self._pick(labels, ignored, _shape(logs))
+        elsewhere, none = self._pick(labels, ignored, shape_of(logs))
         for user in list(node.users):
             if user.args[1] == 1 and weight is None:  # how many have labels: nobody needs the scores for it
                 picked = self._nothing(logs)
             else:
                 picked = self._picked(logs, elsewhere)
             made = self._likelihoods_of(picked, none, self._weights(weight, labels, ignored), reduction)
-            self.draft.replace(user, made[int(_args(user)[1])])
+            self.draft.replace(user, made[int(args_of(user)[1])])
         return True
 
     def _likelihoods_of(self, picked: fx.Node, none: fx.Node, weights: Any, reduction: Any) -> list[fx.Node]:
@@ -358,11 +296,11 @@ class _Writer:
         return self.call(aten.zeros.default, [value.shape[1]], dtype=value.dtype, device=value.device)
 
     def likelihoods_backward(self, node: fx.Node) -> bool:
-        gradient, x, labels, weight, reduction, ignored, total = _args(node)
+        gradient, x, labels, weight, reduction, ignored, total = args_of(node)
         logs = self.known.get(x)
         if logs not in self.parts or not isinstance(labels, fx.Node):
             return False
-        elsewhere, none = self._pick(labels, ignored, _shape(logs))
+        elsewhere, none = self._pick(labels, ignored, shape_of(logs))
         weights = self._weights(weight, labels, ignored)
         if weights is None or reduction != 1:
             column = self.call(aten.view.default, self._nothing(logs), [-1, 1])
@@ -379,7 +317,7 @@ class _Writer:
 
     def _at(self, each: fx.Node, elsewhere: fx.Node) -> fx.Node:
         """Zeros, and a number of each column at its label."""
-        spread = self.call(aten.expand.default, each, list(_shape(elsewhere)))
+        spread = self.call(aten.expand.default, each, list(shape_of(elsewhere)))
         made = self.call(aten.masked_fill.Scalar, spread, elsewhere, 0)
         self.sums[made] = each
         return made
@@ -387,7 +325,7 @@ class _Writer:
     # -- the diagonal, which is where both ways meet ----------------------------------------------
 
     def _off_diagonal(self, like: Any) -> fx.Node | None:
-        shape = _shape(like)
+        shape = shape_of(like)
         if len(shape) != 2 or shape[0] != shape[1]:
             return None
         key = (None, shape)
@@ -398,8 +336,8 @@ class _Writer:
         return self.picks[key][0]
 
     def diagonal(self, node: fx.Node) -> bool:
-        x = _args(node)[0]
-        if _args(node)[1:] not in ((), (0,), (0, 0, 1)) or not (x in self.known or _is_scores(x)):
+        x = args_of(node)[0]
+        if args_of(node)[1:] not in ((), (0,), (0, 0, 1)) or not (x in self.known or is_scores(x)):
             return False
         x = self.known.get(x, x)
         elsewhere = self._off_diagonal(x)
@@ -414,17 +352,17 @@ class _Writer:
         return True
 
     def diagonal_backward(self, node: fx.Node) -> bool:
-        if _args(node)[2:] != (0, 0, 1) or (None, _shape(node)) not in self.picks:
+        if args_of(node)[2:] != (0, 0, 1) or (None, shape_of(node)) not in self.picks:
             return False
         elsewhere = self._off_diagonal(node)
         assert elsewhere is not None
-        self.draft.replace(node, self._at(self.call(aten.view.default, _args(node)[0], [1, -1]), elsewhere))
+        self.draft.replace(node, self._at(self.call(aten.view.default, args_of(node)[0], [1, -1]), elsewhere))
         return True
 
     def indexed(self, node: fx.Node) -> bool:
         """One of each row, by a number for every row beside their own: what ``gather`` takes."""
-        x, where = _args(node)[:2]
-        if not isinstance(x, fx.Node) or not _is_one_of_each_row(where, _shape(x)) or not _is_scores(x):
+        x, where = args_of(node)[:2]
+        if not isinstance(x, fx.Node) or not is_one_of_each_row(where, shape_of(x)) or not is_scores(x):
             return False
         column = self.call(aten.unsqueeze.default, where[1], 1)
         self.draft.replace(node, self.call(aten.squeeze.dim, self.call(aten.gather.default, x, 1, column), 1))
@@ -432,11 +370,11 @@ class _Writer:
 
     def index_put(self, node: fx.Node) -> bool:
         """Its gradient, or a number written over one of each row."""
-        x, where, values, *adds = _args(node)
-        if not _is_one_of_each_row(where, _shape(node)) or _shape(node) not in self.shapes:
+        x, where, values, *adds = args_of(node)
+        if not is_one_of_each_row(where, shape_of(node)) or shape_of(node) not in self.shapes:
             return False
         column = self.call(aten.unsqueeze.default, where[1], 1)
-        each = values if _shape(values) else self.call(aten.expand.default, values, [_shape(node)[0]])
+        each = values if shape_of(values) else self.call(aten.expand.default, values, [shape_of(node)[0]])
         each = self.call(aten.unsqueeze.default, each, 1)
         target = aten.scatter_add.default if adds and adds[0] else aten.scatter.src
         self.draft.replace(node, self.call(target, x, 1, column, each))
@@ -444,7 +382,7 @@ class _Writer:
 
     def eye(self, node: fx.Node) -> bool:
         """As large as scores, which it is for: where rows meet columns, so that it is made row by row."""
-        shape = _shape(node)
+        shape = shape_of(node)
         if shape not in self.shapes or (elsewhere := self._off_diagonal(node)) is None:
             return False
         ones = self.call(aten.logical_not.default, elsewhere)
@@ -455,11 +393,11 @@ class _Writer:
 
     def summed(self, node: fx.Node) -> bool:
         """Along columns, or of all."""
-        logs = self.known.get(_args(node)[0])
+        logs = self.known.get(args_of(node)[0])
         if logs is not None and node.target is aten.sum.default:
             self.draft.replace(node, self.call(node.target, logs, **node.kwargs))
             return True
-        if logs is None or [d % 2 for d in _args(node)[1]] != [1]:
+        if logs is None or [d % 2 for d in args_of(node)[1]] != [1]:
             return False
         self.draft.replace(node, self._shaped(self.call(aten.sum.dim_IntList, logs, [0]), node))
         return True
@@ -470,38 +408,37 @@ class _Writer:
             return None
         if (made := self.back(node)) is not None:
             return made
-        if node.target is aten.expand.default and _shape(_args(node)[0]) == (_shape(node)[0], 1):
-            each = self.call(aten.t.default, _args(node)[0])
-            made = self.call(aten.expand.default, each, list(reversed(_shape(node))))
-            self.sums[made] = self.call(aten.mul.Tensor, each, _shape(node)[1])
+        if node.target is aten.expand.default and shape_of(args_of(node)[0]) == (shape_of(node)[0], 1):
+            each = self.call(aten.t.default, args_of(node)[0])
+            made = self.call(aten.expand.default, each, list(reversed(shape_of(node))))
+            self.sums[made] = self.call(aten.mul.Tensor, each, shape_of(node)[1])
             return made
-        return self.call(aten.t.default, node) if len(_shape(node)) == 2 else None
+        return self.call(aten.t.default, node) if len(shape_of(node)) == 2 else None
 
     def _pointwise(self, node: fx.Node) -> None:
         made: dict[fx.Node, fx.Node] = {}
         for n in node.all_input_nodes:
-            turned = n if not _shape(n) else self._turned(n)
+            turned = n if not shape_of(n) else self._turned(n)
             if turned is None:
                 return
             made[n] = turned
-        args, kwargs = fx.map_arg((_args(node), node.kwargs), made.__getitem__)
+        args, kwargs = fx.map_arg((args_of(node), node.kwargs), made.__getitem__)
         new = self.known[node] = self.call(node.target, *args, **kwargs)
         if node.target in _LINEAR and not node.kwargs and all(n in self.sums for n in made.values()):
-            self.sums[new] = self.call(node.target, *(self.sums[made[n]] for n in _args(node)))
+            self.sums[new] = self.call(node.target, *(self.sums[made[n]] for n in args_of(node)))
 
     # -- calls -----------------------------------------------------------------------------------
 
     def _as(self, made: fx.Node, like: fx.Node) -> fx.Node:
         """In the type of ``like``."""
         dtype = meta.tensor(like).dtype
-        return (
-            made if meta.tensor(made).dtype == dtype else self.call(aten._to_copy.default, made, dtype=dtype)
-        )
+        same = meta.tensor(made).dtype == dtype
+        return made if same else self.call(aten._to_copy.default, made, dtype=dtype)
 
     def _shaped(self, made: fx.Node, like: fx.Node) -> fx.Node:
-        return (
-            made if _shape(made) == _shape(like) else self.call(aten.view.default, made, list(_shape(like)))
-        )
+        """In the sizes of ``like``."""
+        sizes = shape_of(like)
+        return made if shape_of(made) == sizes else self.call(aten.view.default, made, list(sizes))
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A further call, before the one that is looked at, which does a part of its work."""

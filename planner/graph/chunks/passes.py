@@ -1,4 +1,4 @@
-"""Over a region's rows how often, and for what: a number of all rows that rows are read with is made before.
+"""How often the rows of a region are gone through, and what each pass makes.
 
 A softmax along columns needs numbers of all rows (:mod:`~planner.graph.chunks.columns`), so the rows are gone
 through once for these and once more for what reads them, each time from the product on.  Which calls are made
@@ -20,7 +20,7 @@ __all__ = ["Pass", "passes_of"]
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One go over all rows, chunk by chunk.
+    """One pass over all rows, chunk by chunk.
 
     ``calls``    what is made of each chunk, in order; ``wanted``: what is there for all rows afterwards.
     ``anew``     whether it makes them from the product on, even what an earlier pass has made.

@@ -13,6 +13,7 @@ from torch import fx
 
 from planner import _compat
 from planner.capture import meta
+from planner.graph.chunks.rows import shape_of
 from planner.graph.draft import Draft
 
 __all__ = ["of_matrices"]
@@ -24,27 +25,23 @@ _MOVES = frozenset({aten.permute.default, aten.transpose.int, aten.unsqueeze.def
 
 def of_matrices(draft: Draft) -> None:
     """Restate products of batches of one of ``draft``, and what leads to them and from them."""
-    products = [n for n in draft.graph.nodes if n.target is aten.bmm.default and _shape(n)[0] == 1]
+    products = [n for n in draft.graph.nodes if n.target is aten.bmm.default and shape_of(n)[0] == 1]
     for node in products:
         a, b = (_matrix(draft, n, node) for n in node.args)
         product = _call(draft, node, aten.mm.default, a, b)
-        draft.replace(node, _call(draft, node, aten.view.default, product, list(_shape(node))))
+        draft.replace(node, _call(draft, node, aten.view.default, product, list(shape_of(node))))
     if products:
         for node in list(draft.graph.nodes):
             _as_view(draft, node)
         draft.sweep()
 
 
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(meta.tensor(node).shape)
-
-
 def _matrix(draft: Draft, node: Any, here: fx.Node) -> fx.Node:
     """A batch of one matrix as that."""
-    sizes = list(_shape(node)[1:])
+    sizes = list(shape_of(node)[1:])
     if node.target is aten.transpose.int and {d % 3 for d in node.args[1:]} == {1, 2}:
         return _call(draft, here, aten.t.default, _matrix(draft, node.args[0], here))
-    if node.target is aten.view.default and list(_shape(node.args[0])) == sizes:
+    if node.target is aten.view.default and list(shape_of(node.args[0])) == sizes:
         return node.args[0]
     return _call(draft, here, aten.reshape.default, node, sizes)
 
@@ -63,10 +60,10 @@ def _as_view(draft: Draft, node: fx.Node) -> None:
         return
     while base.target is aten.view.default and isinstance(base.args[0], fx.Node):
         base = base.args[0]
-    if _shape(base) == _shape(node):
+    if shape_of(base) == shape_of(node):
         draft.replace(node, base)
     elif base is not node.args[0] or node.target in _MOVES:
-        draft.replace(node, _call(draft, node, aten.view.default, base, list(_shape(node))))
+        draft.replace(node, _call(draft, node, aten.view.default, base, list(shape_of(node))))
 
 
 def _call(draft: Draft, here: fx.Node, target: Any, *args: Any) -> fx.Node:

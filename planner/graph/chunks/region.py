@@ -19,7 +19,8 @@ from torch import fx
 from planner import _compat
 from planner.capture import meta
 from planner.errors import PlannerError
-from planner.graph.chunks.rules import MARKS, InRows, Rows, in_padded_rows, in_rows, lead_of, of_others
+from planner.graph.chunks.rows import InRows, Rows, lead_of
+from planner.graph.chunks.rules import MARKS, in_padded_rows, in_rows, of_others
 from planner.graph.draft import Draft
 from planner.graph.nodes import is_mutation, is_random
 
@@ -256,17 +257,17 @@ def _leaves_out(node: fx.Node, region: Region) -> bool:
 
 def _is_of_entry(node: fx.Node, region: Region) -> bool:
     """Whether ``node`` puts the rows of the entry's gradient back among those of the product."""
-    gradient, sizes, *where = node.args
-    entry = region.entry
-    x, dim, *given = entry.args
-    before = meta.tensor(x)  # type: ignore[arg-type]
-    if list(sizes) != list(before.shape) or region.carried[gradient] != region.carried[entry]:  # type: ignore
+    put: tuple[Any, ...] = node.args  # not fx's union of arguments: mypy tries a slice of each three of them
+    taken: tuple[Any, ...] = region.entry.args
+    gradient, sizes, *where = put
+    x, dim, *given = taken
+    before = meta.tensor(x)
+    if list(sizes) != list(before.shape) or region.carried[gradient] != region.carried[region.entry]:
         return False
     start, end, step = (*given, None, None, None)[:3]
-    size = before.shape[dim]  # type: ignore[index]
-    mine = slice(start, end, step).indices(size)
-    its = slice(*where[1:]).indices(size)
-    return where[0] % before.dim() == dim % before.dim() and mine == its  # type: ignore[operator]
+    mine = slice(start, end, step).indices(before.shape[dim])
+    its = slice(*where[1:]).indices(before.shape[dim])
+    return bool(where[0] % before.dim() == dim % before.dim() and mine == its)
 
 
 def _leaves_whole(draft: Draft, region: Region) -> None:

@@ -1,16 +1,15 @@
 """What a call does with rows, op by op: each row by itself, a sum over rows, or neither.
 
-A tensor *carries rows* where its leading dims, flattened, are the tokens: ``(batch, sequence, vocabulary)``
-carries ``batch * sequence``.  Over some of the rows it is a tensor ``(rows, *rest)``, whatever its leading
-dims were; a rule says how the call is then made.  What has no rule is not split.
+:func:`in_rows` asks the rule of the call's op how the call is made for some of the rows
+(:mod:`~planner.graph.chunks.rows`); pointwise ops share one.  What has no rule is not split.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,63 +18,31 @@ from torch import fx
 
 from planner.capture import meta
 from planner.graph import kernels
+from planner.graph.chunks.rows import (
+    ROWS_LAST,
+    Carried,
+    InRows,
+    Rows,
+    aligned,
+    first_of,
+    lead_of,
+    met,
+    shape_of,
+)
 from planner.graph.nodes import argument
 
 __all__ = [
     "FACTORIES",
     "MARKS",
     "SOFTMAXES",
-    "InRows",
-    "Rows",
     "averages",
     "factory_of",
     "in_padded_rows",
     "in_rows",
-    "lead_of",
     "of_others",
-    "rows_last",
 ]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How a tensor carries rows: in its first ``lead`` dims or, a matrix turned round, in its last.
-
-    ``padded``  it has more rows than are worked on, and the others are zero.
-    """
-
-    lead: int = 1
-    turned: bool = False
-    padded: bool = False
-
-
-rows_last = -1  # of a matrix from outside that carries rows in its last dim
-
-
-@dataclass(frozen=True, eq=False)
-class InRows:
-    """How one call is made for some of the rows.
-
-    ``rows``    how its result carries them; ``None``: it sums over them.
-    ``args``    its arguments for so many rows, of the nodes that the whole call reads.
-    ``sliced``  operands from outside that carry rows, and in how many leading dims (``rows_last``).
-    ``single``  operands from outside whose leading dims are ones, and how many dims stay behind them.
-    ``is_end``  whether its result is no longer of the loss: the product that goes back into the model.
-    ``padded``  whether what it reads from outside has the rows that a padded tensor has.
-    """
-
-    rows: Rows | None
-    args: Callable[[int], tuple[Any, ...]]
-    sliced: Mapping[fx.Node, int] = field(default_factory=dict)
-    single: Mapping[fx.Node, int] = field(default_factory=dict)
-    is_end: bool = False
-    padded: bool = False
-
-
-# Node -> how it carries rows; ``None``: not at all.
-Carried = Callable[[fx.Node], Rows | None]
 
 
 def in_rows(node: fx.Node, carried: Carried, count: int) -> InRows | None:
@@ -94,7 +61,7 @@ def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
         return InRows(Rows(lead), lambda n: factory_of(node, n, lead) or node.args)
     if not isinstance(meta.value(node), torch.Tensor) or node.kwargs.keys() - _KWARGS:
         return None
-    made = _shape(node)
+    made = shape_of(node)
     nodes = node.all_input_nodes
     if node.target is aten.expand.default:
         args: Callable[[int], tuple[Any, ...]] = lambda n: (node.args[0], (n, *made[lead:]))  # noqa: E731
@@ -105,7 +72,7 @@ def of_others(node: fx.Node, lead: int, count: int) -> InRows | None:
         args = lambda n: node.args  # noqa: E731
     else:
         return _of_another_product(node, lead, count)
-    found = _met(nodes, made, lead)
+    found = met(nodes, made, lead)
     return None if found is None else InRows(Rows(lead), args, *found)
 
 
@@ -114,38 +81,20 @@ def _of_another_product(node: fx.Node, lead: int, count: int) -> InRows | None:
     if node.target in (aten.mm.default, aten.addmm.default):
         *bias, rows, _ = node.args
         assert isinstance(rows, fx.Node)
-        every = not bias or (isinstance(bias[0], fx.Node) and len(_shape(bias[0])) == 1)
+        every = not bias or (isinstance(bias[0], fx.Node) and len(shape_of(bias[0])) == 1)
         return InRows(Rows(), lambda n: node.args, {rows: 1}) if lead == 1 and every else None
     if not all(isinstance(meta.value(n), torch.Tensor) for n in node.all_input_nodes):
         return None  # one result of several
-    size = math.prod(_shape(node))
+    size = math.prod(shape_of(node))
     wide = {
         n: k
         for n in node.all_input_nodes
-        if math.prod(_shape(n)) >= size and (k := lead_of(_shape(n), count))
+        if math.prod(shape_of(n)) >= size and (k := lead_of(shape_of(n), count))
     }
     found = in_rows(node, lambda n: Rows(wide[n]) if n in wide else None, count) if wide else None
     if found is None or found.is_end or found.rows != Rows(lead):
         return None
     return replace(found, sliced={**found.sliced, **wide})
-
-
-def _met(
-    nodes: Sequence[fx.Node], made: tuple[int, ...], lead: int
-) -> tuple[dict[fx.Node, int], dict[fx.Node, int]] | None:
-    """Of operands from outside those that carry rows, and those with ones there; ``None``: neither."""
-    sliced: dict[fx.Node, int] = {}
-    single: dict[fx.Node, int] = {}
-    for n in nodes:
-        shape = _shape(n)
-        rest = len(made) - lead
-        if len(shape) == len(made) and shape[:lead] == made[:lead]:
-            sliced[n] = lead
-        elif len(shape) > rest:
-            if set(shape[: len(shape) - rest]) != {1}:
-                return None
-            single[n] = rest
-    return sliced, single
 
 
 def in_padded_rows(node: fx.Node, carried: Carried, total: int) -> InRows | None:
@@ -165,62 +114,52 @@ def in_padded_rows(node: fx.Node, carried: Carried, total: int) -> InRows | None
     return replace(made, rows=made.rows and replace(made.rows, padded=True), padded=True)
 
 
-def lead_of(shape: Sequence[int], count: int) -> int | None:
-    """In how many leading dims a shape carries ``count`` rows; ``None``: in none."""
-    return next((k for k in range(1, len(shape) + 1) if math.prod(shape[:k]) == count), None)
-
-
 # Arguments by name that say nothing of sizes.
 _KWARGS = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "alpha"})
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(meta.tensor(node).shape)
-
-
-def _first(node: fx.Node) -> fx.Node:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    return x
 
 
 # -- views ----------------------------------------------------------------------------------------
 
 
 def _view(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    x, lead = _first(node), lead_of(_shape(node), count)
+    x, lead = first_of(node), lead_of(shape_of(node), count)
     own = carried(x)
     if own is None or own.turned or lead is None:
         return None
-    rest = _shape(node)[lead:]
+    rest = shape_of(node)[lead:]
     return InRows(Rows(lead), lambda n: (x, (n, *rest)))
 
 
 def _turn(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    x = _first(node)
+    x = first_of(node)
     own = carried(x)
-    if own is None or own.lead != 1 or len(_shape(x)) != 2 or _shape(node) != _shape(x)[::-1]:
+    if own is None or own.lead != 1 or len(shape_of(x)) != 2 or shape_of(node) != shape_of(x)[::-1]:
         return None
     return InRows(Rows(1, not own.turned), lambda n: node.args)
 
 
 def _expand(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    x, made = _first(node), _shape(node)
+    x, made = first_of(node), shape_of(node)
     own = carried(x)
-    if own is None or own.turned or len(made) != len(_shape(x)) or made[: own.lead] != _shape(x)[: own.lead]:
+    if (
+        own is None
+        or own.turned
+        or len(made) != len(shape_of(x))
+        or made[: own.lead] != shape_of(x)[: own.lead]
+    ):
         return None
     return InRows(own, lambda n: (x, (n, *made[own.lead :])))
 
 
 def _along(node: fx.Node, carried: Carried, at: int, default: Any = None) -> InRows | None:
     """Of a call whose argument ``at`` is a dim, or several, that are all behind the rows."""
-    x = _first(node)
+    x = first_of(node)
     own = carried(x)
     given = node.args[at] if len(node.args) > at else default
     if own is None or own.turned or given is None:
         return None
     dims: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
-    size = len(_shape(x)) + (node.target is aten.unsqueeze.default)
+    size = len(shape_of(x)) + (node.target is aten.unsqueeze.default)
     if not dims or not all(isinstance(d, int) for d in dims):
         return None
     dims = [d % size for d in dims]
@@ -246,45 +185,45 @@ def _of_third(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 def _pointwise(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """Operands are aligned from the right: rows must meet rows."""
-    made, operands = _shape(node), node.all_input_nodes
+    made, operands = shape_of(node), node.all_input_nodes
     own = [r for n in operands if (r := carried(n)) is not None]
     lead = own[0].lead
     if any(r.turned or r.lead != lead for r in own):
         return None
     inside = [n for n in operands if carried(n) is not None]
-    if any(len(_shape(n)) != len(made) or _shape(n)[:lead] != made[:lead] for n in inside):
+    if any(len(shape_of(n)) != len(made) or shape_of(n)[:lead] != made[:lead] for n in inside):
         return None
-    found = _met([n for n in operands if carried(n) is None], made, lead)
+    found = met([n for n in operands if carried(n) is None], made, lead)
     return None if found is None else InRows(Rows(lead), lambda n: node.args, *found)
 
 
 def _like(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    own = carried(_first(node))
+    own = carried(first_of(node))
     return None if own is None or own.turned else InRows(own, lambda n: node.args)
 
 
 def _new(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """``x.new_zeros(sizes)``: of ``x`` only the type is read."""
-    lead = lead_of(_shape(node), count)
+    lead = lead_of(shape_of(node), count)
     if lead is None:
         return None
-    rest = _shape(node)[lead:]
+    rest = shape_of(node)[lead:]
     return InRows(Rows(lead), lambda n: (node.args[0], (n, *rest), *node.args[2:]))
 
 
 def _logsigmoid(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """With what its backward reads, which CUDA's kernel leaves empty."""
-    own = carried(_first(node))
+    own = carried(first_of(node))
     return None if own is None or own.turned else InRows(own, lambda n: node.args)
 
 
 def _part(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    own = carried(_first(node))
+    own = carried(first_of(node))
     return None if own is None else InRows(own, lambda n: node.args)
 
 
 def _logsigmoid_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    found = _aligned(node, carried, node.args[:2])
+    found = aligned(carried, node.args[:2])
     if found is None or carried(node.args[2]) is None:  # type: ignore[arg-type]
         return None
     return InRows(found[0], lambda n: node.args, found[1])
@@ -293,29 +232,14 @@ def _logsigmoid_backward(node: fx.Node, carried: Carried, count: int) -> InRows 
 # -- along the vocabulary -------------------------------------------------------------------------
 
 
-def _aligned(
-    node: fx.Node, carried: Carried, operands: Sequence[Any]
-) -> tuple[Rows, dict[fx.Node, int]] | None:
-    """Operands that all carry the same rows: how, and those of them that are from outside."""
-    nodes = [n for n in operands if isinstance(n, fx.Node)]
-    own = [r for n in nodes if (r := carried(n)) is not None]
-    if not own or any(r.turned or r.lead != own[0].lead for r in own):
-        return None
-    lead = own[0].lead
-    leads = {_shape(n)[:lead] for n in nodes}
-    if len(leads) != 1:
-        return None
-    return own[0], {n: lead for n in nodes if carried(n) is None}
-
-
 def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """``gather`` and ``scatter``: ``(x, dim, index, ...)`` along a dim behind the rows."""
-    found = _aligned(node, carried, [node.args[0], *node.args[2:]])
+    found = aligned(carried, [node.args[0], *node.args[2:]])
     dim = node.args[1]
     if found is None or not isinstance(dim, int):
         return None
     own, sliced = found
-    moved = dim % len(_shape(_first(node))) - own.lead + 1
+    moved = dim % len(shape_of(first_of(node))) - own.lead + 1
     if moved < 1:
         return None
     return InRows(own, lambda n: (node.args[0], moved, *node.args[2:]), sliced)
@@ -324,18 +248,18 @@ def _by_index(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 def _cat(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """Side by side, what each row has."""
     parts, *given = node.args
-    found = _aligned(node, carried, parts)  # type: ignore[arg-type]
+    found = aligned(carried, parts)  # type: ignore[arg-type]
     dim = given[0] if given else 0
     if found is None or not isinstance(dim, int):
         return None
     own, sliced = found
-    moved = dim % len(_shape(node)) - own.lead + 1
+    moved = dim % len(shape_of(node)) - own.lead + 1
     return InRows(own, lambda n: (parts, moved), sliced) if moved > 0 else None
 
 
 def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """The gradient of a part of what each row has: ``(gradient, sizes, dim, ...)``."""
-    x, made, dim = _first(node), _shape(node), node.args[2]
+    x, made, dim = first_of(node), shape_of(node), node.args[2]
     own = carried(x)
     if own is None or own.turned or not isinstance(dim, int):
         return None
@@ -347,12 +271,12 @@ def _put_back(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 
 def _softmax_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    found = _aligned(node, carried, node.args[:2])
+    found = aligned(carried, node.args[:2])
     dim = node.args[2]
     if found is None or not isinstance(dim, int):
         return None
     own, sliced = found
-    moved = dim % len(_shape(node)) - own.lead + 1
+    moved = dim % len(shape_of(node)) - own.lead + 1
     if moved < 1:
         return None
     return InRows(own, lambda n: (*node.args[:2], moved, *node.args[3:]), sliced)
@@ -360,12 +284,12 @@ def _softmax_backward(node: fx.Node, carried: Carried, count: int) -> InRows | N
 
 def _nll_backward(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     gradient, logs, target = node.args[:3]
-    if not isinstance(gradient, fx.Node) or len(_shape(node)) != 2:
+    if not isinstance(gradient, fx.Node) or len(shape_of(node)) != 2:
         return None
-    each = [gradient] if _shape(gradient) == (count,) and argument(node, "reduction") == 0 else []
+    each = [gradient] if shape_of(gradient) == (count,) and argument(node, "reduction") == 0 else []
     if not isinstance(logs, fx.Node) or carried(logs) != Rows(1):
         return None
-    found = _aligned(node, carried, [logs, target, *each])
+    found = aligned(carried, [logs, target, *each])
     return None if found is None else InRows(Rows(1), lambda n: node.args, found[1])
 
 
@@ -378,10 +302,10 @@ def _product(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     left, right = carried(a), carried(b)
     if left == Rows(1) and right is None:
         return InRows(Rows(1), lambda n: (a, b), is_end=True)
-    if left == Rows(1, True) and (right == Rows(1) or (right is None and _shape(b)[0] == count)):
+    if left == Rows(1, True) and (right == Rows(1) or (right is None and shape_of(b)[0] == count)):
         return InRows(None, lambda n: (a, b), {b: 1} if right is None else {})
-    if left is None and right == Rows(1) and _shape(a)[1] == count:
-        return InRows(None, lambda n: (a, b), {a: rows_last})
+    if left is None and right == Rows(1) and shape_of(a)[1] == count:
+        return InRows(None, lambda n: (a, b), {a: ROWS_LAST})
     return None
 
 
@@ -390,11 +314,11 @@ def _sum(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     inside = _of_one_dim(node, carried, count)
     if inside is not None:
         return inside
-    x = _first(node)
+    x = first_of(node)
     own, dims = carried(x), node.args[1] if len(node.args) > 1 else None
     if own is None or own.turned or not isinstance(dims, (list, tuple)):
         return None
-    rest = len(_shape(x)) - own.lead
+    rest = len(shape_of(x)) - own.lead
     over = sorted(int(d) % (own.lead + rest) for d in dims)
     if not rest or over not in (list(range(own.lead)), list(range(own.lead + rest))):
         return None
@@ -409,18 +333,18 @@ def _largest(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 def _of_columns(node: fx.Node, carried: Carried, count: int = 0) -> InRows | None:
     """A number of each column of a matrix."""
-    x = _first(node)
-    columns = carried(x) == Rows() and len(_shape(x)) == 2 and len(_shape(node)) == 1
+    x = first_of(node)
+    columns = carried(x) == Rows() and len(shape_of(x)) == 2 and len(shape_of(node)) == 1
     return InRows(None, lambda n: node.args) if columns else None
 
 
 def _binary(node: fx.Node, carried: Carried, count: int) -> InRows | None:
     """``binary_cross_entropy_with_logits``: of each score, or their sum: a mean is made of it last."""
-    made, own = _shape(_first(node)), carried(_first(node))
+    made, own = shape_of(first_of(node)), carried(first_of(node))
     others = [n for n in node.all_input_nodes if carried(n) is None]
     if own is None or own.turned or any(carried(n) not in (own, None) for n in node.all_input_nodes):
         return None
-    found = _met(others, made, own.lead)
+    found = met(others, made, own.lead)
     if found is None:
         return None
     if argument(node, "reduction") == 0:
@@ -430,8 +354,8 @@ def _binary(node: fx.Node, carried: Carried, count: int) -> InRows | None:
 
 
 def _sum_of_all(node: fx.Node, carried: Carried, count: int) -> InRows | None:
-    own = carried(_first(node))
-    wide = own is not None and len(_shape(_first(node))) > own.lead
+    own = carried(first_of(node))
+    wide = own is not None and len(shape_of(first_of(node))) > own.lead
     return InRows(None, lambda n: node.args) if wide else None
 
 
@@ -535,5 +459,5 @@ def factory_of(node: fx.Node, rows: int, lead: int) -> tuple[Any, ...] | None:
     if at is None:
         return None
     args = list(node.args)
-    args[at] = (rows, *_shape(node)[lead:])
+    args[at] = (rows, *shape_of(node)[lead:])
     return tuple(args)

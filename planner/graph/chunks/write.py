@@ -18,7 +18,7 @@ float32, since eager rounds once and a sum of rounded parts would as often as th
 Where rows are read with numbers of all rows, as scores with those of their columns, the rows are gone through
 once more, from the product on: ahead that is one product again, and behind what a plan recomputes.
 
-The loss is summed by the kernel that eager calls, over the picked log-likelihoods of all rows; sums over rows
+The loss is summed by the kernel that eager calls (:mod:`~planner.graph.chunks.likelihoods`); sums over rows
 that lead to gradients are made in another order than eager's, and are the only numbers that differ for that.
 
 Known limits: sizes are fixed; where the model returns its logits they are made whole, and read in chunks.
@@ -39,11 +39,13 @@ from planner.capture import meta
 from planner.graph import kernels
 from planner.graph.chunks.chunked import Chunked, Form
 from planner.graph.chunks.columns import by_rows, made_whole
+from planner.graph.chunks.likelihoods import Likelihoods
 from planner.graph.chunks.ordering import reorder
 from planner.graph.chunks.passes import Pass, passes_of
 from planner.graph.chunks.products import of_matrices
 from planner.graph.chunks.region import NotInRows, Region, regions_of, rows_per_chunk
-from planner.graph.chunks.rules import Rows, averages, factory_of, rows_last
+from planner.graph.chunks.rows import ROWS_LAST, Rows
+from planner.graph.chunks.rules import averages, factory_of
 from planner.graph.chunks.turned import turned_back
 from planner.graph.draft import Did, Draft
 from planner.graph.nodes import is_mutation, is_random
@@ -51,8 +53,6 @@ from planner.graph.nodes import is_mutation, is_random
 __all__ = ["chunk_loss"]
 
 aten = torch.ops.aten
-
-NO_LABEL = -100  # in the labels that the summed log-likelihoods get
 
 
 class _Barrier(Exception):
@@ -155,11 +155,9 @@ class _Writer:
         self.flat: dict[fx.Node, fx.Node] = {}
         self.hoisted: dict[fx.Node, fx.Node] = {}
         self.env: list[dict[fx.Node, fx.Node]] = [{} for _ in self.bounds]
-        self.labels: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # loss -> labels, 0 if ignored; which are
-        self.weights: dict[fx.Node, fx.Node] = {}  # loss -> weight of each row
-        self.counted: dict[fx.Node, fx.Node] = {}  # total weight -> the same, known ahead
         self.scaled: dict[fx.Node, fx.Node] = {}  # exit of the backward -> after the loss's gradient came
         self.tops: dict[fx.Node, fx.Node] = {}  # sums below the largest of a column -> that, so far
+        self.likelihoods = Likelihoods(self, region.count)
         self.tangent: fx.Node | None = None
         self.numbers: fx.Node | None = None  # of the rows that are worked on, where some are not
 
@@ -175,9 +173,18 @@ class _Writer:
         self.here.nodes.append(node)
         return node
 
+    def part(self, node: fx.Node, index: int, like: fx.Node) -> fx.Node:
+        """One result of a call that has several."""
+        part = self.graph.create_node(
+            "call_function", operator.getitem, (node, index), name=f"{node.name}_{index}"
+        )
+        meta.describe(part, meta.value(node)[index], like)
+        self.here.nodes.append(part)
+        return part
+
     def outside(self, node: fx.Node) -> fx.Node:
         """What is read of the rest of the step; ahead, of its backward, for a loss's gradient of one."""
-        node = self.counted.get(node, node)
+        node = self.likelihoods.counted.get(node, node)
         if node in self.region.calls and node in self.whole:  # an earlier pass's
             return self.whole[node]
         if not self.ahead or node not in self.later:
@@ -205,7 +212,7 @@ class _Writer:
         key = node, chunk
         if key not in self.rows:
             a, b = self.bounds[chunk]
-            if lead == rows_last:
+            if lead == ROWS_LAST:
                 self.rows[key] = self.call(aten.slice.Tensor, (self.outside(node), 1, a, b), {}, like)
             elif (args := factory_of(node, b - a, lead)) is not None:
                 args, kwargs = fx.map_arg((args, node.kwargs), self.outside)
@@ -233,7 +240,7 @@ class _Writer:
         if key not in self.rows:
             a, b = self.bounds[chunk]
             rows = self.call(aten.slice.Tensor, (self._numbers(), 0, a, b), {}, like)
-            args = (self.outside(node), 1 if lead == rows_last else 0, rows)
+            args = (self.outside(node), 1 if lead == ROWS_LAST else 0, rows)
             self.rows[key] = self.call(aten.index_select.default, args, {}, like)
         return self.rows[key]
 
@@ -270,7 +277,7 @@ class _Writer:
     def run(self) -> None:
         """Add all calls: ahead chunk by chunk, behind all chunks of the forward and then of the backward."""
         for loss in self.region.losses:
-            self._read_labels(loss)
+            self.likelihoods.read_labels(loss, count=self.ahead)
         if self.ahead and not any(n in self.later for n in self.exits):
             raise _Barrier
         for part in passes_of(self.region, self.exits, self.later, self.ahead):
@@ -281,9 +288,9 @@ class _Writer:
                     self._row_call(node, chunk, node in part.wanted)
                     for loss in losses:
                         if loss.args[0] is node:  # now, so that nothing keeps the logarithms for it
-                            self._pick(loss, chunk)
+                            self.likelihoods.pick(loss, self.env[chunk][node], self.bounds[chunk])
             for loss in losses:
-                self._sum_up(loss)
+                self.whole.update(self.likelihoods.sums_of(loss))
             for node in part.calls:
                 if node in part.wanted:
                     self._join(node)
@@ -416,75 +423,6 @@ class _Writer:
                 self.draft.early.append(self.whole[node])
                 args = (self.whole[node], self.tangent)
                 self.scaled[node] = self.call(kernels.gradient_scaled, args, {}, node)
-
-    # -- log-likelihoods -------------------------------------------------------------------------
-
-    def _read_labels(self, loss: fx.Node) -> None:
-        """Labels with 0 where they are ignored, which those are, and what the rows weigh together."""
-        _, target, weight, _, ignored = loss.args
-        assert isinstance(target, fx.Node)
-        target = self.outside(target)
-        missing = self.call(aten.eq.Scalar, (target, ignored), {}, loss)
-        labels = self.call(aten.masked_fill.Scalar, (target, missing, 0), {}, loss)
-        self.labels[loss] = labels, missing
-        total = next((n for n in loss.users if n.args[1] == 1), None)
-        if isinstance(weight, fx.Node):
-            each = self.call(aten.index_select.default, (self.outside(weight), 0, labels), {}, loss)
-            self.weights[loss] = self.call(aten.masked_fill.Scalar, (each, missing, 0), {}, loss)
-        if total is None or not self.ahead:
-            return
-        if loss in self.weights:
-            self.counted[total] = self.call(aten.sum.default, (self.weights[loss],), {}, loss)
-            return
-        like = meta.tensor(total)
-        sizes = [self.region.count, 1]
-        kwargs = {"dtype": like.dtype, "device": like.device}
-        nothing = self.call(aten.zeros.default, (sizes,), kwargs, loss)
-        self.counted[total] = self._part(self._summed(loss, nothing), 1, loss)
-
-    def _pick(self, loss: fx.Node, chunk: int) -> None:
-        """The log-likelihood of each row's label."""
-        logs = loss.args[0]
-        assert isinstance(logs, fx.Node)
-        (a, b), labels = self.bounds[chunk], self.labels[loss][0]
-        rows = self.call(aten.slice.Tensor, (labels, 0, a, b), {}, loss)
-        column = self.call(aten.unsqueeze.default, (rows, 1), {}, loss)
-        picked = self.call(aten.gather.default, (self.env[chunk][logs], 1, column), {}, loss)
-        self.pieces.setdefault(loss, []).append(picked)
-
-    def _summed(self, loss: fx.Node, picked: fx.Node) -> fx.Node:
-        """The kernel of ``loss`` on log-likelihoods of one class: it adds up the same numbers likewise."""
-        missing = self.labels[loss][1]
-        labels = self.call(aten.zeros_like.default, (self.labels[loss][0],), {}, loss)
-        labels = self.call(aten.masked_fill.Scalar, (labels, missing, NO_LABEL), {}, loss)
-        return self.call(loss.target, (picked, labels, None, loss.args[3], NO_LABEL), {}, loss)
-
-    def _part(self, node: fx.Node, index: int, like: fx.Node) -> fx.Node:
-        part = self.graph.create_node(
-            "call_function", operator.getitem, (node, index), name=f"{node.name}_{index}"
-        )
-        meta.describe(part, meta.value(node)[index], like)
-        self.here.nodes.append(part)
-        return part
-
-    def _sum_up(self, loss: fx.Node) -> None:
-        picked = self.call(aten.cat.default, (self.pieces.pop(loss),), {}, loss)
-        parts: dict[int, fx.Node] = {user.args[1]: user for user in loss.users}  # type: ignore[misc]
-        if loss not in self.weights:
-            whole = self._summed(loss, picked)
-            for index, old in parts.items():
-                self.whole[old] = self._part(whole, index, old)
-            return
-        weights, reduction = self.weights[loss], loss.args[3]
-        flat = self.call(aten.view.default, (picked, [self.region.count]), {}, loss)
-        each = self.call(aten.neg.default, (self.call(aten.mul.Tensor, (flat, weights), {}, loss),), {}, loss)
-        total = self.counted.get(parts.get(1)) if 1 in parts else None  # type: ignore[arg-type]
-        total = total or self.call(aten.sum.default, (weights,), {}, loss)
-        summed = each if reduction == 0 else self.call(aten.sum.default, (each,), {}, loss)
-        if reduction == 1:
-            summed = self.call(aten.div.Tensor, (summed, total), {}, loss)
-        for index, old in parts.items():
-            self.whole[old] = (summed, total)[index]
 
     # -- into its place --------------------------------------------------------------------------
 

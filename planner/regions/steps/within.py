@@ -20,7 +20,7 @@ __all__ = ["Within"]
 
 
 class Within:
-    """Those of one call.
+    """What the region of one call sends back to its own outputs.
 
     ``made``     its outputs; ``numbers`` of those from which others are computed; ``taken``: its arguments.
     """
