@@ -97,7 +97,8 @@ def solve(
     best = _better(best, plan, problem)
     if not answer.infeasible and (not best.fits or best.seconds - bound > OPTIMAL_RTOL * best.seconds):
         best = _best_of_class(problem, best, SHARE * left_s(), seed, passes)
-    if not answer.infeasible and (not best.fits or best.seconds - bound > OPTIMAL_RTOL * best.seconds):
+    # Cut by the clock, it would be solved anew with cuts, and cut again.
+    if answer.optimal and (not best.fits or best.seconds - bound > OPTIMAL_RTOL * best.seconds):
         best, bound = _with_cuts(problem, best, bound, SHARE * left_s(), seed)
     if not best.fits:
         best = _refused_or_lowest(problem, best, left_s(), seed, passes)
