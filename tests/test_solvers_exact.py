@@ -114,9 +114,8 @@ def test_one_pass_in_the_problems_order_is_a_loss() -> None:
 
 
 @quick
-@given(from_seeds(lambda rng: (tense_problem(rng), rng.random())))
-def test_the_bound_over_all_orders_is_the_optimum(case: tuple[Problem, float]) -> None:
-    problem, fraction = case
+@given(from_seeds(tense_problem), st.floats(0, 1))
+def test_the_bound_over_all_orders_is_the_optimum(problem: Problem, fraction: float) -> None:
     low, _ = least_peak(problem)
     top = simulate(problem, Schedule.keep_all(problem)).peak_bytes
     budget = round(low + fraction * (top - low))
@@ -156,10 +155,9 @@ def test_reruns_that_fit_only_one_by_one_are_cut_off() -> None:
 
 
 @quick
-@given(from_seeds(lambda rng: (tense_problem(rng), rng.randrange(2**32))))
-def test_cuts_hold_of_every_schedule(case: tuple[Problem, int]) -> None:
+@given(from_seeds(tense_problem), st.integers(0, 2**32))
+def test_cuts_hold_of_every_schedule(problem: Problem, seed: int) -> None:
     """The fastest schedules at some budgets are points of the program; cuts of random points leave them."""
-    problem, seed = case
     rng, program = random.Random(seed), AnyOrder(problem)
     low, _ = least_peak(problem)
     budget = rng.randint(low, simulate(problem, Schedule.keep_all(problem)).peak_bytes)

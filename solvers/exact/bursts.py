@@ -19,8 +19,8 @@ E[t] >= 0 being the seconds of stage t's second and later runs of an op, which t
 cut is written A and R are widened, and O is narrowed, one at a time, as long as it stays as strong.  An
 answer that gets no cut has a way through every stage: together they are a schedule that no other beats.
 
-Weakness: the questions are small where few sets of values fit, and are given up above ``MOST_STATES`` of them;
-each round solves the whole program anew.
+Weakness: the questions are small where few sets of values fit, and are given up above ``MOST_STATES`` of
+them; each round solves the whole program anew.
 
 Sources: ours; a subproblem that answers with cuts of this form is the logic-based Benders decomposition of
 Hooker and Ottosson (Mathematical Programming 96, 2003).
