@@ -4,5 +4,6 @@ In: a ``Problem`` and a budget in bytes.  Out: the best plan of a class of sched
 the plan of lowest peak with a floor.  Raises ``InfeasibleError`` where it is proved that nothing fits.
 
 ``program``  columns and rows, for a class of schedules (``Program``) and below all (``AnyOrder``).
+``bursts``   cuts for ``AnyOrder``: reruns of one stage that fit one by one and not together.
 ``method``   HiGHS for time, CP-SAT for what that leaves open and for the peak; ``solve``, ``minimum_peak``.
 """

@@ -100,7 +100,8 @@ class Program:
         self.columns += 1
         return self.columns - 1
 
-    def _kept_always(self, v: int) -> bool:
+    def kept_always(self, v: int) -> bool:
+        """Whether value ``v`` is resident from when it is made, whatever is chosen."""
         value = self.problem.values[v]
         return value.producer is None or value.final
 
@@ -114,14 +115,14 @@ class Program:
                 use_of_value[v] = max((max(j, use_of_op[j]) for j in problem.consumers[v]), default=-1)
             if problem.ops[i].recomputable:
                 use_of_op[i] = max(
-                    (use_of_value[v] for v in problem.ops[i].outputs if not self._kept_always(v)), default=-1
+                    (use_of_value[v] for v in problem.ops[i].outputs if not self.kept_always(v)), default=-1
                 )
         for s, stage in enumerate(self.stages):
             for i in range(stage.limit):
                 if use_of_op[i] >= stage.limit:
                     self.rerun[s, i] = self._column()
                 for v in problem.ops[i].outputs:
-                    if use_of_value[v] >= stage.limit and not self._kept_always(v):
+                    if use_of_value[v] >= stage.limit and not self.kept_always(v):
                         self.carried[s, v] = self._column()
 
     def _add_stage(self, s: int) -> None:
@@ -139,21 +140,21 @@ class Program:
                     self._row([(1, here), *self._minus(s - 1, v)], 0)
         runs = [k for k in range(stage.limit) if (s, k) in self.rerun]
         for k in runs:
-            for v in self._needed(k):
+            for v in self.needed(k):
                 self._row([(1, self.rerun[s, k]), *self._minus(s, v)], 0)
         if stage.last:
-            for v in self._needed(stage.limit):
+            for v in self.needed(stage.limit):
                 self._row(self._minus(s, v), -1)
         self._add_memory(s, runs)
 
-    def _needed(self, k: int) -> list[int]:
+    def needed(self, k: int) -> list[int]:
         """The inputs of op ``k`` that can be missing."""
-        return [v for v in self.problem.counted_inputs[k] if not self._kept_always(v)]
+        return [v for v in self.problem.counted_inputs[k] if not self.kept_always(v)]
 
     def _add_memory(self, s: int, runs: list[int]) -> None:
         """A row for each op that may run in stage ``s``: what is alive when it comes up, and what it adds."""
         problem, values, limit = self.problem, self.problem.values, self.stages[s].limit
-        constant = self._constant_bytes(limit)
+        constant = self.constant_bytes(limit)
         spans = self._add_wanted(s)
         for k in (*runs, limit) if self.stages[s].last else runs:
             terms: list[tuple[int, int]] = []
@@ -170,7 +171,7 @@ class Program:
             else:
                 self.memory.append(Row((*terms, (added, self.rerun[s, k])), -constant))
 
-    def _constant_bytes(self, limit: int) -> int:
+    def constant_bytes(self, limit: int) -> int:
         """What is resident throughout the stages of ``limit``: sources and the final values made before."""
         values = self.problem.values
         made = (v for op in self.problem.ops[:limit] for v in op.outputs)
@@ -192,7 +193,7 @@ class Program:
         stage, spans = self.stages[s], []
         for i in range(stage.limit):
             for v in self.problem.ops[i].outputs:
-                if self._kept_always(v) or not self.problem.values[v].bytes:
+                if self.kept_always(v) or not self.problem.values[v].bytes:
                     continue
                 readers = [
                     j
@@ -267,16 +268,16 @@ class AnyOrder(Program):
 
     def _add_memory(self, s: int, runs: list[int]) -> None:
         problem, values, limit = self.problem, self.problem.values, self.stages[s].limit
-        constant = self._constant_bytes(limit)
+        constant = self.constant_bytes(limit)
         through = self._add_through(s)
         for k in runs:
-            near = {*self._needed(k), *problem.ops[k].outputs}
+            near = {*self.needed(k), *problem.ops[k].outputs}
             terms = [(values[v].bytes, column) for v, column in through.items() if v not in near]
             added = problem.ops[k].workspace_bytes + sum(values[v].bytes for v in near)
             self.memory.append(Row((*terms, (added, self.rerun[s, k])), -constant))
         start = [(values[v].bytes, column) for (_, v), column in self._carried_at(s)]
         self.memory.append(Row(tuple(start), -constant))
-        needed = self._needed(limit)
+        needed = self.needed(limit)
         end = [
             (values[v].bytes, column)
             for (_, v), column in self._carried_at(s + 1)
@@ -292,7 +293,7 @@ class AnyOrder(Program):
     def _add_through(self, s: int) -> dict[int, int]:
         """``T[s, v]`` by value: at least carried in + carried out (1 if the last op reads v) - made - 1."""
         through: dict[int, int] = {}
-        needed = self._needed(self.stages[s].limit)
+        needed = self.needed(self.stages[s].limit)
         for (_, v), carried_in in self._carried_at(s):
             out = self.carried.get((s + 1, v))
             made = self.rerun.get((s, self.problem.values[v].producer or 0))
