@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A compiled depthwise convolution has its gradient from operands that are copied into rows.
 #
-# Inductor 2.13 has a lowering of its own for gradients of convolutions.  It wants the input and the gradient of
-# the output in the order in which the gradient of the weight lies, and that of a depthwise weight, with one
-# channel to a group, lies in rows whatever its operands do.  So a ConvNeXt block, whose pictures have their
-# channels last, copies both before each gradient, one of them to (N, H, C, W), and a
-# CPU takes its slow kernel: compiling makes such a step slower than eager.  A backward that recomputes a
-# convolution (activation_memory_budget=0.25) is laid out as a whole, and escapes.
+# Inductor 2.13 has a lowering of its own for gradients of convolutions.  It wants the input and the gradient
+# of the output in the order in which the gradient of the weight lies, and that of a depthwise weight, with
+# one channel to a group, lies in rows whatever its operands do.  So a ConvNeXt block, whose pictures have
+# their channels last, copies both before each gradient, one of them to (N, H, C, W), and a CPU takes its slow
+# kernel: compiling makes such a step slower than eager.  A backward that recomputes a convolution
+# (activation_memory_budget=0.25) is laid out as a whole, and escapes.
 # To do: time the compiled step of a model with depthwise convolutions beside eager on a CPU.
 #
 # Run on 2026-12-01, 2 cores, Linux, Python 3.11 (times are of this machine, one thread):
