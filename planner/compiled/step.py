@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,11 +105,12 @@ class CompiledStep(CodedStep):
             raise self.infeasible(budget_bytes)
         best = None if self.swifter else self._by_torch(budget_bytes, self.without_s)
         if best is None:
-            best = self._searched(budget_bytes, search)
+            problem = self._layouts_for(budget_bytes, search) if self.swifter else self.problem
+            best = self._searched(problem, budget_bytes, search)
             known = self._answers.copy()
             total = self.problem.total_seconds
             if self._total_s(best) > (1 + SPARING) * total:
-                best = self._faster(best, self._searched(budget_bytes, search, sparing=True))
+                best = self._faster(best, self._searched(problem, budget_bytes, search, sparing=True))
             if self._total_s(best) > (1 + MUCH) * total:
                 known.append(super().least)
             for answer in known:  # what serves less serves more
@@ -175,20 +177,47 @@ class CompiledStep(CodedStep):
     def _below(self) -> tuple[Problem, list[int]]:
         return under(self.graph, self.problem)
 
-    def _searched(self, budget_bytes: int, search: Search, *, sparing: bool = False) -> Answer | None:
+    def _with_room(self, last: Collection[int]) -> Problem:
+        """The problem where ops at ``last`` have room for the scratch of their channels last."""
+        if not last:
+            return self.problem
+        ops = list(self.problem.ops)
+        for i in last:
+            most = max(ops[i].workspace_bytes, self.swifter[i].last_bytes)
+            ops[i] = dataclasses.replace(ops[i], workspace_bytes=most)
+        return dataclasses.replace(self.problem, ops=tuple(ops))
+
+    def _layouts_for(self, budget_bytes: int, search: Search) -> Problem:
+        """The problem with room for those layouts with which a step is fastest, as the solvers count.
+
+        Those that save most for their memory come first.
+        """
+        gain = {i: (way.rows_s - way.last_s) / max(way.last_bytes, 1) for i, way in self.swifter.items()}
+        best, best_s = self.problem, math.inf
+        for least in [math.inf, *sorted(set(gain.values()), reverse=True)]:
+            last = frozenset(i for i, worth in gain.items() if worth >= least)
+            problem = self._with_room(last)
+            found = self._solved(problem, budget_bytes, search, Methods(problem))
+            if found is not None and found.seconds + self.slower_s(Form(last=last)) < best_s:
+                best, best_s = problem, found.seconds + self.slower_s(Form(last=last))
+        return best
+
+    def _searched(
+        self, problem: Problem, budget_bytes: int, search: Search, *, sparing: bool = False
+    ) -> Answer | None:
         """The best schedule found whose code fits, ``sparing`` or not; targets move by what the code takes.
 
         It ends where next to nothing is left of the budget, or when the search's seconds are over.
         """
         best: Answer | None = None
-        methods, total = Methods(self.problem), self.problem.total_seconds
-        most = simulate(self.problem, Schedule.keep_all(self.problem)).peak_bytes
+        methods, total = Methods(problem), self.problem.total_seconds
+        most = simulate(problem, Schedule.keep_all(problem)).peak_bytes
         # At ``low`` a schedule fits, or the solvers find none; at ``high`` they find one that does not fit.
         target, low, high = budget_bytes, 0, 2 * most
         step = int(PROBE * budget_bytes) // 2
         began = time.perf_counter()
         for turn in itertools.count(1):
-            found = self._solved(min(target, most), search, methods)
+            found = self._solved(problem, min(target, most), search, methods)
             if found is None:
                 low = max(low, target)
                 step = min(2 * step, (high - low) // 2)
@@ -219,10 +248,12 @@ class CompiledStep(CodedStep):
                 break
         return best
 
-    def _solved(self, target_bytes: int, search: Search, methods: Methods) -> Solution | None:
+    def _solved(
+        self, problem: Problem, target_bytes: int, search: Search, methods: Methods
+    ) -> Solution | None:
         try:
             found = solve(
-                self.problem,
+                problem,
                 target_bytes,
                 solver=search.solver,
                 time_limit_s=search.time_limit_s / ROUNDS,
