@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from planner import plan
 from planner.capture.joint_graph import capture
 from planner.errors import TraceError
 from tests.tiny import planned
@@ -195,3 +196,19 @@ def negated(_: Any, h: Tensor) -> Tensor:
 def test_what_the_forward_writes_is_there_as_in_eager(middle: Callable[..., Tensor]) -> None:
     report = planned(Net(middle), {"x": torch.ones(2, 4)}).verify()
     assert report.equal and report.comparison.buffers.count == 1
+
+
+@pytest.mark.parametrize("what", ["in a Function", "in a Function, saved", "by a hook"])
+def test_regions_leave_what_writes_in_its_backward_to_eager(what: str) -> None:
+    eager, net = (Net(WRITES[what][0]) for _ in range(2))
+    eager.largest.fill_(-0.5)  # below every largest gradient: the first step writes
+    net.load_state_dict(eager.state_dict())
+    inputs = torch.ones(2, 4)
+    plan(net, 1, (inputs,), costs="roofline", capture="regions").apply()
+    for _ in range(2):
+        for each in (eager, net):
+            each.zero_grad()
+            each(inputs).backward()
+        assert torch.equal(net.largest, eager.largest)
+        assert net.largest.item() != -0.5
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), eager.parameters(), strict=True))

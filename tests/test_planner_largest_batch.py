@@ -260,6 +260,17 @@ def test_the_last_size_is_found_with_few_looks(growth: list[int], limit: int, lo
     assert len(looks) == len(set(looks)) <= 4 * math.ceil(math.log2(len(value) + 1)) + 4
 
 
+def test_where_values_fall_once_the_last_size_is_still_found_with_few_looks() -> None:
+    looks = []
+
+    def value_of(n: int) -> float:  # as a floor is whose loss goes into chunks where it does not fit whole
+        looks.append(n)
+        return 2.098 * n if 2.098 * n <= 300 else 2.78 + 0.3446 * n
+
+    assert last_within(value_of, 300, 1, 4000, {}) == 862
+    assert len(looks) <= 12
+
+
 def test_what_was_measured_is_as_promised() -> None:
     rows = [bench_largest.Row(**row) for row in json.loads(bench_largest.RESULTS.read_text())["rows"]]
     assert [row.case for row in rows] == list(bench_largest.CASES) and bench_largest.failures(rows) == []

@@ -45,6 +45,11 @@ def is_autograd_function(target: Any) -> bool:
     return target is autograd_function_apply
 
 
+def is_hook(target: Any) -> bool:
+    """Whether a call in one of Dynamo's graphs hooks a graph to a tensor; 2.12+, torch cuts before."""
+    return target is getattr(torch.ops.higher_order, "register_hook", None)
+
+
 def switches_gradients(node: fx.Node) -> bool | None:
     """Whether a call in one of Dynamo's graphs switches gradients on, or off; ``None``: neither; 2.0+."""
     return bool(node.args[0]) if node.target is torch._C._set_grad_enabled else None

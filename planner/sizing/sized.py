@@ -109,6 +109,7 @@ class SizedSteps:
         self.traces = 0
         self._loss = _LossAt() if request.has_loss else None
         self._capture = request.capture
+        self._chunks = 0  # with the lowest floor, at the last size whose loss went into some
         self._families: list[tuple[PricedStep, Inputs]] = []
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._at: dict[int, At] = {}
@@ -204,7 +205,11 @@ class SizedSteps:
         if asked != "auto":
             return asked_in_chunks(step, asked)
         above = floor_of(step).bytes > self.request.budget_bytes
-        return (lowest_in_chunks(step) or step) if above else step
+        found = lowest_in_chunks(step, self._chunks // 2) if above else None
+        if found is None:
+            return step
+        self._chunks = max(of.chunks for of in found.graph.chunked)
+        return found
 
     # -- with symbols ------------------------------------------------------------------------------
 

@@ -173,10 +173,13 @@ def _quick(step: PricedStep, budget_bytes: int, search: Search) -> Answer:
     return none
 
 
-def _lowest(step: PricedStep) -> PricedStep:
-    """The number of chunks with the lowest floor: what a refusal is to speak of."""
+def _lowest(step: PricedStep, least: int = 2) -> PricedStep:
+    """The number of chunks, of ``least`` or more where there are as many, with the lowest floor: what a
+    refusal is to speak of.
+    """
     best: PricedStep | None = None
-    for chunks in _numbers(step):
+    numbers = list(_numbers(step))
+    for chunks in [n for n in numbers if n >= least] or numbers[-1:]:
         tried = _within(step, chunks, 0)
         if best is not None and tried.lightest.floor_bytes >= best.lightest.floor_bytes:
             break  # the floor is at another op by now
@@ -185,14 +188,15 @@ def _lowest(step: PricedStep) -> PricedStep:
     return best
 
 
-def lowest_in_chunks(step: PricedStep) -> PricedStep | None:
-    """``step`` with its loss in the number of chunks with the lowest floor.
+def lowest_in_chunks(step: PricedStep, least: int = 2) -> PricedStep | None:
+    """``step`` with its loss in the number of chunks with the lowest floor; fewer than ``least`` are tried
+    only where there are no more.
 
     ``None`` where it cannot be cut, or that is no lower.
     """
     try:
         refuse_chunks(True, step.loss_fn, step.varying, False)
-        found = _lowest(step)
+        found = _lowest(step, least)
     except PlannerError as error:
         log.debug("the loss stays whole: %s", error)
         return None

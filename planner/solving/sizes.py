@@ -50,11 +50,15 @@ def last_within(
 
 
 def _on_the_line(seen: Mapping[int, float], limit: float, holds: int, fails: int) -> int | None:
-    """Where the line through the two sizes nearest to the limit meets it; ``None`` without two."""
+    """Where the line through the two sizes nearest to the limit meets it; ``None`` without two.
+
+    From some size on values may be lower, as where a loss goes into chunks; those before say nothing then.
+    """
     finite = [n for n, value in seen.items() if math.isfinite(value)]
-    if len(finite) < 2:
+    rising = [n for n in finite if all(seen[m] >= seen[n] for m in finite if m > n)]
+    if len(rising) < 2:
         return None
-    a, b = sorted(sorted(finite, key=lambda n: (abs(seen[n] - limit), n))[:2])
+    a, b = sorted(sorted(rising, key=lambda n: (abs(seen[n] - limit), n))[:2])
     slope = (seen[b] - seen[a]) / (b - a)
     if slope <= 0:
         return None

@@ -3,8 +3,10 @@
 Some calls run as eager runs them.  A write into a parameter, or into what has a gradient: prototypes
 that are normalized in the forward, an embedding's ``max_norm``.  A buffer's ``.data =``.  And a checkpoint
 of the author's within which buffers are written to: a batch norm there updates its statistics again when it
-is recomputed.  And a product, whose gradient eager makes by a formula that depends on values.  And what is
-sparse, or makes sparse gradients: what that takes is known only when it is made.
+is recomputed.  And a Function or a hook of theirs that writes, in the backward, into what is no gradient:
+amax histories of fp8, statistics of gradients.  And a product, whose gradient eager makes by a formula that
+depends on values.  And what is sparse, or makes sparse gradients: what that takes is known only when it is
+made.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from planner import _compat
-from planner.regions.cut.writes import argument, base_of, name_of, updates_statistics, written_by
+from planner.regions.cut.writes import argument, base_of, name_of, positions, updates_statistics, written_by
 
 __all__ = ["torn"]
 
@@ -90,7 +92,24 @@ def _why_eager(graph: fx.GraphModule, node: fx.Node) -> str:
         inner = getattr(graph, str(node.args[0].target), None)
         if isinstance(inner, fx.GraphModule) and _updates_buffers(inner):
             return "its author checkpoints it, and it writes to buffers again when it is recomputed"
+    if _writes_in_backward(graph, node):
+        return f"its backward writes into more than gradients ({name})"
     return ""
+
+
+def _writes_in_backward(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call, or one in a graph that it is given, writes in its backward into what is no gradient."""
+    bodies = [getattr(graph, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [body for body in bodies if isinstance(body, fx.GraphModule)]
+    if _compat.is_autograd_function(node.target) and len(inner) == 2:
+        forward, backward = inner
+        (output,) = forward.graph.find_nodes(op="output")
+        kept = len(output.args[0][1])  # saved or named by the backward: the last that it is given
+        there = len(backward.graph.find_nodes(op="placeholder"))
+        return any(position >= there - kept for position in positions(backward.graph))
+    if _compat.is_hook(node.target) and inner:
+        return any(position > 0 for position in positions(inner[0].graph))  # 0: the gradient
+    return any(_writes_in_backward(body, n) for body in inner for n in body.graph.nodes)
 
 
 def _is_sparse(node: fx.Node) -> bool:
