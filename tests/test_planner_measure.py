@@ -476,3 +476,14 @@ def test_a_sparse_tensor_is_its_indices_and_values(layout: torch.layout) -> None
         double = sparse * 2
     assert meter.live_bytes == meter.made_bytes + sum(p.nbytes for p in parts) + values.nbytes
     assert double.layout is layout and meter.made_bytes >= values.nbytes
+
+
+def test_a_gradient_that_is_there_already_is_named_with_what_clears_it() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(3, 4, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    with pytest.raises(PlannerError, match=r"'input 0' is not None.*set its \.grad to None"):
+        step_peak(model, (x,))
+    x.grad = None
+    model.bias.grad = torch.ones(2)
+    with pytest.raises(PlannerError, match=r"'bias' is not None.*model.zero_grad"):
+        step_peak(model, (x,))

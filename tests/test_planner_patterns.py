@@ -186,6 +186,13 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str
         lambda: (Written(lambda net, x: net.a(x), a=nn.Linear(4, 4)), (torch.eye(4).to_sparse(),)),
         "input 0 is sparse_coo; a plan is for dense tensors",
     ),
+    "a nested input": (
+        lambda: (
+            Written(lambda net, x: net.a(x).to_padded_tensor(0.0), a=nn.Linear(4, 4)),
+            (torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)]),),
+        ),
+        "input 0 is nested; a plan is for dense tensors",
+    ),
     "a packed sequence": (_packed, "Give the recurrent layer the padded batch"),
     "a teacher": (_teacher, "writes into the parameter teacher.weight.*after the optimizer's step"),
     "sparse gradients": (_sparse, r"table makes sparse gradients \(sparse=True\).*sparse=False"),

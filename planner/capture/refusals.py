@@ -144,9 +144,10 @@ def _checkpoints(model: nn.Module, _: Sequence[torch.Tensor]) -> PlannerError | 
 def _sparse_tensors(model: nn.Module, inputs: Sequence[torch.Tensor]) -> PlannerError | None:
     given = ((f"input {i}", t) for i, t in enumerate(inputs))
     for name, t in (*model.named_parameters(), *model.named_buffers(), *given):
-        if t.layout != torch.strided:
+        if t.layout != torch.strided or t.is_nested:
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
             return TraceError(
-                f"{name} is {str(t.layout).removeprefix('torch.')}; a plan is for dense tensors. "
+                f"{name} is {kind}; a plan is for dense tensors. "
                 "Keep it outside what is planned, or make it dense (a sparse adjacency: index_add)"
             )
     return None

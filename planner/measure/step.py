@@ -237,12 +237,14 @@ def undone(model: nn.Module, inputs: Batch) -> Iterator[None]:
 
     Hooks that run when a gradient is there are set aside.
     """
-    leaves = [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(tensors_in(inputs)))]
+    of_model, given = dict(model.named_parameters()), enumerate(tensors_in(inputs))
+    leaves = [*of_model.items(), *((f"input {i}", t) for i, t in given)]
     for name, leaf in leaves:
         if leaf.is_leaf and leaf.grad is not None:
             raise PlannerError(
                 f"the gradient of {name!r} is not None: a step is measured from empty gradients; "
-                "call model.zero_grad(set_to_none=True) first"
+                + ("call model.zero_grad(set_to_none=True)" if name in of_model else "set its .grad to None")
+                + " first"
             )
     buffers = [
         (module, name, buffer, buffer.detach().to("cpu", copy=True))  # not on the device being measured
