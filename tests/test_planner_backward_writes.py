@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from planner import plan
 from planner.capture.joint_graph import capture
 from planner.errors import TraceError
+from planner.regions.cut.writes import positions, written_by
 from tests.tiny import planned
 
 
@@ -212,3 +214,13 @@ def test_regions_leave_what_writes_in_its_backward_to_eager(what: str) -> None:
         assert torch.equal(net.largest, eager.largest)
         assert net.largest.item() != -0.5
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), eager.parameters(), strict=True))
+
+
+def test_what_python_names_with_an_underscore_for_its_keywords_writes_nothing() -> None:
+    """``mask & other`` in one of Dynamo's graphs; a write there keeps a call out of what is planned."""
+    graph = fx.Graph()
+    mask, other, sums = (graph.placeholder(name) for name in ("mask", "other", "sums"))
+    calls = [graph.call_function(of, (mask, other)) for of in (operator.and_, operator.or_, operator.is_)]
+    assert all(written_by(call) == () for call in [*calls, graph.call_function(operator.not_, (mask,))])
+    assert written_by(graph.call_method("add_", (sums, mask))) == (sums,)
+    assert positions(graph) == {2}

@@ -1,8 +1,8 @@
 """What the calls of one of Dynamo's graphs write into, which shows in their names and flags only.
 
-A call writes into its first argument if its name ends in an underscore (``add_``), if it is an assignment
-(``x[i] = y``, ``x += y``), or if it is asked to (``relu(x, inplace=True)``); into ``out=``; and a norm that
-trains, into its running statistics.
+A call writes into its first argument if its name ends in an underscore (``add_``; not Python's own ``and_``,
+which is ``x & y``), if it is an assignment (``x[i] = y``, ``x += y``), or if it is asked to
+(``relu(x, inplace=True)``); into ``out=``; and a norm that trains, into its running statistics.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _ASSIGNS = frozenset({operator.setitem, operator.iadd, operator.isub, operator.i
     *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
     *(operator.ilshift, operator.irshift, operator.imatmul),
 }
+_NAMED_LIKE_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 _NORMS = ("batch_norm", "instance_norm")
 _STATISTICS = ("input", "running_mean", "running_var", "weight", "bias", "training")
 
@@ -55,7 +56,7 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     name, first = name_of(node), node.args[0] if node.args else node.kwargs.get("input")
     found: list[Any] = []
-    by_name = name.endswith("_") and not name.endswith("__")
+    by_name = name.endswith("_") and not name.endswith("__") and node.target not in _NAMED_LIKE_KEYWORDS
     if by_name or node.target in _ASSIGNS or _is_asked_to(node):
         found.append(first)
     out = node.kwargs.get("out")
