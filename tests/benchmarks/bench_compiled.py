@@ -32,9 +32,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# oneDNN keeps 1024 primitives: seven steps of a ResNet-50 have more, and each would be made at each call.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-
 import torch
 from torch import nn
 
